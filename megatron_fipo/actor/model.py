@@ -1,0 +1,182 @@
+"""A Megatron-Core GPTModel from the shape of a Hugging Face checkpoint.
+
+With CUDA and Transformer Engine the layers, the attention and its context parallelism are Transformer Engine's;
+elsewhere they are Megatron's own modules with this project's attention. Written for Megatron-Core 0.16 and 0.19.
+
+Shapes: T packed tokens of a microbatch, T_local = T / cp, H hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.parallel.cp_attention import ContextParallelAttention
+from megatron_fipo.parallel.groups import ParallelGroups, is_stage_edge
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RmsNorm(nn.RMSNorm):
+    """torch's RMSNorm, marked for the gradient all-reduce that sequence parallelism needs of it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns hidden states: log-probs are computed from them in chunks, without logits."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[T_local, 1, H] after the final norm (T_local / tp rows under sequence parallelism)."""
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows [V_local, H] of the output layer; the embedding's where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def uses_transformer_engine() -> bool:
+    """Whether layers are Transformer Engine's: it needs CUDA."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(shape: ModelShape, model: ModelSection, parallel: ParallelSection) -> TransformerConfig:
+    """Megatron's configuration of the model. Gradients are normalised per token, once, over the whole minibatch."""
+    on_gpu = torch.cuda.is_available()
+    dtype = DTYPES[model.dtype]
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[model.recompute]
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights always come from a checkpoint, but initialising is what marks parameters as sharded: without it the
+        # gradient norm under tensor parallelism would leave all shards but the first out.
+        perform_initialization=True,
+        use_cpu_initialization=not on_gpu,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # gloo has no batched point-to-point, and interleaving over it corrupts outputs that are deallocated.
+        batch_p2p_comm=on_gpu,
+        deallocate_pipeline_outputs=on_gpu,
+        # Fused kernels are CUDA's, or need Apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        **recompute,
+    )
+
+
+def _layer_spec() -> tuple[ModuleSpec, Any]:
+    """(specification of a layer, class of the final norm)."""
+    if uses_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(), TENorm
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RmsNorm
+    layer.submodules.pre_mlp_layernorm = RmsNorm
+    layer.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+    return layer, RmsNorm
+
+
+def build_model(
+    shape: ModelShape, model: ModelSection, parallel: ParallelSection, groups: ParallelGroups
+) -> list[nn.Module]:
+    """This rank's model chunks, without weights: one, or one for each virtual pipeline stage."""
+    config = transformer_config(shape, model, parallel)
+    layer, norm = _layer_spec()
+    chunks: list[nn.Module] = []
+    for stage in range(parallel.virtual_pp or 1):
+        vp_stage = stage if parallel.virtual_pp else None
+        first, last = is_stage_edge(groups, stage, parallel.virtual_pp or 1)
+        block = TransformerBlockSubmodules(
+            layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+        )
+        chunk: nn.Module = HiddenStateModel(
+            config,
+            block,
+            vocab_size=shape.padded_vocab_size(parallel.tp),
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            vp_stage=vp_stage,
+        )
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def unwrap(chunk: nn.Module) -> HiddenStateModel:
+    """The model inside Megatron's wrappers (data parallel, half precision)."""
+    while not isinstance(chunk, HiddenStateModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def packed_sequence_params(cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -> PackedSeqParams:
+    """Megatron's description of packed sequences; cumulative lengths are global, not this rank's.
+
+    Args:
+        cu_seqlens, cu_seqlens_padded: int32 [S + 1].
+    """
+    longest = int(cu_seqlens_padded.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens_padded,
+        cu_seqlens_kv_padded=cu_seqlens_padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -1,0 +1,117 @@
+"""What flows through a step: prompts, samples, groups, and microbatches of packed sequences.
+
+Shapes: T packed tokens (padding included), S sequences; `_local` means sharded over context-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, ready for the rollout engine."""
+
+    prompt_id: int
+    """Position in the endless, deterministic order of the training data; unique within a run."""
+    source: str
+    """Name of the data source."""
+    text: str
+    """The text that was tokenized."""
+    token_ids: tuple[int, ...]
+    """Prompt tokens, template included."""
+    verifier: str
+    """Name of the verifier that judges its responses."""
+    reference: Any
+    """What the verifier compares with: an answer string, or a task entry; must be picklable."""
+
+
+@dataclass
+class Sample:
+    """One response."""
+
+    prompt_id: int
+    sample_index: int
+    """Position within the group, 0 … num_samples_per_prompt - 1."""
+    prompt_ids: Tensor
+    """int64 [P]."""
+    response_ids: Tensor
+    """int64 [R], the end-of-sequence token included where it was sampled."""
+    rollout_log_probs: Tensor
+    """float32 [R], log-probs of the response under the engine's policy at its temperature, before top-p."""
+    finish_reason: str
+    """stop, length or abort."""
+    policy_versions: list[tuple[int, int, int]] = field(default_factory=list)
+    """(policy_version, first token, one past the last) spans over the response."""
+    response_text: str = ""
+    accuracy: float = 0.0
+    """Verifier's score in [0, 1]; 1 is correct."""
+    answer: str = ""
+    """Final answer as the verifier extracted it; empty if none. cons@k votes on it."""
+    reward: float = 0.0
+    """After shaping."""
+    advantage: float = 0.0
+    error: str = ""
+    """Why the verifier could not judge it; the whole group is dropped then."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut at the length limit."""
+        return self.finish_reason == "length"
+
+
+@dataclass
+class Group:
+    """All responses to one prompt, in order of sample_index."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    created_at_step: int = 0
+
+    @property
+    def rewards(self) -> Tensor:
+        """float32 [num_samples]."""
+        return torch.tensor([sample.reward for sample in self.samples])
+
+
+@dataclass
+class PackedBatch:
+    """One microbatch of packed sequences, predictor-aligned: row t predicts `labels[t]`, the token that follows it.
+
+    Each sequence is padded at its end to a multiple of the layout's pad_multiple. `cu_seqlens_padded` is global, also
+    where the per-token tensors hold only this context-parallel rank's rows.
+    """
+
+    input_ids: Tensor
+    """int64 [T] or [T_local]."""
+    labels: Tensor
+    """int64 [T]."""
+    position_ids: Tensor
+    """int64 [T], from 0 in each sequence."""
+    response_mask: Tensor
+    """bool [T], True where labels[t] was written by the policy and may carry loss."""
+    advantages: Tensor
+    """float32 [T]."""
+    cu_seqlens: Tensor
+    """int32 [S + 1], cumulative lengths without padding."""
+    cu_seqlens_padded: Tensor
+    """int32 [S + 1], cumulative lengths with padding."""
+    response_token_counts: Tensor
+    """int64 [S], True entries of response_mask in the whole of each sequence."""
+    rollout_log_probs: Tensor
+    """float32 [T], 0 outside the response."""
+    sample_indices: list[int]
+    """Position of each sequence's sample in the step's batch; -1 for a sequence that only fills the microbatch."""
+    old_log_probs: Tensor | None = None
+    """float32 [T], set before the step's first update."""
+    reference_log_probs: Tensor | None = None
+    """float32 [T], set where there is a KL penalty."""

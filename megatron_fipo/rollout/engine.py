@@ -1,0 +1,82 @@
+"""What every rollout engine offers, whatever generates behind it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_fipo.rl.types import Sample
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one response is sampled."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One response to generate.
+
+    Attributes:
+        sample_id: unique among the requests in flight.
+        group_id: requests with the same group_id share their prompt.
+        sample_index: position within the group.
+        prompt_ids: prompt tokens.
+        prefix: response tokens that exist already (a partial sample to be continued); empty for a fresh one. The sample
+            then holds only what follows; max_tokens and the stream of random numbers still count from the response's
+            start.
+        sampling: how to sample.
+        seed: key of this sample's randomness, a function of (run seed, step, prompt, sample), never of the rank.
+    """
+
+    sample_id: str
+    group_id: int
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    prefix: tuple[int, ...] = ()
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+    """Seed of one sample: the same on every rank, machine and Python, in 0 … 2**63 - 1."""
+    key = f"{run_seed}/{step}/{prompt_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the policy that it was last given."""
+
+    policy_version: int
+
+    async def generate(self, request: GenerationRequest) -> Sample:
+        """Generate one response. Cancelling the awaiting task frees what the request holds.
+
+        `abort()` makes pending calls return what they have, with finish_reason "abort".
+        """
+        ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Take over new weights under their Hugging Face names. Collective: every rank drains the stream."""
+        ...
+
+    def health(self) -> None:
+        """Raise RuntimeError with the reason if the engine cannot generate."""
+        ...
+
+    def abort(self) -> None:
+        """End every request in flight."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds; further calls raise RuntimeError."""
+        ...
