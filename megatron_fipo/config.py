@@ -83,7 +83,7 @@ class DataSourceConfig:
     chat_template: bool = False
     """Format the prompt with the tokenizer's chat template; false feeds the text as it is."""
     verifier: str = ""
-    """Judge of this source's responses: chain_arithmetic, reasoning_gym, math or exact."""
+    """Judge of its responses: chain_arithmetic, reasoning_gym, math, exact, or your own as package.module:function."""
     weight: int = 1
     """Prompts taken from this source in each round over the sources."""
 
@@ -110,6 +110,8 @@ class RolloutSection:
     """Groups that one step trains on."""
     num_samples_per_prompt: int = 16
     """Responses to each prompt: the size of a group."""
+    num_prompts_per_round: Optional[int] = None
+    """Prompts of each round of generation; null takes num_prompts first, then twice what the batch still lacks."""
     temperature: float = 1.0
     """Sampling temperature; training log-probs are taken at the same temperature."""
     top_p: float = 1.0
@@ -595,13 +597,13 @@ SOURCE_KINDS = ("jsonl", "parquet", "chain_arithmetic", "reasoning_gym")
 """What data.*.kind may be; the first two read a file, the others make their prompts."""
 PROCEDURAL_KINDS = ("chain_arithmetic", "reasoning_gym")
 VERIFIERS = ("chain_arithmetic", "reasoning_gym", "math", "exact")
-"""What data.*.verifier may be."""
+"""What data.*.verifier may be, besides a function of one's own as package.module:function."""
 
 _CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     Config: {"algorithm": tuple(ALGORITHMS)},
     ModelSection: {"dtype": ("float32", "bfloat16"), "recompute": ("none", "selective", "full")},
     DataSection: {"overlong_prompts": ("error", "skip")},
-    DataSourceConfig: {"kind": SOURCE_KINDS, "verifier": VERIFIERS},
+    DataSourceConfig: {"kind": SOURCE_KINDS},
     RolloutSection: {"engine": ("in_process",)},
     AdvantageSection: {"estimator": ("group_std", "group_mean", "leave_one_out")},
     FipoConfig: {
@@ -648,6 +650,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "num_samples_per_prompt": _Rule(
             "must be at least 2: advantages compare the responses to one prompt", lambda value: value >= 2
         ),
+        "num_prompts_per_round": _AT_LEAST_1,
         "temperature": _Rule(
             "must be above 0: training samples its responses. evaluation.temperature=0 evaluates greedily",
             lambda value: 0 < value < math.inf,
@@ -795,6 +798,13 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
         yield f"{key}.task is empty: kind=reasoning_gym needs the name of a data set, such as task=chain_sum."
     if source.kind != "reasoning_gym" and source.task:
         yield f"{key}.task={source.task}: only kind=reasoning_gym has tasks. Remove it."
+    if source.verifier not in VERIFIERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.verifier):
+        yield _choice_problem(f"{key}.verifier", source.verifier, (*VERIFIERS, "package.module:function"))
+    if source.kind == "reasoning_gym" and source.verifier != "reasoning_gym":
+        yield (
+            f"{key}.verifier={source.verifier}: entries of kind=reasoning_gym are judged by their own task. "
+            f"Set {key}.verifier=reasoning_gym."
+        )
     if source.verifier == "reasoning_gym" and source.kind != "reasoning_gym":
         yield (
             f"{key}.verifier=reasoning_gym: judges entries of kind=reasoning_gym, and this kind is {source.kind}. "
@@ -978,15 +988,6 @@ def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) 
         found.append(
             f"evaluation.temperature=0 is greedy: all {evaluation.num_samples_per_prompt} responses will be alike."
         )
-    found += [
-        f"data.evaluation.{name} draws the same prompts as data.train.{other} (same kind, task, params and seed): it "
-        "is no held-out data. Give it a seed of its own."
-        for name, held_out in config.data.evaluation.items()
-        for other, source in config.data.train.items()
-        if source.kind in PROCEDURAL_KINDS
-        and (source.kind, source.task, source.params) == (held_out.kind, held_out.task, held_out.params)
-        and (config.run.seed if source.seed is None else source.seed) == held_out.seed
-    ]
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     positions = (model_config or {}).get("max_position_embeddings")
     if positions is not None and longest > positions:

@@ -279,7 +279,7 @@ class Actor:
             name
             for model in self.models
             for name, parameter in model.named_parameters()
-            if not torch.isfinite(parameter.main_grad).all()
+            if not torch.isfinite(parameter.main_grad).all()  # type: ignore[attr-defined]
         ]
         return ", ".join(names[:5]) or "none on this rank"
 

@@ -62,11 +62,12 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
     """Megatron's configuration of the model. Gradients are normalised per token, once, over the whole minibatch."""
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[model.dtype]
-    recompute: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[model.recompute]
+    }
+    recompute = choices[model.recompute]
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

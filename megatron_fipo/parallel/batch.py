@@ -1,18 +1,81 @@
-"""A context-parallel rank's part of a microbatch."""
+"""From a step's groups to the microbatches of one rank: its data-parallel share, its context-parallel rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_fipo.config import Config, required_pad_multiple
 from megatron_fipo.parallel import cp_layout
-from megatron_fipo.rl.types import PackedBatch
+from megatron_fipo.parallel.groups import ParallelGroups, device
+from megatron_fipo.rl.packing import build_packed_batch, pack, split_minibatches
+from megatron_fipo.rl.types import Group, PackedBatch, Sample
 
 _PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs")
 _PER_SEQUENCE = ("cu_seqlens", "cu_seqlens_padded", "response_token_counts")
+
+
+def build_minibatches(
+    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int
+) -> list[list[PackedBatch]]:
+    """Cut a step's groups into minibatches, each of them into this rank's microbatches. No communication.
+
+    Every rank sees all groups and comes to the same division: microbatches are balanced in tokens over data-parallel
+    ranks, and all ranks have the same number of them. Where stages pass activations on, all microbatches of a
+    minibatch have the same length.
+
+    Returns:
+        [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
+
+    Raises:
+        ValueError: if a sequence alone exceeds batch.max_tokens_per_microbatch.
+    """
+    multiple = config.batch.pad_multiple or required_pad_multiple(config)
+    samples = [sample for group in groups for sample in group.samples]
+    position = {id(sample): index for index, sample in enumerate(samples)}
+    minibatches = []
+    for members in split_minibatches(groups, config.train.num_minibatches):
+        indices = [position[id(sample)] for group in members for sample in group.samples]
+        shares = pack(
+            [samples[index].num_tokens for index in indices],
+            num_ranks=ranks.dp.size(),
+            max_tokens=config.batch.max_tokens_per_microbatch,
+            pad_multiple=multiple,
+            microbatch_multiple=config.parallel.pp if config.parallel.virtual_pp else 1,
+        )
+        shares = [[[indices[place] for place in microbatch] for microbatch in share] for share in shares]
+        total_tokens = _longest(shares, samples, multiple) if config.parallel.pp > 1 else None
+        minibatches.append(
+            [
+                shard_batch(
+                    build_packed_batch(
+                        samples,
+                        microbatch,
+                        multiple,
+                        pad_token_id,
+                        total_tokens=total_tokens,
+                        mask_truncated=config.reward.mask_truncated,
+                    ),
+                    ranks.cp,
+                    device(),
+                )
+                for microbatch in shares[ranks.dp.rank()]
+            ]
+        )
+    return minibatches
+
+
+def _longest(shares: list[list[list[int]]], samples: Sequence[Sample], multiple: int) -> int:
+    """Padded tokens of the longest microbatch of any rank."""
+    return max(
+        max(sum(-(-samples[index].num_tokens // multiple) * multiple for index in microbatch), multiple)
+        for share in shares
+        for microbatch in share
+    )
 
 
 def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device) -> PackedBatch:
@@ -25,6 +88,6 @@ def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device
     """
     cp_layout.check_padded(batch.cu_seqlens_padded, cp_group.size())
     rows = cp_layout.local_indices(batch.cu_seqlens_padded, cp_group.size(), cp_group.rank())
-    fields: dict[str, Tensor] = {name: getattr(batch, name)[rows].to(device) for name in _PER_TOKEN}
+    fields: dict[str, Any] = {name: getattr(batch, name)[rows].to(device) for name in _PER_TOKEN}
     fields |= {name: getattr(batch, name).to(device) for name in _PER_SEQUENCE}
     return replace(batch, **fields)

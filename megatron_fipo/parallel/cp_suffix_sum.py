@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_fipo.parallel import cp_layout, exchange
 from megatron_fipo.rl.future_kl import decay_to_end, segment_heads, segment_suffix_sum
+from megatron_fipo.rl.objective import SuffixSum, count_per_sequence
 
 
 def cp_future_kl(
@@ -71,6 +72,17 @@ def cp_future_kl(
     return future_kl if counts is None else (future_kl, counts)
 
 
+def sharded_suffix_sum(half_life_tokens: float, cp_group: ProcessGroup) -> SuffixSum:
+    """`cp_future_kl` in the form in which `rl.objective.policy_loss` takes it."""
+
+    def suffix_sum(x: Tensor, dual_clipped: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        result = cp_future_kl(x, cu_seqlens, half_life_tokens, cp_group, dual_clipped)
+        assert isinstance(result, tuple)
+        return result
+
+    return suffix_sum
+
+
 def exchanged_bytes(num_sequences: int, cp_size: int) -> int:
     """Bytes that each rank receives in `cp_future_kl`'s exchange, its own part included."""
     return 12 * cp_size * num_sequences if cp_size > 1 else 0
@@ -95,9 +107,3 @@ def carries_into_chunks(gathered_heads: Tensor, chunk_lengths: Tensor, half_life
     for chunk in range(len(heads) - 2, -1, -1):
         carries[chunk] = heads[chunk + 1] + decay * carries[chunk + 1]
     return carries.float()
-
-
-def count_per_sequence(flags: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """True entries of each sequence: int64 [S]."""
-    counts = torch.zeros(num_sequences, dtype=torch.int64, device=flags.device)
-    return counts.index_add_(0, sequence_ids, flags.long())

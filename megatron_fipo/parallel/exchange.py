@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_fipo.metrics.reductions import Metrics, merge
 
 T = TypeVar("T")
 
@@ -42,22 +45,37 @@ def any_rank(flag: bool, group: ProcessGroup) -> bool:
     """Whether the flag is set on any rank; the same answer everywhere. Collective."""
     if group.size() == 1:
         return flag
-    return any(all_gather_objects(flag, group))
+    total = torch.tensor(float(flag), device=_device(group))
+    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=group)
+    return bool(total.item())
 
 
-def check_same(value: T, what: str, group: ProcessGroup) -> None:
-    """Raise RuntimeError on every rank if ranks disagree on a value. Collective."""
-    values = all_gather_objects(value, group)
-    different = [rank for rank, other in enumerate(values) if other != values[0]]
-    if different:
-        raise RuntimeError(f"{what} differs: {values[0]!r} on rank 0, {values[different[0]]!r} on rank {different[0]}")
+def merge_metrics(own: Metrics | None, group: ProcessGroup) -> Metrics:
+    """Add up every rank's metrics; None where a rank's do not count. The same result everywhere. Collective."""
+    return merge([part for part in all_gather_objects(_on_cpu(own), group) if part is not None])
+
+
+def _on_cpu(metrics: Metrics | None) -> Metrics | None:
+    """The same with every tensor on the CPU, 0-d ones as numbers."""
+    if metrics is None:
+        return None
+    moved: Metrics = {}
+    for name, metric in metrics.items():
+        tensors: dict[str, Any] = {
+            field.name: value.item() if value.dim() == 0 else value.cpu()
+            for field in fields(metric)
+            if isinstance(value := getattr(metric, field.name), Tensor)
+        }
+        moved[name] = replace(metric, **tensors)
+    return moved
 
 
 def barrier(group: ProcessGroup) -> None:
     """Wait until every rank is here. Collective."""
-    if group.size() > 1:
-        dist.barrier(group=group, device_ids=[torch.cuda.current_device()] if _uses_nccl(group) else None)
+    any_rank(False, group)
 
 
-def _uses_nccl(group: ProcessGroup) -> bool:
-    return torch.cuda.is_available() and "nccl" in str(dist.get_backend(group))
+def _device(group: ProcessGroup) -> torch.device:
+    """Where small tensors go: the CPU if the group can, as with gloo, else this rank's GPU."""
+    backend = str(dist.get_backend_config(group))
+    return torch.device("cpu") if "gloo" in backend else torch.device("cuda", torch.cuda.current_device())

@@ -82,13 +82,15 @@ def initialize(parallel: ParallelSection, seed: int) -> ParallelGroups:
 
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed was started above"
     return ParallelGroups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        world=dist.group.WORLD,
+        world=world,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -62,7 +63,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
         for pipe in ready:
             rank = waiting[pipe]  # type: ignore[index]
             try:
-                failure, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                failure, results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 failure = "the process died without a word (killed, or out of memory)"
             if failure:
@@ -87,8 +88,11 @@ def _rank_main(
         "MASTER_PORT": str(port),
     }
     try:
-        pipe.send((None, target(*args)))
+        # By value: tensors sent through a pipe's own pickler would be shared with a process that is about to end.
+        answer = pickle.dumps((None, target(*args)))
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        answer = pickle.dumps((traceback.format_exc(), None))
+    try:
+        pipe.send_bytes(answer)
     finally:
         pipe.close()

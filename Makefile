@@ -1,0 +1,56 @@
+# make demo trains a small model with FIPO on this machine; make test checks everything. Both set themselves up first.
+
+.PHONY: help install demo demo-dapo lint test test-fast clean
+.DEFAULT_GOAL := help
+
+# The first of these that is Python 3.11 or 3.12 makes the environment; PYTHON=/path/to/python3.12 overrides.
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+HEADERS := import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export OMP_NUM_THREADS := 1
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## set up .venv with the pinned dependencies
+
+# torch goes first and alone: later packages find it there and cannot draw in another build of it.
+$(INSTALLED): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and python3, python3.12 and python3.11 are neither." \
+		"Install one of them, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "PYTHON=$(PYTHON) is not Python 3.11 or 3.12." >&2; exit 1; }
+	@command -v $${CC:-cc} >/dev/null && $(PYTHON) -c '$(HEADERS)' || { echo "A C compiler and Python's headers are" \
+		"needed to build pycosat, on which reasoning-gym depends (Debian, Ubuntu: gcc, python3-dev)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	@echo "Installing the other pinned dependencies: a minute or two"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## train the quick-start model with FIPO (ARGS="train.num_steps=5 …" overrides its settings)
+	$(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml $(ARGS)
+
+demo-dapo: $(INSTALLED) ## the same with DAPO, the baseline
+	$(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml \
+		algorithm=dapo run.name=quickstart-dapo $(ARGS)
+
+lint: $(INSTALLED) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## style, types and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(INSTALLED) ## unit tests only: seconds
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+clean: ## remove the environment and caches; runs in outputs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

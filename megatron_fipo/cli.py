@@ -1,0 +1,119 @@
+"""The command line, `megatron-fipo`. Each command imports what it needs when it runs, so help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for an error that the message explains, or the command's own."""
+    parser = _parser()
+    # An override may stand behind an option, where argparse no longer takes it for one.
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    try:
+        status: int = args.run(args)
+    except ValueError as error:
+        if args.command == "train":  # reports its own errors, on many ranks
+            raise
+        print(f"megatron-fipo {args.command}: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-fipo", description="Train language models to reason, by FIPO on Megatron-Core."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train in this process; for several, run torchrun -m megatron_fipo.train instead"
+    )
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a model on the configuration's evaluation data")
+    _add_config(evaluate)
+    evaluate.add_argument("--model", metavar="FOLDER", help="Hugging Face folder; by default model.path")
+    evaluate.add_argument("--output", metavar="FOLDER", help="by default evaluation/ in run.output_dir")
+    evaluate.set_defaults(run=_evaluate)
+
+    chat = commands.add_parser("chat", help="talk to a model")
+    chat.add_argument("model", metavar="FOLDER", help="Hugging Face folder, such as a run's export")
+    chat.add_argument("--prompt", help="answer this and leave")
+    chat.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling threshold (default: 1)")
+    chat.add_argument("--max-tokens", type=int, default=1024, help="longest answer (default: 1024)")
+    chat.add_argument("--seed", type=int, help="for the same answers again")
+    chat.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    chat.set_defaults(run=_chat)
+
+    validate = commands.add_parser("validate", help="check a configuration and print it in full, without running it")
+    _add_config(validate)
+    validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
+    validate.set_defaults(run=_validate)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as train.num_steps=5")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megatron_fipo.train import main as train
+
+    return train([args.config, *args.overrides])
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from megatron_fipo.config import load_config, validate
+    from megatron_fipo.standalone_evaluation import run
+
+    config = load_config(args.config, args.overrides)
+    validate(config)
+    return run(config, args.model or config.model.path, args.output or f"{config.run.output_dir}/evaluation")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from megatron_fipo.chat import ChatOptions, run
+
+    options = ChatOptions(
+        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, raw=args.raw, seed=args.seed
+    )
+    return run(args.model, args.prompt, options)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from megatron_fipo.config import (
+        load_config,
+        read_model_config,
+        resolved_yaml,
+        validate,
+        validate_model_layout,
+        warnings_for,
+    )
+
+    config = load_config(args.config, args.overrides)
+    validate(config, args.world_size)
+    model_config, warnings = None, []
+    if Path(config.model.path).is_dir():
+        model_config = read_model_config(config.model.path)
+        validate_model_layout(config, model_config)
+    else:  # a cluster's configuration may be checked on a laptop
+        warnings.append(f"model.path={config.model.path} is no folder here; what depends on the model is not checked.")
+    for warning in [*warnings, *warnings_for(config, model_config)]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(resolved_yaml(config), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

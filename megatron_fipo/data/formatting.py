@@ -1,0 +1,97 @@
+"""From a question to prompt tokens: template, chat format, tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_fipo.config import DataSourceConfig
+from megatron_fipo.data.records import Record
+
+
+class PromptFormatter:
+    """Formats the prompts of one source."""
+
+    def __init__(self, source: DataSourceConfig, tokenizer: Any) -> None:
+        """Keep what formatting needs.
+
+        Args:
+            source: its prompt_template, system_prompt and chat_template.
+            tokenizer: a transformers tokenizer.
+
+        Raises:
+            ValueError: for a template without {prompt}, a system prompt without chat, or a tokenizer without a chat
+                template where one is needed.
+        """
+        if "{prompt}" not in source.prompt_template:
+            raise ValueError(f"prompt_template={source.prompt_template!r} lacks {{prompt}}, where the question goes")
+        if source.system_prompt and not source.chat_template:
+            raise ValueError("system_prompt needs chat_template=true: raw text has no system message")
+        if source.chat_template and not tokenizer.chat_template:
+            raise ValueError(
+                "chat_template=true, but the model's tokenizer has no chat template. Set chat_template=false and "
+                "prompt_template, or take an instruction-tuned model."
+            )
+        self._source = source
+        self._tokenizer = tokenizer
+        self._known_characters: set[str] = set()
+
+    def text(self, record: Record) -> str:
+        """The text to tokenize. In a chat, the template goes around the last user message.
+
+        Raises:
+            ValueError: for chat messages where chat_template is false, or without a user message at the end.
+        """
+        template = self._source.prompt_template
+        if isinstance(record.prompt, str):
+            question = template.replace("{prompt}", record.prompt)
+            if not self._source.chat_template:
+                return question
+            messages = [{"role": "user", "content": question}]
+        else:
+            if not self._source.chat_template:
+                raise ValueError(f"{record.place} holds chat messages; set chat_template=true for this data source")
+            *history, last = record.prompt
+            if last["role"] != "user":
+                raise ValueError(
+                    f"{record.place}: the last chat message has role {last['role']!r}; it must be the user's"
+                )
+            messages = [*history, {**last, "content": template.replace("{prompt}", last["content"])}]
+        if self._source.system_prompt:
+            messages.insert(0, {"role": "system", "content": self._source.system_prompt})
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of formatted texts.
+
+        Raw text gets the special tokens that the tokenizer adds by itself (Llama's beginning of sequence); a chat
+        template has written its own.
+        """
+        add_special_tokens = not self._source.chat_template
+        encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)[
+            "input_ids"
+        ]
+        return encoded
+
+    def check_known(self, token_ids: list[int], text: str, place: str) -> None:
+        """Check that the tokenizer represents every character.
+
+        Tokenizers of the byte-level BPE kind with a small vocabulary leave out what they do not know without a trace,
+        so each visible character is tried by itself, once.
+
+        Raises:
+            ValueError: naming the place and the characters, if one is left out or the text gives the unknown token
+                (other than by spelling it out).
+        """
+        unknown_id = self._tokenizer.unk_token_id
+        has_unknown = unknown_id in token_ids and self._tokenizer.unk_token not in text
+        new_characters = sorted(set(text) - self._known_characters)
+        characters = [c for c in new_characters if (c.isprintable() or c in "\n\t") and not self._represents(c)]
+        if has_unknown or characters:
+            shown = ", ".join(map(repr, characters[:10])) or f"a part of {text!r:.100}"
+            raise ValueError(f"{place}: the model's tokenizer does not know {shown}; the prompt cannot be represented")
+        self._known_characters.update(new_characters)
+
+    def _represents(self, character: str) -> bool:
+        token_ids = self._tokenizer(character, add_special_tokens=False)["input_ids"]
+        return bool(token_ids) and self._tokenizer.unk_token_id not in token_ids

@@ -1,0 +1,186 @@
+"""Where a step's metrics go besides the console: JSONL, TensorBoard, Weights & Biases.
+
+A sink takes the step and a flat dict of floats. A number that is not finite stands for "nothing to measure" (the mean
+over no tokens, the maximum of nothing): JSONL writes null, the trackers leave a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from megatron_fipo.config import Config
+
+
+class Sink(Protocol):
+    """Takes metrics, one call or more for each step, steps never descending."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release; the sink takes nothing after it."""
+        ...
+
+
+class JsonlSink:
+    """One JSON object a line, `{"step": 3, "reward/mean": 0.25}`, on disk as soon as it is written."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Open for appending.
+
+        Args:
+            path: the file; lines of steps from `resumed_step` on are dropped from it, since they will be written anew.
+            resumed_step: first step that this run records; 0 starts afresh.
+
+        Raises:
+            ValueError: if a line before the last is no metrics line.
+        """
+        self._path = path
+        _drop_lines_from(path, resumed_step)
+        self._file: IO[str] = path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "step" in metrics:
+            raise ValueError(f"{self._path}: a metric named 'step' would hide the step itself; rename it.")
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _drop_lines_from(path: Path, resumed_step: int) -> None:
+    """Keep the lines of earlier steps; the file is replaced in one move, so a crash here loses nothing."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break  # a killed run tore its last line
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no line of metrics ({error!r}). Repair or remove the file, or give the run "
+                "another run.output_dir."
+            ) from error
+        if step < resumed_step:
+            kept.append(line)
+    replacement = path.with_suffix(".partial")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    os.replace(replacement, path)
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard. On resuming, what an earlier run recorded from `resumed_step` on is hidden."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds of imports that only rank 0 needs
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A run on Weights & Biases, online or offline. A resumed run goes on under the same id.
+
+    Charts take `step` as their axis instead of W&B's own counter, which refuses to go back; steps that a resumed run
+    repeats appear twice there.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"metrics.wandb={config.metrics.wandb}: the package wandb is not installed. Install it with "
+                "pip install 'megatron-fipo[wandb]', or set metrics.wandb=off."
+            ) from error
+
+        id_file = folder / "wandb_run_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+        self._run: Any = wandb.init(
+            project=config.metrics.wandb_project,
+            name=config.run.name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode=config.metrics.wandb,
+            dir=str(folder),
+            config=asdict(config),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class SinkGroup:
+    """Several sinks as one; use it as a context manager so that every sink is closed, also on an error."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def close(self) -> None:
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def __enter__(self) -> SinkGroup:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_sinks(config: Config, folder: str | Path, resumed_step: int, enabled: bool = True) -> SinkGroup:
+    """Open the sinks that the configuration asks for.
+
+    Args:
+        config: `config.metrics` says which.
+        folder: the run's folder; made if need be. metrics.jsonl, tensorboard/ and wandb/ lie in it.
+        resumed_step: first step that will be recorded; what an earlier run recorded from there on gives way.
+        enabled: false on all ranks but the first; the group is then empty and nothing is touched.
+
+    Raises:
+        ValueError: if wandb is asked for and not installed, or an existing metrics.jsonl is damaged.
+    """
+    group: list[Sink] = []
+    sinks = SinkGroup(group)
+    if not enabled:
+        return sinks
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if config.metrics.jsonl:
+            group.append(JsonlSink(folder / "metrics.jsonl", resumed_step))
+        if config.metrics.tensorboard:
+            group.append(TensorBoardSink(folder / "tensorboard", resumed_step))
+        if config.metrics.wandb != "off":
+            group.append(WandbSink(config, folder))
+    except BaseException:
+        sinks.close()
+        raise
+    return sinks

@@ -1,0 +1,110 @@
+"""From verdicts to rewards, and from rewards to group-relative advantages.
+
+Source: DAPO, arXiv 2503.14476 (rewards, overlong shaping); GRPO, arXiv 2402.03300 (group_std); Dr. GRPO, arXiv
+2503.20783 (group_mean); RLOO, arXiv 2402.14740 (leave_one_out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.config import RewardSection
+from megatron_fipo.rl.types import Group, Sample
+
+STD_EPSILON = 1e-6
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """(R - mean) / (std + 1e-6) over a group [n], std unbiased; 0 where all rewards are equal."""
+    _check_group(rewards)
+    return group_mean(rewards) / (rewards.std(correction=1) + STD_EPSILON)
+
+
+def group_mean(rewards: Tensor) -> Tensor:
+    """R - mean over a group [n]."""
+    _check_group(rewards)
+    return rewards - rewards.mean()
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """R_i - the mean of the others in the group [n]."""
+    _check_group(rewards)
+    others = (rewards.sum() - rewards) / (len(rewards) - 1)
+    return rewards - others
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_std": group_std,
+    "group_mean": group_mean,
+    "leave_one_out": leave_one_out,
+}
+
+
+def is_correct(sample: Sample) -> bool:
+    """Whether the verifier accepted the answer in full. Partial credit is not acceptance."""
+    return sample.accuracy == 1.0
+
+
+def overlong_penalty(length: int, max_response_tokens: int, buffer_tokens: int, penalty: float) -> float:
+    """What the length adds to the reward: 0 up to max_response - buffer, then falling linearly to -penalty at the end.
+
+    Args:
+        length: response tokens.
+        max_response_tokens: the longest response.
+        buffer_tokens: length of the slope; 0 turns the penalty off.
+        penalty: the largest penalty, >= 0.
+
+    Raises:
+        ValueError: if the buffer is longer than the longest response.
+    """
+    if not 0 <= buffer_tokens <= max_response_tokens:
+        raise ValueError(
+            f"reward.overlong_buffer_tokens={buffer_tokens} must lie between 0 and rollout.max_response_tokens="
+            f"{max_response_tokens}."
+        )
+    if not buffer_tokens:
+        return 0.0
+    excess = length - (max_response_tokens - buffer_tokens)
+    return -penalty * min(max(excess / buffer_tokens, 0.0), 1.0)
+
+
+def assign_rewards(groups: Sequence[Group], config: RewardSection, max_response_tokens: int) -> None:
+    """Set `Sample.reward`: reward.correct or reward.incorrect, plus the overlong penalty.
+
+    Raises:
+        ValueError: if the overlong buffer does not fit into max_response_tokens.
+    """
+    for group in groups:
+        for sample in group.samples:
+            verdict = config.correct if is_correct(sample) else config.incorrect
+            sample.reward = verdict + overlong_penalty(
+                len(sample.response_ids), max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty
+            )
+
+
+def assign_advantages(groups: Sequence[Group], estimator: str) -> None:
+    """Set `Sample.advantage` from the rewards of its group; call `assign_rewards` first.
+
+    Args:
+        estimator: group_std, group_mean or leave_one_out.
+
+    Raises:
+        ValueError: on an unknown estimator, and on a group of fewer than two samples.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"advantages.estimator={estimator} is unknown; choose one of {', '.join(ESTIMATORS)}.")
+    for group in groups:
+        rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float64)
+        for sample, advantage in zip(group.samples, ESTIMATORS[estimator](rewards).tolist(), strict=True):
+            sample.advantage = advantage
+
+
+def _check_group(rewards: Tensor) -> None:
+    if rewards.dim() != 1 or len(rewards) < 2:
+        raise ValueError(
+            f"a group needs at least 2 samples to compare; it has rewards of shape {tuple(rewards.shape)}. "
+            "Set rollout.num_samples_per_prompt to 2 or more."
+        )

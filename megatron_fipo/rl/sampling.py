@@ -1,0 +1,194 @@
+"""Dynamic sampling: which of the judged groups a step trains on, and whether another round of generation is needed.
+
+A group whose members are all right or all wrong carries no signal: its advantages are zero, or come from response
+lengths alone. Such groups are dropped and sampling goes on until the batch is full. Every rank keeps the same books:
+
+    sampler.start_step(step)
+    while sampler.needs_round:
+        sampler.add_round(generate(next prompts))
+    groups = sampler.take()
+
+Source: DAPO, arXiv 2503.14476. Right and wrong are the verifier's, before overlong shaping: otherwise lengths would
+make every all-wrong group look mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_fipo.config import SamplingSection
+from megatron_fipo.metrics.reductions import Last, Metrics
+from megatron_fipo.rl.advantages import is_correct
+from megatron_fipo.rl.types import Group, Prompt, Sample
+
+NUM_NAMED_ERRORS = 3
+
+
+class BatchNotFilledError(RuntimeError):
+    """The rounds of generation were used up before there were enough groups to train on."""
+
+
+@dataclass
+class _Counts:
+    """What became of this step's groups."""
+
+    rounds: int = 0
+    generated: int = 0
+    all_right: int = 0
+    all_wrong: int = 0
+    failed: int = 0
+    expired: int = 0
+    """Surplus groups that were too old at the start of the step."""
+
+
+class DynamicSampler:
+    """Collects judged groups over a step's rounds.
+
+    Groups are taken in prompt order, never in order of completion: short answers finish first, and a batch of those
+    that happened to be ready would teach brevity.
+    """
+
+    def __init__(self, num_groups: int, config: SamplingSection) -> None:
+        """
+        Args:
+            num_groups: groups that a step trains on, > 0.
+            config: `dynamic=False` keeps groups without a signal; groups with an error are dropped in any case.
+        """
+        if num_groups < 1 or config.max_generation_rounds < 1:
+            raise ValueError(
+                f"rollout.num_prompts={num_groups} and sampling.max_generation_rounds={config.max_generation_rounds} "
+                "must be at least 1."
+            )
+        self._num_groups = num_groups
+        self._config = config
+        self._step = 0
+        self._ready: list[Group] = []
+        self._errors: list[str] = []
+        self._counts = _Counts()
+        self._taken_ages: list[int] = []
+
+    def start_step(self, step: int) -> None:
+        """Begin a step: surplus groups older than max_surplus_age_steps go, the others open the batch."""
+        self._step = step
+        self._counts = _Counts()
+        self._errors, self._taken_ages = [], []
+        oldest = step - self._config.max_surplus_age_steps
+        young = [group for group in self._ready if group.created_at_step >= oldest]
+        self._counts.expired = len(self._ready) - len(young)
+        self._ready = young
+
+    def add_round(self, groups: Sequence[Group]) -> None:
+        """Judge one round's groups, each complete and in any order."""
+        self._counts.rounds += 1
+        self._counts.generated += len(groups)
+        for group in groups:
+            errors = [sample.error for sample in group.samples if sample.error]
+            num_correct = sum(is_correct(sample) for sample in group.samples)
+            all_right, all_wrong = num_correct == len(group.samples), num_correct == 0
+            self._counts.failed += bool(errors)
+            self._counts.all_right += all_right and not errors
+            self._counts.all_wrong += all_wrong and not errors
+            if errors:
+                self._errors.append(f"{group.prompt.source} prompt {group.prompt.prompt_id}: {errors[0]}")
+            elif not (self._config.dynamic and (all_right or all_wrong)):
+                self._ready.append(group)
+        self._ready.sort(key=lambda group: (group.prompt.prompt_id, group.prompt.source))
+
+    @property
+    def num_missing(self) -> int:
+        """Groups that the batch still lacks."""
+        return max(self._num_groups - len(self._ready), 0)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are enough groups for a step."""
+        return not self.num_missing
+
+    @property
+    def needs_round(self) -> bool:
+        """Whether to generate another round: the batch is not full and rounds are left."""
+        return not self.full and self._counts.rounds < self._config.max_generation_rounds
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """Why groups failed this step: one line for each, naming its prompt and its first error."""
+        return tuple(self._errors)
+
+    def take(self) -> list[Group]:
+        """The step's groups in prompt order. What is left over is kept for later steps, or discarded at age 0.
+
+        Returns:
+            num_groups groups; fewer, but at least one, where sampling.allow_short_batch lets a short batch pass.
+
+        Raises:
+            BatchNotFilledError: if there are not enough, with the numbers of what was dropped and what to do about it.
+        """
+        if not self._ready or (not self.full and not self._config.allow_short_batch):
+            raise BatchNotFilledError(self._diagnosis())
+        taken, self._ready = self._ready[: self._num_groups], self._ready[self._num_groups :]
+        if not self._config.max_surplus_age_steps:
+            self._ready = []
+        self._taken_ages = [self._step - group.created_at_step for group in taken]
+        return taken
+
+    def metrics(self) -> Metrics:
+        """What this step's sampling did; call after `take`. Every rank sees all groups, so the numbers are alike."""
+        counts, generated = self._counts, max(self._counts.generated, 1)
+        return {
+            "rollout/generation_rounds": Last(counts.rounds),
+            "rollout/generated_groups": Last(counts.generated),
+            "rollout/batch_groups": Last(len(self._taken_ages)),
+            "rollout/dropped_groups/all_right_share": Last(counts.all_right / generated),
+            "rollout/dropped_groups/all_wrong_share": Last(counts.all_wrong / generated),
+            "rollout/dropped_groups/failed_share": Last(counts.failed / generated),
+            "rollout/surplus_groups/kept": Last(len(self._ready)),
+            "rollout/surplus_groups/expired": Last(counts.expired),
+            "rollout/group_age_steps/mean": Last(sum(self._taken_ages) / max(len(self._taken_ages), 1)),
+            "rollout/group_age_steps/max": Last(max(self._taken_ages, default=0)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The surplus groups as plain containers and tensors, for the checkpoint at the end of a step."""
+        return {"surplus": [asdict(group) for group in self._ready]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the surplus of a checkpoint; ages count on from the steps in which the groups were made."""
+        self._ready = [
+            Group(
+                prompt=Prompt(**group["prompt"]),
+                samples=[Sample(**sample) for sample in group["samples"]],
+                created_at_step=group["created_at_step"],
+            )
+            for group in state["surplus"]
+        ]
+
+    def _diagnosis(self) -> str:
+        counts = self._counts
+        lines = [
+            f"step {self._step}: {len(self._ready)} of {self._num_groups} groups after {counts.rounds} rounds of "
+            f"generation (sampling.max_generation_rounds={self._config.max_generation_rounds}). Of {counts.generated} "
+            f"generated groups {counts.all_right} were all right, {counts.all_wrong} all wrong, {counts.failed} failed "
+            "in generation or verification."
+        ]
+        lines += [f"  failed: {error}" for error in self._errors[:NUM_NAMED_ERRORS]]
+        lines.append(f"Remedy: {self._remedy()}")
+        return "\n".join(lines)
+
+    def _remedy(self) -> str:
+        counts = self._counts
+        if counts.failed and counts.failed >= max(counts.all_right, counts.all_wrong):
+            return "see the failures above; a larger verifier.timeout_s helps where they are time-outs."
+        if counts.all_wrong > counts.all_right:
+            return (
+                "the prompts are too hard for this model: easier data, more rollout.num_samples_per_prompt, a larger "
+                "rollout.max_response_tokens if responses are cut; check the prompt template and the verifier on a few "
+                "responses. sampling.allow_short_batch=true trains on what there is."
+            )
+        if counts.all_right:
+            return (
+                "the prompts are too easy for this model: harder data, or more rollout.num_samples_per_prompt. "
+                "sampling.allow_short_batch=true trains on what there is."
+            )
+        return "generate more prompts in a round, or raise sampling.max_generation_rounds."

@@ -1,0 +1,62 @@
+"""Tasks of the package reasoning-gym, judged by the package's own scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import reasoning_gym
+
+from megatron_fipo.rl.verifiers.answer_markers import last_answer_line, last_answer_tag, last_line
+from megatron_fipo.rl.verifiers.verdict import Verdict
+
+
+def extract_answer(response_text: str) -> str:
+    """Final answer: the last <answer>…</answer>, else what follows the last "Answer:", else the last line.
+
+    Only the tags can hold an answer of several lines. A full stop after "Answer: …" is not part of the answer.
+    """
+    tagged = last_answer_tag(response_text)
+    if tagged is not None:
+        return tagged
+    marked = last_answer_line(response_text)
+    return marked[1] if marked is not None else last_line(response_text)
+
+
+def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
+    """Score the extracted answer with the task's scorer, partial credit included.
+
+    Many scorers give a fraction to a wrong answer of the right form, or to one that merely contains the right one:
+    go by `Verdict.correct` where only right and wrong count. A truncated response is judged by its text, like any
+    other.
+
+    Args:
+        reference: {"task": name of the data set, "params": its parameters, "entry": the entry that the data set made}.
+    """
+    if not isinstance(reference, Mapping) or not {"task", "params", "entry"} <= reference.keys():
+        raise ValueError(f"a reasoning_gym reference is a mapping with task, params and entry, got {reference!r:.200}")
+    answer = extract_answer(response_text)
+    if not answer:
+        return Verdict(0.0)
+    entry = reference["entry"]
+    score_answer = _dataset(reference["task"], reference["params"]).score_answer
+    try:
+        score = float(score_answer(answer, entry))
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError):
+        # Some scorers raise over an answer of the wrong form, which makes it a wrong answer; a scorer that raises over
+        # the right one as well is broken, and so is the judgement.
+        if float(score_answer(entry["answer"], entry)) != 1.0:
+            raise
+        score = 0.0
+    return Verdict(min(max(score, 0.0), 1.0), answer)
+
+
+_datasets: dict[tuple[str, str], Any] = {}
+"""Data sets that scored before, by task and parameters: some scorers read the parameters, and some load word lists."""
+
+
+def _dataset(task: str, params: Mapping[str, Any]) -> Any:
+    key = (task, repr(sorted(params.items())))
+    if key not in _datasets:
+        _datasets[key] = reasoning_gym.create_dataset(task, seed=0, size=1, **params)
+    return _datasets[key]

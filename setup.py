@@ -1,0 +1,50 @@
+"""Package metadata. Ranges here say what may work; constraints.txt pins what the tests run with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_fipo/__init__.py").read_text(encoding="utf-8"))[1]
+README = ROOT / "README.md"
+
+setup(
+    name="megatron-fipo",
+    version=VERSION,
+    description="Reinforcement learning with Future-KL influenced policy optimization (FIPO) on Megatron-Core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_fipo", "megatron_fipo.*"]),
+    install_requires=[
+        "torch>=2.8",
+        # 0.16.1 is the newest release that declares Python 3.11; from 0.17 on 3.12 is the oldest.
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",  # chat templates
+        "safetensors>=0.5",
+        "omegaconf>=2.3,<3",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "tensorboard>=2.18",
+        "math-verify>=0.8",
+        "reasoning-gym>=0.1.20",
+        "pyarrow>=17",
+        "psutil>=5.9",  # Megatron's checkpoint writers die without it
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.9"],
+        "sglang": ["sglang>=0.5"],
+        "vllm": ["vllm>=0.11"],
+        "slurm": ["nemo-run==0.11.1", "leptonai<0.28"],
+        "wandb": ["wandb>=0.19"],
+        "smollm2": ["gguf>=0.17"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["megatron-fipo = megatron_fipo.cli:main"]},
+)

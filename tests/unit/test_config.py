@@ -1,0 +1,556 @@
+"""Loading, validation and the resolved configuration."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_fipo import config as config_module
+from megatron_fipo.config import (
+    ALGORITHMS,
+    Config,
+    ConfigError,
+    DataSourceConfig,
+    load_config,
+    read_model_config,
+    required_pad_multiple,
+    save_resolved,
+    updates_per_step,
+    validate,
+    validate_model_layout,
+    warnings_for,
+)
+
+SOUND = """
+model:
+  path: some/model
+data:
+  train:
+    chain: {kind: chain_arithmetic, verifier: chain_arithmetic, params: {num_steps: 3}}
+  evaluation:
+    held_out: {kind: chain_arithmetic, verifier: chain_arithmetic, num_prompts: 64, seed: 1000}
+rollout: {num_prompts: 8, max_prompt_tokens: 100, max_response_tokens: 50}
+batch: {max_tokens_per_microbatch: 400}
+"""
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    path = tmp_path / "sound.yaml"
+    path.write_text(SOUND)
+    return path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def message_of(path: Path | None, *overrides: str, world_size: int | None = None) -> str:
+    """The error that a configuration gives, at loading or at validation."""
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config(path, overrides), world_size)
+    return str(caught.value)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_sound_configuration_is_sound(sound: Path) -> None:
+    config = load_config(sound)
+    validate(config, world_size=4)
+    assert config.data.train["chain"] == DataSourceConfig(
+        kind="chain_arithmetic", verifier="chain_arithmetic", params={"num_steps": 3}
+    )
+
+
+def test_precedence_is_defaults_preset_file_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "algorithm: grpo\nobjective: {clip_ratio_high: 0.3}\ntrain: {num_steps: 7}\n")
+    config = load_config(path, ["train.num_steps=5", "train.num_steps=6"])
+    assert config.sampling.dynamic is False  # the preset beats the default
+    assert config.objective.dual_clip is None
+    assert config.objective.clip_ratio_high == 0.3  # the file beats the preset
+    assert config.train.num_steps == 6  # the last override beats the file
+    assert config.objective.clip_ratio_low == 0.2  # a default that nobody touched
+
+
+def test_the_algorithm_comes_from_the_last_layer_that_names_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "algorithm: grpo\n")
+    assert load_config(path).sampling.dynamic is False
+    assert load_config(path, ["algorithm=dapo"]).sampling.dynamic is True
+    assert load_config(path, ["algorithm=dapo"]).objective.future_kl is False
+    assert load_config(None).objective.future_kl is True
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_preset_names_known_keys(algorithm: str) -> None:
+    config = load_config(None, [f"algorithm={algorithm}"])
+    for section, values in ALGORITHMS[algorithm].items():
+        for name, value in values.items():
+            assert getattr(getattr(config, section), name) == value
+
+
+def test_overrides_reach_into_sources_and_make_new_ones(sound: Path) -> None:
+    overrides = ["data.evaluation.gsm8k.num_prompts=20", "data.train.chain.params.num_steps=9"]
+    config = load_config(sound, overrides)
+    assert config.data.evaluation["gsm8k"].num_prompts == 20
+    assert config.data.evaluation["held_out"].num_prompts == 64
+    assert config.data.train["chain"].params == {"num_steps": 9}
+    assert config.data.train["chain"].kind == "chain_arithmetic"
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("optimizer.learning_rate=5e-5", lambda c: c.optimizer.learning_rate, 5e-5),
+        ("optimizer.learning_rate=1", lambda c: c.optimizer.learning_rate, 1.0),
+        ("objective.influence_max=.inf", lambda c: c.objective.influence_max, float("inf")),
+        ("metrics.wandb=off", lambda c: c.metrics.wandb, "off"),  # YAML 1.1 would make it false
+        ("run.name=no", lambda c: c.run.name, "no"),
+        ("run.name=12", lambda c: c.run.name, "12"),
+        ("run.name=a=b", lambda c: c.run.name, "a=b"),
+        ("train.resume=false", lambda c: c.train.resume, False),
+        ("train.resume=off", lambda c: c.train.resume, False),
+        ("parallel.virtual_pp=null", lambda c: c.parallel.virtual_pp, None),
+        ("data.train.chain.system_prompt=", lambda c: c.data.train["chain"].system_prompt, ""),
+        ("rollout={top_p: 0.5, temperature: 2}", lambda c: (c.rollout.top_p, c.rollout.num_prompts), (0.5, 8)),
+        ("objective.sequence_sum_tokens=${rollout.max_response_tokens}", lambda c: c.objective.sequence_sum_tokens, 50),
+    ],
+)
+def test_override_values(sound: Path, override: str, read: Any, expected: Any) -> None:
+    value = read(load_config(sound, [override]))
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_the_run_name_fills_the_output_folder() -> None:
+    assert load_config(None, ["run.name=mine"]).run.output_dir == "outputs/mine"
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    empty = load_config(write(tmp_path, "# nothing\n"))
+    assert empty == dataclasses.replace(Config(), run=dataclasses.replace(Config().run, output_dir="outputs/fipo"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "hint"),
+    [
+        ("train.num_step=5", "train.num_step", "Did you mean train.num_steps?"),
+        ("paralel.cp=2", "paralel", "Did you mean parallel?"),
+        ("data.train.chain.num_promts=3", "data.train.chain.num_promts", "Did you mean data.train.chain.num_prompts?"),
+        ("data.evaluation.new.kin=jsonl", "data.evaluation.new.kin", "Did you mean data.evaluation.new.kind?"),
+        ("train.learning_rate=1", "train.learning_rate", "Did you mean optimizer.learning_rate?"),
+        ("temperatur=1", "temperatur", "Did you mean rollout.temperature or evaluation.temperature?"),
+        ("train.xyzzy=1", "train.xyzzy", "Known here: num_steps, num_minibatches, num_epochs, resume."),
+    ],
+)
+def test_an_unknown_key_names_itself_its_place_and_the_nearest(sound: Path, override: str, key: str, hint: str) -> None:
+    message = message_of(sound, override)
+    assert message == f"unknown key {key} in override {override!r}. {hint}"
+
+
+def test_unknown_keys_of_a_file_are_all_reported_with_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {steps: 3}\nparallel: {tpp: 2}\n")
+    message = message_of(path)
+    assert message.startswith(f"2 problems in {path}:")
+    assert f"unknown key train.steps in {path}. Did you mean train.num_steps?" in message
+    assert f"unknown key parallel.tpp in {path}. Did you mean parallel.tp?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.num_steps=x", "train.num_steps='x' in override 'train.num_steps=x': a whole number was expected."),
+        ("train.num_steps=1.5", "train.num_steps=1.5 in override 'train.num_steps=1.5': a whole number was expected."),
+        (
+            "train.num_steps=true",
+            "train.num_steps=True in override 'train.num_steps=true': a whole number was expected.",
+        ),
+        ("train.resume=maybe", "train.resume='maybe' in override 'train.resume=maybe': true or false was expected."),
+        (
+            "objective.dual_clip=a",
+            "objective.dual_clip='a' in override 'objective.dual_clip=a': a number or null was expected.",
+        ),
+        (
+            "data.train.chain.weight=heavy",
+            "data.train.chain.weight='heavy' in override 'data.train.chain.weight=heavy': a whole number was expected.",
+        ),
+        ("run.name=[1]", "run.name=[1] in override 'run.name=[1]': text was expected."),
+    ],
+)
+def test_a_wrong_type_names_key_value_and_type(sound: Path, override: str, expected: str) -> None:
+    assert message_of(sound, override) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("train=3", "train=3 in override 'train=3': a section was expected"),
+        ("data.train=[1]", "data.train=[1] in override 'data.train=[1]': sources by name were expected"),
+        ("data.train.chain=null", "data.train.chain=None in override 'data.train.chain=null': a section was expected"),
+        ("train.num_steps", "override 'train.num_steps' is not of the form section.key=value"),
+        ("train..num_steps=3", "is not of the form section.key=value"),
+        ("run.name=[1", "override 'run.name=[1': the value is not valid YAML"),
+        ("train.num_steps=${run.nme}", "train.num_steps=${run.nme}: Interpolation key 'run.nme' not found."),
+        ("train.num_steps=${run.name}", "could not be converted to Integer"),
+        ("algorithm=fippo", "algorithm=fippo: must be one of fipo, dapo,"),
+        ("algorithm=fippo", "Did you mean fipo?"),
+        ("algorithm=[1]", "algorithm=[1]: must be one of"),
+    ],
+)
+def test_malformed_input(sound: Path, override: str, fragment: str) -> None:
+    assert fragment in message_of(sound, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("train: {num_steps: 1}\ntrain: {num_steps: 2}\n", "train is given twice"),
+        ("train: [1\nrun: 2\n", "is not valid YAML"),
+        ("- train\n", "holds a list; sections such as 'train:' were expected"),
+        ("train:\n", "train=None"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, text: str, fragment: str) -> None:
+    path = write(tmp_path, text)
+    message = message_of(path)
+    assert fragment in message
+    assert str(path) in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.yaml") in message_of(tmp_path / "none.yaml")
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "model.path=": "model.path=: must name a folder",
+    "model.dtype=bfloat": "model.dtype=bfloat: must be one of float32, bfloat16. Did you mean bfloat16?",
+    "model.recompute=some": "model.recompute=some: must be one of none, selective, full.",
+    "model.log_prob_chunk_tokens=0": "model.log_prob_chunk_tokens=0: must be at least 1.",
+    "run.name=": "run.name=: must not be empty.",
+    "run.seed=-1": "run.seed=-1: must be between 0 and 2**32 - 1.",
+    "data.overlong_prompts=drop": "data.overlong_prompts=drop: must be one of error, skip.",
+    "data.train.a.kind=parquet": "data.train.a.verifier=: must be one of chain_arithmetic, reasoning_gym, math, exact,",
+    "data.evaluation.held_out.kind=reasoning_gym": "judged by their own task. Set data.evaluation.held_out.verifier=",
+    "data.train.chain.verifier=mine:1st": "chain.verifier=mine:1st: must be one of",
+    "data.train.chain.verifier=maths": "chain.verifier=maths: must be one of chain_arithmetic, reasoning_gym, math",
+    "data.train.chain.kind=json": "chain.kind=json: must be one of jsonl, parquet, chain_arithmetic, reasoning_gym.",
+    "data.train.chain.kind=jsonl": "data.train.chain.path is empty: kind=jsonl reads a file.",
+    "data.train.chain.path=x.jsonl": "data.train.chain.path=x.jsonl: kind=chain_arithmetic reads no file.",
+    "data.train.chain.kind=reasoning_gym": "data.train.chain.task is empty: kind=reasoning_gym needs",
+    "data.train.chain.task=chain_sum": "data.train.chain.task=chain_sum: only kind=reasoning_gym has tasks.",
+    "data.train.chain.verifier=reasoning_gym": "judges entries of kind=reasoning_gym, and this kind is",
+    "data.train.chain.prompt_template=Solve": "must hold {prompt}, where the prompt goes.",
+    "data.train.chain.system_prompt=Hello": "chat_template=false leaves it out. Set data.train.chain.chat_tem",
+    "data.train.chain.weight=0": "data.train.chain.weight=0: must be at least 1.",
+    "data.train.a/b.weight=1": "data.train: the name 'a/b' goes into metric names",
+    "data.evaluation.held_out.seed=null": "makes prompts without end. Set data.evaluation.held_out.seed.",
+    "data.evaluation.held_out.num_prompts=null": "Set data.evaluation.held_out.num_prompts.",
+    "rollout.engine=sglan": "rollout.engine=sglan: must be one of in_process.",
+    "rollout.num_samples_per_prompt=1": "rollout.num_samples_per_prompt=1: must be at least 2: advantages compare",
+    "rollout.temperature=0": "rollout.temperature=0.0: must be above 0: training samples its responses.",
+    "rollout.temperature=.nan": "rollout.temperature=nan: must be above 0",
+    "rollout.top_p=0": "rollout.top_p=0.0: must be above 0 and at most 1",
+    "rollout.top_p=1.01": "rollout.top_p=1.01: must be above 0 and at most 1",
+    "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and finite.",
+    "reward.correct=-1": "reward.correct=-1.0: must be above reward.incorrect=-1.0.",
+    "reward.overlong_buffer_tokens=50": "buffer_tokens=50: must be below rollout.max_response_tokens=50",
+    "sampling.max_generation_rounds=0": "sampling.max_generation_rounds=0: must be at least 1.",
+    "advantages.estimator=gae": "advantages.estimator=gae: must be one of group_std, group_mean, leave_one_out.",
+    "objective.clip_ratio_low=1.5": "objective.clip_ratio_low=1.5: must be above 0 and at most 1.",
+    "objective.dual_clip=1": "objective.dual_clip=1.0: must be above 1, or null to turn it off.",
+    "objective.dual_clip=null": "objective.dual_clip=null: Future-KL leaves out tokens with a ratio above dual_clip",
+    "objective.old_log_probs=rollout": "objective.old_log_probs=rollout: rollout log-probs as π_old are refused",
+    "objective.half_life_tokens=0": "objective.half_life_tokens=0.0: must be above 0 and finite.",
+    "objective.influence_min=1.3": "objective.influence_min=1.3: must not be above objective.influence_max=1.2.",
+    "objective.loss_aggregation=sequence_sum": "objective.sequence_sum_tokens=null: loss_aggregation=sequence_sum",
+    "objective.future_kl=false": "contradicts algorithm=fipo, which is objective.future_kl=true. Remove",
+    "train.num_minibatches=3": "a minibatch holds whole groups. Set it to one of 1, 2, 4, 8.",
+    "train.num_minibatches=16": "train.num_minibatches=16: must divide rollout.num_prompts=8",
+    "optimizer.num_warmup_steps=-1": "optimizer.num_warmup_steps=-1: must be at least 0.",
+    "optimizer.adam_beta2=1": "optimizer.adam_beta2=1.0: must be at least 0 and below 1.",
+    "parallel.sequence_parallel=true": "parallel.sequence_parallel=true: needs parallel.tp above 1.",
+    "parallel.virtual_pp=2": "parallel.virtual_pp=2: needs parallel.pp above 1.",
+    "parallel.virtual_pp=1": "parallel.virtual_pp=1: must be at least 2, or null for the plain schedule.",
+    "parallel.cp=3": "4 processes cannot hold whole copies of the model: tp=1 x pp=1 x cp=3 takes 3 each.",
+    "batch.max_tokens_per_microbatch=149": "takes 150 tokens with padding. Raise it to at least 150.",
+    "batch.pad_multiple=500": "takes 500 tokens with padding. Raise it to at least 500.",
+    "evaluation.top_p=2": "evaluation.top_p=2.0: must be above 0 and at most 1",
+    "metrics.wandb=on": "metrics.wandb=on: must be one of off, online, offline.",
+    "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be at least 1.",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_cannot_run_is_refused(sound: Path, override: str) -> None:
+    assert REFUSED[override] in message_of(sound, override, world_size=4)
+
+
+def test_training_needs_a_source(tmp_path: Path) -> None:
+    assert "data.train is empty" in message_of(write(tmp_path, "model: {path: x}\n"))
+
+
+def test_all_problems_are_reported_together(sound: Path) -> None:
+    message = message_of(sound, "model.dtype=int8", "train.num_epochs=0", "rollout.num_prompts=0")
+    assert message.startswith("3 problems in the configuration:\n  - model.dtype=int8")
+    assert "train.num_epochs=0" in message
+    assert "rollout.num_prompts=0" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["algorithm=dapo", "objective.future_kl=true"], "objective.future_kl=true: contradicts algorithm=dapo"),
+        (["algorithm=dapo", "objective.future_kl=true"], "take algorithm=fipo."),
+        (["algorithm=rloo", "advantages.estimator=group_std"], "contradicts algorithm=rloo"),
+        (
+            ["algorithm=grpo_sequence_mean", "objective.loss_aggregation=token_mean"],
+            "contradicts algorithm=grpo_sequence",
+        ),
+        (["algorithm=dr_grpo"], "objective.sequence_sum_tokens=null"),
+    ],
+)
+def test_an_algorithm_is_what_its_name_says(sound: Path, overrides: list[str], fragment: str) -> None:
+    assert fragment in message_of(sound, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm=dapo"],
+        ["algorithm=grpo", "objective.old_log_probs=rollout", "objective.clip_ratio_high=0.28"],
+        ["algorithm=dr_grpo", "objective.sequence_sum_tokens=50"],
+        ["algorithm=rloo"],
+        ["objective.influence_min=0", "objective.influence_max=.inf"],
+        ["objective.half_life_tokens=256", "objective.filter_extreme_ratios=false", "objective.clip_ratio_high=0.4"],
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2"],
+        ["parallel.pp=2", "parallel.virtual_pp=2"],
+        ["batch.max_tokens_per_microbatch=150"],
+        ["data.train.chain.verifier=my_package.judges:judge"],
+        ["evaluation.temperature=0", "evaluation.max_response_tokens=5000"],
+    ],
+)
+def test_what_can_run_is_accepted(sound: Path, overrides: list[str]) -> None:
+    validate(load_config(sound, overrides), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "sequence_parallel", "expected"),
+    [
+        (1, 1, False, 1),
+        (4, 1, False, 1),
+        (1, 2, False, 4),
+        (1, 4, False, 8),
+        (4, 1, True, 4),
+        (2, 2, True, 4),
+        (4, 2, True, 8),  # a context-parallel rank holds T / 2 tokens, which 4 must divide: lcm(4, 4) = 4 would not do
+        (3, 2, True, 12),
+    ],
+)
+def test_required_pad_multiple(tp: int, cp: int, sequence_parallel: bool, expected: int) -> None:
+    overrides = [
+        f"parallel.tp={tp}",
+        f"parallel.cp={cp}",
+        f"parallel.sequence_parallel={str(sequence_parallel).lower()}",
+    ]
+    assert required_pad_multiple(load_config(None, overrides)) == expected
+
+
+def test_pad_multiple_must_suit_the_layout(sound: Path) -> None:
+    message = message_of(sound, "parallel.cp=2", "batch.pad_multiple=6")
+    assert message.startswith("batch.pad_multiple=6: cp=2, tp=1 and sequence_parallel=false need")
+    assert "Set it to 4" in message
+    assert "takes 152 tokens" in message_of(sound, "parallel.cp=2", "batch.max_tokens_per_microbatch=151")
+    validate(load_config(sound, ["parallel.cp=2", "batch.pad_multiple=12"]))
+
+
+def test_every_number_has_a_rule() -> None:
+    """A number that nothing checks would fail somewhere inside Megatron instead."""
+
+    def numbers(section: type) -> list[tuple[str, str]]:
+        found = []
+        for name, annotation in config_module._field_types(section).items():
+            if dataclasses.is_dataclass(annotation):
+                found += numbers(annotation)
+            elif "int" in str(annotation) or "float" in str(annotation):
+                found.append((section.__name__, name))
+        return found
+
+    rules = {(section.__name__, name) for section, names in config_module._RULES.items() for name in names}
+    everything = numbers(Config) + numbers(DataSourceConfig)
+    assert len(everything) > 40
+    assert [number for number in everything if number not in rules] == []
+
+
+def test_names_agree_with_what_the_package_has() -> None:
+    from megatron_fipo.data.prompts import FILE_KINDS, PROCEDURAL_KINDS
+    from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS
+
+    assert set(config_module.VERIFIERS) == set(BUILTIN_VERIFIERS)
+    assert set(config_module.SOURCE_KINDS) == {*FILE_KINDS, *PROCEDURAL_KINDS}
+    assert set(config_module.PROCEDURAL_KINDS) == set(PROCEDURAL_KINDS)
+
+
+def test_rules_and_choices_name_existing_fields() -> None:
+    for table in (config_module._RULES, config_module._CHOICES):
+        for section, names in table.items():
+            assert set(names) <= {item.name for item in dataclasses.fields(section)}, section
+
+
+# --- the model's layout ----------------------------------------------------------------------------------------------
+
+MODEL = {"num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 6, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["parallel.tp=8"], "parallel.tp=8: must divide the model's num_attention_heads=12."),
+        (["parallel.tp=3"], "parallel.tp=3: must divide the model's num_key_value_heads=2, or be a multiple of it."),
+        (["parallel.tp=5"], "parallel.tp=5: must divide the model's intermediate_size=96."),
+        (["parallel.pp=4"], "parallel.pp=4: 4 stages must divide the model's num_hidden_layers=6."),
+        (["parallel.pp=2", "parallel.virtual_pp=2"], "parallel.pp=2 x virtual_pp=2: 4 stages must divide"),
+    ],
+)
+def test_layouts_that_the_model_does_not_divide_into(overrides: list[str], fragment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate_model_layout(load_config(None, overrides), MODEL)
+    assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.tp=2"], ["parallel.tp=4", "parallel.pp=3"], ["parallel.pp=6"]])
+def test_layouts_that_the_model_divides_into(overrides: list[str]) -> None:
+    validate_model_layout(load_config(None, overrides), MODEL)
+
+
+def test_a_model_without_grouped_queries_has_as_many_groups_as_heads() -> None:
+    plain = {name: size for name, size in MODEL.items() if name != "num_key_value_heads"}
+    validate_model_layout(load_config(None, ["parallel.tp=3"]), plain)
+
+
+def test_a_model_config_without_sizes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"config\.json has no whole number for num_hidden_layers"):
+        validate_model_layout(load_config(None), {"num_attention_heads": 2, "intermediate_size": 8})
+
+
+def test_read_model_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 6')
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[6]")
+    with pytest.raises(ConfigError, match="holds a list"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 6}')
+    assert read_model_config(tmp_path) == {"num_hidden_layers": 6}
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+
+def test_one_update_per_step_makes_fipo_inert(sound: Path) -> None:
+    inert = load_config(sound, ["train.num_minibatches=1"])
+    assert updates_per_step(inert) == 1
+    assert [text for text in warnings_for(inert) if text.startswith("FIPO is inert")]
+    for overrides in (["train.num_minibatches=1", "train.num_epochs=2"], ["train.num_minibatches=1", "algorithm=dapo"]):
+        assert not [text for text in warnings_for(load_config(sound, overrides)) if "inert" in text]
+    assert updates_per_step(load_config(sound, ["train.num_minibatches=4", "train.num_epochs=3"])) == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("rollout.top_p=0.9", "rollout.top_p=0.9 samples from a truncated distribution"),
+        ("train.num_steps=10", "the learning rate never reaches 1e-06"),
+        ("objective.influence_max=1", "influence weights cannot vary"),
+    ],
+)
+def test_warnings(sound: Path, override: str, fragment: str) -> None:
+    assert warnings_for(load_config(sound)) == []
+    found = warnings_for(load_config(sound, [override]))
+    assert [fragment in text for text in found] == [True]
+
+
+def test_greedy_samples_are_alike(sound: Path) -> None:
+    found = warnings_for(load_config(sound, ["evaluation.temperature=0", "evaluation.num_samples_per_prompt=4"]))
+    assert [text for text in found if "all 4 responses will be alike" in text]
+
+
+def test_sequences_beyond_the_positions_of_the_model(sound: Path) -> None:
+    config = load_config(sound)
+    assert warnings_for(config, {"max_position_embeddings": 150}) == []
+    assert "max_position_embeddings=149" in warnings_for(config, {"max_position_embeddings": 149})[0]
+
+
+# --- the resolved configuration --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_resolved_configuration_reads_back(sound: Path, tmp_path: Path, algorithm: str) -> None:
+    config = load_config(sound, [f"algorithm={algorithm}", "objective.influence_max=.inf", "metrics.wandb=off"])
+    path = save_resolved(config, tmp_path / "run" / "folder")
+    assert path == tmp_path / "run" / "folder" / "config.yaml"
+    assert load_config(path) == config
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.one_of(
+        st.text(alphabet="\\${}.ab: #'\"\n", max_size=12),
+        st.sampled_from(
+            ["no", "1e-6", "null", "0x7", "1_0", "${run.name}", "\\${x}", "1:30", "2026-01-01", "~", "", " a"]
+        ),
+    )
+)
+def test_texts_survive_the_resolved_configuration(text: str) -> None:
+    source = DataSourceConfig(prompt_template=text, params={"nested": [text, {"x": text}], "number": 1e-6})
+    defaults = load_config(None)
+    config = dataclasses.replace(defaults, data=dataclasses.replace(defaults.data, train={"a": source}))
+    with tempfile.TemporaryDirectory() as folder:
+        assert load_config(save_resolved(config, folder)) == config
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def undocumented_fields(source: str) -> list[str]:
+    """Dataclass fields without a docstring under them; the reference of all keys is made of those docstrings."""
+    missing = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or not any(
+            "dataclass" in ast.unparse(item) for item in node.decorator_list
+        ):
+            continue
+        if node.name.startswith("_"):
+            continue
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            documented = (
+                isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            )
+            sections = isinstance(statement, ast.AnnAssign) and ast.unparse(statement.annotation).endswith("Section")
+            if isinstance(statement, ast.AnnAssign) and not documented and not sections and node.name != "Config":
+                missing.append(f"{node.name}.{ast.unparse(statement.target)}")
+    return missing
+
+
+def test_every_key_has_a_docstring() -> None:
+    source = Path(config_module.__file__).read_text(encoding="utf-8")
+    assert undocumented_fields(source) == []
+
+
+def test_a_field_without_docstring_is_noticed() -> None:
+    source = '@dataclass(frozen=True)\nclass A:\n    x: int = 1\n    """X."""\n    y: int = 2\n'
+    assert undocumented_fields(source) == ["A.y"]

@@ -1,0 +1,188 @@
+"""avg@k, cons@k, pass@k by hand-computed values."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fipo.evaluation import (
+    ProblemResult,
+    avg_at_k,
+    ci95_half_width,
+    cons_at_k,
+    evaluate_problems,
+    evaluate_samples,
+    pass_at_k,
+    write_problems,
+)
+from megatron_fipo.rl.types import Group, Prompt, Sample
+
+
+def group(
+    source: str,
+    prompt_id: int,
+    accuracies: list[float],
+    *,
+    answers: list[str] | None = None,
+    lengths: list[int] | None = None,
+    reasons: list[str] | None = None,
+    errors: list[str] | None = None,
+) -> Group:
+    k = len(accuracies)
+    lengths, reasons = lengths or [1] * k, reasons or ["stop"] * k
+    answers, errors = answers or [str(a) for a in accuracies], errors or [""] * k
+    samples = [
+        Sample(
+            prompt_id=prompt_id,
+            sample_index=i,
+            prompt_ids=torch.tensor([2]),
+            response_ids=torch.zeros(lengths[i], dtype=torch.int64),
+            rollout_log_probs=torch.zeros(lengths[i]),
+            finish_reason=reasons[i],
+            accuracy=accuracies[i],
+            answer=answers[i],
+            error=errors[i],
+        )
+        for i in range(k)
+    ]
+    return Group(Prompt(prompt_id, source, f"question {prompt_id}", (2,), "exact", 42), samples)
+
+
+def test_avg_is_the_share_of_correct_responses() -> None:
+    assert avg_at_k([True, False, False, True]) == 0.5
+    with pytest.raises(ValueError, match="at least one response"):
+        avg_at_k([])
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct", "expected"),
+    [
+        (["7", "7", "8"], [False, False, True], 0.0),  # the majority is wrong
+        (["8", "7", "7"], [False, True, True], 1.0),
+        (["8", "7"], [False, True], 0.0),  # a tie goes to the first answer …
+        (["7", "8"], [True, False], 1.0),
+        (["9", "8", "7", "7", "8"], [False, False, True, True, False], 0.0),  # … of those tied, not of all
+        (["", "", "7"], [False, False, True], 1.0),  # no answer is no vote
+        (["", ""], [False, False], 0.0),
+    ],
+)
+def test_cons_is_the_majoritys_verdict(answers: list[str], correct: list[bool], expected: float) -> None:
+    assert cons_at_k(answers, correct) == expected
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (5, 2, 4), (5, 0, 2), (6, 6, 2), (7, 1, 7)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n: int, c: int, k: int) -> None:
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_by_hand_and_refusals() -> None:
+    # 1 - C(3, 2)/C(5, 2) = 1 - 3/10; the plug-in estimate 1 - (1 - 2/5)^2 = 0.64 is biased.
+    assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
+    for arguments in [(5, 6, 1), (5, -1, 1), (5, 2, 0), (5, 2, 6)]:
+        with pytest.raises(ValueError, match=r"pass@k needs"):
+            pass_at_k(*arguments)
+
+
+def test_confidence_interval_over_problems() -> None:
+    # Values 0, 1, 1, 0: s = sqrt(4 * 0.25 / 3) = 0.57735; 1.96 * 0.57735 / 2 = 0.56580.
+    assert ci95_half_width([0.0, 1.0, 1.0, 0.0]) == pytest.approx(0.56580, abs=1e-5)
+    assert ci95_half_width([0.5, 0.5]) == 0.0
+    assert math.isnan(ci95_half_width([0.5]))
+
+
+def test_metrics_of_two_sources() -> None:
+    groups = [
+        group(
+            "aime",
+            0,
+            [1.0, 0.0, 1.0, 0.0],
+            answers=["3", "4", "3", ""],
+            lengths=[10, 20, 30, 40],
+            reasons=["stop", "stop", "stop", "length"],
+        ),
+        group("aime", 1, [0.0, 0.0, 1.0, 0.5], answers=["1", "1", "2", "5"], lengths=[10, 10, 10, 70]),
+        group("gsm", 0, [1.0], answers=["9"]),
+    ]
+    results = evaluate_samples(groups)
+    assert list(results) == ["aime", "gsm"]
+    aime = results["aime"]
+    assert (aime.num_problems, aime.num_samples) == (2, 4)
+    # avg: (2/4 + 1/4)/2; cons: problem 0 votes 3 (right), problem 1 votes 1 (wrong).
+    assert (aime.avg, aime.cons, aime.pass_all) == (0.375, 0.5, 1.0)
+    assert aime.avg_ci95 == pytest.approx(1.96 * 0.1767767 / math.sqrt(2), abs=1e-6)
+    expected = {
+        "avg@4": 0.375,
+        "cons@4": 0.5,
+        "pass@1": 0.375,
+        "pass@2": (1 - 1 / 6 + 1 - 3 / 6) / 2,  # C(2,2)/C(4,2) = 1/6 and C(3,2)/C(4,2) = 3/6
+        "pass@4": 1.0,
+        "score/mean": 3.5 / 8,
+        "response_tokens/mean": 25.0,
+        "response_tokens/min": 10.0,
+        "response_tokens/p25": 10.0,
+        "response_tokens/median": 15.0,  # 10 10 10 10 | 20 30 40 70
+        "response_tokens/p75": 32.5,
+        "response_tokens/max": 70.0,
+        "truncated/share": 0.125,
+        "no_answer/share": 0.125,
+        "errors/count": 0.0,
+        "problems/count": 2.0,
+    }
+    measured = {name.removeprefix("evaluation/aime/"): value for name, value in aime.metrics.items()}
+    assert measured.pop("avg@4_ci95") == aime.avg_ci95
+    assert measured == pytest.approx(expected)
+    gsm = results["gsm"].metrics
+    assert gsm["evaluation/gsm/avg@1"] == gsm["evaluation/gsm/cons@1"] == gsm["evaluation/gsm/pass@1"] == 1.0
+    assert math.isnan(gsm["evaluation/gsm/avg@1_ci95"])
+
+
+def test_what_could_not_be_judged_is_wrong_and_counted() -> None:
+    result = evaluate_samples([group("s", 0, [1.0, 1.0], errors=["", "timed out"])])["s"]
+    assert result.avg == 0.5
+    assert result.metrics["evaluation/s/errors/count"] == 1.0
+
+
+def test_partial_credit_is_not_correct() -> None:
+    result = evaluate_samples([group("s", 0, [0.9, 0.9])])["s"]
+    assert (result.avg, result.metrics["evaluation/s/score/mean"]) == (0.0, pytest.approx(0.9))
+
+
+def test_problems_of_a_source_need_equally_many_responses() -> None:
+    with pytest.raises(ValueError, match=r"source 's'.*got \[1, 2\]"):
+        evaluate_samples([group("s", 0, [1.0]), group("s", 1, [1.0, 0.0])])
+
+
+def test_the_order_of_problems_does_not_matter() -> None:
+    problems = [ProblemResult.from_group(group("s", i, [float(i % 2), 1.0])) for i in range(5)]
+    assert evaluate_problems(problems)["s"].metrics == evaluate_problems(problems[::-1])["s"].metrics
+
+
+def test_problems_are_written_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation" / "problems.jsonl"
+    write_problems(
+        path,
+        [ProblemResult.from_group(group("s", i, [1.0, 0.0], answers=["π", ""], lengths=[3, 4])) for i in range(2)],
+    )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2
+    assert rows[1] == {
+        "source": "s",
+        "prompt_id": 1,
+        "prompt": "question 1",
+        "reference": "42",
+        "correct": [True, False],
+        "scores": [1.0, 0.0],
+        "answers": ["π", ""],
+        "response_tokens": [3, 4],
+        "finish_reasons": ["stop", "stop"],
+        "errors": ["", ""],
+        "avg@2": 0.5,
+        "cons@2": 1.0,
+        "pass@2": 1.0,
+    }

@@ -1,0 +1,223 @@
+"""Holds the dependency directions by reading the imports of every module."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megatron_fipo
+
+PACKAGE = Path(megatron_fipo.__file__).parent
+
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "metrics.reductions": set(),
+    "metrics": {"config", "metrics"},
+    "rl": {"config", "metrics.reductions", "rl"},
+    "data": {"config", "rl", "data"},
+    "parallel": {"config", "rl", "metrics.reductions", "parallel"},
+    "convert": {"config", "parallel", "convert"},
+    "actor": {"config", "rl", "metrics.reductions", "parallel", "convert", "actor"},
+    "rollout": {"config", "rl", "parallel", "convert", "metrics.reductions", "rollout"},
+}
+"""What each part of the package may import of it; the bare package (its version) is open to all."""
+
+COMPOSING = {"train", "evaluation", "standalone_evaluation", "chat", "cli"}
+"""Modules that may import everything, as `__main__` modules may."""
+
+TORCH_FREE = {"config"}
+TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")
+PURE = {"config", "metrics.reductions", "rl"}
+"""Parts that never see a process group or Megatron."""
+PURE_REFUSED = ("torch.distributed", "megatron")
+
+COLLECTIVES = {
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "init_process_group",
+    "irecv",
+    "isend",
+    "monitored_barrier",
+    "new_group",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+    "send",
+}
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a module belongs to: config, metrics.reductions, metrics, rl, …"""
+    for part in sorted(ALLOWED, key=len, reverse=True):
+        if module == part or module.startswith(f"{part}."):
+            return part
+    return module.split(".")[0]
+
+
+def imported_names(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported; `from a import b` gives a.b, since b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def local_names(tree: ast.AST, target: str) -> set[str]:
+    """Dotted expressions that mean the module `target` in this file, such as dist for torch.distributed."""
+    names = {target}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname for alias in node.names if alias.name == target and alias.asname}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {alias.asname or alias.name for alias in node.names if f"{node.module}.{alias.name}" == target}
+    return names
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module of the package (named without the package's name) does against the rules."""
+    tree, part, found = ast.parse(source), part_of(module), []
+    composes = module in COMPOSING or module.split(".")[-1] == "__main__"
+    if part not in ALLOWED and not composes:
+        return [f"{module}: no rule says what it may import"]
+    is_package = (PACKAGE / module.replace(".", "/")).is_dir()
+    package = f"megatron_fipo.{module}" if is_package else f"megatron_fipo.{module}".rpartition(".")[0]
+    for line, name in imported_names(tree, package):
+        inner = name.removeprefix("megatron_fipo.")
+        if inner != name and not composes and inner != "__version__" and part_of(inner) not in ALLOWED[part]:
+            found.append(f"{module}:{line} imports {name}")
+        heavy = TORCH_FREE_REFUSED if part in TORCH_FREE else PURE_REFUSED if part in PURE else ()
+        if any(within(name, refused) for refused in heavy):
+            found.append(f"{module}:{line} imports {name}")
+        if within(name, "megatron.core.parallel_state") and module != "parallel.groups":
+            found.append(f"{module}:{line} reads megatron.core.parallel_state")
+        if name.startswith("torch.distributed.") and name.rpartition(".")[2] in COLLECTIVES and part != "parallel":
+            found.append(f"{module}:{line} imports the collective {name}")
+
+    distributed = local_names(tree, "torch.distributed")
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = ast.unparse(node.value)
+        if part in PURE and f"{owner}.{node.attr}" == "torch.distributed":
+            found.append(f"{module}:{node.lineno} uses torch.distributed")
+        if owner in distributed and node.attr in COLLECTIVES and part != "parallel":
+            found.append(f"{module}:{node.lineno} uses the collective {owner}.{node.attr}")
+    return found
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            yield name, path
+
+
+def test_every_module_keeps_the_directions() -> None:
+    found = [problem for name, path in modules() for problem in violations(name, path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert list(imported_names(tree, "megatron_fipo")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("config", "import torch"),
+        ("config", "from megatron.core import mpu"),
+        ("config", "def f():\n    import transformers"),
+        ("config", "from megatron_fipo.rl.types import Sample"),
+        ("config", "from .rl import types"),
+        ("metrics.reductions", "from megatron_fipo.config import Config"),
+        ("metrics.console", "from megatron_fipo.rl.types import Sample"),
+        ("rl.objective", "from megatron_fipo.parallel.groups import ParallelGroups"),
+        ("rl.objective", "from megatron_fipo.metrics.sinks import open_sinks"),
+        ("rl.objective", "from megatron_fipo.metrics import sinks"),
+        ("rl.objective", "import torch.distributed as dist"),
+        ("rl.objective", "from torch import distributed"),
+        ("rl.objective", "import torch\ntorch.distributed.get_rank()"),
+        ("rl.objective", "import megatron.core"),
+        ("data.sources", "from megatron_fipo.parallel import groups"),
+        ("convert.mapping", "from ..rl import types"),
+        ("actor.actor", "from megatron_fipo.rollout.engine import RolloutEngine"),
+        ("actor.actor", "from ..rollout import engine"),
+        ("rollout.in_process", "from megatron_fipo.actor import actor"),
+        ("rollout.in_process", "from megatron_fipo.train import main"),
+        ("actor.actor", "from megatron.core import parallel_state"),
+        ("actor.actor", "import megatron.core.parallel_state as mpu"),
+        ("parallel.cp_layout", "from megatron.core.parallel_state import get_tensor_model_parallel_rank"),
+        ("actor.actor", "import torch.distributed as dist\ndist.all_reduce(x)"),
+        ("actor.actor", "from torch import distributed as d\nd.barrier()"),
+        ("train", "import torch\ntorch.distributed.broadcast(x, 0)"),
+        ("train", "from torch.distributed import all_gather_object"),
+        ("train", "import torch.distributed as dist\nreduce = dist.all_reduce"),
+        ("newcomer", "import os"),
+    ],
+)
+def test_a_violation_is_noticed(module: str, source: str) -> None:
+    assert violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("metrics.provenance", "from megatron_fipo import __version__"),
+        (
+            "rl.objective",
+            "from megatron_fipo.metrics.reductions import Mean\nfrom megatron_fipo.config import FipoConfig",
+        ),
+        ("rollout.in_process", "import torch.distributed as dist\nrank = dist.get_rank()"),
+        ("parallel.groups", "from megatron.core import parallel_state\nimport torch.distributed as d\nd.all_reduce(x)"),
+        ("train", "from megatron_fipo.actor.actor import Actor\nfrom megatron_fipo.rollout.in_process import Engine"),
+        ("report.__main__", "from megatron_fipo.metrics.sinks import open_sinks"),
+        ("actor.actor", "queue.gather(x)\nimport asyncio\nasyncio.gather(x)"),
+    ],
+)
+def test_what_is_allowed_is_allowed(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_the_configuration_loads_without_torch_or_megatron() -> None:
+    code = (
+        "import sys, megatron_fipo.config as config; config.validate_model_layout; config.load_config(None); "
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PACKAGE.parent, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
