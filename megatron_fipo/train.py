@@ -14,7 +14,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,14 @@ class Trainer:
                 metrics = self.train_step(step)
                 self.next_step = step + 1
                 if config.evaluation.every_num_steps and self.next_step % config.evaluation.every_num_steps == 0:
-                    metrics |= self._evaluate(f"step_{self.next_step:06d}", quiet=True)
+                    metrics |= self._evaluate(f"step_{self.next_step:06d}", announce=False)
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
                 if config.checkpoint.every_num_steps and self.next_step % config.checkpoint.every_num_steps == 0:
-                    self._save(self._loop_state())
+                    self._save(self._loop_state(self.next_step))
             after = self._evaluate("after", before)
             sinks.write(self.next_step, after)
-            self._save(self._loop_state())
+            self._save(self._loop_state(self.next_step))
         self._export()
         self._say_where_things_lie()
 
@@ -151,7 +151,8 @@ class Trainer:
     def _collect_groups(self, step: int) -> tuple[list[Group], list[Group]]:
         """(groups to train on, all that were generated), the same on every rank; rewards assigned."""
         rollout = self.config.rollout
-        state_before, generated = self._loop_state(), []
+        state_before = self._loop_state(step)
+        generated: list[Group] = []
         sampling = SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p)
         self.sampler.start_step(step)
         while self.sampler.needs_round:
@@ -160,7 +161,7 @@ class Trainer:
             total = len(self._own_share(prompts)) * rollout.num_samples_per_prompt
             with self.console.rollout_progress(step, total) as progress:
                 groups = self._generate(prompts, rollout.num_samples_per_prompt, sampling, step, progress)
-            self._leave_if_asked(state_before)
+            self._leave_if_asked(lambda: state_before)
             assign_rewards(groups, self.config.reward, rollout.max_response_tokens)
             self.sampler.add_round(groups)
             generated += groups
@@ -231,7 +232,7 @@ class Trainer:
             for microbatches in order:
                 results.append(self.actor.update(microbatches, self._loss, step))
                 progress.advance()
-                self._leave_if_asked(self._loop_state(step + 1))
+                self._leave_if_asked(lambda: self._loop_state(step + 1))
         return results
 
     def _loss(self, log_probs: torch.Tensor, entropy: torch.Tensor, batch: PackedBatch) -> LossOutput:
@@ -294,9 +295,8 @@ class Trainer:
             received = cp_suffix_sum.exchanged_bytes(num_sequences, self.ranks.cp.size()) * num_epochs
             metrics["perf/suffix_sum_exchange_bytes"] = Last(received)
         numbers = scalars(metrics)
-        name = "fipo/influence_weight/std"
-        if name in later:
-            numbers["fipo/influence_weight/std_after_first_update"] = later[name].value()
+        if "fipo/influence_weight/std" in later:
+            numbers["fipo/influence_weight/std_after_first_update"] = scalars(later)["fipo/influence_weight/std"]
         return numbers
 
     @contextmanager
@@ -307,7 +307,7 @@ class Trainer:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, when: str, before: dict[str, float] | None = None, *, quiet: bool = False) -> dict[str, float]:
+    def _evaluate(self, when: str, before: dict[str, float] | None = None, *, announce: bool = True) -> dict[str, float]:
         """Scores on every evaluation source, shown and written down. Collective."""
         section, rollout = self.config.evaluation, self.config.rollout
         sampling = SamplingParams(
@@ -318,15 +318,15 @@ class Trainer:
             total = len(self._own_share(prompts)) * section.num_samples_per_prompt
             with self.console.evaluation_progress(total) as progress:
                 groups = self._generate(prompts, section.num_samples_per_prompt, sampling, EVALUATION_STEP, progress)
-            self._leave_if_asked(self._loop_state())
+            self._leave_if_asked(lambda: self._loop_state(self.next_step))
             problems = [ProblemResult.from_group(group) for group in groups]
             for result in evaluate_problems(problems).values():
                 metrics |= result.metrics
             if self.is_leader:
                 write_problems(self.folder.evaluation / f"{when}_{groups[0].prompt.source}.jsonl", problems)
-            if not quiet:
+            if announce:
                 self._show_samples(when, groups)
-        if metrics and not quiet:
+        if metrics and announce:
             self.console.evaluation_table(
                 "Held-out" if before is None else "Held-out, before and after",
                 _headline(before or metrics),
@@ -363,10 +363,10 @@ class Trainer:
             self.console.info(note)
         return folder
 
-    def _loop_state(self, next_step: int | None = None) -> dict[str, Any]:
+    def _loop_state(self, next_step: int) -> dict[str, Any]:
         """What the loop goes on from, besides the actor."""
         return {
-            "next_step": self.next_step if next_step is None else next_step,
+            "next_step": next_step,
             "prompts": self.prompts.state_dict(),
             "sampler": self.sampler.state_dict(),
         }
@@ -391,10 +391,10 @@ class Trainer:
         )
         self.console.info(f"saved {path}")
 
-    def _leave_if_asked(self, loop_state: dict[str, Any]) -> None:
+    def _leave_if_asked(self, loop_state: Callable[[], dict[str, Any]]) -> None:
         """Save and leave if any rank has received a signal. Collective."""
         if exchange.any_rank(self.interrupt.received is not None, self.ranks.world):
-            self._save(loop_state)
+            self._save(loop_state())
             raise Interrupted
 
     def _export(self) -> None:

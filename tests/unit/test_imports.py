@@ -24,6 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"config", "parallel", "convert"},
     "actor": {"config", "rl", "metrics.reductions", "parallel", "convert", "actor"},
     "rollout": {"config", "rl", "parallel", "convert", "metrics.reductions", "rollout"},
+    "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify"},
+    "interrupt": set(),
+    "quiet": set(),
+    "run_folder": {"config", "metrics"},
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
 

@@ -40,7 +40,7 @@ def behave(response_text, reference, finish_reason):
     if response_text == "segfault":
         ctypes.string_at(0)
     if response_text == "memory":
-        return Verdict(float(len(bytearray(1 << 40)) > 0))
+        return Verdict(float(len(bytearray(3 << 30)) > 0))
     if response_text == "raise":
         raise KeyError("no such thing")
     if response_text == "bool":
@@ -248,7 +248,7 @@ def test_verdicts_come_in_order_over_several_workers_and_batches() -> None:
 )
 def test_misbehaviour_costs_one_verdict(text: str, error: str) -> None:
     jobs = [job("right"), job("wrong"), job(text), job("right"), job("wrong")]
-    with VerifierPool(timeout_s=0.5, verifiers=[BEHAVE]) as pool:
+    with VerifierPool(timeout_s=0.5, memory_gib=2.0, verifiers=[BEHAVE]) as pool:
         # Queued at once, so that they share a batch with the one that fails.
         verdicts = pool.judge_all(jobs)
         assert pool.judge_all(jobs[:1])[0].correct

@@ -62,9 +62,10 @@ class VerifierPool:
         Raises:
             ValueError: for an unknown verifier, or a number that is not positive.
         """
-        for name, value in (("num_workers", num_workers), ("timeout_s", timeout_s), ("memory_gib", memory_gib)):
+        numbers = {"verifier.num_workers": num_workers, "verifier.timeout_s": timeout_s, "memory_gib": memory_gib}
+        for name, value in numbers.items():
             if not value > 0:
-                raise ValueError(f"verifier.{name} is positive, got {value}")
+                raise ValueError(f"{name} is positive, got {value}")
         for verifier in verifiers:
             check_verifier_name(verifier)
         self._verifiers = tuple(verifiers)

@@ -1,0 +1,39 @@
+"""The policy loss of a microbatch that context parallelism has sharded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fipo.config import FipoConfig
+from megatron_fipo.parallel import cp_layout, cp_suffix_sum
+from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.types import PackedBatch
+
+
+def sharded_policy_loss(
+    log_probs: Tensor, entropy: Tensor, batch: PackedBatch, objective: FipoConfig, cp_group: ProcessGroup
+) -> LossOutput:
+    """`policy_loss` of this rank's rows; Future-KL and the sequence filter see whole sequences.
+
+    Collective over `cp_group` where objective.future_kl is set. Differentiable in log_probs and entropy.
+
+    Args:
+        log_probs, entropy: float32 [T_local].
+        batch: this rank's rows of the microbatch, old_log_probs set.
+    """
+    assert batch.old_log_probs is not None, "old log-probs are taken before the step's first update"
+    return policy_loss(
+        log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.response_mask,
+        batch.cu_seqlens_padded,
+        objective,
+        cp_suffix_sum.sharded_suffix_sum(objective.half_life_tokens, cp_group),
+        sequence_ids=cp_layout.local_sequence_ids(batch.cu_seqlens_padded, cp_group.size()),
+        response_token_counts=batch.response_token_counts,
+        counts_sequences=cp_group.rank() == 0,
+        reference_log_probs=batch.reference_log_probs,
+        entropy=entropy,
+    )
