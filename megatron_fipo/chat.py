@@ -13,6 +13,7 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import read_model_config
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed

@@ -59,6 +59,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(validate)
     validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
     validate.set_defaults(run=_validate)
+
+    certify = commands.add_parser(
+        "certify", help="compare training under every layout with one process, on this machine's CPU or GPUs"
+    )
+    _add_config(certify)
+    certify.add_argument(
+        "--layouts", metavar="NAMES", default="", help="comma-separated, such as cp2,tp2+sp,dp2+cp2+recompute-full"
+    )
+    certify.add_argument(
+        "--negative-controls", action="store_true", help="also make deliberate mistakes, each of which must be caught"
+    )
+    certify.add_argument(
+        "--model",
+        choices=("small", "as-is"),
+        help="a small random model of the configuration's kind, or its own (default: small without GPUs, as-is with)",
+    )
+    certify.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)"
+    )
+    certify.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default: 3)")
+    certify.add_argument("--updates", type=int, default=8, metavar="N", help="updates in each step (default: 8)")
+    certify.add_argument(
+        "--longest-response", type=int, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
+    )
+    certify.set_defaults(run=_certify)
     return parser
 
 
@@ -113,6 +138,32 @@ def _validate(args: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     print(resolved_yaml(config), end="")
     return 0
+
+
+def _certify(args: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_fipo.certify.command import run
+    from megatron_fipo.certify.runner import Options
+    from megatron_fipo.config import load_config, validate
+    from megatron_fipo.parallel.local_ranks import RankError
+
+    config = load_config(args.config, args.overrides)
+    validate(config)
+    options = Options(
+        layouts=tuple(name.strip() for name in args.layouts.split(",") if name.strip()),
+        as_is=(args.model or ("as-is" if torch.cuda.is_available() else "small")) == "as-is",
+        negative_controls=args.negative_controls,
+        num_steps=args.steps,
+        num_updates=args.updates,
+        longest_response=args.longest_response,
+        dtype=args.dtype,
+    )
+    try:
+        return run(config, options)
+    except RankError as error:
+        print(f"megatron-fipo certify: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

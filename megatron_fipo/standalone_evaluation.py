@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import Config, read_model_config
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer

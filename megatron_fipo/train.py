@@ -10,16 +10,13 @@ weights.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
@@ -36,31 +33,32 @@ from megatron_fipo.config import (
 from megatron_fipo.convert.stream import export_folder
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.evaluation import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
+from megatron_fipo.generation import GroupGenerator
+from megatron_fipo.held_out_evaluation import HeldOutEvaluation
 from megatron_fipo.interrupt import Interrupt
-from megatron_fipo.metrics.console import Console, PhaseProgress, ShownSample
-from megatron_fipo.metrics.reductions import Last, Metrics, Sum, merge, scalars
+from megatron_fipo.metrics.console import Console
+from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import open_sinks
-from megatron_fipo.parallel import cp_layout, cp_suffix_sum, cpu, exchange
+from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
+from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
+from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
-from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
-from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
-from megatron_fipo.rl.types import Group, PackedBatch, Prompt
+from megatron_fipo.rl.types import Group, PackedBatch
 from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
-from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.in_process import InProcessEngine
 from megatron_fipo.run_folder import RunFolder, prepare
+from megatron_fipo.step_metrics import StepClock, step_metrics
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for  # noqa: N818 - no error: it is what was asked for
+class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
     """The run was asked to stop, and its state is saved."""
 
 
@@ -75,22 +73,25 @@ class Trainer:
         """
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
-        self.tokenizer = load_tokenizer(config.model.path)
-        self.prompts = PromptStream.from_config(config, self.tokenizer)
-        self.evaluation_sets = evaluation_sets(config, self.tokenizer)
+        tokenizer = load_tokenizer(config.model.path)
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.prompts = PromptStream.from_config(config, tokenizer)
+        held_out = evaluation_sets(config, tokenizer)
         self.actor = Actor(config, ranks)
         self.engine = InProcessEngine(
             config.model.path,
             dtype=DTYPES[config.model.dtype],
             max_batch_size=config.rollout.max_batch_size,
             device=parallel_groups.device(),
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
         )
         self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s)
+        self.generator = GroupGenerator(self.engine, self.verifiers, tokenizer, ranks, config.run.seed)
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
         self.folder = self._prepare_folder()
+        evaluation_folder = self.folder.evaluation if self.is_leader else None
+        self.evaluation = HeldOutEvaluation(config, held_out, self.generator, console, evaluation_folder)
         self.next_step = 0
-        self._seconds: dict[str, float] = {}
 
     def run(self) -> None:
         """Resume where there is something to resume, train, evaluate before and after, save and export.
@@ -109,11 +110,11 @@ class Trainer:
             for step in range(self.next_step, config.train.num_steps):
                 metrics = self.train_step(step)
                 self.next_step = step + 1
-                if config.evaluation.every_num_steps and self.next_step % config.evaluation.every_num_steps == 0:
+                if _is_due(self.next_step, config.evaluation.every_num_steps):
                     metrics |= self._evaluate(f"step_{self.next_step:06d}", announce=False)
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
-                if config.checkpoint.every_num_steps and self.next_step % config.checkpoint.every_num_steps == 0:
+                if _is_due(self.next_step, config.checkpoint.every_num_steps):
                     self._save(self._loop_state(self.next_step))
             after = self._evaluate("after", before)
             sinks.write(self.next_step, after)
@@ -132,19 +133,23 @@ class Trainer:
             NonFiniteError: if a loss or gradient is not finite.
             Interrupted: after a signal; saved is the state before the step, or after the last whole update.
         """
-        started, self._seconds = time.perf_counter(), {}
-        with self._timed("rollout"):
+        clock = StepClock()
+        with clock.phase("rollout"):
             groups, generated = self._collect_groups(step)
         assign_advantages(groups, self.config.advantages.estimator)
-        minibatches = build_minibatches(groups, self.config, self.ranks, self._pad_token_id)
-        with self._timed("old_log_probs"):
+        minibatches = build_minibatches(groups, self.config, self.ranks, self.pad_token_id)
+        with clock.phase("old_log_probs"):
             self._set_old_log_probs(minibatches)
-        with self._timed("update"):
+        with clock.phase("update"):
             updates = self._update(step, minibatches)
-        with self._timed("weight_sync"):
+        with clock.phase("weight_sync"):
             self._sync_weights()
-        self._seconds["step"] = time.perf_counter() - started
-        return self._step_metrics(groups, generated, minibatches, updates)
+        more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches)}
+        max_response_tokens = self.config.rollout.max_response_tokens
+        numbers, warning = step_metrics(groups, generated, updates, clock, more, max_response_tokens, self.ranks)
+        if warning:
+            self.console.warning(warning)
+        return numbers
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
 
@@ -156,11 +161,16 @@ class Trainer:
         sampling = SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p)
         self.sampler.start_step(step)
         while self.sampler.needs_round:
-            size = rollout.num_prompts_per_round or self._next_round_size(is_first=not generated)
-            prompts = self.prompts.take(size)
-            total = len(self._own_share(prompts)) * rollout.num_samples_per_prompt
+            prompts = self.prompts.take(self._round_size(is_first=not generated))
+            total = len(self.generator.own_share(prompts)) * rollout.num_samples_per_prompt
             with self.console.rollout_progress(step, total) as progress:
-                groups = self._generate(prompts, rollout.num_samples_per_prompt, sampling, step, progress)
+                groups = self.generator.generate(
+                    prompts,
+                    rollout.num_samples_per_prompt,
+                    sampling,
+                    step,
+                    on_sample=lambda sample: progress.advance(),
+                )
             self._leave_if_asked(lambda: state_before)
             assign_rewards(groups, self.config.reward, rollout.max_response_tokens)
             self.sampler.add_round(groups)
@@ -173,39 +183,16 @@ class Trainer:
             self._save(state_before)
             raise
 
-    def _next_round_size(self, is_first: bool) -> int:
-        return self.config.rollout.num_prompts if is_first else 2 * self.sampler.num_missing
+    def _round_size(self, is_first: bool) -> int:
+        rollout = self.config.rollout
+        return rollout.num_prompts_per_round or (rollout.num_prompts if is_first else 2 * self.sampler.num_missing)
 
-    def _own_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """In-process engines are everywhere, so every rank generates, whatever model-parallel group it is in."""
-        return list(prompts[self.ranks.rank :: self.ranks.world.size()])
-
-    def _generate(
-        self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingParams, step: int, progress: PhaseProgress
-    ) -> list[Group]:
-        """Judged groups of all prompts, in prompt order, the same on every rank. Collective."""
-        own = asyncio.run(
-            generate_groups(
-                self.engine,
-                self._own_share(prompts),
-                self._judge,
-                decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
-                num_samples=num_samples,
-                sampling=sampling,
-                run_seed=self.config.run.seed,
-                step=step,
-                on_sample=lambda sample: progress.advance(),
-            )
-        )
-        by_id = {
-            group.prompt.prompt_id: group
-            for share in exchange.all_gather_objects(own, self.ranks.world)
-            for group in share
-        }
-        return [by_id[prompt.prompt_id] for prompt in prompts]
-
-    async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
-        return await self.verifiers.judge(VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason))
+    def _evaluate(
+        self, when: str, before: dict[str, float] | None = None, *, announce: bool = True
+    ) -> dict[str, float]:
+        metrics = self.evaluation.run(when, before, announce=announce)
+        self._leave_if_asked(lambda: self._loop_state(self.next_step))
+        return metrics
 
     # --- updates ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +203,7 @@ class Trainer:
             if objective.old_log_probs == "rollout":
                 for batch in microbatches:
                     batch.old_log_probs = batch.rollout_log_probs
-            else:
+            else:  # nothing comes back where the pipeline does not end, and nothing is needed there
                 for batch, log_probs in zip(microbatches, self.actor.log_probs(microbatches), strict=False):
                     batch.old_log_probs = log_probs
             if objective.kl_coefficient:
@@ -235,122 +222,19 @@ class Trainer:
                 self._leave_if_asked(lambda: self._loop_state(step + 1))
         return results
 
-    def _loss(self, log_probs: torch.Tensor, entropy: torch.Tensor, batch: PackedBatch) -> LossOutput:
-        cp = self.ranks.cp
-        assert batch.old_log_probs is not None
-        return policy_loss(
-            log_probs,
-            batch.old_log_probs,
-            batch.advantages,
-            batch.response_mask,
-            batch.cu_seqlens_padded,
-            self.config.objective,
-            cp_suffix_sum.sharded_suffix_sum(self.config.objective.half_life_tokens, cp),
-            sequence_ids=cp_layout.local_sequence_ids(batch.cu_seqlens_padded, cp.size()),
-            response_token_counts=batch.response_token_counts,
-            counts_sequences=cp.rank() == 0,
-            reference_log_probs=batch.reference_log_probs,
-            entropy=entropy,
-        )
+    def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
+        return sharded_policy_loss(log_probs, entropy, batch, self.config.objective, self.ranks.cp)
 
     def _sync_weights(self) -> None:
         """Hand the actor's weights to the rollout engine."""
         self.engine.update_weights(self.actor.weights(), policy_version=self.next_step)
 
-    # --- metrics ----------------------------------------------------------------------------------------------------
-
-    def _step_metrics(
-        self,
-        groups: Sequence[Group],
-        generated: Sequence[Group],
-        minibatches: Sequence[Sequence[PackedBatch]],
-        updates: Sequence[UpdateResult],
-    ) -> dict[str, float]:
-        """The step's numbers. Collective."""
-        reports = self.ranks.reports_loss
-        first = exchange.merge_metrics(updates[0].metrics if reports else None, self.ranks.world)
-        later = exchange.merge_metrics(merge([r.metrics for r in updates[1:]]) if reports else None, self.ranks.world)
-        noise = noise_floor(scalars(first), scalars(later))
-        if noise.warning:
-            self.console.warning(noise.warning)
-        num_tokens = sum(sample.num_tokens for group in groups for sample in group.samples)
+    def _exchange_metrics(self, minibatches: Sequence[Sequence[PackedBatch]]) -> Metrics:
+        if not self.config.objective.future_kl:
+            return {}
         num_sequences = sum(len(batch.sample_indices) for batches in minibatches for batch in batches)
-        num_epochs = self.config.train.num_epochs
-        norms = [result.grad_norm for result in updates]
-        metrics: Metrics = {
-            **merge([first, later]),
-            **rollout_metrics(generated, self.config.rollout.max_response_tokens),
-            **advantage_metrics(groups),
-            **self.sampler.metrics(),
-            **noise.metrics,
-            "optim/grad_norm": Last(sum(norms) / len(norms)),
-            "optim/grad_norm/max": Last(max(norms)),
-            "optim/learning_rate": Last(updates[-1].learning_rate),
-            "optim/updates": Last(len(updates)),
-            "perf/tokens": Sum(num_tokens),
-            "perf/tokens_per_s": Last(num_tokens / self._seconds["step"]),
-            **{f"time_s/{phase}": Last(seconds) for phase, seconds in self._seconds.items()},
-        }
-        if self.config.objective.future_kl:
-            received = cp_suffix_sum.exchanged_bytes(num_sequences, self.ranks.cp.size()) * num_epochs
-            metrics["perf/suffix_sum_exchange_bytes"] = Last(received)
-        numbers = scalars(metrics)
-        if "fipo/influence_weight/std" in later:
-            numbers["fipo/influence_weight/std_after_first_update"] = scalars(later)["fipo/influence_weight/std"]
-        return numbers
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds[phase] = time.perf_counter() - started
-
-    # --- evaluation -------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, when: str, before: dict[str, float] | None = None, *, announce: bool = True) -> dict[str, float]:
-        """Scores on every evaluation source, shown and written down. Collective."""
-        section, rollout = self.config.evaluation, self.config.rollout
-        sampling = SamplingParams(
-            section.max_response_tokens or rollout.max_response_tokens, section.temperature, section.top_p
-        )
-        metrics: dict[str, float] = {}
-        for prompts in self.evaluation_sets.values():
-            total = len(self._own_share(prompts)) * section.num_samples_per_prompt
-            with self.console.evaluation_progress(total) as progress:
-                groups = self._generate(prompts, section.num_samples_per_prompt, sampling, EVALUATION_STEP, progress)
-            self._leave_if_asked(lambda: self._loop_state(self.next_step))
-            problems = [ProblemResult.from_group(group) for group in groups]
-            for result in evaluate_problems(problems).values():
-                metrics |= result.metrics
-            if self.is_leader:
-                write_problems(self.folder.evaluation / f"{when}_{groups[0].prompt.source}.jsonl", problems)
-            if announce:
-                self._show_samples(when, groups)
-        if metrics and announce:
-            self.console.evaluation_table(
-                "Held-out" if before is None else "Held-out, before and after",
-                _headline(before or metrics),
-                None if before is None else _headline(metrics),
-            )
-        return metrics
-
-    def _show_samples(self, when: str, groups: Sequence[Group]) -> None:
-        shown = groups[: self.config.run.num_sample_prints]
-        self.console.samples(
-            f"Responses {when} training: {groups[0].prompt.source}",
-            [
-                ShownSample(
-                    prompt=group.prompt.text,
-                    response=group.samples[0].response_text,
-                    reference=_reference_text(group.prompt.reference),
-                    answer=group.samples[0].answer,
-                    accuracy=group.samples[0].accuracy,
-                    num_tokens=len(group.samples[0].response_ids),
-                    truncated=group.samples[0].truncated,
-                )
-                for group in shown
-            ],
-        )
+        received = exchanged_bytes(num_sequences, self.ranks.cp.size()) * self.config.train.num_epochs
+        return {"perf/suffix_sum_exchange_bytes": Last(received)}
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -382,13 +266,8 @@ class Trainer:
         self.console.info(f"resumed from {checkpoint}: {self.next_step} steps are done")
 
     def _save(self, loop_state: dict[str, Any]) -> None:
-        path = save_checkpoint(
-            self.actor,
-            self.folder.checkpoints,
-            loop_state["next_step"],
-            loop_state,
-            keep_last=self.config.checkpoint.keep_last,
-        )
+        step, keep_last = loop_state["next_step"], self.config.checkpoint.keep_last
+        path = save_checkpoint(self.actor, self.folder.checkpoints, step, loop_state, keep_last=keep_last)
         self.console.info(f"saved {path}")
 
     def _leave_if_asked(self, loop_state: Callable[[], dict[str, Any]]) -> None:
@@ -420,32 +299,14 @@ class Trainer:
             command = f"{_console_script()} chat {self.folder.huggingface}"
         self.console.closing(places, command)
 
-    @property
-    def _pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
     def close(self) -> None:
         """Release processes and memory."""
         self.verifiers.close()
         self.engine.close()
 
 
-def _headline(metrics: dict[str, float]) -> dict[str, float]:
-    """What is shown of an evaluation; the rest is in the metrics."""
-    names = ("avg@", "cons@", "pass@", "response_tokens/mean")
-    shown = {name.removeprefix("evaluation/"): value for name, value in metrics.items()}
-    return {
-        name: value
-        for name, value in shown.items()
-        if name.split("/", 1)[1].startswith(names) and not name.endswith("_ci95")
-    }
-
-
-def _reference_text(reference: Any) -> str:
-    if isinstance(reference, dict) and "entry" in reference:
-        return str(reference["entry"].get("answer", ""))
-    return str(reference)
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _console_script() -> str:

@@ -22,14 +22,27 @@ from megatron_fipo.rl.types import Prompt
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 
-TEMPLATE = """<|im_start|>system
+TEMPLATES = {
+    "direct": """<|im_start|>system
 You answer with the result only.<|im_end|>
 <|im_start|>user
 {prompt}<|im_end|>
 <|im_start|>assistant
-Answer:"""
-"""The chat format spelled out, with the beginning of the reply: asked for a bare answer, a model of this size still
-writes sentences around it, which the tasks' scorers do not accept."""
+Answer:""",
+    "worked": """<|im_start|>system
+You work the problem out in one line and then give the result.<|im_end|>
+<|im_start|>user
+Calculate 2 + 3.<|im_end|>
+<|im_start|>assistant
+2 + 3 = 5
+Answer: 5<|im_end|>
+<|im_start|>user
+{prompt}<|im_end|>
+<|im_start|>assistant
+""",
+}
+"""The chat format spelled out, with the beginning of the reply or an example. Merely asked for a bare answer, a model
+of this size writes sentences around it, which the tasks' scorers do not accept."""
 
 TASKS: dict[str, dict[str, Any]] = {
     "aiw": {},
@@ -148,7 +161,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=12, help="groups per task")
     parser.add_argument("--num-samples", type=int, default=8, help="responses per group")
     parser.add_argument("--max-response-tokens", type=int, default=32, help="longest response")
-    parser.add_argument("--template", default=TEMPLATE, help="text around the question; {prompt} is replaced")
+    parser.add_argument("--template", default="direct", choices=TEMPLATES, help="text around the question")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--examples", action="store_true", help="show a response of each task under the table's row")
     arguments = parser.parse_args()
@@ -165,7 +178,7 @@ def main() -> None:
                 task=task,
                 params=TASKS[task],
                 num_prompts=arguments.num_prompts,
-                prompt_template=arguments.template,
+                prompt_template=TEMPLATES[arguments.template],
                 verifier="reasoning_gym",
             )
             result = measure(model, tokenizer, pool, source, arguments.num_samples, arguments.max_response_tokens)

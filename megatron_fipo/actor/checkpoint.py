@@ -1,7 +1,7 @@
 """Checkpoints of a run: weights and optimizer in Megatron's torch_dist format, and the loop's own state.
 
-A checkpoint is written under another name and renamed when it is whole; `latest` is moved last. Whatever moment a run is
-killed at, `latest` names a whole checkpoint.
+A checkpoint is written under another name and renamed when it is whole; `latest` is moved last. Whenever a run is
+killed, `latest` names a whole checkpoint.
 
     checkpoints/step_000010/    weights, optimizer state and loop state
     checkpoints/latest          the name of the newest

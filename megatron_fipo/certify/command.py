@@ -1,189 +1,186 @@
 """`megatron-fipo certify`: the same FIPO updates under every layout, compared with one process.
 
-Without GPUs it runs over gloo on a small model of the same kind; with GPUs on the configuration's own model. It starts
-its own processes. What is certified is the training computation from rollouts to weights: packing, the sharded model,
-log-probs, Future-KL across context-parallel ranks, the loss, its normalisation, the optimizer.
+What is certified is the training computation from rollouts to weights: packing, the sharded model, log-probs, Future-KL
+across context-parallel ranks, the loss and its normalisation, the optimizer. It starts its own processes: over gloo
+where there is no GPU, on GPUs where there are.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from torch import Tensor
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.certify.comparison import QUANTITIES, Comparison, breaches, measure
-from megatron_fipo.certify.computation import Job, Record, run_rank
-from megatron_fipo.certify.controls import CONTROLS
-from megatron_fipo.certify.layouts import DEFAULT_LAYOUTS, Layout, configure, one_process, parse_layout
-from megatron_fipo.certify.synthetic import LONGEST_PROMPT, shrunken_config, write_random_model
-from megatron_fipo.config import Config, read_model_config
-from megatron_fipo.convert.hf_config import model_shape
-from megatron_fipo.parallel.local_ranks import RankError, run_local_ranks
+from megatron_fipo.certify.comparison import QUANTITIES, breaches
+from megatron_fipo.certify.controls import CONTROLS, Control
+from megatron_fipo.certify.layouts import DEFAULT_LAYOUTS, Layout, parse_layout
+from megatron_fipo.certify.runner import LEARNING_RATE, Options, Runner
+from megatron_fipo.config import Config
 
-LEARNING_RATE = 1e-4
-"""Of the certified updates. The recipes' 1e-6 moves float32 weights by so few of their last bits that ||p - start||
-would measure rounding."""
-PIPE_WIDTH = 160
+PIPE_WIDTH = 150
 """Columns of output that goes to no terminal."""
-_PRELOAD = ("megatron_fipo.certify.preload",)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line chooses.
-
-    Attributes:
-        layouts: names; empty for DEFAULT_LAYOUTS, less those that need more GPUs than there are.
-        as_is: whether to take the configuration's own model, which is the rule with GPUs.
-        negative_controls: whether to make deliberate mistakes as well, each of which must be noticed.
-        num_steps, num_updates: optimizer steps are their product.
-        longest_response: tokens of the longest synthetic response.
-        dtype: float32 or bfloat16; bounds differ.
-        timeout_s: for each layout.
-    """
-
-    layouts: tuple[str, ...] = ()
-    as_is: bool = False
-    negative_controls: bool = False
-    num_steps: int = 3
-    num_updates: int = 8
-    longest_response: int = 120
-    dtype: str = "float32"
-    timeout_s: float = 900.0
+_MISSING = "–"
 
 
 def run(config: Config, options: Options, console: Console | None = None) -> int:
     """Certify a configuration, and print the certificate.
 
     Returns:
-        0, or 1 if a layout breaches a bound or a negative control is not caught.
+        0, or 1 if a layout breaches a bound or a deliberate mistake is not caught.
 
     Raises:
-        ValueError: if the model cannot be read, or a layout is malformed or does not fit model or machine.
+        ValueError: if the model cannot be read, or a layout is malformed or fits neither model nor machine.
         RankError: if a computation fails.
     """
-    console = console or _console()
-    if min(options.num_steps, options.num_updates, options.longest_response) < 1:
-        raise ValueError("--steps, --updates and --longest-response must be at least 1.")
+    console = console or _default_console()
+    started = time.monotonic()
+    layouts, left_out = _choose(options.layouts)
+    controls = [c for c in CONTROLS if config.objective.future_kl or not c.needs_future_kl]
+    if not options.negative_controls:
+        controls = []
     with tempfile.TemporaryDirectory(prefix="megatron-fipo-certify-") as folder:
-        certifier = _Certifier(config, options, Path(folder), console)
-        return certifier.run()
+        control_layouts = [parse_layout(control.layout) for control in controls]
+        runner = Runner(config, options, [*layouts, *control_layouts], Path(folder))
+        console.print(_description(runner, options))
+        num_breaches = _certify_layouts(runner, layouts, options.dtype, console)
+        for layout in left_out:
+            console.print(
+                f"not run: {layout.name} needs {layout.world_size} GPUs, {torch.cuda.device_count()} are here."
+            )
+        num_missed = _try_controls(runner, controls, options.dtype, console) if controls else 0
+    console.print(_conclusion(len(layouts), num_breaches, len(controls), num_missed, time.monotonic() - started))
+    return 1 if num_breaches or num_missed else 0
 
 
-def _console() -> Console:
+def _default_console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
-class _Certifier:
-    """One run of the command."""
-
-    def __init__(self, config: Config, options: Options, folder: Path, console: Console) -> None:
-        self.options, self.folder, self.console = options, folder, console
-        raw = read_model_config(config.model.path)
-        if not options.as_is:
-            raw = shrunken_config(raw)
-            write_random_model(folder / "model", raw, config.run.seed)
-            config = replace(config, model=replace(config.model, path=str(folder / "model"), log_prob_chunk_tokens=48))
-        self.raw = raw
-        self.shape = model_shape(raw, f"{config.model.path}/config.json")
-        self.config = replace(
-            config,
-            model=replace(config.model, dtype=options.dtype),
-            train=replace(config.train, num_minibatches=options.num_updates),
-            optimizer=replace(config.optimizer, learning_rate=LEARNING_RATE, num_warmup_steps=0),
+def _choose(names: Sequence[str]) -> tuple[list[Layout], list[Layout]]:
+    """(layouts to run, those of the default ones for which there are too few GPUs)."""
+    layouts = [parse_layout(name) for name in names or DEFAULT_LAYOUTS]
+    if not torch.cuda.is_available():
+        return layouts, []
+    num_gpus = torch.cuda.device_count()
+    too_large = [layout for layout in layouts if layout.world_size > num_gpus]
+    if too_large and names:
+        raise ValueError(
+            f"layout {too_large[0].name!r} needs {too_large[0].world_size} GPUs; {num_gpus} are here. Leave it out of "
+            "--layouts, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to certify a small model on the CPU."
         )
-        self.layouts, self.left_out = self._choose_layouts()
-        # Whatever cannot run is refused before anything does.
-        for layout in [one_process(), *self.layouts, *self._control_layouts()]:
-            self._configure(layout)
+    return [layout for layout in layouts if layout not in too_large], too_large
 
-    def run(self) -> int:
-        self._describe()
-        reference = self._compute(one_process())
-        start = self._start_weights(reference)
-        table, worst, num_breaches = self._table("Layouts"), [0.0] * len(QUANTITIES), 0
-        for layout in self.layouts:
-            record = self._compute(layout)
-            values = measure(Comparison(record, reference, start, self.config.objective))
-            broken = breaches(values, self.options.dtype)
-            worst = [max(a, b or 0.0) for a, b in zip(worst, values, strict=True)]
-            num_breaches += bool(broken)
-            verdict = "[bold red]BREACH[/]" if broken else "[green]holds[/]"
-            table.add_row(
-                layout.name, str(layout.world_size), str(record.num_microbatches), *self._cells(values), verdict
-            )
-        table.add_section()
-        measured = [value if quantity_applies else None for value, quantity_applies in self._applicable(worst)]
-        table.add_row("largest", "", "", *self._cells(measured), "", style="bold")
-        self.console.print(table)
-        for name, needed in self.left_out:
-            self.console.print(f"not run: {name} needs {needed} GPUs, {torch.cuda.device_count()} are here")
-        missed = self._run_controls(reference, start) if self.options.negative_controls else 0
-        self._conclude(num_breaches, missed)
-        return 1 if num_breaches or missed else 0
 
-    # --- computing --------------------------------------------------------------------------------------------------
+def _description(runner: Runner, options: Options) -> str:
+    shape, objective = runner.shape, runner.config.objective
+    where = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "CPU, gloo"
+    switches = [
+        "tied embeddings" if shape.tied_embeddings else "untied embeddings",
+        "GQA" if shape.num_query_groups < shape.num_attention_heads else "MHA",
+        "attention bias" if shape.qkv_bias else "no attention bias",
+    ]
+    kind = "the configuration's model" if options.as_is else "small random model of the configuration's kind"
+    method = f"Future-KL, half-life {objective.half_life_tokens:g}" if objective.future_kl else "no Future-KL"
+    return (
+        f"[bold]Layout certificate[/] · {where}, {options.dtype}, torch {torch.__version__}\n"
+        f"{kind}: {shape.family}, {', '.join(switches)}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
+        f"vocabulary {shape.vocab_size:,}\n"
+        f"objective: algorithm={runner.config.algorithm}, {method}, {objective.loss_aggregation}; "
+        f"{options.num_steps} steps of {options.num_updates} updates at learning rate {LEARNING_RATE:g}, "
+        f"responses of 1 to {options.longest_response} tokens\n"
+        "each quantity is the difference from one process that takes every minibatch whole:\n"
+        + "\n".join(f"  {quantity.heading}: {quantity.meaning}" for quantity in QUANTITIES)
+    )
 
-    def _choose_layouts(self) -> tuple[list[Layout], list[tuple[str, int]]]:
-        """(layouts to run, (name, processes) of default layouts for which there are too few GPUs)."""
-        layouts = [parse_layout(name) for name in self.options.layouts or DEFAULT_LAYOUTS]
-        if not torch.cuda.is_available():
-            return layouts, []
-        num_gpus = torch.cuda.device_count()
-        too_large = [layout for layout in layouts if layout.world_size > num_gpus]
-        if too_large and self.options.layouts:
-            raise ValueError(
-                f"layout {too_large[0].name!r} needs {too_large[0].world_size} GPUs; {num_gpus} are here. Leave it out "
-                "of --layouts, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to certify a small model on the CPU."
-            )
-        return (
-            [layout for layout in layouts if layout not in too_large],
-            [(layout.name, layout.world_size) for layout in too_large],
+
+def _certify_layouts(runner: Runner, layouts: Sequence[Layout], dtype: str, console: Console) -> int:
+    """Run and print all layouts; the number of those that breach a bound."""
+    table = _table("layout", "ranks", "micro-\nbatches", dtype=dtype)
+    worst: list[float | None] = [None] * len(QUANTITIES)
+    num_breaches = 0
+    with console.status("one process") as status:
+        runner.compute_reference()
+        for layout in layouts:
+            status.update(layout.name)
+            measured = runner.measure(layout)
+            is_broken = bool(breaches(measured.values, dtype))
+            num_breaches += is_broken
+            worst = [_largest(pair) for pair in zip(worst, measured.values, strict=True)]
+            verdict = "[bold red]BREACH[/]" if is_broken else "[green]holds[/]"
+            size = (str(layout.world_size), str(measured.num_microbatches))
+            table.add_row(layout.name, *size, *_cells(measured.values, dtype), verdict)
+    table.add_section()
+    table.add_row("largest difference", "", "", *_cells(worst, dtype), "")
+    console.print(table)
+    return num_breaches
+
+
+def _try_controls(runner: Runner, controls: Sequence[Control], dtype: str, console: Console) -> int:
+    """Run and print the deliberate mistakes; the number of those that were not caught."""
+    table = _table("deliberate mistake", "layout", dtype=dtype)
+    num_missed = 0
+    with console.status("negative controls") as status:
+        for control in controls:
+            status.update(control.name)
+            measured = runner.measure_control(control)
+            is_caught = bool(breaches(measured.values, dtype))
+            num_missed += not is_caught
+            verdict = "[green]caught[/]" if is_caught else "[bold red]NOT CAUGHT[/]"
+            table.add_row(control.name, control.layout, *_cells(measured.values, dtype), verdict)
+    console.print(table)
+    for control in controls:
+        console.print(f"  {control.name}: {control.mistake} ({control.seam})", highlight=False)
+    return num_missed
+
+
+def _table(*headings: str, dtype: str) -> Table:
+    """An empty table of the quantities, its first row their bounds."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="right" if heading[0] in "rm" else "left")
+    for quantity in QUANTITIES:
+        table.add_column(quantity.heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    bounds = [f"≤ {quantity.bounds[dtype]:.0e}" for quantity in QUANTITIES]
+    table.add_row("bound", *[""] * (len(headings) - 1), *bounds, "", style="bold")
+    table.add_section()
+    return table
+
+
+def _cells(values: Sequence[float | None], dtype: str) -> list[str]:
+    broken = breaches(list(values), dtype)
+    cells = []
+    for quantity, value in zip(QUANTITIES, values, strict=True):
+        text = _MISSING if value is None else f"{value:.1e}" if math.isfinite(value) else str(value)
+        cells.append(f"[red]{text}[/]" if quantity in broken else text)
+    return cells
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    """The largest, not a number if one is none; None where there are none."""
+    numbers = [value for value in values if value is not None]
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers, default=None)
+
+
+def _conclusion(num_layouts: int, num_breaches: int, num_controls: int, num_missed: int, seconds: float) -> str:
+    parts = [
+        f"[bold red]{num_breaches} of {num_layouts} layouts breach a bound[/]"
+        if num_breaches
+        else f"[green]all {num_layouts} layouts hold[/]"
+    ]
+    if num_controls:
+        parts.append(
+            f"[bold red]{num_missed} of {num_controls} deliberate mistakes were NOT CAUGHT[/]"
+            if num_missed
+            else f"[green]all {num_controls} deliberate mistakes caught[/]"
         )
-
-    def _control_layouts(self) -> list[Layout]:
-        if not self.options.negative_controls:
-            return []
-        return [parse_layout(name) for name in dict.fromkeys(control.layout for control in CONTROLS)]
-
-    def _configure(self, layout: Layout) -> Config:
-        return configure(self.config, layout, LONGEST_PROMPT + self.options.longest_response, self.raw)
-
-    def _compute(self, layout: Layout, control: str | None = None) -> Record:
-        """Run a layout in processes of its own."""
-        output = self.folder / "record.pt"
-        # A mistake shows in the first update.
-        num_steps, num_updates = (1, self.options.num_updates) if control else (self.options.num_steps, 0)
-        job = Job(
-            self._configure(layout),
-            num_steps,
-            num_updates or self.options.num_updates,
-            self.options.longest_response,
-            output,
-            control,
-        )
-        with self.console.status(f"{layout.name}{f', {control}' if control else ''}"):
-            run_local_ranks(
-                run_rank, layout.world_size, job, preload=_PRELOAD, timeout_s=self.options.timeout_s
-            )
-        record = torch.load(output, weights_only=False)
-        assert isinstance(record, Record)
-        output.unlink()
-        return record
-
-    def _start_weights(self, reference: Record) -> dict[str, Tensor]:
-        weights = {}
-        for file in Path(self.config.model.path).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                weights |= {name: tensors.get_tensor(name).float() for name in reference.weights.keys() & tensors.keys()}
-        return weights
+    return f"{'; '.join(parts)} · {seconds:.0f} s"

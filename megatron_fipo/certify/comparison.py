@@ -43,8 +43,8 @@ class Quantity:
         heading: of the column.
         meaning: what is measured, in words.
         bounds: by dtype of the model.
-        measure: 0 for no difference, infinite where tokens or parameters do not correspond; None where the objective
-            has no such quantity.
+        measure: 0 for no difference, infinite where tokens or parameters do not correspond; None where there is no
+            such quantity: without Future-KL, or of a layout that went no further than the first update.
     """
 
     heading: str
@@ -113,8 +113,10 @@ def _summands(tokens: TokenRecord, objective: FipoConfig) -> Tensor:
     return torch.where(participates(shift.exp(), objective), shift, 0.0).double()
 
 
-def _weights(comparison: Comparison) -> float:
+def _weights(comparison: Comparison) -> float | None:
     found, expected = comparison.layout.weights, comparison.reference.weights
+    if not found:
+        return None
     if found.keys() != expected.keys():
         return math.inf
     difference = {name: found[name].double() - tensor.double() for name, tensor in expected.items()}
@@ -133,12 +135,8 @@ QUANTITIES = (
         {"float32": 1e-5, "bfloat16": 5e-2},
         _gradients,
     ),
-    Quantity(
-        "gradient norm", "first update: |n - n'| / n'", {"float32": 1e-5, "bfloat16": 1e-2}, _grad_norm
-    ),
-    Quantity(
-        "loss", "first update: |l - l'| / mean |token loss|", {"float32": 1e-5, "bfloat16": 1e-2}, _loss
-    ),
+    Quantity("gradient norm", "first update: |n - n'| / n'", {"float32": 1e-5, "bfloat16": 1e-2}, _grad_norm),
+    Quantity("loss", "first update: |l - l'| / mean |token loss|", {"float32": 1e-5, "bfloat16": 1e-2}, _loss),
     Quantity(
         "influence weights",
         "first update, largest over tokens: |f - f'|; infinite if other tokens are in the loss",

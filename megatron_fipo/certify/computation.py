@@ -5,6 +5,7 @@ Shapes: N response tokens of an update, over all ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Job:
         num_steps, num_updates: how much to compute.
         longest_response: tokens of the longest synthetic response.
         output: file that the first rank writes its record to.
-        control: name of a deliberate break, see `controls`; None computes faithfully.
+        control: name of a deliberate mistake, see `controls`, of which the first update is enough; None makes none.
     """
 
     config: Config
@@ -90,7 +91,7 @@ class Record:
         loss: of the first update, normalised.
         gradients: of the first update before clipping, by Hugging Face name.
         grad_norm: of the first update before clipping, as the optimizer sees it.
-        weights: after the last update, by Hugging Face name.
+        weights: after the last update, by Hugging Face name; empty for a deliberate mistake.
         num_microbatches: of the first update, on each rank.
     """
 
@@ -104,6 +105,8 @@ class Record:
 
 def run_rank(job: Job) -> None:
     """Run the computation in this process' layout and write a `Record`. Collective over all ranks."""
+    # Megatron's advice on speed; nothing here is timed.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     cpu.install()
     ranks = parallel_groups.initialize(job.config.parallel, job.config.run.seed)
     try:
@@ -125,14 +128,14 @@ class _Computation:
         self.gradients: dict[str, Tensor] = {}
 
     def run(self) -> Record:
-        first: dict[str, Any] = {}
+        first, *others = self._minibatches(0)
+        noted = self._first_update(first)
+        if self.job.control:
+            return Record(weights={}, **noted)
         for step in range(self.job.num_steps):
-            for microbatches in self._minibatches(step):
-                if first:
-                    self.actor.update(microbatches, self._loss, step)
-                else:
-                    first = self._first_update(microbatches, step)
-        return Record(weights=self._whole(self.actor.models), **first)
+            for microbatches in self._minibatches(step) if step else others:
+                self.actor.update(microbatches, self._loss, step)
+        return Record(weights=self._whole(self.actor.models), **noted)
 
     def _minibatches(self, step: int) -> list[list[PackedBatch]]:
         """One step's microbatches, with the log-probs of an old policy from which this one has drifted."""
@@ -156,8 +159,8 @@ class _Computation:
         self.losses.append((batch, log_prob_shift(log_probs.detach(), batch.old_log_probs), loss))
         return loss
 
-    def _first_update(self, microbatches: Sequence[PackedBatch], step: int) -> dict[str, Any]:
-        """An update of which all is noted."""
+    def _first_update(self, microbatches: Sequence[PackedBatch]) -> dict[str, Any]:
+        """Take it, and return all fields of a `Record` but the weights. Collective."""
         optimizer = self.actor.optimizer
         take_step = optimizer.step
 
@@ -166,7 +169,7 @@ class _Computation:
             return take_step()
 
         optimizer.step = note_gradients_and_step
-        result = self.actor.update(microbatches, self._noted_loss, step)
+        result = self.actor.update(microbatches, self._noted_loss, step=0)
         optimizer.step = take_step
         parts = exchange.all_gather_objects(self._own_part() if self.ranks.reports_loss else None, self.ranks.world)
         tokens, sums = zip(*[part for part in parts if part is not None], strict=True)

@@ -61,8 +61,8 @@ def _shift_labels_late(right: Callable[..., PackedBatch]) -> Callable[..., Packe
 
 
 def _average_means(right: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-    def wrong(*args: Any) -> LossOutput:
-        loss = right(*args)
+    def wrong(*args: Any, **kwargs: Any) -> LossOutput:
+        loss = right(*args, **kwargs)
         mean = loss.loss_sum / loss.normalizer.clamp(min=1)
         return replace(loss, loss_sum=mean, normalizer=torch.ones_like(loss.normalizer))
 

@@ -12,6 +12,8 @@ from megatron_fipo.config import Config, ParallelSection, required_pad_multiple,
 ONE_PROCESS = "one process"
 """Name of the layout that the others are compared with."""
 
+_WHOLE_MINIBATCH = 2**31
+"""Token budget that is never reached."""
 _SIZE = re.compile(r"(dp|tp|pp|vpp|cp)([1-9]\d*)")
 
 
@@ -123,8 +125,7 @@ def configure(config: Config, layout: Layout, longest_tokens: int, model_config:
     validate_model_layout(configured, model_config)
     multiple = required_pad_multiple(configured)
     longest = -(-longest_tokens // multiple) * multiple
+    budget = longest if layout.small_microbatches else 2 * longest
     if layout.name == ONE_PROCESS:
-        budget = 2**31
-    else:
-        budget = longest if layout.small_microbatches else 2 * longest
+        budget = _WHOLE_MINIBATCH
     return replace(configured, batch=replace(configured.batch, max_tokens_per_microbatch=budget))

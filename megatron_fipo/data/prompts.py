@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from megatron_fipo.config import Config, DataSourceConfig
+from megatron_fipo.config import FILE_KINDS, SOURCE_KINDS, Config, DataSourceConfig
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
@@ -17,9 +17,6 @@ from megatron_fipo.rl.types import Prompt
 from megatron_fipo.rl.verifiers.registry import check_verifier_name
 
 logger = logging.getLogger(__name__)
-
-FILE_KINDS = ("jsonl", "parquet")
-PROCEDURAL_KINDS = ("chain_arithmetic", "reasoning_gym")
 
 MAX_ATTEMPTS = 1024
 """Replacements tried for one item of a procedural source before it is given up."""
@@ -308,10 +305,10 @@ def _check(config: DataSourceConfig) -> None:
     Raises:
         ValueError: for an unknown kind or verifier, or settings that do not go together.
     """
-    kinds = (*FILE_KINDS, *PROCEDURAL_KINDS)
-    if config.kind not in kinds:
+    if config.kind not in SOURCE_KINDS:
         raise ValueError(
-            f"unknown kind {config.kind!r}; known are {', '.join(kinds)}.{nearest_name(config.kind, kinds)}"
+            f"unknown kind {config.kind!r}; known are {', '.join(SOURCE_KINDS)}."
+            f"{nearest_name(config.kind, SOURCE_KINDS)}"
         )
     check_verifier_name(config.verifier)
     if config.num_prompts is not None and config.num_prompts < 1:

@@ -131,7 +131,7 @@ def _rank_main(
     try:
         # By value: tensors sent through a pipe's own pickler would be shared with a process that is about to end.
         answer = pickle.dumps(_Answer(target(*args), None, time.monotonic()))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent raises it
         answer = pickle.dumps(_Answer(None, traceback.format_exc(), time.monotonic()))
     try:
         pipe.send_bytes(answer)

@@ -74,7 +74,8 @@ class _VocabLogProbs(torch.autograd.Function):
         rows = min(max(vocab_size - first_row, 0), len(weight))
         num_tokens = len(hidden)
         maximum = torch.full((num_tokens,), -torch.inf, dtype=torch.float32, device=hidden.device)
-        # Rows: sum of exp(logit - max), sum of that times the logit, the label's logit.
+        # Rows: sum of e = exp(logit - max), sum of e * (logit - max), the label's logit. Differences from the maximum
+        # rather than logits, so that the entropy keeps its digits where logits are large.
         sums = torch.zeros(3, num_tokens, dtype=torch.float32, device=hidden.device)
         for start in range(0, num_tokens if rows else 0, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, num_tokens))
@@ -82,32 +83,37 @@ class _VocabLogProbs(torch.autograd.Function):
             is_here, local_labels = _local_labels(labels[chunk], first_row, rows)
             maximum[chunk] = logits.amax(dim=-1)
             sums[2, chunk] = torch.where(is_here, logits.gather(-1, local_labels[:, None]).squeeze(-1), 0.0)
-            # Against this rank's own maximum; rescaled to the maximum of all ranks after the exchange.
-            exponentials = (logits - maximum[chunk, None]).exp_()
+            # Against this rank's own maximum; moved to the maximum of all ranks in the exchange.
+            differences = logits.sub_(maximum[chunk, None])
+            exponentials = differences.exp()
             sums[0, chunk] = exponentials.sum(dim=-1)
-            sums[1, chunk] = torch.linalg.vecdot(exponentials, logits)
+            sums[1, chunk] = torch.linalg.vecdot(exponentials, differences)
         if tp_group.size() > 1:
             own_maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
-            sums[:2] *= (own_maximum - maximum).exp()
+            if rows:
+                below = own_maximum - maximum
+                sums[1] += sums[0] * below
+                sums[:2] *= below.exp()
             dist.all_reduce(sums, group=tp_group)
-        log_normalizer = maximum + sums[0].log()
-        log_probs = sums[2] - log_normalizer
-        entropy = log_normalizer - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, labels, log_normalizer, entropy)
+        log_sum = sums[0].log()
+        log_probs = sums[2] - maximum - log_sum
+        entropy = log_sum - sums[1] / sums[0]
+        ctx.save_for_backward(hidden, weight, labels, maximum, log_sum, entropy)
         ctx.settings = (first_row, rows, temperature, chunk_tokens)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         log_prob_gradient, entropy_gradient = gradients
-        hidden, weight, labels, log_normalizer, entropy = ctx.saved_tensors
+        hidden, weight, labels, maximum, log_sum, entropy = ctx.saved_tensors
         first_row, rows, temperature, chunk_tokens = ctx.settings
         hidden_gradient = torch.zeros_like(hidden)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden) if rows else 0, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, len(hidden)))
-            log_p = _logits(hidden[chunk], weight[:rows], temperature).sub_(log_normalizer[chunk, None])
+            log_p = _logits(hidden[chunk], weight[:rows], temperature)
+            log_p.sub_(maximum[chunk, None]).sub_(log_sum[chunk, None])
             p = log_p.exp()
             # d log_prob / d logit_j = [j = label] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy).
             gradient = log_p.add_(entropy[chunk, None]).mul_(-entropy_gradient[chunk, None])

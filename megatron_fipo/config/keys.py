@@ -1,0 +1,99 @@
+"""The schema's keys, read off the dataclasses, and what is wrong with the keys and types of a file or an override."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_fipo.config.schema import Config
+
+
+def field_types(section: Any) -> dict[str, Any]:
+    """Annotation of every field of a dataclass, as the type itself and not as text."""
+    return get_type_hints(section)
+
+
+def entry_type(annotation: Any) -> type | None:
+    """DataSourceConfig for Dict[str, DataSourceConfig], else None."""
+    if get_origin(annotation) is not dict:
+        return None
+    entry: type = get_args(annotation)[1]
+    return entry if is_dataclass(entry) else None
+
+
+@cache
+def _known_keys() -> tuple[str, ...]:
+    """Every key, dotted; <name> stands for the name of a data source."""
+
+    def walk(section: type, prefix: str) -> Iterator[str]:
+        for name, annotation in field_types(section).items():
+            yield prefix + name
+            if isinstance(annotation, type) and is_dataclass(annotation):
+                yield from walk(annotation, f"{prefix}{name}.")
+            elif entry := entry_type(annotation):
+                yield from walk(entry, f"{prefix}{name}.<name>.")
+
+    return tuple(walk(Config, ""))
+
+
+def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator[str]:
+    """Unknown keys, and values where a section was expected, at any depth."""
+    if not isinstance(layer, Mapping):
+        yield (
+            f"{prefix[:-1]}={layer!r} in {place}: a section was expected, with keys such as "
+            f"{', '.join(list(field_types(section))[:3])}. Indent its keys under it, or remove it."
+        )
+        return
+    types = field_types(section)
+    for key, value in layer.items():
+        if key not in types:
+            yield _unknown_key_problem(str(key), prefix, tuple(types), place)
+        elif is_dataclass(types[key]):
+            yield from key_problems(value, types[key], f"{prefix}{key}.", place)
+        elif entry := entry_type(types[key]):
+            if not isinstance(value, Mapping):
+                yield f"{prefix}{key}={value!r} in {place}: sources by name were expected ({prefix}{key}.<name>.kind)."
+                continue
+            for name, source in value.items():
+                yield from key_problems(source, entry, f"{prefix}{key}.{name}.", place)
+
+
+def _unknown_key_problem(key: str, prefix: str, siblings: tuple[str, ...], place: str) -> str:
+    if close := difflib.get_close_matches(key, siblings, n=1):
+        hint = f"Did you mean {prefix}{close[0]}?"
+    else:  # perhaps the right name in the wrong section
+        leaves = {known: known.rpartition(".")[2] for known in _known_keys()}
+        nearest = difflib.get_close_matches(key, leaves.values(), n=1)
+        elsewhere = [known for known, leaf in leaves.items() if leaf in nearest]
+        hint = f"Did you mean {' or '.join(elsewhere)}?" if elsewhere else f"Known here: {', '.join(siblings)}."
+    return f"unknown key {prefix}{key} in {place}. {hint}"
+
+
+def look_up(layer: Any, dotted_key: str) -> Any:
+    """The value at a dotted key of nested mappings; None where there is none."""
+    for part in dotted_key.split("."):
+        if not isinstance(layer, Mapping) or part not in layer:
+            return None
+        layer = layer[part]
+    return layer
+
+
+def type_problem(error: OmegaConfBaseException, layer: Mapping[str, Any], place: str) -> str:
+    """Name key, value and expected type of what OmegaConf could not convert."""
+    if not error.full_key:
+        return f"{place}: {str(error).splitlines()[0]}."
+    annotation: Any = Config
+    for part in error.full_key.split("."):
+        if is_dataclass(annotation):
+            annotation = field_types(annotation)[part]
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    arguments = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    expected = " or ".join("null" if kind is type(None) else names.get(kind, "a section") for kind in arguments)
+    return f"{error.full_key}={look_up(layer, error.full_key)!r} in {place}: {expected} was expected."

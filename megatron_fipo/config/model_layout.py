@@ -1,0 +1,62 @@
+"""What depends on the model: its config.json, and whether it divides into the layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config.errors import ConfigError
+from megatron_fipo.config.schema import Config
+
+
+def read_model_config(path: str | Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder, as a plain dict.
+
+    Raises:
+        ConfigError: if the folder, the file or its content is not there.
+    """
+    file = Path(path) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"model.path={path}: {file} cannot be read ({error.strerror}). A folder with a Hugging Face checkpoint was "
+            f"expected; a relative path starts from the current directory, {Path.cwd()}."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path={path}: {file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.path={path}: {file} holds a {type(content).__name__}; an object was expected.")
+    return content
+
+
+def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> None:
+    """Refuse layouts into which the model does not divide.
+
+    Args:
+        model_config: config.json of the model, as `read_model_config` returns it.
+
+    Raises:
+        ConfigError: naming the sizes that do not divide.
+    """
+    names = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
+    if missing := [name for name in names if not isinstance(model_config.get(name), int)]:
+        raise ConfigError(f"model.path={config.model.path}: config.json has no whole number for {', '.join(missing)}.")
+    heads, layers, intermediate = (model_config[name] for name in names)
+    groups = model_config.get("num_key_value_heads") or heads
+    parallel, problems = config.parallel, []
+    for name, size in (("num_attention_heads", heads), ("intermediate_size", intermediate)):
+        if size % parallel.tp:
+            problems.append(f"parallel.tp={parallel.tp}: must divide the model's {name}={size}.")
+    if groups % parallel.tp and parallel.tp % groups:
+        problems.append(
+            f"parallel.tp={parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
+        )
+    stages = parallel.pp * (parallel.virtual_pp or 1)
+    if layers % stages:
+        sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
+        problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
+    if problems:
+        raise ConfigError.of(problems, where="the layout of the model")

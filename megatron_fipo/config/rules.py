@@ -1,0 +1,164 @@
+"""What each value must be on its own; what values demand of each other is `validation`'s business."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from megatron_fipo.config.errors import choice_problem
+from megatron_fipo.config.keys import entry_type, field_types
+from megatron_fipo.config.schema import (
+    ALGORITHMS,
+    SOURCE_KINDS,
+    AdvantageSection,
+    BatchSection,
+    CheckpointSection,
+    Config,
+    DataSection,
+    DataSourceConfig,
+    EvaluationSection,
+    FipoConfig,
+    MetricsSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RewardSection,
+    RolloutSection,
+    RunSection,
+    SamplingSection,
+    TrainSection,
+    VerifierSection,
+)
+
+_CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
+    Config: {"algorithm": tuple(ALGORITHMS)},
+    ModelSection: {"dtype": ("float32", "bfloat16"), "recompute": ("none", "selective", "full")},
+    DataSection: {"overlong_prompts": ("error", "skip")},
+    DataSourceConfig: {"kind": SOURCE_KINDS},
+    RolloutSection: {"engine": ("in_process",)},
+    AdvantageSection: {"estimator": ("group_std", "group_mean", "leave_one_out")},
+    FipoConfig: {
+        "loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum"),
+        "old_log_probs": ("actor", "rollout"),
+    },
+    MetricsSection: {"wandb": ("off", "online", "offline")},
+}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a number, or a text, must be on its own."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+_AT_LEAST_0 = _Rule("must be at least 0", lambda value: 0 <= value < math.inf)
+_AT_LEAST_1 = _Rule("must be at least 1", lambda value: 1 <= value < math.inf)
+_ABOVE_0 = _Rule("must be above 0 and finite", lambda value: 0 < value < math.inf)
+_FINITE = _Rule("must be a finite number", math.isfinite)
+_DECAY = _Rule("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+_SHARE = _Rule("must be above 0 and at most 1; 1 samples from the whole distribution", lambda value: 0 < value <= 1)
+_SEED = _Rule("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
+_NOT_EMPTY = _Rule("must not be empty", lambda value: bool(value.strip()))
+_RULES: dict[type, dict[str, _Rule]] = {
+    RunSection: {"name": _NOT_EMPTY, "output_dir": _NOT_EMPTY, "seed": _SEED, "num_sample_prints": _AT_LEAST_0},
+    ModelSection: {
+        "path": _Rule("must name a folder with a Hugging Face checkpoint", lambda value: bool(value.strip())),
+        "log_prob_chunk_tokens": _AT_LEAST_1,
+    },
+    DataSourceConfig: {
+        "num_prompts": _AT_LEAST_1,
+        "seed": _SEED,
+        "prompt_field": _NOT_EMPTY,
+        "answer_field": _NOT_EMPTY,
+        "prompt_template": _Rule("must hold {prompt}, where the prompt goes", lambda value: "{prompt}" in value),
+        "weight": _AT_LEAST_1,
+    },
+    RolloutSection: {
+        "num_prompts": _AT_LEAST_1,
+        "num_samples_per_prompt": _Rule(
+            "must be at least 2: advantages compare the responses to one prompt", lambda value: value >= 2
+        ),
+        "num_prompts_per_round": _AT_LEAST_1,
+        "temperature": _Rule(
+            "must be above 0: training samples its responses. evaluation.temperature=0 evaluates greedily",
+            lambda value: 0 < value < math.inf,
+        ),
+        "top_p": _SHARE,
+        "max_prompt_tokens": _AT_LEAST_1,
+        "max_response_tokens": _AT_LEAST_1,
+        "max_batch_size": _AT_LEAST_1,
+    },
+    VerifierSection: {"num_workers": _AT_LEAST_1, "timeout_s": _ABOVE_0},
+    RewardSection: {
+        "correct": _FINITE,
+        "incorrect": _FINITE,
+        "overlong_buffer_tokens": _AT_LEAST_0,
+        "overlong_penalty": _AT_LEAST_0,
+    },
+    SamplingSection: {"max_generation_rounds": _AT_LEAST_1, "max_surplus_age_steps": _AT_LEAST_0},
+    FipoConfig: {
+        "clip_ratio_low": _Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1),
+        "clip_ratio_high": _ABOVE_0,
+        "dual_clip": _Rule("must be above 1, or null to turn it off", lambda value: 1 < value < math.inf),
+        "half_life_tokens": _ABOVE_0,
+        "influence_min": _AT_LEAST_0,
+        "influence_max": _Rule("must be above 0; .inf leaves weights unclipped above", lambda value: value > 0),
+        "safety_ratio": _ABOVE_0,
+        "max_dual_clipped_tokens": _AT_LEAST_0,
+        "sequence_sum_tokens": _AT_LEAST_1,
+        "kl_coefficient": _AT_LEAST_0,
+        "entropy_coefficient": _AT_LEAST_0,
+    },
+    TrainSection: {"num_steps": _AT_LEAST_1, "num_minibatches": _AT_LEAST_1, "num_epochs": _AT_LEAST_1},
+    OptimizerSection: {
+        "learning_rate": _AT_LEAST_0,
+        "num_warmup_steps": _AT_LEAST_0,
+        "weight_decay": _AT_LEAST_0,
+        "adam_beta1": _DECAY,
+        "adam_beta2": _DECAY,
+        "adam_epsilon": _ABOVE_0,
+        "gradient_clip": _AT_LEAST_0,
+    },
+    ParallelSection: {
+        "tp": _AT_LEAST_1,
+        "pp": _AT_LEAST_1,
+        "virtual_pp": _Rule("must be at least 2, or null for the plain schedule", lambda value: value >= 2),
+        "cp": _AT_LEAST_1,
+        "timeout_s": _ABOVE_0,
+    },
+    BatchSection: {"max_tokens_per_microbatch": _AT_LEAST_1, "pad_multiple": _AT_LEAST_1},
+    EvaluationSection: {
+        "every_num_steps": _AT_LEAST_0,
+        "num_samples_per_prompt": _AT_LEAST_1,
+        "temperature": _AT_LEAST_0,
+        "top_p": _SHARE,
+        "max_response_tokens": _AT_LEAST_1,
+    },
+    MetricsSection: {"wandb_project": _NOT_EMPTY},
+    CheckpointSection: {"every_num_steps": _AT_LEAST_0, "keep_last": _AT_LEAST_1},
+}
+"""A rule for every number (a test holds that none is without) and for texts that are no choices."""
+
+
+def value_problems(section: Any, prefix: str) -> Iterator[str]:
+    """Values that break their rule or are none of their choices, in a section and all below it."""
+    rules, choices = _RULES.get(type(section), {}), _CHOICES.get(type(section), {})
+    types = field_types(type(section))
+    for item in fields(section):
+        key, value = prefix + item.name, getattr(section, item.name)
+        if is_dataclass(value):
+            yield from value_problems(value, f"{key}.")
+        elif entry_type(types[item.name]):
+            for name, source in value.items():
+                if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                    yield f"{key}: the name {name!r} goes into metric names; use letters, digits, _ and - only."
+                yield from value_problems(source, f"{key}.{name}.")
+        elif item.name in choices and value not in choices[item.name]:
+            yield choice_problem(key, value, choices[item.name])
+        elif item.name in rules and value is not None and not rules[item.name].holds(value):
+            yield f"{key}={value}: {rules[item.name].text}."

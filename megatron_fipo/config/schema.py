@@ -1,0 +1,368 @@
+"""The run's configuration as frozen dataclasses, the presets of the algorithms, and the names of what sources may use.
+
+The docstring under a field is its entry in the reference of all keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional
+
+# OmegaConf resolves these annotations at run time, hence Optional and Dict rather than the newer spellings.
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Name, place and seed of the run."""
+
+    name: str = "fipo"
+    """Name shown in the console and in the trackers."""
+    output_dir: str = "outputs/${run.name}"
+    """Folder of everything the run writes; ${run.name} stands for the name above."""
+    seed: int = 0
+    """Seed of data order, sampling and dropout-free initialisation; results depend on it, never on the rank count."""
+    num_sample_prints: int = 3
+    """Sample responses shown before and after training."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model is trained and in which precision."""
+
+    path: str = ""
+    """Folder with a Hugging Face checkpoint (config, safetensors, tokenizer); relative to the current directory."""
+    dtype: str = "float32"
+    """Arithmetic of the actor's forward and backward: float32 or bfloat16 (bfloat16 keeps float32 main weights)."""
+    recompute: str = "none"
+    """Activation recompute: none, selective (core attention only) or full (every layer)."""
+    log_prob_chunk_tokens: int = 1024
+    """Tokens per chunk of the output layer when log-probs are computed; bounds the memory that logits take."""
+
+
+@dataclass(frozen=True)
+class DataSourceConfig:
+    """One source of prompts."""
+
+    kind: str = ""
+    """jsonl, parquet, chain_arithmetic or reasoning_gym."""
+    path: str = ""
+    """File of a jsonl or parquet source; relative to the current directory."""
+    task: str = ""
+    """Name of the reasoning-gym data set."""
+    params: Dict[str, Any] = field(default_factory=dict)
+    """Parameters of a procedural source, passed on by name."""
+    num_prompts: Optional[int] = None
+    """Use only the first so many prompts; required for a procedural source used for evaluation."""
+    seed: Optional[int] = None
+    """Seed of a procedural source; None takes run.seed. Give held-out data a fixed seed of its own."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt: a string, or a list of chat messages."""
+    answer_field: str = "answer"
+    """Column that holds the reference answer; a dot descends into a struct (reward_model.ground_truth)."""
+    prompt_template: str = "{prompt}"
+    """Text around the prompt; {prompt} is replaced."""
+    system_prompt: str = ""
+    """System message in front of the chat; needs chat_template=true."""
+    chat_template: bool = False
+    """Format the prompt with the tokenizer's chat template; false feeds the text as it is."""
+    verifier: str = ""
+    """Judge of its responses: chain_arithmetic, reasoning_gym, math, exact, or your own as package.module:function."""
+    weight: int = 1
+    """Prompts taken from this source in each round over the sources."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Prompts to train on and to evaluate on."""
+
+    train: Dict[str, DataSourceConfig] = field(default_factory=dict)
+    """Training sources by name."""
+    evaluation: Dict[str, DataSourceConfig] = field(default_factory=dict)
+    """Evaluation sources by name; each must be finite."""
+    overlong_prompts: str = "error"
+    """What happens to a prompt longer than rollout.max_prompt_tokens: error or skip (skips are counted and logged)."""
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """How responses are generated."""
+
+    engine: str = "in_process"
+    """in_process: transformers in the trainer's own processes, fed with the actor's weights after every step."""
+    num_prompts: int = 16
+    """Groups that one step trains on."""
+    num_samples_per_prompt: int = 16
+    """Responses to each prompt: the size of a group."""
+    num_prompts_per_round: Optional[int] = None
+    """Prompts of each round of generation; null takes num_prompts first, then twice what the batch still lacks."""
+    temperature: float = 1.0
+    """Sampling temperature; training log-probs are taken at the same temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling threshold; 1 samples from the whole distribution."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt."""
+    max_response_tokens: int = 1024
+    """Longest response."""
+    max_batch_size: int = 128
+    """Sequences that one process decodes at a time (in-process engine)."""
+
+
+@dataclass(frozen=True)
+class VerifierSection:
+    """The pool of processes that judges responses."""
+
+    num_workers: int = 1
+    """Worker processes on each rank."""
+    timeout_s: float = 10.0
+    """Longest time for one response; one that takes longer is killed, reported, and its group dropped."""
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """From verdicts to rewards."""
+
+    correct: float = 1.0
+    """Reward of an accepted answer."""
+    incorrect: float = -1.0
+    """Reward of any other."""
+    overlong_buffer_tokens: int = 0
+    """Length at the end of max_response_tokens over which the overlong penalty grows; 0 turns it off."""
+    overlong_penalty: float = 1.0
+    """Largest overlong penalty."""
+    mask_truncated: bool = False
+    """Leave responses cut at max_response_tokens out of the loss."""
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    """Dynamic sampling (DAPO): only groups with mixed rewards carry a signal."""
+
+    dynamic: bool = True
+    """Drop groups whose rewards are all equal and go on sampling until the batch is full."""
+    max_generation_rounds: int = 10
+    """Rounds of generation after which a batch that is still not full stops the run."""
+    max_surplus_age_steps: int = 0
+    """Steps that groups beyond the batch are kept for; 0 discards them, as the paper does."""
+    allow_short_batch: bool = False
+    """Train on the groups there are when the rounds are used up, instead of stopping."""
+
+
+@dataclass(frozen=True)
+class AdvantageSection:
+    """Group-relative advantages."""
+
+    estimator: str = "group_std"
+    """group_std: (R - mean)/(std + 1e-6); group_mean: R - mean (Dr. GRPO); leave_one_out (RLOO)."""
+
+
+@dataclass(frozen=True)
+class FipoConfig:
+    """The objective. FIPO and the methods it is compared with are settings of `rl.objective.policy_loss`."""
+
+    clip_ratio_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_ratio_low."""
+    clip_ratio_high: float = 0.28
+    """The ratio is clipped above at 1 + clip_ratio_high."""
+    dual_clip: Optional[float] = 10.0
+    """Where the weighted advantage is negative, the loss is at most -f*A*dual_clip; null: none (not with future_kl)."""
+    future_kl: bool = True
+    """Weight advantages by Future-KL and filter sequences (FIPO); false leaves every weight at 1."""
+    half_life_tokens: float = 32.0
+    """Distance in tokens at which a later token's influence has halved."""
+    influence_min: float = 1.0
+    """Lower end of the influence weights."""
+    influence_max: float = 1.2
+    """Upper end of the influence weights."""
+    safety_ratio: float = 10.0
+    """Where the advantage is negative and the ratio above this, the weight is clipped to [0.8, 1.0]."""
+    max_dual_clipped_tokens: int = 1
+    """A response with more tokens of negative advantage and ratio above dual_clip leaves the loss altogether."""
+    filter_extreme_ratios: bool = True
+    """Tokens with a ratio above dual_clip stay out of Future-KL; false is the paper's ablation."""
+    loss_aggregation: str = "token_mean"
+    """token_mean; sequence_mean: mean of responses' token means (GRPO); sequence_sum: by a fixed length (Dr. GRPO)."""
+    sequence_sum_tokens: Optional[int] = None
+    """The constant length of sequence_sum; required there, usually rollout.max_response_tokens."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL penalty against the frozen starting policy (k3 estimator); 0 builds no reference."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    old_log_probs: str = "actor"
+    """Old policy's log-probs: actor (recomputed before the step's first update) or rollout (refused with future_kl)."""
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """Steps and updates."""
+
+    num_steps: int = 100
+    """Steps to run; one step is one batch of rollouts."""
+    num_minibatches: int = 4
+    """Minibatches that a step's groups are cut into, by prompt; each is one update."""
+    num_epochs: int = 1
+    """Times that each step's minibatches are gone through."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the run's folder where there is one."""
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW with a linear warm-up, then constant."""
+
+    learning_rate: float = 1e-6
+    """Learning rate after the warm-up."""
+    num_warmup_steps: int = 10
+    """Steps (not updates) over which the rate rises linearly from 0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms and biases are exempt."""
+    adam_beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm over all parameters; 0 turns clipping off."""
+    distributed: bool = True
+    """Shard the optimizer's state over data- and context-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """Megatron's layout. What the product leaves of the world size is data parallel."""
+
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline-parallel size."""
+    virtual_pp: Optional[int] = None
+    """Model chunks on each pipeline stage (interleaved schedule); needs pp > 1."""
+    cp: int = 1
+    """Context-parallel size: each sequence is cut into 2*cp chunks, two on each rank."""
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence; needs tp > 1."""
+    timeout_s: float = 1800.0
+    """Longest wait inside one collective."""
+
+
+@dataclass(frozen=True)
+class BatchSection:
+    """Packing."""
+
+    max_tokens_per_microbatch: int = 16384
+    """Token budget of a microbatch over all its context-parallel ranks, padding included."""
+    pad_multiple: Optional[int] = None
+    """Sequences are padded to a multiple of this; null takes the least that the layout needs."""
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """Evaluation during the run."""
+
+    every_num_steps: int = 0
+    """Evaluate after every so many steps; 0 only before and after training."""
+    num_samples_per_prompt: int = 1
+    """Responses to each evaluation prompt: k of avg@k, cons@k, pass@k."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 0.7
+    """Nucleus sampling threshold."""
+    max_response_tokens: Optional[int] = None
+    """Longest response; null takes rollout.max_response_tokens."""
+
+
+@dataclass(frozen=True)
+class MetricsSection:
+    """Where metrics go."""
+
+    console: bool = True
+    """One line a step, with progress bars for rollout and updates."""
+    jsonl: bool = True
+    """metrics.jsonl in the run's folder."""
+    tensorboard: bool = True
+    """TensorBoard events in the run's folder."""
+    wandb: str = "off"
+    """Weights & Biases: off, online or offline."""
+    wandb_project: str = "megatron_fipo"
+    """Project on Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """What is saved, and when."""
+
+    every_num_steps: int = 0
+    """Save after every so many steps; 0 only at the end and when the run is interrupted."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    export_huggingface: bool = True
+    """Write the trained model as a Hugging Face folder at the end."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    algorithm: str = "fipo"
+    """Preset that fills in what the file leaves open: fipo, dapo, grpo, grpo_sequence_mean, dr_grpo or rloo."""
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    verifier: VerifierSection = field(default_factory=VerifierSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    advantages: AdvantageSection = field(default_factory=AdvantageSection)
+    objective: FipoConfig = field(default_factory=FipoConfig)
+    train: TrainSection = field(default_factory=TrainSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "fipo": {"objective": {"future_kl": True}},
+    "dapo": {"objective": {"future_kl": False}},
+    "grpo": {
+        "objective": {"future_kl": False, "clip_ratio_high": 0.2, "dual_clip": None},
+        "sampling": {"dynamic": False},
+    },
+    "grpo_sequence_mean": {
+        "objective": {
+            "future_kl": False,
+            "clip_ratio_high": 0.2,
+            "dual_clip": None,
+            "loss_aggregation": "sequence_mean",
+        },
+        "sampling": {"dynamic": False},
+    },
+    "dr_grpo": {
+        "objective": {
+            "future_kl": False,
+            "clip_ratio_high": 0.2,
+            "dual_clip": None,
+            "loss_aggregation": "sequence_sum",
+        },
+        "advantages": {"estimator": "group_mean"},
+        "sampling": {"dynamic": False},
+    },
+    "rloo": {
+        "objective": {"future_kl": False},
+        "advantages": {"estimator": "leave_one_out"},
+        "sampling": {"dynamic": False},
+    },
+}
+"""What each algorithm sets; a key the user sets wins, except where `validate` names a contradiction."""
+
+FILE_KINDS = ("jsonl", "parquet")
+"""Kinds of source that read a file."""
+PROCEDURAL_KINDS = ("chain_arithmetic", "reasoning_gym")
+"""Kinds of source that make their prompts, without end."""
+SOURCE_KINDS = (*FILE_KINDS, *PROCEDURAL_KINDS)
+"""What data.*.kind may be."""
+
+VERIFIERS = ("chain_arithmetic", "reasoning_gym", "math", "exact")
+"""What data.*.verifier may be, besides a function of one's own as package.module:function."""

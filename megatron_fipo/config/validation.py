@@ -1,0 +1,224 @@
+"""What values demand of each other, and what runs but hardly means what it says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_fipo.config.errors import ConfigError, choice_problem
+from megatron_fipo.config.rules import value_problems
+from megatron_fipo.config.schema import ALGORITHMS, PROCEDURAL_KINDS, VERIFIERS, Config, DataSourceConfig
+
+_DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
+"""Keys without which an algorithm would not be what its name says, where its preset sets them."""
+
+
+def validate(config: Config, world_size: int | None = None) -> None:
+    """Refuse what cannot run, before any model is built.
+
+    Args:
+        config: as `load_config` returned it.
+        world_size: number of processes; None leaves out what depends on it.
+
+    Raises:
+        ConfigError: naming for every problem the key, its value, the rule and what to do.
+    """
+    problems = list(value_problems(config, ""))
+    if not problems:  # combinations divide by values that must be sound first
+        problems += _algorithm_problems(config)
+        problems += _data_problems(config)
+        problems += _batch_problems(config)
+        problems += _objective_problems(config)
+        problems += _layout_problems(config, world_size)
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def _algorithm_problems(config: Config) -> Iterator[str]:
+    preset = ALGORITHMS[config.algorithm]
+    for key in _DEFINING_KEYS:
+        section, name = key.split(".")
+        wanted, value = preset.get(section, {}).get(name), getattr(getattr(config, section), name)
+        if wanted is not None and value != wanted:
+            others = [
+                other
+                for other, values in ALGORITHMS.items()
+                if name in values.get(section, {}) and values[section][name] == value
+            ]
+            remedy = f"take algorithm={' or '.join(others)}" if others else "take an algorithm that leaves it open"
+            yield (
+                f"{key}={_yaml_scalar(value)}: contradicts algorithm={config.algorithm}, which is {key}="
+                f"{_yaml_scalar(wanted)}. Remove the key, or {remedy}."
+            )
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    if not config.data.train:
+        yield "data.train is empty: a run needs at least one source of prompts, such as data.train.<name>.kind=jsonl."
+    for part in ("train", "evaluation"):
+        for name, source in getattr(config.data, part).items():
+            yield from _source_problems(f"data.{part}.{name}", source, is_evaluation=part == "evaluation")
+
+
+def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) -> Iterator[str]:
+    if source.kind in PROCEDURAL_KINDS:
+        if source.path:
+            yield f"{key}.path={source.path}: kind={source.kind} reads no file. Remove it, or change the kind."
+        if is_evaluation and (source.num_prompts is None or source.seed is None):
+            missing = [name for name in ("num_prompts", "seed") if getattr(source, name) is None]
+            yield (
+                f"{key}: an evaluation source must be finite and the same in every run, and kind={source.kind} makes "
+                f"prompts without end. Set {' and '.join(f'{key}.{name}' for name in missing)}."
+            )
+    elif not source.path:
+        yield f"{key}.path is empty: kind={source.kind} reads a file. Set it."
+    elif source.params:
+        yield f"{key}.params={source.params}: kind={source.kind} takes no parameters. Remove them."
+    if source.kind == "reasoning_gym" and not source.task:
+        yield f"{key}.task is empty: kind=reasoning_gym needs the name of a data set, such as task=chain_sum."
+    if source.kind != "reasoning_gym" and source.task:
+        yield f"{key}.task={source.task}: only kind=reasoning_gym has tasks. Remove it."
+    if source.verifier not in VERIFIERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.verifier):
+        yield choice_problem(f"{key}.verifier", source.verifier, (*VERIFIERS, "package.module:function"))
+    if source.kind == "reasoning_gym" and source.verifier != "reasoning_gym":
+        yield (
+            f"{key}.verifier={source.verifier}: entries of kind=reasoning_gym are judged by their own task. "
+            f"Set {key}.verifier=reasoning_gym."
+        )
+    if source.verifier == "reasoning_gym" and source.kind != "reasoning_gym":
+        yield (
+            f"{key}.verifier=reasoning_gym: judges entries of kind=reasoning_gym, and this kind is {source.kind}. "
+            "Use math or exact."
+        )
+    if source.system_prompt and not source.chat_template:
+        yield f"{key}.system_prompt is set, but chat_template=false leaves it out. Set {key}.chat_template=true."
+
+
+def _batch_problems(config: Config) -> Iterator[str]:
+    rollout, reward, train = config.rollout, config.reward, config.train
+    if rollout.num_prompts % train.num_minibatches:
+        divisors = [str(n) for n in range(1, rollout.num_prompts + 1) if rollout.num_prompts % n == 0]
+        yield (
+            f"train.num_minibatches={train.num_minibatches}: must divide rollout.num_prompts={rollout.num_prompts}: "
+            f"a minibatch holds whole groups. Set it to one of {', '.join(divisors)}."
+        )
+    if reward.correct <= reward.incorrect:
+        yield f"reward.correct={reward.correct}: must be above reward.incorrect={reward.incorrect}."
+    if reward.overlong_buffer_tokens >= rollout.max_response_tokens:
+        yield (
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens}: must be below rollout.max_response_tokens="
+            f"{rollout.max_response_tokens}, at whose end the buffer lies. Lower it, or set 0 to turn the penalty off."
+        )
+
+
+def _objective_problems(config: Config) -> Iterator[str]:
+    objective = config.objective
+    if objective.future_kl and objective.old_log_probs == "rollout":
+        yield (
+            "objective.old_log_probs=rollout: rollout log-probs as π_old are refused with future_kl=true, because "
+            "Future-KL sums up the engine's numerical differences over many tokens. Set objective.old_log_probs=actor."
+        )
+    if objective.future_kl and objective.dual_clip is None:
+        yield (
+            "objective.dual_clip=null: Future-KL leaves out tokens with a ratio above dual_clip and needs a number. "
+            "Set objective.dual_clip=10."
+        )
+    if objective.influence_min > objective.influence_max:
+        yield (
+            f"objective.influence_min={objective.influence_min}: must not be above objective.influence_max="
+            f"{objective.influence_max}."
+        )
+    if objective.loss_aggregation == "sequence_sum" and objective.sequence_sum_tokens is None:
+        yield (
+            "objective.sequence_sum_tokens=null: loss_aggregation=sequence_sum divides by a constant length. Set it, "
+            f"usually to rollout.max_response_tokens={config.rollout.max_response_tokens}."
+        )
+
+
+def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:
+    parallel, rollout, batch = config.parallel, config.rollout, config.batch
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel=true: needs parallel.tp above 1. Set it to false."
+    if parallel.virtual_pp is not None and parallel.pp == 1:
+        yield f"parallel.virtual_pp={parallel.virtual_pp}: needs parallel.pp above 1. Set it to null."
+    model_parallel = parallel.tp * parallel.pp * parallel.cp
+    if world_size is not None and world_size % model_parallel:
+        yield (
+            f"{world_size} processes cannot hold whole copies of the model: tp={parallel.tp} x pp={parallel.pp} x "
+            f"cp={parallel.cp} takes {model_parallel} each. Start a multiple of {model_parallel}, or lower parallel.*."
+        )
+    needed = required_pad_multiple(config)
+    multiple = needed if batch.pad_multiple is None else batch.pad_multiple
+    if multiple % needed:
+        yield (
+            f"batch.pad_multiple={multiple}: cp={parallel.cp}, tp={parallel.tp} and sequence_parallel="
+            f"{_yaml_scalar(parallel.sequence_parallel)} need sequences padded to a multiple of {needed}. "
+            f"Set it to {needed}, a multiple of that, or null."
+        )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    padded = -(-longest // multiple) * multiple
+    if padded > batch.max_tokens_per_microbatch:
+        yield (
+            f"batch.max_tokens_per_microbatch={batch.max_tokens_per_microbatch}: one sequence of "
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{rollout.max_response_tokens} takes {padded} tokens with padding. Raise it to at least {padded}."
+        )
+
+
+def _yaml_scalar(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def required_pad_multiple(config: Config) -> int:
+    """Least multiple to which every sequence of a microbatch must be padded.
+
+    Context parallelism cuts a sequence into 2*cp chunks; sequence parallelism then cuts the tokens of one
+    context-parallel rank, T / cp, into tp parts.
+    """
+    parallel = config.parallel
+    zigzag = 2 * parallel.cp if parallel.cp > 1 else 1
+    return math.lcm(zigzag, parallel.cp * parallel.tp) if parallel.sequence_parallel else zigzag
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer steps that one batch of rollouts gets."""
+    return config.train.num_minibatches * config.train.num_epochs
+
+
+def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) -> list[str]:
+    """What runs but hardly means what it says; for the console, in full sentences."""
+    objective, rollout, evaluation = config.objective, config.rollout, config.evaluation
+    found = []
+    if objective.future_kl and updates_per_step(config) == 1:
+        found.append(
+            "FIPO is inert: with one update per step (train.num_minibatches x train.num_epochs = 1) the policy has not "
+            "moved when Future-KL is taken, every influence weight is 1, and this run is plain DAPO."
+        )
+    if objective.future_kl and objective.influence_min == objective.influence_max:
+        found.append(
+            f"influence weights cannot vary: objective.influence_min = influence_max = {objective.influence_max}."
+        )
+    if rollout.top_p < 1:
+        found.append(
+            f"rollout.top_p={rollout.top_p} samples from a truncated distribution, but log-probs are taken over the "
+            "whole one: updates are biased. Training usually samples at top_p=1."
+        )
+    if config.optimizer.num_warmup_steps >= config.train.num_steps:
+        found.append(
+            f"optimizer.num_warmup_steps={config.optimizer.num_warmup_steps} covers all {config.train.num_steps} "
+            f"steps: the learning rate never reaches {config.optimizer.learning_rate}."
+        )
+    if evaluation.temperature == 0 and evaluation.num_samples_per_prompt > 1:
+        found.append(
+            f"evaluation.temperature=0 is greedy: all {evaluation.num_samples_per_prompt} responses will be alike."
+        )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    positions = (model_config or {}).get("max_position_embeddings")
+    if positions is not None and longest > positions:
+        found.append(
+            f"sequences of up to {longest} tokens (rollout.max_prompt_tokens + max_response_tokens) go beyond "
+            f"the model's max_position_embeddings={positions}: it was never trained at those positions."
+        )
+    return found

@@ -1,0 +1,103 @@
+"""Evaluation of the policy in the course of a run: scored, shown, written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import Config
+from megatron_fipo.evaluation import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
+from megatron_fipo.generation import GroupGenerator
+from megatron_fipo.metrics.console import Console, ShownSample
+from megatron_fipo.rl.types import Group, Prompt
+from megatron_fipo.rollout.engine import SamplingParams
+
+_HEADLINE = ("avg@", "cons@", "pass@", "response_tokens/mean")
+
+
+class HeldOutEvaluation:
+    """Evaluates on every source of data.evaluation."""
+
+    def __init__(
+        self,
+        config: Config,
+        sets: Mapping[str, Sequence[Prompt]],
+        generator: GroupGenerator,
+        console: Console,
+        folder: Path | None,
+    ) -> None:
+        """
+        Args:
+            sets: prompts by source.
+            folder: where judged responses are written; None on all ranks but one.
+        """
+        self._config, self._sets, self._generator = config, sets, generator
+        self._console, self._folder = console, folder
+
+    def run(self, when: str, before: Mapping[str, float] | None = None, *, announce: bool = True) -> dict[str, float]:
+        """Scores by flat name, the same on every rank; empty without sources. Collective over all ranks.
+
+        Args:
+            when: "before", "after" or a step; goes into file names and headings.
+            before: an earlier evaluation to compare with.
+            announce: show samples and a table.
+        """
+        metrics: dict[str, float] = {}
+        for source, prompts in self._sets.items():
+            groups = self._generate(prompts)
+            problems = [ProblemResult.from_group(group) for group in groups]
+            metrics |= evaluate_problems(problems)[source].metrics
+            if self._folder is not None:
+                write_problems(self._folder / f"{when}_{source}.jsonl", problems)
+            if announce:
+                self._show_samples(when, source, groups)
+        if metrics and announce:
+            title = "Held-out" if before is None else "Held-out, before and after"
+            after = None if before is None else _headline(metrics)
+            self._console.evaluation_table(title, _headline(before or metrics), after)
+        return metrics
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        section, rollout = self._config.evaluation, self._config.rollout
+        max_tokens = section.max_response_tokens or rollout.max_response_tokens
+        sampling = SamplingParams(max_tokens, section.temperature, section.top_p)
+        num_samples = section.num_samples_per_prompt
+        with self._console.evaluation_progress(len(self._generator.own_share(prompts)) * num_samples) as progress:
+            return self._generator.generate(
+                prompts, num_samples, sampling, EVALUATION_STEP, on_sample=lambda sample: progress.advance()
+            )
+
+    def _show_samples(self, when: str, source: str, groups: Sequence[Group]) -> None:
+        shown = [(group.prompt, group.samples[0]) for group in groups[: self._config.run.num_sample_prints]]
+        self._console.samples(
+            f"Responses {when} training: {source}",
+            [
+                ShownSample(
+                    prompt=prompt.text,
+                    response=sample.response_text,
+                    reference=_reference_text(prompt.reference),
+                    answer=sample.answer,
+                    accuracy=sample.accuracy,
+                    num_tokens=len(sample.response_ids),
+                    truncated=sample.truncated,
+                )
+                for prompt, sample in shown
+            ],
+        )
+
+
+def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What is shown of an evaluation; the rest is in the metrics."""
+    short = {name.removeprefix("evaluation/"): value for name, value in metrics.items()}
+    return {
+        name: value
+        for name, value in short.items()
+        if name.split("/", 1)[1].startswith(_HEADLINE) and not name.endswith("_ci95")
+    }
+
+
+def _reference_text(reference: Any) -> str:
+    if isinstance(reference, dict) and "entry" in reference:
+        return str(reference["entry"].get("answer", ""))
+    return str(reference)

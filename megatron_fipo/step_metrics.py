@@ -1,0 +1,83 @@
+"""A training step's numbers, from its rollouts, its updates and its clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron_fipo.actor.actor import UpdateResult
+from megatron_fipo.metrics.reductions import Last, Metrics, Sum, merge, scalars
+from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
+from megatron_fipo.rl.types import Group
+
+INFLUENCE_STD = "fipo/influence_weight/std"
+
+
+class StepClock:
+    """Seconds that a step and its phases take."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; the same name again adds up."""
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def metrics(self, num_tokens: int) -> Metrics:
+        """time_s/<phase>, and the throughput of the whole step so far."""
+        seconds = {**self._seconds, "step": time.perf_counter() - self._started}
+        return {
+            "perf/tokens": Sum(num_tokens),
+            "perf/tokens_per_s": Last(num_tokens / seconds["step"]),
+            **{f"time_s/{name}": Last(value) for name, value in seconds.items()},
+        }
+
+
+def step_metrics(
+    trained: Sequence[Group],
+    generated: Sequence[Group],
+    updates: Sequence[UpdateResult],
+    clock: StepClock,
+    more: Metrics,
+    max_response_tokens: int,
+    ranks: ParallelGroups,
+) -> tuple[dict[str, float], str]:
+    """Everything about a step as flat numbers, the same on every rank. Collective over all ranks.
+
+    Args:
+        trained: the groups that were trained on. generated: all that were generated for the step.
+        updates: this rank's results, in order.
+        more: further metrics, alike on every rank.
+
+    Returns:
+        (numbers by name, a warning where rounding noise dominates Future-KL, else empty).
+    """
+    first = exchange.merge_metrics(updates[0].metrics if ranks.reports_loss else None, ranks.world)
+    own_later = merge([result.metrics for result in updates[1:]]) if ranks.reports_loss else None
+    later = exchange.merge_metrics(own_later, ranks.world)
+    later_numbers = scalars(later)
+    noise = noise_floor(scalars(first), later_numbers)
+    norms = [result.grad_norm for result in updates]
+    metrics: Metrics = {
+        **merge([first, later]),
+        **rollout_metrics(generated, max_response_tokens),
+        **advantage_metrics(trained),
+        **noise.metrics,
+        "optim/grad_norm": Last(sum(norms) / len(norms)),
+        "optim/grad_norm/max": Last(max(norms)),
+        "optim/learning_rate": Last(updates[-1].learning_rate),
+        "optim/updates": Last(len(updates)),
+        **clock.metrics(sum(sample.num_tokens for group in trained for sample in group.samples)),
+        **more,
+    }
+    numbers = scalars(metrics)
+    if INFLUENCE_STD in later_numbers:
+        numbers[f"{INFLUENCE_STD}_after_first_update"] = later_numbers[INFLUENCE_STD]
+    return numbers, noise.warning

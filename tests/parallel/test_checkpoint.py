@@ -1,0 +1,258 @@
+"""A run that is saved in one layout and goes on in another is the run that was never stopped.
+
+In the same layout bit for bit; in another within the rounding of float32 sums taken in another order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from megatron_fipo.actor import checkpoint
+from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_fipo.config import ParallelSection
+from tests.parallel import layouts
+from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step, whole_weights
+from tests.parallel.ranks import RankError, run_ranks
+
+P = ParallelSection
+LOOP_STATE = {"next_step": 1, "prompts": {"cursor": 7}, "sampler": [torch.tensor([1, 2]), None, "text"]}
+
+SAVED = {True: Case("saved", parallel=P(tp=2)), False: Case("saved", parallel=P(tp=2), distributed=False)}
+"""What is saved, by whether the optimizer is sharded: two tensor-parallel ranks, after one step of three updates."""
+
+GOING_ON: dict[int, list[ParallelSection]] = {
+    1: [P()],
+    2: [P(tp=2), P(tp=2, sequence_parallel=True), P(cp=2), P(pp=2), P()],
+    4: [P(pp=2, virtual_pp=2), P(tp=2, pp=2), P(cp=2), P(tp=2)],
+}
+"""World size -> layouts that the run goes on in; what the layout leaves is data parallel."""
+
+
+@dataclass
+class Continued:
+    """A run after the checkpoint: one more step."""
+
+    start: dict[str, Tensor]
+    outcome: Outcome
+    loop_state: dict[str, Any]
+
+
+def _save(case: Case, model: str, folder: str) -> Continued | None:
+    """Train a step, save, go on for another: the run that is never stopped."""
+    config = config_of(case, model)
+    with layout(case.parallel) as ranks:
+        actor = Actor(config, ranks)
+        train_step(actor, config, 0, Outcome())
+        start = whole_weights(actor)
+        saved = save_checkpoint(actor, folder, 1, LOOP_STATE, keep_last=2)
+        assert saved == Path(folder) / "step_000001"
+        outcome = Outcome()
+        train_step(actor, config, 1, outcome)
+        outcome.weights = whole_weights(actor)
+    return Continued(start, outcome, {}) if dist.get_rank() == 0 else None
+
+
+def _go_on(cases: list[Case], model: str, folder: str) -> list[Continued] | None:
+    """Build the actor anew in each layout, load, and train the second step."""
+    found = []
+    for case in cases:
+        config = config_of(case, model)
+        with layout(case.parallel) as ranks:
+            actor = Actor(config, ranks)
+            newest = latest_checkpoint(folder)
+            assert newest is not None
+            loop_state = load_checkpoint(actor, newest)
+            start, outcome = whole_weights(actor), Outcome()
+            train_step(actor, config, 1, outcome)
+            outcome.weights = whole_weights(actor)
+            found.append(Continued(start, outcome, loop_state))
+    return found if dist.get_rank() == 0 else None
+
+
+class Checkpoints:
+    """Saved runs, and how they went on; each launch once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models = layouts.save_models(folder)
+        self.saved = cache(self._saved)
+        self.went_on = cache(self._went_on)
+
+    def path(self, distributed: bool) -> str:
+        return str(self.folder / f"checkpoints_{distributed}")
+
+    def _saved(self, distributed: bool) -> Continued:
+        return run_ranks(_save, 2, SAVED[distributed], self.models["qwen2"], self.path(distributed), timeout_s=120)[0]
+
+    def _went_on(self, world_size: int, distributed: bool) -> list[Continued]:
+        self.saved(distributed)
+        cases = [replace(SAVED[distributed], parallel=parallel) for parallel in GOING_ON[world_size]]
+        arguments = (cases, self.models["qwen2"], self.path(distributed))
+        return run_ranks(_go_on, world_size, *arguments, timeout_s=240)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def moved_apart(one: Continued, other: Continued) -> float:
+    """||difference of the weights|| / ||what the step moved them by||."""
+    difference = sum(
+        float((one.outcome.weights[name] - weight).double().square().sum())
+        for name, weight in other.outcome.weights.items()
+    )
+    moved = sum(
+        float((other.start[name] - weight).double().square().sum()) for name, weight in other.outcome.weights.items()
+    )
+    return math.sqrt(difference / moved)
+
+
+def _name(parallel: ParallelSection, world_size: int) -> str:
+    sizes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.virtual_pp or 1, "cp": parallel.cp}
+    sizes["dp"] = world_size // (parallel.tp * parallel.pp * parallel.cp)
+    found = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "alone"
+    return found + (" sp" if parallel.sequence_parallel else "")
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded optimizer", "whole optimizer"])
+@pytest.mark.parametrize(
+    ("world_size", "index"),
+    [
+        pytest.param(world, index, id=_name(parallel, world))
+        for world, sections in GOING_ON.items()
+        for index, parallel in enumerate(sections)
+    ],
+)
+def test_a_run_goes_on_in_any_layout(checkpoints: Checkpoints, world_size: int, index: int, distributed: bool) -> None:
+    unstopped = checkpoints.saved(distributed)
+    went_on = checkpoints.went_on(world_size, distributed)[index]
+    assert went_on.start.keys() == unstopped.start.keys()
+    for name, weight in unstopped.start.items():
+        assert torch.equal(went_on.start[name], weight), f"{name} differs right after loading"
+    assert str(went_on.loop_state) == str(LOOP_STATE)
+    if GOING_ON[world_size][index] == SAVED[distributed].parallel and world_size == 2:
+        assert went_on.outcome.grad_norms == unstopped.outcome.grad_norms
+        assert moved_apart(went_on, unstopped) == 0
+    else:
+        for ours, theirs in zip(went_on.outcome.grad_norms, unstopped.outcome.grad_norms, strict=True):
+            assert abs(ours - theirs) / theirs <= layouts.GRADIENT_BOUND
+        assert moved_apart(went_on, unstopped) <= layouts.WEIGHT_BOUND
+
+
+# --- mistakes on purpose ---------------------------------------------------------------------------------------------
+
+
+def _fresh_moments(actor: Any) -> None:
+    for optimizer in checkpoint._single_optimizers(actor.optimizer):
+        for state in optimizer.optimizer.state.values():
+            state["exp_avg"].zero_()
+
+
+def _go_on_wrongly(mistake: str, case: Case, model: str, folder: str) -> Continued | None:
+    patches: dict[str, Callable[[], Any]] = {
+        "shared Adam steps": lambda: mock.patch.object(checkpoint, "_separate_adam_steps", lambda optimizer: None),
+        "moments forgotten": lambda: mock.patch.object(
+            checkpoint, "_separate_adam_steps", lambda optimizer: _fresh_moments(mock.Mock(optimizer=optimizer))
+        ),
+        "nothing": nullcontext,
+    }
+    with patches[mistake]():
+        found = _go_on([case], model, folder)
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("mistake", ["nothing", "shared Adam steps", "moments forgotten"])
+def test_a_mistake_in_the_optimizer_state_is_noticed(checkpoints: Checkpoints, mistake: str) -> None:
+    unstopped = checkpoints.saved(True)
+    arguments = (mistake, SAVED[True], checkpoints.models["qwen2"], checkpoints.path(True))
+    apart = moved_apart(run_ranks(_go_on_wrongly, 2, *arguments, timeout_s=120)[0], unstopped)
+    assert apart == 0 if mistake == "nothing" else apart > 100 * layouts.WEIGHT_BOUND
+
+
+# --- what lies in the folder -----------------------------------------------------------------------------------------
+
+
+def _save_several(case: Case, model: str, folder: str) -> list[list[str]]:
+    """Save at steps 1, 2, 2 again, 3 with keep_last=2; the folder's entries after each."""
+    seen = []
+    with layout(case.parallel) as ranks:
+        actor = Actor(config_of(case, model), ranks)
+        for step in (1, 2, 2, 3):
+            save_checkpoint(actor, folder, step, {"next_step": step}, keep_last=2)
+            seen.append(sorted(path.name for path in Path(folder).iterdir()))
+            assert latest_checkpoint(folder) == Path(folder) / f"step_{step:06d}"
+        assert load_checkpoint(actor, Path(folder) / "step_000002") == {"next_step": 2}
+    return seen
+
+
+def test_the_newest_are_kept_and_the_others_deleted(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for seen in run_ranks(_save_several, 2, SAVED[True], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120):
+        assert seen[0] == ["latest", "step_000001"]
+        assert seen[1] == seen[2] == ["latest", "step_000001", "step_000002"]
+        assert seen[3] == ["latest", "step_000002", "step_000003"]
+
+
+def _die_while_saving(when: str, case: Case, model: str, folder: str) -> None:
+    """Save step 1, then be killed in the middle of saving step 2."""
+    real_save, real_rename = dist_checkpointing.save, Path.rename
+
+    def half_a_save(state: Any, path: str, *rest: Any, **keywords: Any) -> None:
+        real_save(state, path, *rest, **keywords)
+        os.remove(next(file for file in Path(path).iterdir() if file.suffix == ".distcp"))
+        os._exit(9)
+
+    def dying_at(name: str) -> Callable[..., Any]:
+        def rename(self: Path, target: Any) -> Any:
+            if Path(target).name == name:
+                os._exit(9)
+            return real_rename(self, target)
+
+        return rename
+
+    with layout(case.parallel) as ranks:
+        actor = Actor(config_of(case, model), ranks)
+        save_checkpoint(actor, folder, 1, LOOP_STATE, keep_last=1)
+        patches = {
+            "writing": mock.patch.object(dist_checkpointing, "save", half_a_save),
+            "before it is whole": mock.patch.object(Path, "rename", dying_at("step_000002")),
+            "before latest moves": mock.patch.object(Path, "rename", dying_at("latest")),
+        }
+        with patches[when]:
+            save_checkpoint(actor, folder, 2, LOOP_STATE, keep_last=1)
+
+
+@pytest.mark.parametrize("when", ["writing", "before it is whole", "before latest moves"])
+def test_a_killed_save_leaves_the_one_before(checkpoints: Checkpoints, tmp_path: Path, when: str) -> None:
+    case, model = replace(SAVED[True], parallel=P()), checkpoints.models["qwen2"]
+    with pytest.raises(RankError, match="died without a word"):
+        run_ranks(_die_while_saving, 1, when, case, model, str(tmp_path), timeout_s=120)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000001"
+    went_on = run_ranks(_go_on, 1, [case], model, str(tmp_path), timeout_s=120)[0]
+    assert str(went_on[0].loop_state) == str(LOOP_STATE)
+
+
+def test_no_checkpoint_is_no_error_and_a_dangling_latest_is(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "never made") is None
+    (tmp_path / "latest").write_text("step_000007\n")
+    with pytest.raises(ValueError, match="latest names step_000007, which is not there") as caught:
+        latest_checkpoint(tmp_path)
+    assert "delete it to start over" in str(caught.value)
+    (tmp_path / "step_000007").mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000007"

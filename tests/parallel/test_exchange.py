@@ -1,0 +1,110 @@
+"""Collectives over tensors, objects and metrics."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.config import ParallelSection
+from megatron_fipo.metrics.reductions import Distribution, Max, Mean, Sum, scalars
+from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel import groups as parallel_groups
+from tests.parallel.layouts import layout
+from tests.parallel.ranks import RankError, run_ranks
+
+
+def _exchange(world_size: int) -> None:
+    with layout(ParallelSection()) as ranks:
+        rank, world = dist.get_rank(), ranks.world
+        assert exchange.all_gather_objects({"rank": rank}, world) == [{"rank": r} for r in range(world_size)]
+        own = torch.arange(6).view(2, 3) + 10 * rank
+        gathered = exchange.all_gather_tensors(own, world)
+        assert [part.tolist() for part in gathered] == [
+            (torch.arange(6).view(2, 3) + 10 * r).tolist() for r in range(world_size)
+        ]
+        gathered = exchange.all_gather_tensors(own.t(), world)  # not contiguous
+        assert gathered[-1].tolist() == (torch.arange(6).view(2, 3).t() + 10 * (world_size - 1)).tolist()
+        last = world_size - 1
+        received = exchange.broadcast(torch.full((3,), float(rank)), last, world)
+        assert received.tolist() == [float(last)] * 3
+        for flagged in range(world_size):
+            assert exchange.any_rank(rank == flagged, world)
+        assert not exchange.any_rank(False, world)
+        # The last rank's metrics do not count; 0-d tensors travel as numbers.
+        metrics = {
+            "sum": Sum(torch.tensor(1.0 + rank)),
+            "mean": Mean(torch.tensor(6.0), torch.tensor(2 + rank)),
+            "max": Max(float(rank)),
+            "values": Distribution(torch.tensor([float(rank)])),
+            f"only/{rank}": Sum(rank),
+        }
+        counts = rank < last or world_size == 1
+        merged = exchange.merge_metrics(metrics if counts else None, world)  # type: ignore[arg-type]
+        counted = range(max(last, 1))
+        numbers = scalars(merged)
+        assert numbers["sum"] == sum(1 + r for r in counted)
+        assert numbers["mean"] == 6 * len(counted) / sum(2 + r for r in counted)
+        assert numbers["max"] == counted[-1]
+        assert sorted(merged["values"].values.tolist()) == list(counted)  # type: ignore[union-attr]
+        assert {name for name in merged if name.startswith("only/")} == {f"only/{r}" for r in counted}
+        exchange.barrier(world)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_rank_gets_the_same(world_size: int) -> None:
+    run_ranks(_exchange, world_size, world_size, timeout_s=60)
+
+
+def _groups_of_a_layout() -> tuple[int, ...]:
+    with layout(ParallelSection(tp=2, pp=2)) as ranks:
+        sizes = (ranks.tp.size(), ranks.pp.size(), ranks.cp.size(), ranks.dp.size(), ranks.dp_cp.size())
+        assert sizes == (2, 2, 1, 1, 1)
+        assert ranks.rank == dist.get_rank()
+        assert ranks.reports_loss == (ranks.is_last_stage and ranks.tp.rank() == 0)
+        mine = (ranks.tp.rank(), ranks.pp.rank(), int(ranks.reports_loss))
+    with layout(ParallelSection(cp=2)) as ranks:
+        assert (ranks.cp.size(), ranks.dp.size(), ranks.dp_cp.size()) == (2, 2, 4)
+    return mine
+
+
+def test_groups_are_those_of_the_layout_and_can_be_built_anew() -> None:
+    found = run_ranks(_groups_of_a_layout, 4, timeout_s=60)
+    assert sorted(found) == [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 0)]
+
+
+def _too_large_a_layout() -> None:
+    parallel_groups.initialize(ParallelSection(tp=2, cp=2), seed=0)
+
+
+def test_a_layout_that_does_not_fit_the_processes_is_refused() -> None:
+    with pytest.raises(RankError, match=r"2 processes cannot be split into layouts of parallel\.tp=2"):
+        run_ranks(_too_large_a_layout, 2, timeout_s=60)
+
+
+# --- the launcher itself ---------------------------------------------------------------------------------------------
+
+
+def _fail_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("told to")
+    with layout(ParallelSection()) as ranks:  # waits for rank 1, which never comes
+        exchange.barrier(ranks.world)
+
+
+def test_the_failing_ranks_traceback_is_what_one_sees() -> None:
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2:.*ZeroDivisionError: told to"):
+        run_ranks(_fail_on_rank_1, 2, timeout_s=60)
+
+
+def _never_end() -> None:
+    if os.environ["RANK"] == "1":
+        signal.pause()
+
+
+def test_a_rank_that_never_ends_is_named() -> None:
+    with pytest.raises(RankError, match=r"ranks \[1\] of 2 did not end within 15 s"):
+        run_ranks(_never_end, 2, timeout_s=15)
