@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import ModelSection
 from megatron_fipo.parallel.vocab_log_probs import vocab_log_probs
 

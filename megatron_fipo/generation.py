@@ -22,10 +22,22 @@ class GroupGenerator:
     """
 
     def __init__(
-        self, engine: RolloutEngine, verifiers: VerifierPool, tokenizer: Any, ranks: ParallelGroups, run_seed: int
+        self,
+        engine: RolloutEngine,
+        verifiers: VerifierPool,
+        tokenizer: Any,
+        ranks: ParallelGroups,
+        run_seed: int,
+        leave_if_asked: Callable[[], None],
     ) -> None:
+        """
+        Args:
+            leave_if_asked: called on all ranks before and after each generation; raises where the run is to end, so
+                that no generation begins after the signal, and no response that was cut short counts as a whole one.
+        """
         self._engine, self._verifiers, self._tokenizer = engine, verifiers, tokenizer
         self._ranks, self._run_seed = ranks, run_seed
+        self._leave_if_asked = leave_if_asked
 
     def own_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that this rank generates for."""
@@ -45,6 +57,7 @@ class GroupGenerator:
             step: part of the key of each response's randomness.
             on_sample: called with each of this rank's samples when it is judged.
         """
+        self._leave_if_asked()
         own = asyncio.run(
             generate_groups(
                 self._engine,
@@ -58,6 +71,7 @@ class GroupGenerator:
                 on_sample=on_sample,
             )
         )
+        self._leave_if_asked()
         shares = exchange.all_gather_objects(own, self._ranks.world)
         by_id = {group.prompt.prompt_id: group for share in shares for group in share}
         return [by_id[prompt.prompt_id] for prompt in prompts]

@@ -43,6 +43,7 @@ from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
+from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.objective import LossOutput
@@ -85,13 +86,19 @@ class Trainer:
             device=parallel_groups.device(),
             tokenizer=tokenizer,
         )
-        self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s)
-        self.generator = GroupGenerator(self.engine, self.verifiers, tokenizer, ranks, config.run.seed)
+        # Named at the start: an import that came later would count as its first response's time.
+        in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
+        self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
+        self.interrupt = Interrupt(self.engine.abort)
+        self.generator = GroupGenerator(
+            self.engine, self.verifiers, tokenizer, ranks, config.run.seed, leave_if_asked=self._leave_if_asked
+        )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
         self.folder = self._prepare_folder()
         evaluation_folder = self.folder.evaluation if self.is_leader else None
         self.evaluation = HeldOutEvaluation(config, held_out, self.generator, console, evaluation_folder)
         self.next_step = 0
+        self._state_to_go_on_from: Callable[[], dict[str, Any]] = lambda: self._loop_state(self.next_step)
 
     def run(self) -> None:
         """Resume where there is something to resume, train, evaluate before and after, save and export.
@@ -104,19 +111,19 @@ class Trainer:
             self._resume()
         self._sync_weights()
         sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
-        with sinks, Interrupt(self.engine.abort) as self.interrupt:
-            before = self._evaluate("before")
+        with sinks, self.interrupt:
+            before = self.evaluation.run("before")
             sinks.write(self.next_step, before)
             for step in range(self.next_step, config.train.num_steps):
                 metrics = self.train_step(step)
                 self.next_step = step + 1
                 if _is_due(self.next_step, config.evaluation.every_num_steps):
-                    metrics |= self._evaluate(f"step_{self.next_step:06d}", announce=False)
+                    metrics |= self.evaluation.run(f"step_{self.next_step:06d}", announce=False)
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
                 if _is_due(self.next_step, config.checkpoint.every_num_steps):
                     self._save(self._loop_state(self.next_step))
-            after = self._evaluate("after", before)
+            after = self.evaluation.run("after", before)
             sinks.write(self.next_step, after)
             self._save(self._loop_state(self.next_step))
         self._export()
@@ -131,7 +138,8 @@ class Trainer:
         Raises:
             BatchNotFilledError: if dynamic sampling found too few groups; the state before the step is saved.
             NonFiniteError: if a loss or gradient is not finite.
-            Interrupted: after a signal; saved is the state before the step, or after the last whole update.
+            Interrupted: after a signal; saved is the state before the step, or, once it has made updates, after the
+                last one, and the rest of its updates are given up.
         """
         clock = StepClock()
         with clock.phase("rollout"):
@@ -157,6 +165,7 @@ class Trainer:
         """(groups to train on, all that were generated), the same on every rank; rewards assigned."""
         rollout = self.config.rollout
         state_before = self._loop_state(step)
+        self._state_to_go_on_from = lambda: state_before
         generated: list[Group] = []
         sampling = SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p)
         self.sampler.start_step(step)
@@ -171,7 +180,6 @@ class Trainer:
                     step,
                     on_sample=lambda sample: progress.advance(),
                 )
-            self._leave_if_asked(lambda: state_before)
             assign_rewards(groups, self.config.reward, rollout.max_response_tokens)
             self.sampler.add_round(groups)
             generated += groups
@@ -186,13 +194,6 @@ class Trainer:
     def _round_size(self, is_first: bool) -> int:
         rollout = self.config.rollout
         return rollout.num_prompts_per_round or (rollout.num_prompts if is_first else 2 * self.sampler.num_missing)
-
-    def _evaluate(
-        self, when: str, before: dict[str, float] | None = None, *, announce: bool = True
-    ) -> dict[str, float]:
-        metrics = self.evaluation.run(when, before, announce=announce)
-        self._leave_if_asked(lambda: self._loop_state(self.next_step))
-        return metrics
 
     # --- updates ----------------------------------------------------------------------------------------------------
 
@@ -214,12 +215,13 @@ class Trainer:
     def _update(self, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> list[UpdateResult]:
         """One optimizer step on each minibatch, num_epochs times over."""
         results = []
+        self._state_to_go_on_from = lambda: self._loop_state(step + 1)
         order = [batch for _ in range(self.config.train.num_epochs) for batch in minibatches]
         with self.console.update_progress(step, len(order)) as progress:
             for microbatches in order:
                 results.append(self.actor.update(microbatches, self._loss, step))
                 progress.advance()
-                self._leave_if_asked(lambda: self._loop_state(step + 1))
+                self._leave_if_asked()
         return results
 
     def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
@@ -270,10 +272,10 @@ class Trainer:
         path = save_checkpoint(self.actor, self.folder.checkpoints, step, loop_state, keep_last=keep_last)
         self.console.info(f"saved {path}")
 
-    def _leave_if_asked(self, loop_state: Callable[[], dict[str, Any]]) -> None:
-        """Save and leave if any rank has received a signal. Collective."""
+    def _leave_if_asked(self) -> None:
+        """Save and leave if any rank has received a signal: after every update, around every generation. Collective."""
         if exchange.any_rank(self.interrupt.received is not None, self.ranks.world):
-            self._save(loop_state())
+            self._save(self._state_to_go_on_from())
             raise Interrupted
 
     def _export(self) -> None:
@@ -322,17 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.num_steps=5")
     arguments = parser.parse_args(argv)
-    is_leader = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(arguments.config, arguments.overrides)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
         return _train(config, warnings_for(config, model_config))
-    except ValueError as error:
-        # What the user gave cannot be used; every rank comes to the same conclusion, one says it.
-        if is_leader:
-            print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:  # what the user gave cannot be used
+        say_once(f"error: {error}")
         return EXIT_BAD_INPUT
 
 
@@ -351,8 +350,7 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
         console.info("stopped by a signal; the same command goes on from the checkpoint")
         return EXIT_STOPPED
     except (BatchNotFilledError, NonFiniteError) as error:
-        if ranks.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        say_once(f"error: {error}")
         return EXIT_STOPPED
     finally:
         if trainer is not None:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config import DataSourceConfig
-from megatron_fipo.data.prompts import evaluation_prompts
+from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.rl.types import Prompt
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
@@ -119,10 +119,18 @@ def sample(
 
 
 def measure(
-    model: Any, tokenizer: Any, pool: VerifierPool, source: DataSourceConfig, num_samples: int, max_response_tokens: int
+    model: Any,
+    tokenizer: Any,
+    pool: VerifierPool,
+    source: DataSourceConfig,
+    *,
+    num_prompts: int,
+    num_samples: int,
+    max_response_tokens: int,
 ) -> TaskResult:
     """Sample and judge one task's groups."""
-    prompts = evaluation_prompts(source.task, source, tokenizer, seed=0, max_prompt_tokens=512)
+    # Training questions: choosing tasks by their held-out questions would flatter the evaluation, and there are few.
+    prompts = PromptStream({source.task: source}, tokenizer, seed=0, max_prompt_tokens=512).take(num_prompts)
     started = time.perf_counter()
     groups = sample(model, tokenizer, prompts, num_samples, max_response_tokens)
     seconds = time.perf_counter() - started
@@ -177,11 +185,18 @@ def main() -> None:
                 kind="reasoning_gym",
                 task=task,
                 params=TASKS[task],
-                num_prompts=arguments.num_prompts,
                 prompt_template=TEMPLATES[arguments.template],
                 verifier="reasoning_gym",
             )
-            result = measure(model, tokenizer, pool, source, arguments.num_samples, arguments.max_response_tokens)
+            result = measure(
+                model,
+                tokenizer,
+                pool,
+                source,
+                num_prompts=arguments.num_prompts,
+                num_samples=arguments.num_samples,
+                max_response_tokens=arguments.max_response_tokens,
+            )
             parameters = ", ".join(f"{name}={value}" for name, value in TASKS[task].items())
             print(
                 f"| {task} | {parameters} | {result.solve_rate:.2f} | {result.mixed_groups:.2f} "

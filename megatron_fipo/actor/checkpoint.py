@@ -9,6 +9,7 @@ killed, `latest` names a whole checkpoint.
 
 from __future__ import annotations
 
+import queue
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_fipo.actor.actor import Actor
@@ -50,6 +52,7 @@ def save_checkpoint(
     exchange.barrier(actor.groups.world)
     state = _sharded_state(actor, is_loading=False)
     state["loop"] = dict(loop_state)
+    _write_without_manager_process()
     dist_checkpointing.save(state, str(partial))
     exchange.barrier(actor.groups.world)
     if is_leader:
@@ -62,6 +65,15 @@ def save_checkpoint(
         _delete_old(root, keep_last, target)
     exchange.barrier(actor.groups.world)
     return target
+
+
+def _write_without_manager_process() -> None:
+    """Pass the results of writing on inside this process.
+
+    Megatron has a process started for that which imports all that this program does, 20 s of a first checkpoint that
+    may have 30, and which outlives a rank that is killed. Only its asynchronous writers need it.
+    """
+    filesystem_async._results_queue = queue.Queue()
 
 
 def _delete_old(root: Path, keep_last: int, newest: Path) -> None:
@@ -95,8 +107,7 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
     Collective over all ranks.
     """
     for optimizer in _single_optimizers(actor.optimizer):
-        if hasattr(optimizer, "_init_optimizer_states_with_dummy_values"):
-            optimizer._init_optimizer_states_with_dummy_values()
+        if hasattr(optimizer, "_set_main_param_and_optimizer_states"):
             _keep_adam_step(optimizer)
     state = _sharded_state(actor, is_loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
@@ -110,11 +121,18 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_FORMAT, "dp_cp_group": actor.groups.dp_cp}
+    for optimizer in _single_optimizers(actor.optimizer):
+        _start_adam(optimizer)
     state: dict[str, Any] = {
         name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for name, model in _named_models(actor)
     }
     state["optimizer"] = actor.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    if not is_loading and _counts_per_parameter(actor.optimizer):
+        # Megatron leaves out a step count of 0, without which torch's Adam could not load what was saved.
+        whole = state["optimizer"].get("optimizer", state["optimizer"])
+        if "state" in whole:
+            whole["state"].setdefault("common_step", torch.tensor(0.0))
     return state
 
 
@@ -125,6 +143,22 @@ def _named_models(actor: Actor) -> list[tuple[str, nn.Module]]:
 
 def _single_optimizers(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _counts_per_parameter(optimizer: Any) -> bool:
+    """Whether it is torch's Adam, which counts steps for each parameter; fused ones count in parameter groups."""
+    return all(isinstance(single.optimizer, torch.optim.Adam) for single in _single_optimizers(optimizer))
+
+
+def _start_adam(optimizer: Any) -> None:
+    """Make Adam's state where there is none yet.
+
+    It comes into being in the first update, but a run may be saved before that, and loading needs somewhere to load to.
+    """
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    if _counts_per_parameter(optimizer):
+        for state in optimizer.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
 def _keep_adam_step(optimizer: Any) -> None:

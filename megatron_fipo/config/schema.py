@@ -35,7 +35,7 @@ class ModelSection:
     """Arithmetic of the actor's forward and backward: float32 or bfloat16 (bfloat16 keeps float32 main weights)."""
     recompute: str = "none"
     """Activation recompute: none, selective (core attention only) or full (every layer)."""
-    log_prob_chunk_tokens: int = 1024
+    log_prob_chunk_tokens: int = 512
     """Tokens per chunk of the output layer when log-probs are computed; bounds the memory that logits take."""
 
 

@@ -20,6 +20,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+_ROWS_PER_PRODUCT = 16384
+"""Rows of the weight's gradient that one product adds to where it is summed in float32 from a lower precision."""
+
 
 def vocab_log_probs(
     hidden: Tensor,
@@ -118,14 +121,30 @@ class _VocabLogProbs(torch.autograd.Function):
             # d log_prob / d logit_j = [j = label] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy).
             gradient = log_p.add_(entropy[chunk, None]).mul_(-entropy_gradient[chunk, None])
             gradient.sub_(log_prob_gradient[chunk, None]).mul_(p)
+            del p  # two copies of a chunk's logits are held, never more
             is_here, local_labels = _local_labels(labels[chunk], first_row, rows)
             at_label = torch.where(is_here, log_prob_gradient[chunk], 0.0)
             gradient.scatter_add_(-1, local_labels[:, None], at_label[:, None])
             gradient.div_(temperature)
             in_dtype = gradient.to(hidden.dtype)
+            del log_p, gradient
             hidden_gradient[chunk] = in_dtype @ weight[:rows]
-            weight_gradient[:rows].add_(in_dtype.t() @ hidden[chunk])
+            _add_product(weight_gradient[:rows], in_dtype, hidden[chunk])
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient.T @ hidden, without a product as large as the weight.
+
+    Args:
+        total: float32 [rows, H]. gradient: [tokens, rows]. hidden: [tokens, H], of the gradient's dtype.
+    """
+    if total.dtype == hidden.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    for start in range(0, len(total), _ROWS_PER_PRODUCT):
+        rows = slice(start, start + _ROWS_PER_PRODUCT)
+        total[rows].add_(gradient[:, rows].t() @ hidden)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -12,6 +12,8 @@ without a Python loop over tokens or sequences:
 4. gamma times the next block's sum joins the block's last token, and one product with the triangular matrix of the
    powers gamma^(k - j) gives every token its sum.
 
+On CUDA, where Triton is installed and no gradient is asked for, `future_kl_triton` computes the same in two kernels.
+
 No step divides by a power of gamma, so nothing overflows however long the sequence. Powers and sums are float64 and
 only the result is rounded to float32: the error stays at float32's own rounding, and no TF32 setting can reach it.
 
@@ -20,6 +22,7 @@ Source: FIPO, arXiv 2603.19835, where the same sum is written out over all pairs
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 
@@ -66,6 +69,10 @@ def segment_suffix_sum(x: Tensor, cu_segments: Tensor, half_life_tokens: float) 
     cu = _checked_cu_segments(cu_segments, x.shape[0])
     if not x.shape[0]:
         return x.clone()
+    if x.is_cuda and not x.requires_grad and importlib.util.find_spec("triton") is not None:
+        from megatron_fipo.rl.future_kl_triton import triton_suffix_sum
+
+        return triton_suffix_sum(x.contiguous(), cu, half_life_tokens)
     return _blocked_suffix_sum(x.double(), cu, half_life_tokens).float()
 
 

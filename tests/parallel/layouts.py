@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,9 +38,9 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.types import Group, PackedBatch, Prompt, Sample
-from megatron_fipo.train import Trainer
 from tests.models import load, save_random_model
 
 TEMPERATURE = 0.7
@@ -299,9 +298,7 @@ def train_actor(case: Case, folder: str, ranks: ParallelGroups, breakage: Breaka
     return outcome
 
 
-def train_step(
-    actor: Actor, config: Config, step: int, outcome: Outcome, breakage: Breakage | None = None
-) -> None:
+def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breakage: Breakage | None = None) -> None:
     """The updates of one step, noted in `outcome`. Collective."""
     breakage, ranks = breakage or Breakage(), actor.groups
     minibatches = [
@@ -336,11 +333,10 @@ def whole_weights(actor: Actor) -> dict[str, Tensor]:
 def _trainers_loss(
     config: Config, ranks: ParallelGroups, recorded: list[tuple[PackedBatch, LossOutput]]
 ) -> LossOfBatch:
-    """The loss as the trainer composes it, noting what it returned."""
-    trainer: Any = SimpleNamespace(config=config, ranks=ranks)
+    """The trainer's loss, noting what it returned."""
 
     def loss_of(log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        loss = Trainer._loss(trainer, log_probs, entropy, batch)
+        loss = sharded_policy_loss(log_probs, entropy, batch, config.objective, ranks.cp)
         recorded.append((batch, loss))
         return loss
 
@@ -353,8 +349,6 @@ def _detached(
     """Losses without their graphs, with the (sample, position) of every row."""
     parts = []
     for batch, loss in recorded:
-        starts = (batch.position_ids == 0).nonzero().flatten().tolist()
-        assert starts or len(batch.position_ids), "a microbatch without rows"
         parts.append((_places(batch), replace(loss, loss_sum=loss.loss_sum.detach())))
     return parts
 

@@ -155,6 +155,34 @@ def test_a_run_goes_on_in_any_layout(checkpoints: Checkpoints, world_size: int, 
         assert moved_apart(went_on, unstopped) <= layouts.WEIGHT_BOUND
 
 
+def _save_before_any_update(case: Case, model: str, folder: str) -> None:
+    """A run that is stopped during its first rollouts saves what it started with, and goes on as if it had not."""
+    config, kept, outcomes = config_of(case, model), [], []
+    with layout(case.parallel) as ranks:
+        for is_resumed in (False, True):
+            actor = Actor(config, ranks)
+            if is_resumed:
+                assert load_checkpoint(actor, Path(folder) / "step_000000") == {"next_step": 0}
+            else:
+                save_checkpoint(actor, folder, 0, {"next_step": 0}, keep_last=1)
+            kept.append(whole_weights(actor))
+            outcomes.append(Outcome())
+            train_step(actor, config, 0, outcomes[-1])
+            outcomes[-1].weights = whole_weights(actor)
+        unsaved = Outcome()
+        train_step(Actor(config, ranks), config, 0, unsaved)
+    assert all(torch.equal(kept[0][name], weight) for name, weight in kept[1].items())
+    assert outcomes[0].grad_norms == outcomes[1].grad_norms == unsaved.grad_norms
+    assert all(torch.equal(outcomes[0].weights[name], weight) for name, weight in outcomes[1].weights.items())
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded optimizer", "whole optimizer"])
+def test_a_run_can_be_saved_before_its_first_update(
+    checkpoints: Checkpoints, tmp_path: Path, distributed: bool
+) -> None:
+    run_ranks(_save_before_any_update, 2, SAVED[distributed], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)
+
+
 # --- mistakes on purpose ---------------------------------------------------------------------------------------------
 
 
@@ -166,7 +194,7 @@ def _fresh_moments(actor: Any) -> None:
 
 def _go_on_wrongly(mistake: str, case: Case, model: str, folder: str) -> Continued | None:
     patches: dict[str, Callable[[], Any]] = {
-        "shared Adam steps": lambda: mock.patch.object(checkpoint, "_separate_adam_steps", lambda optimizer: None),
+        "shared Adam steps": lambda: mock.patch.object(checkpoint, "_separate_adam_steps"),
         "moments forgotten": lambda: mock.patch.object(
             checkpoint, "_separate_adam_steps", lambda optimizer: _fresh_moments(mock.Mock(optimizer=optimizer))
         ),
@@ -202,10 +230,12 @@ def _save_several(case: Case, model: str, folder: str) -> list[list[str]]:
 
 
 def test_the_newest_are_kept_and_the_others_deleted(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    for seen in run_ranks(_save_several, 2, SAVED[True], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120):
-        assert seen[0] == ["latest", "step_000001"]
-        assert seen[1] == seen[2] == ["latest", "step_000001", "step_000002"]
-        assert seen[3] == ["latest", "step_000002", "step_000003"]
+    # As the leader sees it: when it lists the folder, the next save has not begun.
+    arguments = (SAVED[True], checkpoints.models["qwen2"], str(tmp_path))
+    seen = run_ranks(_save_several, 2, *arguments, timeout_s=120)[0]
+    assert seen[0] == ["latest", "step_000001"]
+    assert seen[1] == seen[2] == ["latest", "step_000001", "step_000002"]
+    assert seen[3] == ["latest", "step_000002", "step_000003"]
 
 
 def _die_while_saving(when: str, case: Case, model: str, folder: str) -> None:

@@ -95,7 +95,7 @@ def _stream_of_a_broken_table(breakage: str, folder: str) -> None:
 
 @pytest.mark.parametrize("breakage", ["queries first", "gate and up not taken apart by rank"])
 def test_a_wrong_layout_is_noticed(models: dict[str, str], breakage: str) -> None:
-    with pytest.raises(AssertionError, match="model.layers.0."):
+    with pytest.raises(AssertionError, match=r"model\.layers\.0\."):
         run_ranks(_stream_of_a_broken_table, 2, breakage, models["qwen2"], timeout_s=120)
 
 
@@ -109,9 +109,7 @@ def _train_and_export(case: Case, folder: str, target: str) -> dict[int, Tensor]
         actor = Actor(config, ranks)
         train_step(actor, config, 0, Outcome())
         for _ in range(2):  # the second replaces the first
-            export_folder(
-                actor.weights(), folder, target, is_writer=dist.get_rank() == 0, dtype=torch.float32
-            )
+            export_folder(actor.weights(), folder, target, is_writer=dist.get_rank() == 0, dtype=torch.float32)
         exchange.barrier(ranks.world)
         own = {}
         for microbatches in build_minibatches(groups_of_step(1), config, ranks, PAD_TOKEN):
@@ -223,6 +221,8 @@ def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     for part in range(2):
-        save_file({name: tensors[name] for name in names[part::2]}, folder / f"model-0000{part + 1}-of-00002.safetensors")
+        save_file(
+            {name: tensors[name] for name in names[part::2]}, folder / f"model-0000{part + 1}-of-00002.safetensors"
+        )
     reader = CheckpointReader(folder, shape)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())

@@ -140,7 +140,9 @@ def test_the_training_exercises_what_it_is_to_check(runs: Runs, aggregation: str
     assert int(((weights > 0.81) & (weights < 1.19)).sum()) > 20, "influence weights are all at their bounds"
     assert all(norm > 1 for norm in outcome.grad_norms), "the gradient is not clipped"
     start = runs.start("llama")
-    assert min(float((start[name] - w).abs().max()) for name, w in outcome.weights.items()) > 1e-3, "a weight stood still"
+    assert min(float((start[name] - w).abs().max()) for name, w in outcome.weights.items()) > 1e-3, (
+        "a weight stood still"
+    )
 
 
 # --- mistakes on purpose ---------------------------------------------------------------------------------------------
@@ -151,7 +153,8 @@ def _shifted_after_the_split(batch: Any) -> Any:
 
 
 def _counting_padding(batch: Any) -> Any:
-    lengths = batch.cu_seqlens.diff().repeat_interleave(batch.cu_seqlens_padded.diff())
+    cp_size = int(batch.cu_seqlens_padded[-1]) // len(batch.input_ids)
+    lengths = batch.cu_seqlens.diff().repeat_interleave(batch.cu_seqlens_padded.diff() // cp_size)
     is_padding = batch.position_ids >= lengths
     return replace(batch, response_mask=batch.response_mask | is_padding)
 
@@ -261,4 +264,3 @@ def test_a_mistake_is_noticed(runs: Runs, mistakes: dict[str, Outcome], name: st
         assert found == {}
     else:
         assert found.get(sign, 0) > 100, f"{found}: not noticed where it shows"
-

@@ -94,7 +94,7 @@ def test_what_cannot_be_trained_is_refused_by_name(change: dict[str, Any], messa
 
 
 def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist. model.path must be a folder"):
+    with pytest.raises(ValueError, match=r"does not exist\. model\.path must be a folder"):
         read_model_shape(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(ValueError, match="is not valid JSON"):

@@ -1,0 +1,158 @@
+"""Small runs of the quick-start's configuration on ranks of this machine, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_fipo.parallel.local_ranks import run_local_ranks
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = "examples/quickstart/fipo.yaml"
+BASE = "examples/quickstart/base"
+
+SMALL = (
+    "rollout.num_prompts=4",
+    "rollout.num_samples_per_prompt=8",
+    "train.num_minibatches=2",
+    "train.num_epochs=1",
+    "data.evaluation.held_out.num_prompts=2",
+    "evaluation.num_samples_per_prompt=1",
+    "run.num_sample_prints=1",
+    "metrics.tensorboard=false",
+    "checkpoint.export_huggingface=false",
+)
+"""Two updates a step, seconds long."""
+
+RUN_MARK = "MEGATRON_FIPO_TEST_RUN"
+"""Environment variable of all that a run starts: the run's folder."""
+
+Preparation = Callable[[], None]
+"""Called on each rank before it trains, to watch or break something there; a module-level function or a partial."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended."""
+
+    code: int
+    output: str
+    """Standard output and standard error."""
+
+
+def train(
+    folder: Path,
+    *overrides: str,
+    world_size: int = 2,
+    config: str | Path = QUICKSTART,
+    prepare: Preparation | None = None,
+    expected: int | None = None,
+    timeout_s: float = 240.0,
+) -> list[Outcome]:
+    """Call `megatron_fipo.train.main` on every rank, with as much context parallelism as there are ranks.
+
+    Args:
+        folder: run.output_dir.
+        overrides: come after those of SMALL.
+        expected: exit code that every rank must have.
+    """
+    argv = [str(config), *SMALL, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
+    logs = folder.parent / f"{folder.name}.logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    codes = run_local_ranks(
+        _train_on_rank,
+        world_size,
+        argv,
+        logs,
+        str(folder),
+        prepare,
+        preload=("tests.parallel.preload",),
+        timeout_s=timeout_s,
+    )
+    outcomes = [Outcome(code, (logs / f"rank{rank}.txt").read_text()) for rank, code in enumerate(codes)]
+    if expected is not None:
+        assert codes == [expected] * world_size, "\n".join(outcome.output[-4000:] for outcome in outcomes)
+    return outcomes
+
+
+def _train_on_rank(argv: list[str], logs: Path, mark: str, prepare: Preparation | None) -> int:
+    from megatron_fipo.train import main
+
+    os.chdir(ROOT)
+    os.environ[RUN_MARK] = mark
+    log = os.open(logs / f"rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if prepare is not None:
+        prepare()
+    try:
+        return main(argv)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def quickstart_with(path: Path, source: dict[str, Any]) -> Path:
+    """Write the quick-start's configuration with another training source, which overrides cannot put in its place."""
+    config = yaml.safe_load((ROOT / QUICKSTART).read_text())
+    config["data"]["train"] = {"source": source}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def metric_lines(folder: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl, null as None."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of training steps; those of evaluations are left out."""
+    return [line for line in metric_lines(folder) if "optim/grad_norm" in line]
+
+
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A step's metrics without those that no two runs share."""
+    return {name: value for name, value in line.items() if not name.startswith(("time_s/", "perf/tokens_per_s"))}
+
+
+def exported_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of the exported model."""
+    weights: dict[str, Tensor] = load_file(folder / "huggingface" / "model.safetensors")
+    return weights
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not bit for bit the same."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def latest_checkpoint_name(folder: Path) -> str:
+    """What `latest` names, which must be a whole checkpoint."""
+    name = (folder / "checkpoints" / "latest").read_text().strip()
+    assert (folder / "checkpoints" / name / "metadata.json").is_file()
+    return name
+
+
+def processes_of(mark: str) -> dict[int, str]:
+    """Running processes that a run has started, by pid, with their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has just ended, or is not ours
+            continue
+        if f"{RUN_MARK}={mark}".encode() in environment:
+            found[int(process.name)] = command
+    return found

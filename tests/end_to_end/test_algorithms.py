@@ -1,0 +1,115 @@
+"""Every algorithm and option of the objective takes real steps, and does what sets it apart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.actor.actor import Actor
+from tests.end_to_end.runs import step_lines, train
+
+NUM_SAMPLES = 8
+RUNS: dict[str, tuple[str, ...]] = {
+    "fipo": (),
+    "dapo": ("algorithm=dapo",),
+    "grpo": ("algorithm=grpo",),
+    "grpo_sequence_mean": ("algorithm=grpo_sequence_mean",),
+    "dr_grpo": ("algorithm=dr_grpo", "objective.sequence_sum_tokens=96"),
+    "rloo": ("algorithm=rloo",),
+    "penalty and bonus": ("objective.kl_coefficient=0.1", "objective.entropy_coefficient=0.01"),
+    "one update": ("train.num_minibatches=1",),
+}
+FIPO_KEY = "fipo/influence_weight/mean"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], str]]:
+    """Metrics of the one step, and what was printed."""
+    results = {}
+    for name, overrides in RUNS.items():
+        folder = tmp_path_factory.mktemp("algorithm") / "run"
+        (outcome,) = train(folder, "train.num_steps=1", *overrides, world_size=1, expected=0)
+        (line,) = step_lines(folder)
+        results[name] = line, " ".join(outcome.output.split())
+    return results
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_takes_a_step(name: str, runs: dict[str, Any]) -> None:
+    line, _ = runs[name]
+    assert line["optim/updates"] == (1 if name == "one update" else 2)
+    assert math.isfinite(line["policy/loss/mean"])
+    assert 0 < line["optim/grad_norm"] < math.inf
+    assert line["policy/entropy/mean"] > 0
+    assert line["rollout/batch_groups"] == 4
+
+
+def test_only_fipo_weighs(runs: dict[str, Any]) -> None:
+    with_weights = {name for name, (line, _) in runs.items() if FIPO_KEY in line}
+    assert with_weights == {"fipo", "penalty and bonus", "one update"}
+    assert runs["fipo"][0]["fipo/influence_weight/std"] > 0
+
+
+def test_dapo_differs_from_fipo_in_nothing_else(runs: dict[str, Any]) -> None:
+    fipo, dapo = runs["fipo"][0], runs["dapo"][0]
+    for name in ("reward/mean", "rollout/generated_groups", "advantages/std", "policy/response_tokens"):
+        assert fipo[name] == dapo[name]
+    assert fipo["policy/loss/mean"] != dapo["policy/loss/mean"]
+
+
+def test_what_sets_the_grpo_family_apart(runs: dict[str, Any]) -> None:
+    grpo, sequence_mean, dr_grpo, rloo = (runs[n][0] for n in ("grpo", "grpo_sequence_mean", "dr_grpo", "rloo"))
+    family = (grpo, sequence_mean, dr_grpo, rloo)
+    assert len({line["policy/response_tokens"] for line in family}) == 1, "none of them filters groups"
+    assert all(line["rollout/generation_rounds"] == 1 for line in family)
+    assert grpo["advantages/std"] == sequence_mean["advantages/std"] != dr_grpo["advantages/std"]
+    # R_i - mean of the others = n/(n-1) (R_i - mean of all).
+    assert math.isclose(rloo["advantages/std"], dr_grpo["advantages/std"] * NUM_SAMPLES / (NUM_SAMPLES - 1))
+    assert len({line["policy/loss/mean"] for line in family}) == 4
+    assert "policy/dual_clip_fraction" in rloo
+    assert "policy/dual_clip_fraction" not in grpo
+
+
+def test_penalty_and_bonus_are_measured_and_felt(runs: dict[str, Any]) -> None:
+    plain, both = runs["fipo"][0], runs["penalty and bonus"][0]
+    assert "policy/reference_kl/mean" not in plain
+    # Zero in the first update, where the policy is the reference; positive in the second.
+    assert 0 < both["policy/reference_kl/mean"] < 1
+    assert both["policy/response_tokens"] == plain["policy/response_tokens"]
+    assert both["policy/loss/mean"] != plain["policy/loss/mean"]
+    assert both["optim/grad_norm"] != plain["optim/grad_norm"]
+
+
+def test_one_update_per_step_is_called_inert(runs: dict[str, Any]) -> None:
+    line, output = runs["one update"]
+    assert "Warning: FIPO is inert" in output
+    assert line["fipo/influence_weight/std"] == 0
+    assert line["fipo/influence_weight/mean"] == 1
+    assert "fipo/influence_weight/std_after_first_update" not in line
+    assert "FIPO is inert" not in runs["fipo"][1]
+
+
+def _noisy_old_log_probs() -> None:
+    original = Actor.log_probs
+
+    def noisy(self: Actor, *args: Any, **keywords: Any) -> Any:
+        return [log_probs + 1e-3 for log_probs in original(self, *args, **keywords)]
+
+    Actor.log_probs = noisy  # type: ignore[method-assign]
+
+
+def test_the_noise_floor(runs: dict[str, Any], tmp_path: Path) -> None:
+    line, output = runs["fipo"]
+    # The same packing and the same kernels: nothing but the policy's change makes a shift.
+    assert line["noise_floor/log_prob_shift/absmax"] == 0
+    assert line["noise_floor/future_kl/absmax"] == 0
+    assert line["policy/log_prob_shift/absmax"] > 0
+    assert "Noise makes up" not in output
+
+    train(tmp_path / "run", "train.num_steps=1", world_size=1, prepare=_noisy_old_log_probs, expected=0)
+    (noisy,) = step_lines(tmp_path / "run")
+    assert math.isclose(noisy["noise_floor/log_prob_shift/absmax"], 1e-3, rel_tol=1e-2)
+    assert noisy["noise_floor/future_kl/absmax"] > 1e-2
