@@ -297,7 +297,18 @@ class _Fault:
         cp_size = int(self.batch.cu_seqlens_padded[-1]) // max(len(self.log_probs), 1)
         lengths = self.batch.cu_seqlens_padded.diff().long() // max(cp_size, 1)
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        bad = sequence[~torch.isfinite(self.log_probs) & self.batch.response_mask].unique().tolist()
-        samples = [self.batch.sample_indices[index] for index in bad] or self.batch.sample_indices
-        where = "log-probs of" if bad else "log-probs are finite; the loss is over"
-        return f"the loss is {float(self.loss_sum)}; {where} samples {samples[:8]} of the step's batch."
+        inputs = {
+            "log-probs": self.log_probs,
+            "old log-probs": self.batch.old_log_probs,
+            "reference log-probs": self.batch.reference_log_probs,
+            "advantages": self.batch.advantages,
+        }
+        what, samples = "finite inputs of", self.batch.sample_indices
+        for name, values in inputs.items():
+            if values is None:
+                continue
+            bad = sequence[~torch.isfinite(values) & self.batch.response_mask].unique().tolist()
+            if bad:
+                what, samples = name + " of", [self.batch.sample_indices[index] for index in bad]
+                break
+        return f"the loss is {float(self.loss_sum)}; {what} samples {samples[:8]} of the step's batch."

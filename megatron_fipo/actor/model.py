@@ -1,7 +1,7 @@
 """A Megatron-Core GPTModel from the shape of a Hugging Face checkpoint.
 
-With CUDA and Transformer Engine the layers, the attention and its context parallelism are Transformer Engine's;
-elsewhere they are Megatron's own modules with this project's attention. Written for Megatron-Core 0.16 and 0.19.
+In bfloat16, with CUDA and Transformer Engine, the layers, the attention and its context parallelism are Transformer
+Engine's; else they are Megatron's own modules with this project's attention. Written for Megatron-Core 0.16 and 0.19.
 
 Shapes: T packed tokens of a microbatch, T_local = T / cp, H hidden size.
 """
@@ -53,9 +53,10 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
-def uses_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: it needs CUDA."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether layers are Transformer Engine's: it needs CUDA, and half precision to attend to packed sequences."""
+    is_installed = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return is_installed and dtype == torch.bfloat16
 
 
 def transformer_config(shape: ModelShape, model: ModelSection, parallel: ParallelSection) -> TransformerConfig:
@@ -112,9 +113,9 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
     )
 
 
-def _layer_spec() -> tuple[ModuleSpec, Any]:
+def _layer_spec(dtype: torch.dtype) -> tuple[ModuleSpec, Any]:
     """(specification of a layer, class of the final norm)."""
-    if uses_transformer_engine():
+    if uses_transformer_engine(dtype):
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -131,7 +132,7 @@ def build_model(
 ) -> list[nn.Module]:
     """This rank's model chunks, without weights: one, or one for each virtual pipeline stage."""
     config = transformer_config(shape, model, parallel)
-    layer, norm = _layer_spec()
+    layer, norm = _layer_spec(config.params_dtype)
     chunks: list[nn.Module] = []
     for stage in range(parallel.virtual_pp or 1):
         vp_stage = stage if parallel.virtual_pp else None

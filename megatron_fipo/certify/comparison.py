@@ -42,7 +42,9 @@ class Quantity:
     Attributes:
         heading: of the column.
         meaning: what is measured, in words.
-        bounds: by dtype of the model.
+        bounds: by dtype of the model. Those of bfloat16 are measured: two to four times the largest difference of
+            eight layouts on the CPU with the small model, where rounding to 8 bits dominates gradients and weights.
+            Log-probs are float32 in both, so what is computed from them keeps its bounds.
         measure: 0 for no difference, infinite where tokens or parameters do not correspond; None where there is no
             such quantity: without Future-KL, or of a layout that went no further than the first update.
     """
@@ -135,12 +137,12 @@ QUANTITIES = (
         {"float32": 1e-5, "bfloat16": 5e-2},
         _gradients,
     ),
-    Quantity("gradient norm", "first update: |n - n'| / n'", {"float32": 1e-5, "bfloat16": 1e-2}, _grad_norm),
-    Quantity("loss", "first update: |l - l'| / mean |token loss|", {"float32": 1e-5, "bfloat16": 1e-2}, _loss),
+    Quantity("gradient norm", "first update: |n - n'| / n'", {"float32": 1e-5, "bfloat16": 5e-3}, _grad_norm),
+    Quantity("loss", "first update: |l - l'| / mean |token loss|", {"float32": 1e-5, "bfloat16": 1e-5}, _loss),
     Quantity(
         "influence weights",
         "first update, largest over tokens: |f - f'|; infinite if other tokens are in the loss",
-        {"float32": 2e-5, "bfloat16": 5e-1},
+        {"float32": 2e-5, "bfloat16": 2e-5},
         _influence_weights,
     ),
     Quantity(

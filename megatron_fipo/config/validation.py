@@ -205,9 +205,9 @@ def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) 
             f"rollout.top_p={rollout.top_p} samples from a truncated distribution, but log-probs are taken over the "
             "whole one: updates are biased. Training usually samples at top_p=1."
         )
-    if config.optimizer.num_warmup_steps >= config.train.num_steps:
+    if config.optimizer.num_warmup_steps > config.train.num_steps:  # the last step of the warm-up has the full rate
         found.append(
-            f"optimizer.num_warmup_steps={config.optimizer.num_warmup_steps} covers all {config.train.num_steps} "
+            f"optimizer.num_warmup_steps={config.optimizer.num_warmup_steps} goes beyond the {config.train.num_steps} "
             f"steps: the learning rate never reaches {config.optimizer.learning_rate}."
         )
     if evaluation.temperature == 0 and evaluation.num_samples_per_prompt > 1:

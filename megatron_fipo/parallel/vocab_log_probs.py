@@ -91,6 +91,7 @@ class _VocabLogProbs(torch.autograd.Function):
             exponentials = differences.exp()
             sums[0, chunk] = exponentials.sum(dim=-1)
             sums[1, chunk] = torch.linalg.vecdot(exponentials, differences)
+            del logits, differences, exponentials  # or they would live on beside the next chunk's
         if tp_group.size() > 1:
             own_maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
@@ -130,6 +131,7 @@ class _VocabLogProbs(torch.autograd.Function):
             del log_p, gradient
             hidden_gradient[chunk] = in_dtype @ weight[:rows]
             _add_product(weight_gradient[:rows], in_dtype, hidden[chunk])
+            del in_dtype
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None
 
 

@@ -49,7 +49,9 @@ CASES = {
         rows=(GOOD_ROW, {"prompt": "1+" * 10 + "1=", "answer": "11"}),
         said=("{file}:2", "22 tokens", "rollout.max_prompt_tokens=16", "data.overlong_prompts=skip"),
     ),
-    "prompt outside the vocabulary": BadInput(rows=({"prompt": "What?", "answer": "7"},), said=("{file}:1", "What?")),
+    "prompt outside the vocabulary": BadInput(
+        rows=({"prompt": "What?", "answer": "7"},), said=("{file}:1", "does not know 'W'")
+    ),
 }
 
 

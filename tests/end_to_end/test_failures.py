@@ -58,6 +58,7 @@ def test_groups_that_cannot_be_judged_are_dropped(tmp_path: Path) -> None:
         folder,
         "train.num_steps=1",
         "rollout.num_prompts_per_round=8",
+        "rollout.num_samples_per_prompt=4",
         "verifier.timeout_s=2",
         config=_source(tmp_path, "as_the_reference_says", ["hang", "crash", "raise", "", "", "", "", ""]),
         world_size=1,
@@ -68,7 +69,13 @@ def test_groups_that_cannot_be_judged_are_dropped(tmp_path: Path) -> None:
     assert len(warnings) == 4
     for number, (warning, reason) in enumerate(
         zip(
-            warnings[1:], ["took longer than", "died", "raised ArithmeticError: this one cannot be judged"], strict=True
+            warnings[1:],
+            [
+                "took longer than",
+                "ended its process (exit code 7)",
+                "raised ArithmeticError: this one cannot be judged",
+            ],
+            strict=True,
         )
     ):
         assert warning.startswith(f"source prompt {number}: ")
@@ -126,8 +133,7 @@ def test_nan_in_the_loss_stops_before_the_optimizer_step(straight: Path, tmp_pat
     message = " ".join(messages[0].partition("error: ")[2].split())
     assert message.startswith("step 1, rank ")
     assert "the loss is nan" in message
-    spoiled_sample = 3 * 8 + 1
-    assert f" {spoiled_sample}," in message.replace("[", " ").replace("]", ",")
+    assert "advantages of samples [25] of the step's batch" in message, "the second sample of the fourth group of eight"
     assert "No optimizer step was taken" in message
     assert latest_checkpoint_name(folder) == "step_000001"
     assert [line["step"] for line in step_lines(folder)] == [0]

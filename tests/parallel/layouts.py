@@ -312,7 +312,8 @@ def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breaka
         recorded: list[tuple[PackedBatch, LossOutput]] = []
         loss_of = breakage.loss(_trainers_loss(config, ranks, recorded), ranks)
         is_first = not outcome.grad_norms
-        with _capturing_gradients(actor, outcome) if is_first and not config.optimizer.distributed else nullcontext():
+        has_whole_gradients = not config.optimizer.distributed and config.model.dtype == "float32"
+        with _capturing_gradients(actor, outcome) if is_first and has_whole_gradients else nullcontext():
             result = actor.update(microbatches, loss_of, step)
         outcome.grad_norms.append(result.grad_norm)
         own = recorded if ranks.reports_loss else []
@@ -363,7 +364,10 @@ def _places(batch: PackedBatch) -> list[tuple[int, int]]:
 
 @contextmanager
 def _capturing_gradients(actor: Actor, outcome: Outcome) -> Iterator[None]:
-    """Note the whole gradients at the moment when the actor takes their norm."""
+    """Note the whole gradients at the moment when the actor takes their norm.
+
+    For float32 models only: a parameter whose data are exchanged for others of another dtype loses its hooks.
+    """
     take_norm = actor.optimizer.get_grad_norm
 
     def noting() -> Any:

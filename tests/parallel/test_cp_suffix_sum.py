@@ -131,7 +131,7 @@ def check_exchange(batch: Batch, group: dist.ProcessGroup) -> None:
 def check_is_noticed(breakage: str, batch: Batch, group: dist.ProcessGroup) -> None:
     """Assert that `check` fails on some rank when the exchange is done wrong. Collective."""
     decay = cp_suffix_sum.decay_to_end
-    patches = {
+    patches: dict[str, Any] = {
         "no carry": mock.patch.object(
             cp_suffix_sum, "carries_into_chunks", lambda heads, *rest: torch.zeros(2 * len(heads), heads.shape[1])
         ),

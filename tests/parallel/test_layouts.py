@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo.actor import actor as actor_module
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel import cp_layout, cp_suffix_sum
+from megatron_fipo.parallel.vocab_log_probs import vocab_log_probs
 from tests.models import load
 from tests.parallel import layouts
 from tests.parallel.layouts import Breakage, Case, Outcome, beyond, deviations, layout, metric_differences
@@ -187,8 +189,9 @@ def _sequences_counted_on_every_rank(loss_of: layouts.LossOfBatch, ranks: Any) -
     return counted
 
 
-def _without_vocabulary_mask(actor: Any) -> None:
-    actor.shape = replace(actor.shape, vocab_size=actor.shape.padded_vocab_size(actor.groups.tp.size()))
+def _without_vocabulary_mask(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
+    rows = len(weight) * keywords["tp_group"].size()
+    return vocab_log_probs(hidden, weight, labels, **(keywords | {"vocab_size": rows}))
 
 
 def _norms_not_marked(actor: Any) -> None:
@@ -237,7 +240,11 @@ MISTAKES: dict[str, tuple[Case, Breakage, str]] = {
     ),
     "mean of means": (DP2, Breakage(loss=_mean_of_means), "gradients"),
     "one rank's part alone": (DP2, Breakage(batches=_own_rank_alone), "gradient_norm"),
-    "no vocabulary mask": (replace(DP2, parallel=P(tp=2)), Breakage(actor=_without_vocabulary_mask), "loss"),
+    "no vocabulary mask": (
+        replace(DP2, parallel=P(tp=2)),
+        Breakage(during=lambda: mock.patch.object(actor_module, "vocab_log_probs", _without_vocabulary_mask)),
+        "gradients",
+    ),
     "norms not marked for sequence parallelism": (TP2SP, Breakage(actor=_norms_not_marked), "gradients"),
 }
 

@@ -472,7 +472,7 @@ def test_one_update_per_step_makes_fipo_inert(sound: Path) -> None:
     ("override", "fragment"),
     [
         ("rollout.top_p=0.9", "rollout.top_p=0.9 samples from a truncated distribution"),
-        ("train.num_steps=10", "the learning rate never reaches 1e-06"),
+        ("train.num_steps=9", "the learning rate never reaches 1e-06"),
         ("objective.influence_max=1", "influence weights cannot vary"),
     ],
 )

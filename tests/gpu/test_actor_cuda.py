@@ -1,0 +1,188 @@
+"""The actor on one GPU: the log-probs that a CPU computes, training steps, and weights that go in and out unchanged.
+
+With Transformer Engine installed bfloat16 layers are its own, which is checked too; without it, and in float32, they
+are Megatron's with this project's attention. Each test starts and ends torch.distributed, alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
+from megatron_fipo.actor.model import uses_transformer_engine
+from megatron_fipo.config import Config, ModelSection
+from megatron_fipo.parallel import groups as parallel_groups
+from megatron_fipo.parallel.batch import build_minibatches
+from megatron_fipo.parallel.groups import ParallelGroups
+from tests.models import load, save_random_model
+from tests.parallel.layouts import (
+    PAD_TOKEN,
+    TEMPERATURE,
+    Case,
+    Outcome,
+    config_of,
+    groups_of_step,
+    train_reference,
+    train_step,
+    whole_weights,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "initializer_range": 0.05,
+    "max_position_embeddings": 4096,
+}
+"""Heads of 64 channels: fused attention kernels want them so."""
+FLOAT32_BOUND = 2e-4
+"""Of any token's log-prob, TF32 being off: four layers of float32 products, summed in another order than on the CPU."""
+BFLOAT16_BOUND = 1.2
+"""Of the mean error of log-probs against float32, as a multiple of what transformers has in bfloat16 on the CPU."""
+
+
+@pytest.fixture(params=["qwen2", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    tied = request.param == "qwen2"
+    return save_random_model(tmp_path / "model", request.param, **SIZES, tie_word_embeddings=tied)
+
+
+@pytest.fixture
+def ranks() -> Iterator[ParallelGroups]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield parallel_groups.initialize(Case("gpu").parallel, seed=0)
+    parallel_groups.shut_down()
+    torch.set_float32_matmul_precision(precision)
+
+
+def config_for(folder: Path, dtype: str = "float32") -> Config:
+    config = config_of(Case("gpu", max_tokens=400), str(folder))
+    return replace(config, model=ModelSection(path=str(folder), dtype=dtype, log_prob_chunk_tokens=48))
+
+
+def actor_log_probs(actor: Actor, config: Config, ranks: ParallelGroups) -> dict[int, Tensor]:
+    """Log-probs of every sample's tokens, [P + R - 1], on the CPU."""
+    found = {}
+    for microbatches in build_minibatches(groups_of_step(0), config, ranks, PAD_TOKEN):
+        for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=True):
+            assert log_probs.is_cuda
+            assert log_probs.dtype == torch.float32
+            for row, index in enumerate(batch.sample_indices):
+                if index >= 0:
+                    start, length = int(batch.cu_seqlens_padded[row]), int(batch.cu_seqlens.diff()[row])
+                    found[index] = log_probs[start : start + length - 1].cpu()
+    return found
+
+
+def cpu_log_probs(folder: Path, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The same by transformers on the CPU."""
+    model, found = load(folder).to(dtype), []
+    for sample in (sample for group in groups_of_step(0) for sample in group.samples):
+        tokens = torch.cat([sample.prompt_ids, sample.response_ids])
+        with torch.no_grad():
+            log_p = F.log_softmax(model(tokens[None]).logits[0, :-1].float() / TEMPERATURE, dim=-1)
+        found.append(log_p.gather(-1, tokens[1:, None]).squeeze(-1))
+    return found
+
+
+def test_float32_log_probs_are_those_of_the_cpu(folder: Path, ranks: ParallelGroups) -> None:
+    config = config_for(folder)
+    found, expected = actor_log_probs(Actor(config, ranks), config, ranks), cpu_log_probs(folder)
+    assert found.keys() == set(range(len(expected)))
+    errors = torch.cat([(found[index] - log_probs).abs() for index, log_probs in enumerate(expected)])
+    assert float(errors.max()) <= FLOAT32_BOUND
+    rounded = torch.cat(cpu_log_probs(folder, torch.bfloat16)) - torch.cat(expected)
+    assert float(rounded.abs().max()) > FLOAT32_BOUND, "bfloat16 keeps the bound too, so it says nothing"
+
+
+def test_bfloat16_log_probs_are_as_close_as_those_of_the_cpu(folder: Path, ranks: ParallelGroups) -> None:
+    config = config_for(folder, "bfloat16")
+    found, expected = actor_log_probs(Actor(config, ranks), config, ranks), cpu_log_probs(folder)
+    ours = torch.cat([found[index] for index in range(len(expected))])
+    rounded = torch.cat(cpu_log_probs(folder, torch.bfloat16)) - torch.cat(expected)
+    allowed = BFLOAT16_BOUND * float(rounded.abs().mean())
+    assert allowed / 10 < float((ours - torch.cat(expected)).abs().mean()) <= allowed
+    misplaced = torch.cat([found[index].roll(1) for index in range(len(expected))])
+    assert float((misplaced - torch.cat(expected)).abs().mean()) > 10 * allowed, "the bound notices nothing"
+
+
+def test_a_step_is_that_of_one_cpu_process(folder: Path, ranks: ParallelGroups) -> None:
+    """Three updates in float32: gradient norms to 1e-3, since kernels differ, and the weights follow."""
+    config, outcome = config_for(folder), Outcome()
+    actor = Actor(config, ranks)
+    train_step(actor, config, 0, outcome)
+    reference = train_reference(str(folder), Case("cpu", num_steps=1))
+    for ours, theirs in zip(outcome.grad_norms, reference.grad_norms, strict=True):
+        assert abs(ours - theirs) / theirs <= 1e-3
+    start = {name: p.detach() for name, p in load(folder).named_parameters()}
+    weights = {name: tensor.cpu() for name, tensor in whole_weights(actor).items()}
+    apart = sum(float((weights[name] - w).double().square().sum()) for name, w in reference.weights.items())
+    moved = sum(float((start[name] - w).double().square().sum()) for name, w in reference.weights.items())
+    assert math.sqrt(apart / moved) <= 1e-2
+
+
+def test_bfloat16_training_keeps_float32_main_weights(folder: Path, ranks: ParallelGroups) -> None:
+    """Steps far below bfloat16's resolution add up: they would vanish if the weights themselves were bfloat16."""
+    config = config_for(folder, "bfloat16")
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-6, weight_decay=0.0))
+    actor = Actor(config, ranks)
+    mains = [p for group in actor.optimizer.param_groups for p in group["params"]]
+    assert {main.dtype for main in mains} == {torch.float32}
+    before = [main.detach().clone() for main in mains]
+    train_step(actor, config, 0, Outcome())
+    moved = [float((main - old).abs().max()) for main, old in zip(mains, before, strict=True)]
+    assert max(moved) <= 1e-5
+    assert min(moved) > 0
+    assert {tensor.dtype for _, tensor in actor.weights()} == {torch.bfloat16}
+
+
+def test_what_comes_out_is_what_went_in(folder: Path, ranks: ParallelGroups) -> None:
+    expected = load_file(folder / "model.safetensors")
+    found = {name: tensor.cpu() for name, tensor in Actor(config_for(folder), ranks).weights()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_goes_on_from_its_checkpoint(folder: Path, ranks: ParallelGroups, tmp_path: Path, dtype: str) -> None:
+    config = config_for(folder, dtype)
+    unstopped, went_on = Outcome(), Outcome()
+    actor = Actor(config, ranks)
+    train_step(actor, config, 0, Outcome())
+    saved = save_checkpoint(actor, tmp_path / "checkpoints", 1, {"next_step": 1}, keep_last=1)
+    train_step(actor, config, 1, unstopped)
+    again = Actor(config, ranks)
+    assert load_checkpoint(again, saved) == {"next_step": 1}
+    train_step(again, config, 1, went_on)
+    # Attention's backward adds up in no fixed order on a GPU, so not bit for bit.
+    for ours, theirs in zip(went_on.grad_norms, unstopped.grad_norms, strict=True):
+        assert abs(ours - theirs) / theirs <= (1e-4 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+def test_layers_are_transformer_engines_where_it_is_installed(folder: Path, ranks: ParallelGroups) -> None:
+    assert uses_transformer_engine(torch.bfloat16)
+    assert not uses_transformer_engine(torch.float32)
+    actor = Actor(config_for(folder, "bfloat16"), ranks)
+    assert any("transformer_engine" in type(module).__module__ for module in actor.models[0].modules())
+    names = {name for name, _ in actor.models[0].named_parameters()}
+    assert any(name.endswith("linear_qkv.layer_norm_weight") for name in names)

@@ -1,0 +1,72 @@
+"""Which layers a model is built of, and the settings that its exactness hangs on."""
+
+from __future__ import annotations
+
+import importlib.util
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_fipo.actor.model import packed_sequence_params, transformer_config, uses_transformer_engine
+from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.convert.hf_config import ModelShape
+
+SHAPE = ModelShape("llama", 2, 64, 128, 4, 2, 16, 20, 512, 10000.0, 1e-6, False, False)
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "is_installed", "dtype", "expected"),
+    [
+        (True, True, torch.bfloat16, True),
+        (True, True, torch.float32, False),  # it attends to packed sequences in half precision only
+        (True, False, torch.bfloat16, False),
+        (False, True, torch.bfloat16, False),
+    ],
+)
+def test_transformer_engine_is_used_where_it_can_be(
+    has_cuda: bool, is_installed: bool, dtype: torch.dtype, expected: bool
+) -> None:
+    spec = mock.sentinel.spec if is_installed else None
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=has_cuda),
+        mock.patch.object(importlib.util, "find_spec", return_value=spec),
+    ):
+        assert uses_transformer_engine(dtype) is expected
+
+
+def test_the_loss_is_normalised_by_megatrons_per_token_path() -> None:
+    config = transformer_config(SHAPE, ModelSection(), ParallelSection())
+    assert config.calculate_per_token_loss
+    assert config.finalize_model_grads_func is not None
+    assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "granularity", "num_layers"),
+    [("none", None, None), ("selective", "selective", None), ("full", "full", 1)],
+)
+def test_recompute_settings(recompute: str, granularity: str | None, num_layers: int | None) -> None:
+    config = transformer_config(SHAPE, ModelSection(recompute=recompute), ParallelSection())
+    assert config.recompute_granularity == granularity
+    assert config.recompute_num_layers == num_layers
+
+
+def test_the_layout_and_the_dtype_are_those_of_the_configuration() -> None:
+    parallel = ParallelSection(tp=2, pp=2, virtual_pp=2, cp=2, sequence_parallel=True)
+    shape = ModelShape("qwen2", 4, 64, 128, 4, 2, 16, 20, 512, 10000.0, 1e-6, False, True)
+    config = transformer_config(shape, ModelSection(dtype="bfloat16"), parallel)
+    assert (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (2, 2)
+    assert (config.virtual_pipeline_model_parallel_size, config.context_parallel_size) == (2, 2)
+    assert config.sequence_parallel
+    assert config.add_qkv_bias
+    assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
+
+
+def test_packed_sequences_are_described_with_and_without_their_padding() -> None:
+    cu_seqlens, padded = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([0, 4, 12], dtype=torch.int32)
+    params = packed_sequence_params(cu_seqlens, padded)
+    assert params.qkv_format == "thd"
+    assert params.cu_seqlens_q is params.cu_seqlens_kv is cu_seqlens
+    assert params.cu_seqlens_q_padded is params.cu_seqlens_kv_padded is padded
+    assert params.max_seqlen_q == params.max_seqlen_kv == 8
