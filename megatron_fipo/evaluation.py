@@ -78,12 +78,13 @@ def ci95_half_width(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """One problem with its judged responses; tuples by sample index. Small, so ranks can gather it."""
+    """One problem with its judged responses; tuples by sample index."""
 
     source: str
     prompt_id: int
     prompt: str
     reference: str
+    responses: tuple[str, ...]
     correct: tuple[bool, ...]
     scores: tuple[float, ...]
     answers: tuple[str, ...]
@@ -100,6 +101,7 @@ class ProblemResult:
             prompt_id=group.prompt.prompt_id,
             prompt=group.prompt.text,
             reference=str(group.prompt.reference),
+            responses=tuple(sample.response_text for sample in samples),
             correct=tuple(sample.accuracy == 1.0 and not sample.error for sample in samples),
             scores=tuple(float(sample.accuracy) for sample in samples),
             answers=tuple(sample.answer for sample in samples),

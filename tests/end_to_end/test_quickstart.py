@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -99,13 +100,14 @@ def _run(command: Sequence[str], timeout_s: float, mark: str) -> tuple[int, str]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout_s)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in processes_of(mark):  # torchrun's ranks lead sessions of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
     return process.returncode, output
 
@@ -229,8 +231,10 @@ def test_the_export_is_the_actor(run: QuickStart) -> None:
 
 
 def _sample(tokenizer: Any, prompt: str, response: str) -> Sample:
-    ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, response)]
-    return Sample(0, 0, *ids, rollout_log_probs=torch.zeros(len(ids[1])), finish_reason="stop")
+    prompt_ids, response_ids = (
+        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, response)
+    )
+    return Sample(0, 0, prompt_ids, response_ids, torch.zeros(len(response_ids)), "stop")
 
 
 def test_the_chat_command_answers(run: QuickStart) -> None:
@@ -241,7 +245,7 @@ def test_the_chat_command_answers(run: QuickStart) -> None:
     code, answer = _run(
         [str(ROOT / program) if "/" in program else program, *arguments, "--prompt", "3+4=", "--seed", "0"],
         120.0,
-        mark="chat",
+        mark=f"{run.folder}/chat",
     )
     assert code == 0, answer
     assert re.fullmatch(r"[0-9+\-=;?#]+", answer.strip())

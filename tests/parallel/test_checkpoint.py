@@ -216,15 +216,18 @@ def test_a_mistake_in_the_optimizer_state_is_noticed(checkpoints: Checkpoints, m
 # --- what lies in the folder -----------------------------------------------------------------------------------------
 
 
+RENAMED = [(2, "step_000002"), (2, "step_000002.again"), (2, "step_000002")]
+
+
 def _save_several(case: Case, model: str, folder: str) -> list[list[str]]:
-    """Save at steps 1, 2, 2 again, 3 with keep_last=2; the folder's entries after each."""
+    """Save at steps 1, 2, 2 and 2 again, 3 with keep_last=2; the folder's entries after each."""
     seen = []
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
-        for step in (1, 2, 2, 3):
+        for step, name in ((1, "step_000001"), *RENAMED, (3, "step_000003")):
             save_checkpoint(actor, folder, step, {"next_step": step}, keep_last=2)
             seen.append(sorted(path.name for path in Path(folder).iterdir()))
-            assert latest_checkpoint(folder) == Path(folder) / f"step_{step:06d}"
+            assert latest_checkpoint(folder) == Path(folder) / name
         assert load_checkpoint(actor, Path(folder) / "step_000002") == {"next_step": 2}
     return seen
 
@@ -234,12 +237,14 @@ def test_the_newest_are_kept_and_the_others_deleted(checkpoints: Checkpoints, tm
     arguments = (SAVED[True], checkpoints.models["qwen2"], str(tmp_path))
     seen = run_ranks(_save_several, 2, *arguments, timeout_s=120)[0]
     assert seen[0] == ["latest", "step_000001"]
-    assert seen[1] == seen[2] == ["latest", "step_000001", "step_000002"]
-    assert seen[3] == ["latest", "step_000002", "step_000003"]
+    assert seen[1] == ["latest", "step_000001", "step_000002"]
+    assert seen[2] == ["latest", "step_000001", "step_000002.again"]
+    assert seen[3] == ["latest", "step_000001", "step_000002"]
+    assert seen[4] == ["latest", "step_000002", "step_000003"]
 
 
-def _die_while_saving(when: str, case: Case, model: str, folder: str) -> None:
-    """Save step 1, then be killed in the middle of saving step 2."""
+def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str) -> None:
+    """Save step 1, then be killed in the middle of saving step 2, or step 1 anew."""
     real_save, real_rename = dist_checkpointing.save, Path.rename
 
     def half_a_save(state: Any, path: str, *rest: Any, **keywords: Any) -> None:
@@ -260,18 +265,21 @@ def _die_while_saving(when: str, case: Case, model: str, folder: str) -> None:
         save_checkpoint(actor, folder, 1, LOOP_STATE, keep_last=1)
         patches = {
             "writing": mock.patch.object(dist_checkpointing, "save", half_a_save),
-            "before it is whole": mock.patch.object(Path, "rename", dying_at("step_000002")),
+            "before it is whole": mock.patch.object(
+                Path, "rename", dying_at("step_000002" if step == 2 else "step_000001.again")
+            ),
             "before latest moves": mock.patch.object(Path, "rename", dying_at("latest")),
         }
         with patches[when]:
-            save_checkpoint(actor, folder, 2, LOOP_STATE, keep_last=1)
+            save_checkpoint(actor, folder, step, {"next_step": step}, keep_last=1)
 
 
+@pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step"])
 @pytest.mark.parametrize("when", ["writing", "before it is whole", "before latest moves"])
-def test_a_killed_save_leaves_the_one_before(checkpoints: Checkpoints, tmp_path: Path, when: str) -> None:
+def test_a_killed_save_leaves_the_one_before(checkpoints: Checkpoints, tmp_path: Path, when: str, step: int) -> None:
     case, model = replace(SAVED[True], parallel=P()), checkpoints.models["qwen2"]
     with pytest.raises(RankError, match="died without a word"):
-        run_ranks(_die_while_saving, 1, when, case, model, str(tmp_path), timeout_s=120)
+        run_ranks(_die_while_saving, 1, when, step, case, model, str(tmp_path), timeout_s=120)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_000001"
     went_on = run_ranks(_go_on, 1, [case], model, str(tmp_path), timeout_s=120)[0]
     assert str(went_on[0].loop_state) == str(LOOP_STATE)

@@ -67,8 +67,8 @@ def test_impossible_download_says_what_to_do(
 def test_questions_become_prompt_and_answer(prepare: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "gsm8k.jsonl"
     source.write_text('{"task_id": "GSM8K/0", "question": "One\\u2019s 1+1?", "answer": "2"}\n\n')
-    assert prepare.convert_questions(source, tmp_path / "out.jsonl") == 1
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"prompt": "One’s 1+1?", "answer": "2"}
+    assert prepare.convert_questions(source, tmp_path / "new" / "out.jsonl") == 1
+    assert json.loads((tmp_path / "new" / "out.jsonl").read_text()) == {"prompt": "One’s 1+1?", "answer": "2"}
 
 
 def test_prepared_folder_is_left_alone_and_an_incomplete_one_refused(
@@ -76,6 +76,7 @@ def test_prepared_folder_is_left_alone_and_an_incomplete_one_refused(
 ) -> None:
     output = tmp_path / "model"
     output.mkdir()
+    (output / prepare.QUESTIONS_NAME).parent.mkdir()
     for name in (*prepare.FINISHED_FILES, prepare.QUESTIONS_NAME):
         (output / name).touch()
     prepare.prepare(output, tmp_path / "cache")
