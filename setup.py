@@ -43,7 +43,7 @@ setup(
         "vllm": ["vllm>=0.11"],
         "slurm": ["nemo-run==0.11.1", "leptonai<0.28"],
         "wandb": ["wandb>=0.19"],
-        "smollm2": ["gguf>=0.17"],
+        "smollm2": ["gguf>=0.17", "accelerate>=1.10"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["megatron-fipo = megatron_fipo.cli:main"]},

@@ -28,6 +28,7 @@ from megatron_fipo.parallel import exchange
 
 _FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank, not each, brings the shards together
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
@@ -104,7 +105,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     checkpoint = Path(folder) / name
     if not checkpoint.is_dir():
         raise ValueError(
-            f"{Path(folder) / 'latest'} names {checkpoint.name}, which is not there. Write the name of a whole checkpoint into it, "
+            f"{Path(folder) / 'latest'} names {name}, which is not there. Write the name of a whole checkpoint into it, "
             "or delete it to start over."
         )
     return checkpoint
@@ -137,6 +138,8 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_FORMAT, "dp_cp_group": actor.groups.dp_cp}
     for optimizer in _single_optimizers(actor.optimizer):
         _start_adam(optimizer)
+        if hasattr(optimizer, "data_parallel_group_gloo"):
+            optimizer.data_parallel_group_gloo = optimizer.data_parallel_group  # ours all have gloo for the CPU
     state: dict[str, Any] = {
         name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for name, model in _named_models(actor)
