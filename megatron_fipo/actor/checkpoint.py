@@ -105,8 +105,8 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     checkpoint = Path(folder) / name
     if not checkpoint.is_dir():
         raise ValueError(
-            f"{Path(folder) / 'latest'} names {name}, which is not there. Write the name of a whole checkpoint into it, "
-            "or delete it to start over."
+            f"{Path(folder) / 'latest'} names {name}, which is not there. Write the name of a whole checkpoint into "
+            "it, or delete it to start over."
         )
     return checkpoint
 
