@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -35,6 +36,15 @@ def test_only_the_first_counts() -> None:
     assert calls == ["cut short"]
 
 
+@pytest.fixture
+def _sigint_raises() -> Iterator[None]:
+    """A test run that was started in the background ignores SIGINT; here it shall raise KeyboardInterrupt."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("_sigint_raises")
 def test_afterwards_signals_do_what_they_did_before() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with Interrupt(lambda: None) as interrupt:
