@@ -1,6 +1,6 @@
 # make demo trains a small model with FIPO on this machine; make test checks everything. Both set themselves up first.
 
-.PHONY: help install demo demo-dapo lint test test-fast clean
+.PHONY: help install demo demo-dapo lint test test-fast test-long clean
 .DEFAULT_GOAL := help
 
 # The first of these that is Python 3.11 or 3.12 makes the environment; PYTHON=/path/to/python3.12 overrides.
@@ -50,6 +50,9 @@ test: lint ## style, types and all tests
 
 test-fast: $(INSTALLED) ## unit tests only: seconds
 	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-long: $(INSTALLED) ## kill the quick-start at twenty random moments and compare what it comes to
+	$(BIN)/python -m pytest -m long -s $(ARGS)
 
 clean: ## remove the environment and caches; runs in outputs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

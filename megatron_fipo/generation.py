@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_fipo.rollout.ledger import RolloutLedger, SampleKey
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.types import Group, Prompt, Sample
@@ -28,15 +29,17 @@ class GroupGenerator:
         tokenizer: Any,
         ranks: ParallelGroups,
         run_seed: int,
+        ledger: RolloutLedger,
         leave_if_asked: Callable[[], None],
     ) -> None:
         """
         Args:
+            ledger: takes down training's responses, and gives back those of a run that was killed.
             leave_if_asked: called on all ranks before and after each generation; raises where the run is to end, so
                 that no generation begins after the signal, and no response that was cut short counts as a whole one.
         """
         self._engine, self._verifiers, self._tokenizer = engine, verifiers, tokenizer
-        self._ranks, self._run_seed = ranks, run_seed
+        self._ranks, self._run_seed, self._ledger = ranks, run_seed, ledger
         self._leave_if_asked = leave_if_asked
 
     def own_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -50,31 +53,76 @@ class GroupGenerator:
         sampling: SamplingParams,
         step: int,
         on_sample: Callable[[Sample], None],
+        round_index: int | None = None,
+        only_recorded: bool = False,
     ) -> list[Group]:
         """Judged groups of all prompts, in prompt order, the same on every rank. Collective over all ranks.
 
         Args:
             step: part of the key of each response's randomness.
-            on_sample: called with each of this rank's samples when it is judged.
+            on_sample: called with each of this rank's samples when it is judged, or found in the ledger.
+            round_index: which of the step's rounds of generation this is, for the ledger; None keeps out of the ledger.
+            only_recorded: take every response from the ledger: the policy that wrote them is gone.
+
+        Raises:
+            ValueError: if the ledger is damaged, or lacks a response with `only_recorded`.
         """
         self._leave_if_asked()
+        own_prompts = self.own_share(prompts)
+        finished = self._finished(step, round_index, own_prompts, num_samples)
+        num_missing = len(own_prompts) * num_samples - len(finished)
+        if only_recorded and exchange.any_rank(num_missing > 0, self._ranks.world):
+            raise ValueError(
+                f"step {step}: the checkpoint was saved between this step's updates, and of the rollouts that they are "
+                f"made on {num_missing} are not recorded any more. Bring the run's folder rollouts/ back, or delete "
+                "the checkpoint to go on from the one before."
+            )
+        for sample in finished.values():
+            on_sample(sample)
+        sources = {prompt.prompt_id: prompt.source for prompt in own_prompts}
+
+        def note(sample: Sample) -> None:
+            if round_index is not None and sample.finish_reason != "abort":
+                self._ledger.append(round_index, sources[sample.prompt_id], sample)
+            on_sample(sample)
+
         own = asyncio.run(
             generate_groups(
                 self._engine,
-                self.own_share(prompts),
+                own_prompts,
                 self._judge,
-                decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
+                decode=self._decode,
                 num_samples=num_samples,
                 sampling=sampling,
                 run_seed=self._run_seed,
                 step=step,
-                on_sample=on_sample,
+                on_sample=note,
+                finished=finished,
             )
         )
+        if round_index is not None:
+            self._ledger.secure()
         self._leave_if_asked()
         shares = exchange.all_gather_objects(own, self._ranks.world)
         by_id = {group.prompt.prompt_id: group for share in shares for group in share}
         return [by_id[prompt.prompt_id] for prompt in prompts]
+
+    def _finished(
+        self, step: int, round_index: int | None, own_prompts: Sequence[Prompt], num_samples: int
+    ) -> Mapping[SampleKey, Sample]:
+        """This rank's samples that a run before this one has generated and judged.
+
+        An engine that repeats itself bit for bit is given an unfinished share whole: with fewer requests beside them,
+        the missing ones would round otherwise.
+        """
+        if round_index is None:
+            return {}
+        finished = self._ledger.finished(step, round_index, own_prompts)
+        is_whole = len(finished) == len(own_prompts) * num_samples
+        return finished if is_whole or not self._engine.repeatable else {}
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
         job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ class HeldOutEvaluation:
         self._config, self._sets, self._generator = config, sets, generator
         self._console, self._folder = console, folder
 
-    def run(self, when: str, before: Mapping[str, float] | None = None, *, announce: bool = True) -> dict[str, float]:
+    def run(self, when: str, *, compare: bool = False, announce: bool = True) -> dict[str, float]:
         """Scores by flat name, the same on every rank; empty without sources. Collective over all ranks.
 
         Args:
             when: "before", "after" or a step; goes into file names and headings.
-            before: an earlier evaluation to compare with.
+            compare: show the scores of the evaluation "before" beside these, if this run or the one that it goes on
+                from has made it.
             announce: show samples and a table.
         """
         metrics: dict[str, float] = {}
@@ -52,11 +54,22 @@ class HeldOutEvaluation:
                 write_problems(self._folder / f"{when}_{source}.jsonl", problems)
             if announce:
                 self._show_samples(when, source, groups)
-        if metrics and announce:
-            title = "Held-out" if before is None else "Held-out, before and after"
-            after = None if before is None else _headline(metrics)
-            self._console.evaluation_table(title, _headline(before or metrics), after)
+        if self._folder is not None and metrics:
+            (self._folder / f"{when}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            if announce:
+                before = self.scores_before() if compare else {}
+                title = "Held-out, before and after" if before else "Held-out"
+                after = _headline(metrics) if before else None
+                self._console.evaluation_table(title, _headline(before or metrics), after)
         return metrics
+
+    def scores_before(self) -> dict[str, float]:
+        """What training began with, as this run or the one that it goes on from wrote it; empty where nothing did."""
+        if self._folder is None or not (path := self._folder / "before.json").is_file():
+            return {}
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(scores, dict)
+        return scores
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[Group]:
         section, rollout = self._config.evaluation, self._config.rollout

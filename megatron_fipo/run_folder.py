@@ -1,12 +1,17 @@
 """The folder a run writes into, and what is written there before anything is trained.
 
-config.yaml  provenance.json  metrics.jsonl  tensorboard/  evaluation/  checkpoints/  huggingface/
+config.yaml  provenance.json  metrics.jsonl  tensorboard/  evaluation/  rollouts/  checkpoints/  huggingface/  run.lock
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_fipo.config import Config, save_resolved
 from megatron_fipo.metrics.provenance import save_provenance
@@ -27,6 +32,10 @@ class RunFolder:
         return self.root / "evaluation"
 
     @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts"
+
+    @property
     def huggingface(self) -> Path:
         return self.root / "huggingface"
 
@@ -35,24 +44,77 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
 
-def prepare(config: Config) -> tuple[RunFolder, str]:
-    """Make the run's folder and write its configuration and provenance. One rank alone calls this.
+class RunLock:
+    """Holds a run's folder for one run, as long as the process lives; one rank alone takes it.
 
-    With train.resume=false a folder of an earlier run is renamed, never overwritten.
+    A POSIX record lock: the kernel (on NFS the server) drops it when the process ends, however it ends, and child
+    processes do not inherit it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """
+        Raises:
+            ValueError: if another process holds the folder, saying which.
+        """
+        path = root / "run.lock"
+        self._file: IO[str] = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ValueError(
+                f"run.output_dir={root}: another run is writing there ({holder}). Two would destroy each other's "
+                "checkpoints: wait for it, stop it, or set another run.output_dir."
+            ) from error
+        self._file.truncate(0)
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        self._file.close()
+
+
+def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
+    """Make the run's folder, lock it, and write its provenance. One rank alone calls this.
+
+    With train.resume=false a folder of an earlier run is renamed, never overwritten. The configuration is not written
+    yet (`record_config` does that): a run that may not resume is to leave the old one's as it was.
 
     Returns:
-        (the folder, a line about what was set aside, or empty).
+        (the folder, its lock, a line about what was set aside, or empty).
+
+    Raises:
+        ValueError: if the folder cannot be written to, or another run is writing to it.
     """
     folder = RunFolder(Path(config.run.output_dir))
     note = ""
-    if not config.train.resume and folder.root.exists() and any(folder.root.iterdir()):
-        aside = _free_name(folder.root)
-        folder.root.rename(aside)
-        note = f"train.resume=false: the earlier run in {folder.root} was renamed to {aside}"
-    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder.root)
+        if not config.train.resume and any(path.name != "run.lock" for path in folder.root.iterdir()):
+            aside = _free_name(folder.root)
+            folder.root.rename(aside)
+            lock.release()
+            folder.root.mkdir()
+            lock = RunLock(folder.root)
+            note = f"train.resume=false: the earlier run in {folder.root} was renamed to {aside}"
+    except OSError as error:
+        raise ValueError(
+            f"run.output_dir={folder.root} cannot be written to: {error.strerror or error}. Mend its permissions, make "
+            "room, or set another run.output_dir."
+        ) from error
+    return folder, lock, note
+
+
+def record_config(config: Config, folder: RunFolder) -> None:
+    """Write the run's configuration and provenance beside it. One rank alone calls this."""
     save_resolved(config, folder.root)
     save_provenance(folder.root)
-    return folder, note
 
 
 def _free_name(path: Path) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from megatron_fipo.actor.actor import UpdateResult
-from megatron_fipo.metrics.reductions import Last, Metrics, Sum, merge, scalars
+from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, merge, scalars, to_plain
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
@@ -81,3 +82,40 @@ def step_metrics(
     if INFLUENCE_STD in later_numbers:
         numbers[f"{INFLUENCE_STD}_after_first_update"] = later_numbers[INFLUENCE_STD]
     return numbers, noise.warning
+
+
+def gather_results(results: Sequence[UpdateResult], ranks: ParallelGroups) -> dict[str, Any]:
+    """Every rank's updates of a step so far, for a checkpoint. Collective over all ranks."""
+    own = [
+        {
+            "metrics": to_plain(result.metrics) if ranks.reports_loss else {},
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+        }
+        for result in results
+    ]
+    return {"layout": _layout(ranks), "by_rank": exchange.all_gather_objects(own, ranks.world)}
+
+
+def restore_results(saved: Mapping[str, Any], ranks: ParallelGroups) -> list[UpdateResult]:
+    """This rank's part of what `gather_results` collected. No communication.
+
+    In another layout one rank that reports losses takes all parts, so that each counts once.
+    """
+    by_rank = saved["by_rank"]
+    if saved["layout"] == _layout(ranks):
+        parts = [[from_plain(result["metrics"])] for result in by_rank[ranks.rank]]
+    else:
+        takes_all = ranks.reports_loss and ranks.dp_cp.rank() == 0
+        parts = [
+            [from_plain(result["metrics"]) for result in update] if takes_all else []
+            for update in zip(*by_rank, strict=True)
+        ]
+    return [
+        UpdateResult(merge(list(part)), result["grad_norm"], result["learning_rate"])
+        for part, result in zip(parts, by_rank[0], strict=True)
+    ]
+
+
+def _layout(ranks: ParallelGroups) -> list[int]:
+    return [ranks.tp.size(), ranks.pp.size(), ranks.cp.size(), ranks.world.size()]

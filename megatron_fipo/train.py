@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,33 @@ from torch import Tensor
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
-from megatron_fipo.actor.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_fipo.actor.checkpoint import CheckpointError
 from megatron_fipo.actor.model import DTYPES
 from megatron_fipo.config import (
     Config,
     load_config,
+    numbers_fingerprint,
     read_model_config,
     validate,
     validate_model_layout,
     warnings_for,
 )
-from megatron_fipo.convert.stream import export_folder
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.generation import GroupGenerator
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
 from megatron_fipo.interrupt import Interrupt
+from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.metrics.reductions import Last, Metrics
-from megatron_fipo.metrics.sinks import open_sinks
+from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
 from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
@@ -52,8 +55,9 @@ from megatron_fipo.rl.types import Group, PackedBatch
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.in_process import InProcessEngine
-from megatron_fipo.run_folder import RunFolder, prepare
-from megatron_fipo.step_metrics import StepClock, step_metrics
+from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
+from megatron_fipo.saved_run import SavedRun
+from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
@@ -61,6 +65,19 @@ EXIT_STOPPED = 3
 
 class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
     """The run was asked to stop, and its state is saved."""
+
+
+@dataclass(frozen=True)
+class _HalfStep:
+    """A step that a signal stopped between its updates.
+
+    Attributes:
+        results: of the updates that are done, this rank's.
+        old_log_probs: of the step's samples, see `gather_old_log_probs`; the weights that gave them are gone.
+    """
+
+    results: list[UpdateResult]
+    old_log_probs: Mapping[int, tuple[Tensor, Tensor]]
 
 
 class Trainer:
@@ -74,6 +91,7 @@ class Trainer:
         """
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
+        self.folder, self._lock = self._prepare_folder()
         tokenizer = load_tokenizer(config.model.path)
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.prompts = PromptStream.from_config(config, tokenizer)
@@ -90,14 +108,22 @@ class Trainer:
         in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
         self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
         self.interrupt = Interrupt(self.engine.abort)
+        self.ledger = RolloutLedger(
+            self.folder.rollouts,
+            ranks.rank,
+            numbers_fingerprint(config),
+            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        )
         self.generator = GroupGenerator(
-            self.engine, self.verifiers, tokenizer, ranks, config.run.seed, leave_if_asked=self._leave_if_asked
+            self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, self._leave_if_asked
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
-        self.folder = self._prepare_folder()
+        self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console)
         evaluation_folder = self.folder.evaluation if self.is_leader else None
         self.evaluation = HeldOutEvaluation(config, held_out, self.generator, console, evaluation_folder)
         self.next_step = 0
+        self._half_step: _HalfStep | None = None
+        self._evaluation_is_due = False
         self._state_to_go_on_from: Callable[[], dict[str, Any]] = lambda: self._loop_state(self.next_step)
 
     def run(self) -> None:
@@ -109,24 +135,32 @@ class Trainer:
         config = self.config
         if config.train.resume:
             self._resume()
+        if self.is_leader:
+            record_config(config, self.folder)
         self._sync_weights()
         sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
         with sinks, self.interrupt:
-            before = self.evaluation.run("before")
-            sinks.write(self.next_step, before)
+            if self.next_step == 0:
+                self._state_to_go_on_from = lambda: self._loop_state(0)
+                # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
+                is_untouched = self._half_step is None
+                sinks.write(0, self.evaluation.run("before") if is_untouched else self.evaluation.scores_before())
+            if self._evaluation_is_due:
+                self._evaluate(sinks)
             for step in range(self.next_step, config.train.num_steps):
                 metrics = self.train_step(step)
                 self.next_step = step + 1
-                if _is_due(self.next_step, config.evaluation.every_num_steps):
-                    metrics |= self.evaluation.run(f"step_{self.next_step:06d}", announce=False)
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
-                if _is_due(self.next_step, config.checkpoint.every_num_steps):
-                    self._save(self._loop_state(self.next_step))
-            after = self.evaluation.run("after", before)
+                if _is_due(self.next_step, config.evaluation.every_num_steps):
+                    self._evaluate(sinks)
+                self._save_if_due()
+            self._state_to_go_on_from = lambda: self._loop_state(self.next_step)
+            after = self.evaluation.run("after", compare=True)
             sinks.write(self.next_step, after)
-            self._save(self._loop_state(self.next_step))
-        self._export()
+            self.saved.save(self._loop_state(self.next_step))
+        if config.checkpoint.export_huggingface:
+            self.saved.export(self.folder.huggingface)
         self._say_where_things_lie()
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -139,17 +173,19 @@ class Trainer:
             BatchNotFilledError: if dynamic sampling found too few groups; the state before the step is saved.
             NonFiniteError: if a loss or gradient is not finite.
             Interrupted: after a signal; saved is the state before the step, or, once it has made updates, after the
-                last one, and the rest of its updates are given up.
+                last one, from which the rest of them is made when the run goes on.
+            CheckpointError: if that could not be saved.
         """
         clock = StepClock()
         with clock.phase("rollout"):
             groups, generated = self._collect_groups(step)
+        state_before = self._state_to_go_on_from()
         assign_advantages(groups, self.config.advantages.estimator)
         minibatches = build_minibatches(groups, self.config, self.ranks, self.pad_token_id)
         with clock.phase("old_log_probs"):
             self._set_old_log_probs(minibatches)
         with clock.phase("update"):
-            updates = self._update(step, minibatches)
+            updates = self._update(step, minibatches, state_before)
         with clock.phase("weight_sync"):
             self._sync_weights()
         more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches)}
@@ -170,7 +206,8 @@ class Trainer:
         sampling = SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p)
         self.sampler.start_step(step)
         while self.sampler.needs_round:
-            prompts = self.prompts.take(self._round_size(is_first=not generated))
+            round_index = self.sampler.num_rounds
+            prompts = self.prompts.take(self._round_size(is_first=round_index == 0))
             total = len(self.generator.own_share(prompts)) * rollout.num_samples_per_prompt
             with self.console.rollout_progress(step, total) as progress:
                 groups = self.generator.generate(
@@ -179,6 +216,8 @@ class Trainer:
                     sampling,
                     step,
                     on_sample=lambda sample: progress.advance(),
+                    round_index=round_index,
+                    only_recorded=self._half_step is not None,
                 )
             assign_rewards(groups, self.config.reward, rollout.max_response_tokens)
             self.sampler.add_round(groups)
@@ -188,7 +227,7 @@ class Trainer:
         try:
             return self.sampler.take(), generated
         except BatchNotFilledError:
-            self._save(state_before)
+            self.saved.save(state_before)
             raise
 
     def _round_size(self, is_first: bool) -> int:
@@ -200,29 +239,52 @@ class Trainer:
     def _set_old_log_probs(self, minibatches: Sequence[Sequence[PackedBatch]]) -> None:
         """Fill in the log-probs of the old policy and, where there is a KL penalty, of the reference."""
         objective = self.config.objective
-        for microbatches in minibatches:
-            if objective.old_log_probs == "rollout":
-                for batch in microbatches:
-                    batch.old_log_probs = batch.rollout_log_probs
-            else:  # nothing comes back where the pipeline does not end, and nothing is needed there
+        if self._half_step is not None:
+            set_old_log_probs(minibatches, self._half_step.old_log_probs)
+        elif objective.old_log_probs == "rollout":
+            for batch in (batch for microbatches in minibatches for batch in microbatches):
+                batch.old_log_probs = batch.rollout_log_probs
+        else:  # nothing comes back where the pipeline does not end, and nothing is needed there
+            for microbatches in minibatches:
                 for batch, log_probs in zip(microbatches, self.actor.log_probs(microbatches), strict=False):
                     batch.old_log_probs = log_probs
-            if objective.kl_coefficient:
+        if objective.kl_coefficient:
+            for microbatches in minibatches:
                 reference = self.actor.log_probs(microbatches, reference=True)
                 for batch, log_probs in zip(microbatches, reference, strict=False):
                     batch.reference_log_probs = log_probs
 
-    def _update(self, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> list[UpdateResult]:
-        """One optimizer step on each minibatch, num_epochs times over."""
-        results = []
-        self._state_to_go_on_from = lambda: self._loop_state(step + 1)
+    def _update(
+        self, step: int, minibatches: Sequence[Sequence[PackedBatch]], state_before: Mapping[str, Any]
+    ) -> list[UpdateResult]:
+        """One optimizer step on each minibatch, num_epochs times over; those that are done already are left out."""
+        results = [] if self._half_step is None else list(self._half_step.results)
+        self._half_step = None
         order = [batch for _ in range(self.config.train.num_epochs) for batch in minibatches]
+        self._state_to_go_on_from = lambda: self._half_step_state(state_before, minibatches, results, len(order))
         with self.console.update_progress(step, len(order)) as progress:
-            for microbatches in order:
+            progress.advance(len(results))
+            for microbatches in order[len(results) :]:
                 results.append(self.actor.update(microbatches, self._loss, step))
                 progress.advance()
                 self._leave_if_asked()
+        self._state_to_go_on_from = lambda: self._loop_state(step + 1)
         return results
+
+    def _half_step_state(
+        self,
+        state_before: Mapping[str, Any],
+        minibatches: Sequence[Sequence[PackedBatch]],
+        results: list[UpdateResult],
+        num_updates: int,
+    ) -> dict[str, Any]:
+        """What the loop goes on from between the updates of a step, besides the actor and the ledger. Collective."""
+        return {
+            **state_before,
+            "num_updates": len(results),
+            "old_log_probs": gather_old_log_probs(minibatches, self.ranks),
+            "results": gather_results(results, self.ranks),
+        }
 
     def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
         return sharded_policy_loss(log_probs, entropy, batch, self.config.objective, self.ranks.cp)
@@ -238,56 +300,60 @@ class Trainer:
         received = exchanged_bytes(num_sequences, self.ranks.cp.size()) * self.config.train.num_epochs
         return {"perf/suffix_sum_exchange_bytes": Last(received)}
 
+    def _evaluate(self, sinks: SinkGroup) -> None:
+        """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""
+        self._state_to_go_on_from = lambda: {**self._loop_state(self.next_step), "evaluation_is_due": True}
+        sinks.write(self.next_step - 1, self.evaluation.run(f"step_{self.next_step:06d}", announce=False))
+        self._evaluation_is_due = False
+
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def _prepare_folder(self) -> RunFolder:
-        note, folder = "", RunFolder(Path(self.config.run.output_dir))
+    def _prepare_folder(self) -> tuple[RunFolder, RunLock | None]:
+        """The run's folder, and on the leader its lock. Collective; an error of the leader is raised everywhere."""
+        folder, lock, note, problem = RunFolder(Path(self.config.run.output_dir)), None, "", ""
         if self.is_leader:
-            folder, note = prepare(self.config)
-        exchange.barrier(self.ranks.world)
+            try:
+                folder, lock, note = prepare(self.config)
+            except ValueError as error:
+                problem = str(error)
+        problem = exchange.all_gather_objects(problem, self.ranks.world)[0]
+        if problem:
+            raise ValueError(problem)
         if note:
             self.console.info(note)
-        return folder
+        return folder, lock
 
     def _loop_state(self, next_step: int) -> dict[str, Any]:
-        """What the loop goes on from, besides the actor."""
+        """What the loop goes on from at the beginning of a step, besides the actor."""
         return {
             "next_step": next_step,
             "prompts": self.prompts.state_dict(),
             "sampler": self.sampler.state_dict(),
         }
 
+    def _save_if_due(self) -> None:
+        """Between steps: the last one is followed by a checkpoint in any case."""
+        self.saved.poll()
+        is_last = self.next_step >= self.config.train.num_steps
+        if not is_last and _is_due(self.next_step, self.config.checkpoint.every_num_steps):
+            self.saved.save(self._loop_state(self.next_step), in_background=True)
+
     def _resume(self) -> None:
-        checkpoint = latest_checkpoint(self.folder.checkpoints)
-        if checkpoint is None:
+        state = self.saved.restore()
+        if state is None:
             return
-        state = load_checkpoint(self.actor, checkpoint)
         self.next_step = state["next_step"]
         self.prompts.load_state_dict(state["prompts"])
         self.sampler.load_state_dict(state["sampler"])
-        self.console.info(f"resumed from {checkpoint}: {self.next_step} steps are done")
-
-    def _save(self, loop_state: dict[str, Any]) -> None:
-        step, keep_last = loop_state["next_step"], self.config.checkpoint.keep_last
-        path = save_checkpoint(self.actor, self.folder.checkpoints, step, loop_state, keep_last=keep_last)
-        self.console.info(f"saved {path}")
+        self._evaluation_is_due = state.get("evaluation_is_due", False)
+        if state.get("num_updates"):
+            self._half_step = _HalfStep(restore_results(state["results"], self.ranks), state["old_log_probs"])
 
     def _leave_if_asked(self) -> None:
         """Save and leave if any rank has received a signal: after every update, around every generation. Collective."""
         if exchange.any_rank(self.interrupt.received is not None, self.ranks.world):
-            self._save(self._state_to_go_on_from())
+            self.saved.save(self._state_to_go_on_from())
             raise Interrupted
-
-    def _export(self) -> None:
-        if self.config.checkpoint.export_huggingface:
-            export_folder(
-                self.actor.weights(),
-                self.config.model.path,
-                self.folder.huggingface,
-                is_writer=self.is_leader,
-                dtype=DTYPES[self.config.model.dtype],
-            )
-            exchange.barrier(self.ranks.world)
 
     def _say_where_things_lie(self) -> None:
         places = {"checkpoint": str(self.folder.checkpoints)}
@@ -305,6 +371,9 @@ class Trainer:
         """Release processes and memory."""
         self.verifiers.close()
         self.engine.close()
+        self.ledger.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -349,7 +418,7 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
     except Interrupted:
         console.info("stopped by a signal; the same command goes on from the checkpoint")
         return EXIT_STOPPED
-    except (BatchNotFilledError, NonFiniteError) as error:
+    except (BatchNotFilledError, NonFiniteError, CheckpointError) as error:
         say_once(f"error: {error}")
         return EXIT_STOPPED
     finally:

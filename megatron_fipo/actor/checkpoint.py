@@ -1,30 +1,28 @@
 """Checkpoints of a run: weights and optimizer in Megatron's torch_dist format, and the loop's own state.
 
-A checkpoint is written under another name and renamed when it is whole; `latest` is moved last. Whenever a run is
-killed, `latest` names a whole checkpoint.
-
-    checkpoints/step_000010/    weights, optimizer state and loop state
-    checkpoints/latest          the name of the newest
-
-A step that is saved anew, as by a run that is resumed and stopped again before its next step, goes to
-step_000010.again, and the next time to step_000010: what `latest` names is never overwritten.
+They are read back in any layout. See `checkpoint_folder` for how they lie on disk.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_fipo.actor import checkpoint_folder, optimizer_state
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.groups import ParallelGroups
 
 _FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -34,110 +32,247 @@ _FORMAT = {
 }
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which checkpoints stay.
+
+    Attributes:
+        last: the newest so many.
+        every: and those after every so many steps, for good; 0 keeps none of them.
+    """
+
+    last: int = 2
+    every: int = 0
+
+
 def save_checkpoint(
-    actor: Actor, folder: str | Path, step: int, loop_state: Mapping[str, Any], *, keep_last: int
+    actor: Actor,
+    folder: str | Path,
+    step: int,
+    loop_state: Mapping[str, Any],
+    keeping: Keeping,
+    *,
+    num_updates: int = 0,
+    extras: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint and delete the oldest beyond `keep_last`. Collective over all ranks.
+    """Write a checkpoint and delete those that `keeping` does not name. Collective over all ranks.
 
     Args:
         folder: the run's checkpoint folder.
         step: steps that are done.
         loop_state: what the loop needs to go on; the same on every rank, picklable.
+        num_updates: updates of the next step that are done too.
+        extras: called on every rank to write more into the checkpoint's folder.
 
     Returns:
         The checkpoint's folder.
-    """
-    root = Path(folder)
-    name = f"step_{step:06d}"
-    target, replaced = root / name, root / f"{name}.again"
-    if _latest_name(root) == name:
-        target, replaced = replaced, target
-    partial = root / f"{target.name}.partial"
-    is_leader = actor.groups.rank == 0
-    if is_leader:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    exchange.barrier(actor.groups.world)
-    state = _sharded_state(actor, is_loading=False)
-    state["loop"] = dict(loop_state)
-    _write_without_manager_process()
-    dist_checkpointing.save(state, str(partial))
-    exchange.barrier(actor.groups.world)
-    if is_leader:
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        pointer = root / "latest.partial"
-        pointer.write_text(target.name + "\n")
-        pointer.rename(root / "latest")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        _delete_old(root, keep_last, target)
-    exchange.barrier(actor.groups.world)
-    return target
-
-
-def _write_without_manager_process() -> None:
-    """Pass the results of writing on inside this process.
-
-    Megatron has a process started for that which imports all that this program does, 20 s of a first checkpoint that
-    may have 30, and which outlives a rank that is killed. Only its asynchronous writers need it.
-    """
-    filesystem_async._results_queue = queue.Queue()
-
-
-def _delete_old(root: Path, keep_last: int, newest: Path) -> None:
-    whole = sorted(path for path in root.glob("step_*") if path.is_dir() and path.suffix != ".partial")
-    for old in whole[: max(len(whole) - keep_last, 0)]:
-        if old != newest:
-            shutil.rmtree(old)
-
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, None where there is none.
 
     Raises:
-        ValueError: if `latest` names a checkpoint that is not there.
+        CheckpointError: if something could not be written; what was written of it is left behind as .partial and
+            cleared away by the next save.
     """
-    name = _latest_name(Path(folder))
-    if name is None:
-        return None
-    checkpoint = Path(folder) / name
-    if not checkpoint.is_dir():
+    writing = begin_checkpoint(
+        actor, folder, step, loop_state, keeping, num_updates=num_updates, extras=extras, asynchronous=False
+    )
+    return writing.finish()
+
+
+def begin_checkpoint(
+    actor: Actor,
+    folder: str | Path,
+    step: int,
+    loop_state: Mapping[str, Any],
+    keeping: Keeping,
+    *,
+    num_updates: int = 0,
+    extras: Callable[[Path], None] | None = None,
+    asynchronous: bool = True,
+) -> PendingCheckpoint:
+    """Take a snapshot and write it in a process beside this one; training may go on. See `save_checkpoint`.
+
+    Megatron-Core forks the writer: tensors on a GPU are copied to the host first, those of a CPU are the fork's own.
+    """
+    partial, target = _begin(Path(folder), checkpoint_folder.checkpoint_name(step, num_updates), actor.groups)
+    pending = PendingCheckpoint(actor.groups, partial, target, keeping, AsyncCallsQueue())
+    state = _sharded_state(actor, is_loading=False)
+    state["loop"] = dict(loop_state)
+    _set_results_queue(asynchronous)
+    try:
+        request = dist_checkpointing.save(state, str(partial), async_sharded_save=asynchronous)
+        if extras is not None:
+            extras(partial)
+        if asynchronous:
+            pending.queue.schedule_async_request(request)
+    except (OSError, CheckpointException, RuntimeError) as error:
+        raise _could_not_write(target, error) from error
+    return pending
+
+
+def _begin(root: Path, name: str, groups: ParallelGroups) -> tuple[Path, Path]:
+    """The folder to write into and what it becomes, the same on every rank. Collective."""
+    answer: tuple[Path, Path] | OSError | None = None
+    if groups.rank == 0:
+        try:
+            answer = checkpoint_folder.begin(root, name)
+        except OSError as error:
+            answer = error
+    answer = exchange.all_gather_objects(answer, groups.world)[0]
+    if isinstance(answer, OSError):
+        raise _could_not_write(root / name, answer) from answer
+    assert answer is not None
+    return answer
+
+
+@dataclass
+class PendingCheckpoint:
+    """A checkpoint that is being written. Its methods are collective over all ranks."""
+
+    groups: ParallelGroups
+    partial: Path
+    target: Path
+    keeping: Keeping
+    queue: AsyncCallsQueue
+
+    def poll(self) -> bool:
+        """Whether every rank has written its part; the checkpoint takes its place then.
+
+        Raises:
+            CheckpointError: if a rank could not.
+        """
+        if not self._finalize(blocking=False):
+            return False
+        self._publish()
+        return True
+
+    def finish(self) -> Path:
+        """Wait until it is written and has taken its place; its folder.
+
+        Raises:
+            CheckpointError: if a rank could not write.
+        """
+        self._finalize(blocking=True)
+        self._publish()
+        return self.target
+
+    def _finalize(self, blocking: bool) -> bool:
+        if not self.queue.get_num_unfinalized_calls():
+            return True
+        try:
+            return bool(self.queue.maybe_finalize_async_calls(blocking=blocking))
+        except (OSError, CheckpointException, RuntimeError) as error:
+            raise _could_not_write(self.target, error) from error
+
+    def _publish(self) -> None:
+        exchange.barrier(self.groups.world)
+        names = exchange.all_gather_objects(checkpoint_folder.file_names(self.partial), self.groups.world)[0]
+        own = names[self.groups.rank :: self.groups.world.size()]
+        described = exchange.all_gather_objects(checkpoint_folder.describe_files(self.partial, own), self.groups.world)
+        if self.groups.rank == 0:
+            try:
+                checkpoint_folder.write_manifest(self.partial, {k: v for part in described for k, v in part.items()})
+                checkpoint_folder.publish(self.partial, self.target)
+                checkpoint_folder.delete_old(self.target.parent, self.keeping.last, self.keeping.every)
+            except OSError as error:
+                raise _could_not_write(self.target, error) from error
+        exchange.barrier(self.groups.world)
+
+
+def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
+    reason = str(error)
+    if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
+        reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
+    return CheckpointError(
+        f"the checkpoint {target} could not be written: {reason}. Earlier checkpoints and the rollouts since then are "
+        "untouched. Make room or mend the folder's permissions, and start the same command again: it goes on from them."
+    )
+
+
+def _set_results_queue(asynchronous: bool) -> None:
+    """Where Megatron's writers leave their results.
+
+    Megatron has a manager process started for that which imports all that this program does, 20 s of a first
+    checkpoint that may have 30, and which outlives a rank that is killed. Writing in this process needs no more than a
+    queue in it, a forked writer a pipe.
+    """
+    made: Any = multiprocessing.get_context("fork").Queue() if asynchronous else queue.Queue()
+    filesystem_async._results_queue = made
+
+
+def find_whole_checkpoint(folder: str | Path, groups: ParallelGroups, on_fault: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run with every byte as it was written, None where there never was one.
+
+    Collective over all ranks: each reads and checks a share of the files.
+
+    Args:
+        on_fault: called on every rank with a line about each checkpoint that is passed over.
+
+    Raises:
+        ValueError: if there are checkpoints, and none is whole.
+    """
+    root = Path(folder)
+    candidates = exchange.all_gather_objects(checkpoint_folder.by_trust(root), groups.world)[0]
+    for candidate in candidates:
+        found = _faults(candidate, groups)
+        if not found:
+            return candidate
+        on_fault(f"{candidate} is damaged and is passed over: {'; '.join(found[:3])}")
+    name = exchange.all_gather_objects(checkpoint_folder.latest_name(root), groups.world)[0]
+    if candidates or name is not None:
         raise ValueError(
-            f"{Path(folder) / 'latest'} names {name}, which is not there. Write the name of a whole checkpoint into "
-            "it, or delete it to start over."
+            f"no checkpoint in {root} is whole{f', and its file latest names {name}' if name else ''}. Restore one "
+            "from a copy, set train.resume=false to start over (the old run is renamed), or delete the folder to train "
+            "anew on the recorded rollouts."
         )
-    return checkpoint
+    return None
 
 
-def _latest_name(root: Path) -> str | None:
-    pointer = root / "latest"
-    return pointer.read_text().strip() if pointer.is_file() else None
+def _faults(candidate: Path, groups: ParallelGroups) -> list[str]:
+    """What is wrong with a checkpoint, the same on every rank. Collective."""
+    try:
+        files = checkpoint_folder.read_manifest(candidate)
+        own = checkpoint_folder.faults(candidate, sorted(files)[groups.rank :: groups.world.size()], files)
+    except (ValueError, OSError) as error:
+        own = [str(error)]
+    return list(dict.fromkeys(fault for part in exchange.all_gather_objects(own, groups.world) for fault in part))
+
+
+def load_loop_state(checkpoint: str | Path) -> dict[str, Any]:
+    """The loop's state alone. No communication."""
+    state = dist_checkpointing.load_common_state_dict(str(checkpoint))["loop"]
+    assert isinstance(state, dict)
+    return state
 
 
 def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
     """Load weights and optimizer state, in whatever layout they were saved, and return the loop's state.
 
-    Collective over all ranks.
+    Learning rate and Adam's constants stay those of the actor's configuration. Collective over all ranks.
     """
-    for optimizer in _single_optimizers(actor.optimizer):
+    settings = optimizer_state.settings(actor.optimizer)
+    for optimizer in optimizer_state.single_optimizers(actor.optimizer):
         if hasattr(optimizer, "_set_main_param_and_optimizer_states"):
-            _keep_adam_step(optimizer)
+            optimizer_state.keep_adam_step(optimizer)
     state = _sharded_state(actor, is_loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     for name, model in _named_models(actor):
         model.load_state_dict(loaded[name])
     actor.optimizer.load_state_dict(loaded["optimizer"])
-    for optimizer in _single_optimizers(actor.optimizer):
-        _separate_adam_steps(optimizer)
-    return loaded["loop"]
+    for optimizer in optimizer_state.single_optimizers(actor.optimizer):
+        optimizer_state.separate_adam_steps(optimizer)
+    optimizer_state.set_settings(actor.optimizer, settings)
+    loop_state = loaded["loop"]
+    assert isinstance(loop_state, dict)
+    return loop_state
 
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_FORMAT, "dp_cp_group": actor.groups.dp_cp}
-    for optimizer in _single_optimizers(actor.optimizer):
-        _start_adam(optimizer)
+    for optimizer in optimizer_state.single_optimizers(actor.optimizer):
+        optimizer_state.start_adam(optimizer)
         if hasattr(optimizer, "data_parallel_group_gloo"):
             optimizer.data_parallel_group_gloo = optimizer.data_parallel_group  # ours all have gloo for the CPU
     state: dict[str, Any] = {
@@ -145,7 +280,7 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
         for name, model in _named_models(actor)
     }
     state["optimizer"] = actor.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-    if not is_loading and _counts_per_parameter(actor.optimizer):
+    if not is_loading and optimizer_state.counts_per_parameter(actor.optimizer):
         # Megatron leaves out a step count of 0, without which torch's Adam could not load what was saved.
         whole = state["optimizer"].get("optimizer", state["optimizer"])
         if "state" in whole:
@@ -156,51 +291,3 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
 def _named_models(actor: Actor) -> list[tuple[str, nn.Module]]:
     models = actor.models
     return [("model", models[0])] if len(models) == 1 else [(f"model{i}", model) for i, model in enumerate(models)]
-
-
-def _single_optimizers(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _counts_per_parameter(optimizer: Any) -> bool:
-    """Whether it is torch's Adam, which counts steps for each parameter; fused ones count in parameter groups."""
-    return all(isinstance(single.optimizer, torch.optim.Adam) for single in _single_optimizers(optimizer))
-
-
-def _start_adam(optimizer: Any) -> None:
-    """Make Adam's state where there is none yet.
-
-    It comes into being in the first update, but a run may be saved before that, and loading needs somewhere to load to.
-    """
-    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-    if _counts_per_parameter(optimizer):
-        for state in optimizer.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
-
-
-def _keep_adam_step(optimizer: Any) -> None:
-    """torch's Adam keeps its step count as one more tensor per parameter, which Megatron neither saves nor expects.
-
-    Megatron restores the count of the whole group; here each parameter keeps the tensor it has until then.
-    """
-    set_states = optimizer._set_main_param_and_optimizer_states
-
-    def with_step(model_param: torch.Tensor, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {**tensors, "step": state["step"]}
-        return set_states(model_param, tensors, *args, **kwargs)
-
-    optimizer._set_main_param_and_optimizer_states = with_step
-
-
-def _separate_adam_steps(optimizer: Any) -> None:
-    """Give each parameter a step count of its own.
-
-    Megatron restores one tensor for all of them, and torch's Adam, adding 1 for every parameter, would then count as
-    many steps an update as there are parameters.
-    """
-    for state in optimizer.optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()

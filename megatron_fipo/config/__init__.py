@@ -12,10 +12,12 @@ overrides. Nothing rewrites a value that the user wrote.
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
+from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_fingerprint
 from megatron_fipo.config.schema import (
     ALGORITHMS,
     FILE_KINDS,
     PROCEDURAL_KINDS,
+    SCHEMAS,
     SOURCE_KINDS,
     VERIFIERS,
     AdvantageSection,
@@ -34,6 +36,7 @@ from megatron_fipo.config.schema import (
     RolloutSection,
     RunSection,
     SamplingSection,
+    ServersSection,
     TrainSection,
     VerifierSection,
 )
@@ -43,6 +46,7 @@ __all__ = [
     "ALGORITHMS",
     "FILE_KINDS",
     "PROCEDURAL_KINDS",
+    "SCHEMAS",
     "SOURCE_KINDS",
     "VERIFIERS",
     "AdvantageSection",
@@ -58,13 +62,17 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
+    "ResumeCheck",
     "RewardSection",
     "RolloutSection",
     "RunSection",
     "SamplingSection",
+    "ServersSection",
     "TrainSection",
     "VerifierSection",
+    "check_resume",
     "load_config",
+    "numbers_fingerprint",
     "read_model_config",
     "required_pad_multiple",
     "resolved_yaml",

@@ -12,6 +12,7 @@ from megatron_fipo.config.errors import choice_problem
 from megatron_fipo.config.keys import entry_type, field_types
 from megatron_fipo.config.schema import (
     ALGORITHMS,
+    SCHEMAS,
     SOURCE_KINDS,
     AdvantageSection,
     BatchSection,
@@ -29,6 +30,7 @@ from megatron_fipo.config.schema import (
     RolloutSection,
     RunSection,
     SamplingSection,
+    ServersSection,
     TrainSection,
     VerifierSection,
 )
@@ -37,12 +39,18 @@ _CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     Config: {"algorithm": tuple(ALGORITHMS)},
     ModelSection: {"dtype": ("float32", "bfloat16"), "recompute": ("none", "selective", "full")},
     DataSection: {"overlong_prompts": ("error", "skip")},
-    DataSourceConfig: {"kind": SOURCE_KINDS},
-    RolloutSection: {"engine": ("in_process",)},
+    DataSourceConfig: {"kind": SOURCE_KINDS, "schema": SCHEMAS},
+    RolloutSection: {"engine": ("in_process", "sglang", "vllm")},
+    ServersSection: {
+        "device": ("auto", "cpu", "cuda"),
+        "placement": ("dedicated", "colocated"),
+        "weight_sync": ("tensor", "distributed", "disk"),
+    },
     AdvantageSection: {"estimator": ("group_std", "group_mean", "leave_one_out")},
     FipoConfig: {
         "loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum"),
         "old_log_probs": ("actor", "rollout"),
+        "rollout_correction": ("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked"),
     },
     MetricsSection: {"wandb": ("off", "online", "offline")},
 }
@@ -93,6 +101,27 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "max_response_tokens": _AT_LEAST_1,
         "max_batch_size": _AT_LEAST_1,
     },
+    ServersSection: {
+        "num_per_node": _AT_LEAST_1,
+        "tp": _AT_LEAST_1,
+        "gpus": _Rule(
+            "must be different numbers from 0 on",
+            lambda value: min(value, default=0) >= 0 and len({*value}) == len(value),
+        ),
+        "memory_fraction": _Rule("must be above 0 and below 1", lambda value: 0 < value < 1),
+        "max_total_tokens": _AT_LEAST_1,
+        "max_concurrent_requests": _AT_LEAST_1,
+        "base_port": _Rule("must be between 1024 and 65535", lambda value: 1024 <= value <= 65535),
+        "bucket_mib": _AT_LEAST_1,
+        "request_timeout_s": _ABOVE_0,
+        "sync_timeout_s": _ABOVE_0,
+        "start_timeout_s": _ABOVE_0,
+        "health_interval_s": _ABOVE_0,
+        "health_timeout_s": _ABOVE_0,
+        "max_restarts": _AT_LEAST_0,
+        "canary_sequences": _AT_LEAST_0,
+        "canary_tolerance": _ABOVE_0,
+    },
     VerifierSection: {"num_workers": _AT_LEAST_1, "timeout_s": _ABOVE_0},
     RewardSection: {
         "correct": _FINITE,
@@ -113,6 +142,8 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "sequence_sum_tokens": _AT_LEAST_1,
         "kl_coefficient": _AT_LEAST_0,
         "entropy_coefficient": _AT_LEAST_0,
+        "rollout_ratio_min": _Rule("must be above 0 and below 1", lambda value: 0 < value < 1),
+        "rollout_ratio_max": _Rule("must be above 1 and finite", lambda value: 1 < value < math.inf),
     },
     TrainSection: {"num_steps": _AT_LEAST_1, "num_minibatches": _AT_LEAST_1, "num_epochs": _AT_LEAST_1},
     OptimizerSection: {
@@ -140,7 +171,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "max_response_tokens": _AT_LEAST_1,
     },
     MetricsSection: {"wandb_project": _NOT_EMPTY},
-    CheckpointSection: {"every_num_steps": _AT_LEAST_0, "keep_last": _AT_LEAST_1},
+    CheckpointSection: {"every_num_steps": _AT_LEAST_0, "keep_last": _AT_LEAST_1, "keep_every_num_steps": _AT_LEAST_0},
 }
 """A rule for every number (a test holds that none is without) and for texts that are no choices."""
 

@@ -6,9 +6,9 @@ The docstring under a field is its entry in the reference of all keys.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
-# OmegaConf resolves these annotations at run time, hence Optional and Dict rather than the newer spellings.
+# OmegaConf resolves these annotations at run time, hence Optional, Dict and List rather than the newer spellings.
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,16 @@ class DataSourceConfig:
     """Use only the first so many prompts; required for a procedural source used for evaluation."""
     seed: Optional[int] = None
     """Seed of a procedural source; None takes run.seed. Give held-out data a fixed seed of its own."""
+    schema: str = "columns"
+    """How a file's rows are read: columns (prompt_field and answer_field), or as published: dapo_math (DAPO-Math-17k
+    and its AIME 2024), aime (problem, answer), gsm8k (question, answer behind ####), humaneval, mbpp."""
+    deduplicate: bool = True
+    """Keep the first of a file's rows with the same prompt; DAPO-Math-17k as published has each a hundred times."""
     prompt_field: str = "prompt"
-    """Column that holds the prompt: a string, or a list of chat messages."""
+    """Column that holds the prompt: a string, or a list of chat messages. Read with schema=columns only."""
     answer_field: str = "answer"
-    """Column that holds the reference answer; a dot descends into a struct (reward_model.ground_truth)."""
+    """Column that holds the reference answer; a dot descends into a struct (reward_model.ground_truth). Read with
+    schema=columns only."""
     prompt_template: str = "{prompt}"
     """Text around the prompt; {prompt} is replaced."""
     system_prompt: str = ""
@@ -66,7 +72,9 @@ class DataSourceConfig:
     chat_template: bool = False
     """Format the prompt with the tokenizer's chat template; false feeds the text as it is."""
     verifier: str = ""
-    """Judge of its responses: chain_arithmetic, reasoning_gym, math, exact, or your own as package.module:function."""
+    """Judge of its responses: math (last \\boxed{} or "Answer:"), math_answer (DAPO's "Answer:" line), math_boxed,
+    exact, code (Python against tests), code_unprotected (the same without a sandbox), reasoning_gym, chain_arithmetic,
+    a reward model as http://host:port/path, or your own as package.module:function."""
     weight: int = 1
     """Prompts taken from this source in each round over the sources."""
 
@@ -88,7 +96,7 @@ class RolloutSection:
     """How responses are generated."""
 
     engine: str = "in_process"
-    """in_process: transformers in the trainer's own processes, fed with the actor's weights after every step."""
+    """in_process: transformers in the trainer's own processes; sglang or vllm: servers on every node (servers.*)."""
     num_prompts: int = 16
     """Groups that one step trains on."""
     num_samples_per_prompt: int = 16
@@ -105,6 +113,64 @@ class RolloutSection:
     """Longest response."""
     max_batch_size: int = 128
     """Sequences that one process decodes at a time (in-process engine)."""
+
+
+@dataclass(frozen=True)
+class ServersSection:
+    """Inference servers of rollout.engine=sglang and vllm. Each node's first rank owns its node's."""
+
+    urls: List[str] = field(default_factory=list)
+    """Running servers to attach to (http://host:port), dealt out to the nodes; empty starts servers."""
+    python: Optional[str] = None
+    """Interpreter that has the engine installed; null takes the trainer's."""
+    num_per_node: int = 1
+    """Servers started on each node."""
+    tp: int = 1
+    """Tensor-parallel size of each server."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the trainer's."""
+    placement: str = "dedicated"
+    """dedicated: servers have devices of their own; colocated: they share the actor's, memory goes to and fro."""
+    gpus: List[int] = field(default_factory=list)
+    """Each node's GPUs for servers, in order; empty takes the trainer's (colocated)."""
+    memory_fraction: float = 0.8
+    """Share of a GPU's memory for a server's weights and cache."""
+    max_total_tokens: Optional[int] = None
+    """Tokens in a server's cache; null fills memory_fraction, and on the CPU fits the concurrent requests."""
+    max_concurrent_requests: int = 256
+    """Requests in flight at each server."""
+    base_port: Optional[int] = None
+    """Port of each node's first server, others following; null takes free ones."""
+    router: bool = False
+    """Put sglang-router before each node's servers; without it each group goes where least is in flight."""
+    reproducible: bool = False
+    """Draw tokens from each sample's seed where that costs speed (SGLang on GPUs); vLLM does so anyway."""
+    extra_args: List[str] = field(default_factory=list)
+    """Appended to each server's command line."""
+    weight_sync: str = "tensor"
+    """How weights get in: tensor (CUDA IPC on a GPU, else by value), distributed (NCCL, gloo) or disk."""
+    bucket_mib: int = 512
+    """Weights are sent in buckets of so many MiB; two are held at a time."""
+    keep_snapshot: bool = True
+    """Keep the newest weights on disk, so that a server that died comes back with them; disk needs it."""
+    snapshot_dir: Optional[str] = None
+    """Folder of those snapshots, which servers must see; null takes the run's."""
+    request_timeout_s: float = 3600.0
+    """Longest wait for one response; it is then asked for again."""
+    sync_timeout_s: float = 600.0
+    """Longest wait for a server to take over one bucket, or to compute its checksums."""
+    start_timeout_s: float = 900.0
+    """Longest wait for a server to come up."""
+    health_interval_s: float = 10.0
+    """Time between two looks at a server's health."""
+    health_timeout_s: float = 60.0
+    """A server that does not answer for so long hangs; it is killed and restarted."""
+    max_restarts: int = 3
+    """Restarts of each server in a run; the next death stops the run, unless others are left."""
+    canary_sequences: int = 4
+    """Fixed sequences whose log-probs are compared with the actor's after each handover; 0 compares checksums only."""
+    canary_tolerance: Optional[float] = None
+    """Largest mean |log-prob difference| there; null takes 1e-4 in float32 and 0.05 in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +255,13 @@ class FipoConfig:
     """Weight of the entropy bonus."""
     old_log_probs: str = "actor"
     """Old policy's log-probs: actor (recomputed before the step's first update) or rollout (refused with future_kl)."""
+    rollout_correction: str = "none"
+    """For the engine's numerical differences: none, token_truncated (truncated importance sampling), token_masked,
+    sequence_masked (masked importance sampling) or geometric_masked; see rl/rollout_correction.py."""
+    rollout_ratio_min: float = 0.5
+    """Least accepted ratio of the actor's to the engine's probability; of a token, or of a whole response."""
+    rollout_ratio_max: float = 2.0
+    """Largest such ratio: token_truncated cuts the weight there, the others mask what lies above."""
 
 
 @dataclass(frozen=True)
@@ -295,8 +368,14 @@ class CheckpointSection:
     """Save after every so many steps; 0 only at the end and when the run is interrupted."""
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted."""
+    keep_every_num_steps: int = 0
+    """Checkpoints after every so many steps are never deleted; 0 deletes all beyond keep_last."""
+    asynchronous: bool = False
+    """Write the periodic checkpoints in a process beside each rank's while training goes on."""
     export_huggingface: bool = True
     """Write the trained model as a Hugging Face folder at the end."""
+    export_with_checkpoints: bool = False
+    """Also write one into each periodic checkpoint, as its subfolder huggingface."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +388,7 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    servers: ServersSection = field(default_factory=ServersSection)
     verifier: VerifierSection = field(default_factory=VerifierSection)
     reward: RewardSection = field(default_factory=RewardSection)
     sampling: SamplingSection = field(default_factory=SamplingSection)
@@ -364,5 +444,17 @@ PROCEDURAL_KINDS = ("chain_arithmetic", "reasoning_gym")
 SOURCE_KINDS = (*FILE_KINDS, *PROCEDURAL_KINDS)
 """What data.*.kind may be."""
 
-VERIFIERS = ("chain_arithmetic", "reasoning_gym", "math", "exact")
-"""What data.*.verifier may be, besides a function of one's own as package.module:function."""
+VERIFIERS = (
+    "chain_arithmetic",
+    "reasoning_gym",
+    "math",
+    "exact",
+    "math_answer",
+    "math_boxed",
+    "code",
+    "code_unprotected",
+)
+"""What data.*.verifier may be, besides a function of one's own (package.module:function) and a reward model's URL."""
+
+SCHEMAS = ("columns", "dapo_math", "aime", "gsm8k", "humaneval", "mbpp")
+"""What data.*.schema may be."""

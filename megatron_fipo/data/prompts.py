@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from megatron_fipo.config import FILE_KINDS, SOURCE_KINDS, Config, DataSourceConfig
+from megatron_fipo.config import FILE_KINDS, SCHEMAS, SOURCE_KINDS, Config, DataSourceConfig
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
@@ -30,6 +30,7 @@ class PromptSource(ABC):
     Attributes:
         num_prompts: how many there are; None for an endless source.
         num_skipped: over-long prompts left out, of a procedural source those that came up so far.
+        num_duplicates: rows of a file left out because they repeat a prompt.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class PromptSource(ABC):
         self.name = name
         self.num_prompts: int | None = config.num_prompts
         self.num_skipped = 0
+        self.num_duplicates = 0
         self._verifier = config.verifier
         self._formatter = PromptFormatter(config, tokenizer)
         self._max_prompt_tokens = max_prompt_tokens
@@ -61,7 +63,18 @@ class FilePrompts(PromptSource):
         self, name: str, config: DataSourceConfig, tokenizer: Any, max_prompt_tokens: int, overlong: str
     ) -> None:
         super().__init__(name, config, tokenizer, max_prompt_tokens, overlong)
-        self._records = read_records(config)
+        file = read_records(config)
+        self._records = file.records
+        self.num_duplicates = file.num_duplicates
+        if file.num_duplicates:
+            conflicts = f"; of them {file.num_conflicts} with another answer than the first" * bool(file.num_conflicts)
+            logger.warning(
+                "data source %r: left out %d rows that repeat a prompt%s, %d left",
+                name,
+                file.num_duplicates,
+                conflicts,
+                len(file.records),
+            )
         self._rows = list(range(len(self._records)))
         overlong_rows: list[tuple[int, int]] = []
         for start in range(0, len(self._records), _TOKENIZER_BATCH):
@@ -220,13 +233,33 @@ class PromptStream:
         """Over-long prompts left out, by source; of procedural sources those that came up so far."""
         return {source.name: source.num_skipped for source in self._sources}
 
-    def state_dict(self) -> dict[str, int]:
-        """The cursor, for the checkpoint."""
-        return {"next_prompt_id": self._next_prompt_id}
+    @property
+    def num_duplicates(self) -> dict[str, int]:
+        """Rows left out because they repeat a prompt, by source."""
+        return {source.name: source.num_duplicates for source in self._sources}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state_dict` was taken, given the same sources, seed and tokenizer."""
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, for the checkpoint, and the sizes of the sources, without which it would mean another prompt."""
+        return {"next_prompt_id": self._next_prompt_id, "num_prompts": self._sizes()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, given the same sources, seed and tokenizer.
+
+        Raises:
+            ValueError: if a source has another number of prompts now: the order, and the place in it, would be another.
+        """
+        for name, size in self._sizes().items():
+            before = state["num_prompts"].get(name)
+            if before != size:
+                raise ValueError(
+                    f"data source {name!r} has {size} prompts, and had {before} when the checkpoint was saved: the run "
+                    "would go on at another place of another order. Bring the old data back, or start a new run "
+                    "(another run.output_dir)."
+                )
         self._next_prompt_id = state["next_prompt_id"]
+
+    def _sizes(self) -> dict[str, int | None]:
+        return {source.name: source.num_prompts for source in self._sources}
 
     def _order(self, position: int, epoch: int) -> list[int]:
         """Order of a finite source's prompts in an epoch; the latest is kept."""
@@ -315,6 +348,10 @@ def _check(config: DataSourceConfig) -> None:
         raise ValueError(f"num_prompts is at least 1, got {config.num_prompts}")
     if config.kind in FILE_KINDS and not config.path:
         raise ValueError(f"kind {config.kind} needs the path of its file")
+    if config.schema not in SCHEMAS:
+        raise ValueError(
+            f"unknown schema {config.schema!r}; known are {', '.join(SCHEMAS)}.{nearest_name(config.schema, SCHEMAS)}"
+        )
     if config.kind in FILE_KINDS and config.params:
         raise ValueError(f"params belong to procedural sources; kind {config.kind} takes none")
     if config.kind == "reasoning_gym" and config.verifier != "reasoning_gym":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -208,3 +208,29 @@ def scalars(metrics: Mapping[str, Reduction]) -> dict[str, float]:
         else:
             numbers[name] = metric.value()
     return numbers
+
+
+_KINDS = {kind.__name__: kind for kind in (Sum, Mean, Std, Max, Min, Last, Histogram, Distribution)}
+
+
+def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:
+    """The same as nothing but containers, numbers and CPU tensors, to be saved; not a bit is rounded."""
+    return {
+        name: {
+            "kind": type(metric).__name__,
+            **{
+                field.name: value.detach().cpu() if isinstance(value, Tensor) else value
+                for field in fields(metric)
+                for value in [getattr(metric, field.name)]
+            },
+        }
+        for name, metric in metrics.items()
+    }
+
+
+def from_plain(plain: Mapping[str, Mapping[str, Any]]) -> Metrics:
+    """What `to_plain` was given."""
+    return {
+        name: _KINDS[values["kind"]](**{key: value for key, value in values.items() if key != "kind"})
+        for name, values in plain.items()
+    }

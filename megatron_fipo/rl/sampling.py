@@ -97,6 +97,11 @@ class DynamicSampler:
         self._ready.sort(key=lambda group: (group.prompt.prompt_id, group.prompt.source))
 
     @property
+    def num_rounds(self) -> int:
+        """Rounds that were added this step."""
+        return self._counts.rounds
+
+    @property
     def num_missing(self) -> int:
         """Groups that the batch still lacks."""
         return max(self._num_groups - len(self._ready), 0)

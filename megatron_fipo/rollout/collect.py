@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from megatron_fipo.rl.types import Group, Prompt, Sample
@@ -28,6 +28,7 @@ async def generate_groups(
     run_seed: int,
     step: int,
     on_sample: Callable[[Sample], None] | None = None,
+    finished: Mapping[tuple[str, int, int], Sample] | None = None,
 ) -> list[Group]:
     """Generate num_samples responses to each prompt and judge each as soon as it is there, while others are decoded.
 
@@ -42,6 +43,8 @@ async def generate_groups(
         step: written into the groups. An evaluation that passes the same step every time repeats the same random
             numbers, so that two policies are compared on equal terms.
         on_sample: called with each judged sample, in order of completion, for progress.
+        finished: judged samples by (source, prompt_id, sample_index) that exist already; they are not generated, and
+            `on_sample` does not hear of them.
 
     Returns:
         Groups in the order of the prompts, samples by sample_index, whatever finished first. `reward` is not set yet.
@@ -54,6 +57,9 @@ async def generate_groups(
         raise ValueError("generate_groups: two prompts have the same source and prompt_id; one group is made for each")
 
     async def one(prompt: Prompt, sample_index: int) -> Sample:
+        known = (finished or {}).get((prompt.source, prompt.prompt_id, sample_index))
+        if known is not None:
+            return known
         sample = await engine.generate(
             GenerationRequest(
                 sample_id=f"{step}/{prompt.source}/{prompt.prompt_id}/{sample_index}",

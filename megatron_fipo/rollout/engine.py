@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,10 +53,38 @@ def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> 
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def check_request(request: GenerationRequest, vocab_size: int, stop_token_ids: Collection[int]) -> None:
+    """Refuse what no engine could generate; a server might die of it.
+
+    Raises:
+        ValueError: naming the sample and the rule.
+    """
+    sampling, what = request.sampling, f"sample {request.sample_id!r}"
+    if not request.prompt_ids:
+        raise ValueError(f"{what}: the prompt is empty; the engine needs at least one token to go on from")
+    for name, ids in (("prompt_ids", request.prompt_ids), ("prefix", request.prefix)):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            raise ValueError(
+                f"{what}: {name} reach from {min(ids)} to {max(ids)}; the model has tokens 0 … {vocab_size - 1}"
+            )
+    if sampling.temperature < 0:
+        raise ValueError(f"{what}: temperature must be at least 0; got {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"{what}: top_p must lie in (0, 1]; got {sampling.top_p}")
+    if len(request.prefix) >= sampling.max_tokens:
+        raise ValueError(
+            f"{what}: max_tokens={sampling.max_tokens} leaves nothing after a prefix of {len(request.prefix)}"
+        )
+    if request.prefix and request.prefix[-1] in stop_token_ids:
+        raise ValueError(f"{what}: its prefix ends in stop token {request.prefix[-1]}; there is nothing to continue")
+
+
 class RolloutEngine(Protocol):
     """Generates responses with the policy that it was last given."""
 
     policy_version: int
+    repeatable: bool
+    """Whether the same requests, made together, give the same samples again bit for bit."""
 
     async def generate(self, request: GenerationRequest) -> Sample:
         """Generate one response. Cancelling the awaiting task frees what the request holds.

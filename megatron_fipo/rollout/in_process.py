@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.decode_batch import DecodeBatch, Row
-from megatron_fipo.rollout.engine import GenerationRequest
+from megatron_fipo.rollout.engine import GenerationRequest, check_request
 
 _ADMIT_SHARE = 8
 """Requests wait until one in so many slots is free, so that a prefill serves several."""
@@ -53,6 +53,8 @@ class InProcessEngine:
     Raises:
         ValueError: if the model attends through a sliding window, or nothing names a token that ends a response.
     """
+
+    repeatable = True
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class InProcessEngine:
             RuntimeError: if the engine is closed, lacks weights, or the model gives numbers that are not finite.
         """
         self.health()
-        self._check(request)
+        check_request(request, self.model.config.vocab_size, self.stop_token_ids)
         loop = asyncio.get_running_loop()
         call = _Call(request, loop.create_future(), on_token, self._num_calls)
         self._num_calls += 1
@@ -159,29 +161,6 @@ class InProcessEngine:
         self._fail_all(RuntimeError("the in-process rollout engine was closed while it generated"))
         self.model = None
         self._batch.model = None
-
-    def _check(self, request: GenerationRequest) -> None:
-        sampling, what = request.sampling, f"sample {request.sample_id!r}"
-        if not request.prompt_ids:
-            raise ValueError(f"{what}: the prompt is empty; the engine needs at least one token to go on from")
-        vocab_size = self.model.config.vocab_size
-        for name, ids in (("prompt_ids", request.prompt_ids), ("prefix", request.prefix)):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-                raise ValueError(
-                    f"{what}: {name} reach from {min(ids)} to {max(ids)}; the model has tokens 0 … {vocab_size - 1}"
-                )
-        if sampling.temperature < 0:
-            raise ValueError(f"{what}: temperature must be at least 0; got {sampling.temperature}")
-        if not 0 < sampling.top_p <= 1:
-            raise ValueError(f"{what}: top_p must lie in (0, 1]; got {sampling.top_p}")
-        if len(request.prefix) >= sampling.max_tokens:
-            raise ValueError(
-                f"{what}: max_tokens={sampling.max_tokens} leaves nothing after a prefix of {len(request.prefix)}"
-            )
-        if request.prefix and request.prefix[-1] in self.stop_token_ids:
-            raise ValueError(
-                f"{what}: its prefix ends in stop token {request.prefix[-1]}; there is nothing to continue"
-            )
 
     async def _decode(self) -> None:
         """Run while anything is in flight. Between two tokens everyone else has a turn."""

@@ -58,6 +58,7 @@ def train(
     prepare: Preparation | None = None,
     expected: int | None = None,
     timeout_s: float = 240.0,
+    logs: Path | None = None,
 ) -> list[Outcome]:
     """Call `megatron_fipo.train.main` on every rank, with as much context parallelism as there are ranks.
 
@@ -65,9 +66,10 @@ def train(
         folder: run.output_dir.
         overrides: come after those of SMALL.
         expected: exit code that every rank must have.
+        logs: where what the ranks print is kept; beside the run's folder by default.
     """
     argv = [str(config), *SMALL, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
-    logs = folder.parent / f"{folder.name}.logs"
+    logs = logs or folder.parent / f"{folder.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     codes = run_local_ranks(
         _train_on_rank,

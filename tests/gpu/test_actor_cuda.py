@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
+from megatron_fipo.actor.checkpoint import Keeping, load_checkpoint, save_checkpoint
 from megatron_fipo.actor.model import uses_transformer_engine
 from megatron_fipo.config import Config, ModelSection
 from megatron_fipo.parallel import groups as parallel_groups
@@ -166,7 +166,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder: Path, ranks: ParallelGroups, 
     unstopped, went_on = Outcome(), Outcome()
     actor = Actor(config, ranks)
     train_step(actor, config, 0, Outcome())
-    saved = save_checkpoint(actor, tmp_path / "checkpoints", 1, {"next_step": 1}, keep_last=1)
+    saved = save_checkpoint(actor, tmp_path / "checkpoints", 1, {"next_step": 1}, Keeping(last=1))
     train_step(actor, config, 1, unstopped)
     again = Actor(config, ranks)
     assert load_checkpoint(again, saved) == {"next_step": 1}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,10 +22,20 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from megatron_fipo.actor import checkpoint
+from megatron_fipo.actor import optimizer_state
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_fipo.actor.checkpoint import (
+    CheckpointError,
+    Keeping,
+    begin_checkpoint,
+    find_whole_checkpoint,
+    load_checkpoint,
+    load_loop_state,
+    save_checkpoint,
+)
+from megatron_fipo.actor.checkpoint_folder import latest_checkpoint
 from megatron_fipo.config import ParallelSection
+from megatron_fipo.parallel import exchange
 from tests.parallel import layouts
 from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step, whole_weights
 from tests.parallel.ranks import RankError, run_ranks
@@ -59,7 +70,7 @@ def _save(case: Case, model: str, folder: str) -> Continued | None:
         actor = Actor(config, ranks)
         train_step(actor, config, 0, Outcome())
         start = whole_weights(actor)
-        saved = save_checkpoint(actor, folder, 1, LOOP_STATE, keep_last=2)
+        saved = save_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=2))
         assert saved == Path(folder) / "step_000001"
         outcome = Outcome()
         train_step(actor, config, 1, outcome)
@@ -155,6 +166,20 @@ def test_a_run_goes_on_in_any_layout(checkpoints: Checkpoints, world_size: int, 
         assert moved_apart(went_on, unstopped) <= layouts.WEIGHT_BOUND
 
 
+DEEP = Case("deep", parallel=P(tp=2, pp=2))
+
+
+def test_from_tensor_and_pipeline_to_context_and_data_parallelism(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoints.models["qwen2"]
+    unstopped = run_ranks(_save, 4, DEEP, model, str(tmp_path), timeout_s=120)[0]
+    case = replace(DEEP, parallel=P(cp=2))  # on four ranks: twice context, twice data parallel
+    (went_on,) = run_ranks(_go_on, 4, [case], model, str(tmp_path), timeout_s=120)[0]
+    assert all(torch.equal(went_on.start[name], weight) for name, weight in unstopped.start.items())
+    for ours, theirs in zip(went_on.outcome.grad_norms, unstopped.outcome.grad_norms, strict=True):
+        assert abs(ours - theirs) / theirs <= layouts.GRADIENT_BOUND
+    assert 0 < moved_apart(went_on, unstopped) <= layouts.WEIGHT_BOUND
+
+
 def _save_before_any_update(case: Case, model: str, folder: str) -> None:
     """A run that is stopped during its first rollouts saves what it started with, and goes on as if it had not."""
     config, kept, outcomes = config_of(case, model), [], []
@@ -164,7 +189,7 @@ def _save_before_any_update(case: Case, model: str, folder: str) -> None:
             if is_resumed:
                 assert load_checkpoint(actor, Path(folder) / "step_000000") == {"next_step": 0}
             else:
-                save_checkpoint(actor, folder, 0, {"next_step": 0}, keep_last=1)
+                save_checkpoint(actor, folder, 0, {"next_step": 0}, Keeping(last=1))
             kept.append(whole_weights(actor))
             outcomes.append(Outcome())
             train_step(actor, config, 0, outcomes[-1])
@@ -187,16 +212,16 @@ def test_a_run_can_be_saved_before_its_first_update(
 
 
 def _fresh_moments(actor: Any) -> None:
-    for optimizer in checkpoint._single_optimizers(actor.optimizer):
+    for optimizer in optimizer_state.single_optimizers(actor.optimizer):
         for state in optimizer.optimizer.state.values():
             state["exp_avg"].zero_()
 
 
 def _go_on_wrongly(mistake: str, case: Case, model: str, folder: str) -> Continued | None:
     patches: dict[str, Callable[[], Any]] = {
-        "shared Adam steps": lambda: mock.patch.object(checkpoint, "_separate_adam_steps"),
+        "shared Adam steps": lambda: mock.patch.object(optimizer_state, "separate_adam_steps"),
         "moments forgotten": lambda: mock.patch.object(
-            checkpoint, "_separate_adam_steps", lambda optimizer: _fresh_moments(mock.Mock(optimizer=optimizer))
+            optimizer_state, "separate_adam_steps", lambda optimizer: _fresh_moments(mock.Mock(optimizer=optimizer))
         ),
         "nothing": nullcontext,
     }
@@ -225,7 +250,7 @@ def _save_several(case: Case, model: str, folder: str) -> list[list[str]]:
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
         for step, name in ((1, "step_000001"), *RENAMED, (3, "step_000003")):
-            save_checkpoint(actor, folder, step, {"next_step": step}, keep_last=2)
+            save_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=2))
             seen.append(sorted(path.name for path in Path(folder).iterdir()))
             assert latest_checkpoint(folder) == Path(folder) / name
         assert load_checkpoint(actor, Path(folder) / "step_000002") == {"next_step": 2}
@@ -262,7 +287,7 @@ def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str)
 
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
-        save_checkpoint(actor, folder, 1, LOOP_STATE, keep_last=1)
+        save_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1))
         patches = {
             "writing": mock.patch.object(dist_checkpointing, "save", half_a_save),
             "before it is whole": mock.patch.object(
@@ -271,7 +296,7 @@ def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str)
             "before latest moves": mock.patch.object(Path, "rename", dying_at("latest")),
         }
         with patches[when]:
-            save_checkpoint(actor, folder, step, {"next_step": step}, keep_last=1)
+            save_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=1))
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step"])
@@ -283,6 +308,100 @@ def test_a_killed_save_leaves_the_one_before(checkpoints: Checkpoints, tmp_path:
     assert latest_checkpoint(tmp_path) == tmp_path / "step_000001"
     went_on = run_ranks(_go_on, 1, [case], model, str(tmp_path), timeout_s=120)[0]
     assert str(went_on[0].loop_state) == str(LOOP_STATE)
+
+
+def _save_in_background(case: Case, model: str, folder: str) -> None:
+    """The snapshot is that of its moment, however far training is when it is written."""
+    config = config_of(case, model)
+    with layout(case.parallel) as ranks:
+        actor = Actor(config, ranks)
+        train_step(actor, config, 0, Outcome())
+        kept = whole_weights(actor)
+        pending = begin_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1))
+        unstopped = Outcome()
+        train_step(actor, config, 1, unstopped)
+        moved = whole_weights(actor)
+        assert latest_checkpoint(folder) is None, "it takes its place when every rank has asked for it"
+        while not pending.poll():
+            pass
+        assert latest_checkpoint(folder) == pending.target == Path(folder) / "step_000001"
+        again, outcome = Actor(config, ranks), Outcome()
+        assert str(load_checkpoint(again, pending.target)) == str(LOOP_STATE)
+        assert all(torch.equal(kept[name], weight) for name, weight in whole_weights(again).items())
+        assert not all(torch.equal(moved[name], kept[name]) for name in kept)
+        train_step(again, config, 1, outcome)
+        assert outcome.grad_norms == unstopped.grad_norms
+
+
+@pytest.mark.parametrize("parallel", [P(tp=2), P(cp=2)], ids=["tp2", "cp2"])
+def test_a_checkpoint_is_written_while_training_goes_on(
+    checkpoints: Checkpoints, tmp_path: Path, parallel: ParallelSection
+) -> None:
+    case = replace(SAVED[True], parallel=parallel)
+    run_ranks(_save_in_background, 2, case, checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)
+
+
+def _damage(folder: str, step: int) -> None:
+    (file, *_) = sorted(Path(folder, f"step_{step:06d}").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _find_whole(case: Case, model: str, folder: str) -> None:
+    with layout(case.parallel) as ranks:
+        actor = Actor(config_of(case, model), ranks)
+        for step in (1, 2, 3):
+            save_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=3))
+        said: list[str] = []
+        assert find_whole_checkpoint(folder, ranks, said.append) == Path(folder) / "step_000003"
+        assert said == []
+        for step in (3, 2, 1):
+            exchange.barrier(ranks.world)
+            if ranks.rank == 0:
+                _damage(folder, step)
+            exchange.barrier(ranks.world)
+            said.clear()
+            if step > 1:
+                found = find_whole_checkpoint(folder, ranks, said.append)
+                assert found == Path(folder) / f"step_{step - 1:06d}"
+                assert load_loop_state(found) == {"next_step": step - 1}
+                assert len(said) == 4 - step
+                assert "step_000003 is damaged and is passed over: __0_0.distcp has changed since it was" in said[0]
+            else:
+                with pytest.raises(ValueError, match=r"no checkpoint in .* is whole, and its file latest names step"):
+                    find_whole_checkpoint(folder, ranks, said.append)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    run_ranks(_find_whole, 2, SAVED[True], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)
+
+
+def _run_out_of_room(asynchronous: bool, case: Case, model: str, folder: str) -> str:
+    """The operating system refuses to let a file grow; what comes of it on this rank."""
+    with layout(case.parallel) as ranks:
+        actor = Actor(config_of(case, model), ranks)
+        save_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        try:
+            begin_checkpoint(actor, folder, 2, {"next_step": 2}, Keeping(last=1), asynchronous=asynchronous).finish()
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_is_an_error_on_every_rank_and_loses_nothing(
+    checkpoints: Checkpoints, tmp_path: Path, asynchronous: bool
+) -> None:
+    arguments = (asynchronous, SAVED[True], checkpoints.models["qwen2"], str(tmp_path))
+    messages = run_ranks(_run_out_of_room, 2, *arguments, timeout_s=120)
+    assert all("checkpoint" in message and "could not be written" in message for message in messages)
+    assert "File too large" in messages[0]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000001"
+    case = SAVED[True]
+    (went_on,) = run_ranks(_go_on, 2, [case], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)[0]
+    assert str(went_on.loop_state) == str(LOOP_STATE)
 
 
 def test_no_checkpoint_is_no_error_and_a_dangling_latest_is(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_fipo.config import Config, RunSection, TrainSection, load_config
-from megatron_fipo.run_folder import RunFolder, prepare
+from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
 
 
 def config_for(folder: Path, *, resume: bool = True) -> Config:
@@ -28,7 +30,9 @@ def test_everything_has_its_place() -> None:
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_new_folder_says_what_the_run_is(tmp_path: Path, resume: bool) -> None:
     config = config_for(tmp_path / "deep" / "run", resume=resume)
-    folder, note = prepare(config)
+    folder, lock, note = prepare(config)
+    record_config(config, folder)
+    lock.release()
     assert note == ""
     assert folder.root == tmp_path / "deep" / "run"
     assert (folder.root / "provenance.json").is_file()
@@ -36,9 +40,10 @@ def test_a_new_folder_says_what_the_run_is(tmp_path: Path, resume: bool) -> None
 
 
 def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
-    folder, _ = prepare(config_for(tmp_path / "run"))
+    folder, lock, _ = prepare(config_for(tmp_path / "run"))
     folder.metrics.write_text("kept\n")
-    again, note = prepare(config_for(tmp_path / "run"))
+    lock.release()
+    again, _, note = prepare(config_for(tmp_path / "run"))
     assert note == ""
     assert again.metrics.read_text() == "kept\n"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -46,7 +51,8 @@ def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
 
 def test_starting_over_sets_the_earlier_runs_aside(tmp_path: Path) -> None:
     for number in range(3):
-        folder, note = prepare(config_for(tmp_path / "run", resume=False))
+        folder, lock, note = prepare(config_for(tmp_path / "run", resume=False))
+        lock.release()
         assert not folder.metrics.exists()
         folder.metrics.write_text(f"run {number}\n")
         if number:
@@ -61,7 +67,53 @@ def test_starting_over_sets_the_earlier_runs_aside(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_no_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    folder, note = prepare(config_for(tmp_path / "run", resume=False))
+    folder, _, note = prepare(config_for(tmp_path / "run", resume=False))
     assert note == ""
     assert folder.root.is_dir()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+HOLD = (
+    "import sys, pathlib; from megatron_fipo.run_folder import RunLock; lock = RunLock(pathlib.Path(sys.argv[1])); "
+    "print('held', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("the first run's\n")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"another run is writing there .process {holder.pid} on .* since 2"):
+            prepare(config_for(tmp_path / "run", resume=resume))
+        assert [path.name for path in tmp_path.iterdir()] == ["run"], "the first run's folder stays where it is"
+    finally:
+        holder.kill()
+        holder.wait()
+    prepare(config_for(tmp_path / "run", resume=resume))  # the kernel dropped the dead run's lock
+
+
+def test_a_child_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """What a killed run had started may live on for a moment; the next run need not wait for it."""
+    code = HOLD.replace("sys.stdin.read()", "import os; child = os.fork(); child or sys.stdin.read(); os._exit(0)")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    process.wait(timeout=30)
+    RunLock(tmp_path).release()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"run.output_dir=.*/file/run cannot be written to: Not a directory"):
+        prepare(config_for(tmp_path / "file" / "run"))

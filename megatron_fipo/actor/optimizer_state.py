@@ -1,0 +1,70 @@
+"""Megatron's optimizers with torch's Adam underneath, saved and restored so that the next update is the right one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def single_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers of a chained one, or the one itself."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def counts_per_parameter(optimizer: Any) -> bool:
+    """Whether it is torch's Adam, which counts steps for each parameter; fused ones count in parameter groups."""
+    return all(isinstance(single.optimizer, torch.optim.Adam) for single in single_optimizers(optimizer))
+
+
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+
+
+def settings(optimizer: Any) -> list[dict[str, Any]]:
+    """What the configuration says of each parameter group; loading puts the saved run's in its place."""
+    return [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+
+
+def set_settings(optimizer: Any, noted: list[dict[str, Any]]) -> None:
+    """Put back what `settings` noted."""
+    for group, values in zip(optimizer.param_groups, noted, strict=True):
+        group.update(values)
+
+
+def start_adam(optimizer: Any) -> None:
+    """Make Adam's state where there is none yet.
+
+    It comes into being in the first update, but a run may be saved before that, and loading needs somewhere to load to.
+    """
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    if counts_per_parameter(optimizer):
+        for state in optimizer.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def keep_adam_step(optimizer: Any) -> None:
+    """torch's Adam keeps its step count as one more tensor per parameter, which Megatron neither saves nor expects.
+
+    Megatron restores the count of the whole group; here each parameter keeps the tensor it has until then.
+    """
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def with_step(model_param: torch.Tensor, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"]}
+        return set_states(model_param, tensors, *args, **kwargs)
+
+    optimizer._set_main_param_and_optimizer_states = with_step
+
+
+def separate_adam_steps(optimizer: Any) -> None:
+    """Give each parameter a step count of its own.
+
+    Megatron restores one tensor for all of them, and torch's Adam, adding 1 for every parameter, would then count as
+    many steps an update as there are parameters.
+    """
+    for state in optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()

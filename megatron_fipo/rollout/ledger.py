@@ -1,0 +1,190 @@
+"""Every judged response of the steps since the oldest checkpoint, on disk as soon as it is judged.
+
+Between checkpoints rollouts are what costs most. A run that is killed takes them from here instead of generating them
+again, whatever the layout it goes on in:
+
+    rollouts/step_000012/rank_003.jsonl
+
+A line is the CRC-32 of what follows it, a space, and a JSON object; the file's first one says which configuration the
+responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so that nothing is rounded.
+A line that a killed process tore is left out; any other that does not check is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_fipo.rl.types import Prompt, Sample
+
+SampleKey = tuple[str, int, int]
+"""(source, prompt_id, sample_index)."""
+
+
+class RolloutLedger:
+    """The ledger as one rank sees it: it appends to a file of its own and reads those of all.
+
+    Args:
+        folder: of all ranks.
+        rank: this one.
+        fingerprint: of what decides the responses, see `config.numbers_fingerprint`.
+        decode: response tokens to text.
+    """
+
+    def __init__(self, folder: Path, rank: int, fingerprint: str, decode: Callable[[list[int]], str]) -> None:
+        self._folder, self._rank, self._fingerprint, self._decode = folder, rank, fingerprint, decode
+        self._step: int | None = None
+        self._recorded: dict[int, dict[SampleKey, Sample]] = {}
+        self._file: IO[bytes] | None = None
+
+    def finished(self, step: int, round_index: int, prompts: Sequence[Prompt]) -> dict[SampleKey, Sample]:
+        """Recorded samples of one round of generation, of these prompts.
+
+        Raises:
+            ValueError: if a file is damaged, naming it and the line.
+        """
+        if step != self._step:
+            self._open(step)
+        by_prompt = {(prompt.source, prompt.prompt_id): prompt for prompt in prompts}
+        found = {}
+        for key, sample in self._recorded.get(round_index, {}).items():
+            prompt = by_prompt.get(key[:2])
+            if prompt is not None:
+                sample.prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
+                sample.response_text = self._decode(sample.response_ids.tolist())
+                found[key] = sample
+        return found
+
+    def append(self, round_index: int, source: str, sample: Sample) -> None:
+        """Record a judged sample of the step that `finished` was last asked about."""
+        self._write(
+            {
+                "round": round_index,
+                "source": source,
+                "prompt_id": sample.prompt_id,
+                "sample_index": sample.sample_index,
+                "response_ids": _encoded(sample.response_ids, "<i4"),
+                "rollout_log_probs": _encoded(sample.rollout_log_probs, "<f4"),
+                "finish_reason": sample.finish_reason,
+                "policy_versions": sample.policy_versions,
+                "accuracy": sample.accuracy,
+                "answer": sample.answer,
+                "error": sample.error,
+            }
+        )
+
+    def secure(self) -> None:
+        """Have the operating system put what was appended on disk: it survives the machine's death from here on."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def forget_before(self, step: int) -> None:
+        """Delete the records of earlier steps. One rank alone calls this."""
+        for path in self._step_folders():
+            if int(path.name.removeprefix("step_")) < step:
+                shutil.rmtree(path)
+
+    def discard_others(self) -> int:
+        """Delete the records that belong to another configuration; how many steps' there were. One rank alone."""
+        stale = {
+            folder
+            for folder in self._step_folders()
+            for file in folder.glob("*.jsonl")
+            for header in [next(_read(file), None)]
+            if header is not None and header.get("fingerprint") != self._fingerprint
+        }
+        for folder in stale:
+            shutil.rmtree(folder)
+        return len(stale)
+
+    def close(self) -> None:
+        """Close the file that is being written."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _step_folders(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("step_*") if path.is_dir())
+
+    def _open(self, step: int) -> None:
+        """Read what there is of a step and go on at the end of this rank's file."""
+        self.close()
+        self._step, self._recorded = step, {}
+        folder = self._folder / f"step_{step:06d}"
+        for file in sorted(folder.glob("*.jsonl")):
+            for record in _read(file):
+                if "fingerprint" not in record:
+                    round_index, key, sample = _sample(record)
+                    self._recorded.setdefault(round_index, {})[key] = sample
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank_{self._rank:03d}.jsonl"
+        if path.exists():
+            _cut_torn_line(path)
+        self._file = path.open("ab", buffering=0)
+        if path.stat().st_size == 0:
+            self._write({"fingerprint": self._fingerprint, "step": step})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None, "finished() opens the step"
+        text = json.dumps(record, ensure_ascii=False).encode()
+        self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+
+
+def _encoded(values: Tensor, dtype: str) -> str:
+    return base64.b64encode(values.cpu().numpy().astype(dtype).tobytes()).decode()
+
+
+def _decoded(text: str, dtype: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=dtype).copy())
+
+
+def _sample(record: dict[str, Any]) -> tuple[int, SampleKey, Sample]:
+    sample = Sample(
+        prompt_id=record["prompt_id"],
+        sample_index=record["sample_index"],
+        prompt_ids=torch.empty(0, dtype=torch.int64),
+        response_ids=_decoded(record["response_ids"], "<i4").long(),
+        rollout_log_probs=_decoded(record["rollout_log_probs"], "<f4"),
+        finish_reason=record["finish_reason"],
+        policy_versions=[(version, start, end) for version, start, end in record["policy_versions"]],
+        accuracy=record["accuracy"],
+        answer=record["answer"],
+        error=record["error"],
+    )
+    return record["round"], (record["source"], record["prompt_id"], record["sample_index"]), sample
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, without a last line that was torn."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            checksum, _, text = line[:-1].partition(b" ")
+            if checksum != b"%08x" % zlib.crc32(text):
+                raise ValueError(
+                    f"{path}, line {number} is not what was written there (its CRC-32 differs). Restore the file from "
+                    f"a copy, or delete the folder {path.parent}: its responses are then generated anew."
+                )
+            record = json.loads(text)
+            assert isinstance(record, dict)
+            yield record
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what follows the last line's end."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)

@@ -1,0 +1,111 @@
+"""Preparations under which a rank kills itself at a given point of a run, or is kept from doing something."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from megatron_fipo import generation
+from megatron_fipo.actor.actor import Actor
+from megatron_fipo.rollout.in_process import InProcessEngine
+
+
+def die() -> None:
+    """End this process as the kernel does when memory runs out, or an operator in a hurry."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_rollout(step: int, num_samples: int) -> None:
+    """Die when so many of this rank's responses of a step are judged and others are being generated."""
+    original = generation.generate_groups
+
+    async def dying(*args: Any, **keywords: Any) -> Any:
+        on_sample, seen = keywords["on_sample"], []
+
+        def counting(sample: Any) -> None:
+            on_sample(sample)
+            seen.append(sample)
+            if len(seen) == num_samples:
+                die()
+
+        if keywords["step"] == step:
+            keywords["on_sample"] = counting
+        return await original(*args, **keywords)
+
+    generation.generate_groups = dying
+
+
+def in_log_probs(call: int) -> None:
+    """Die before the log-probs of the old policy are computed for the so-many-th minibatch of the run."""
+    _die_at(Actor, "log_probs", lambda count, *args, **keywords: count == call)
+
+
+def in_update(step: int, num_done: int) -> None:
+    """Die in a step after so many of its updates."""
+    done = [0]
+
+    def is_due(count: int, actor: Any, microbatches: Any, loss_function: Any, step_now: int) -> bool:
+        done[0] += step_now == step
+        return step_now == step and done[0] == num_done + 1
+
+    _die_at(Actor, "update", is_due)
+
+
+def in_save(call: int) -> None:
+    """Die in the so-many-th save, when some of its files are written and it has not its name yet."""
+    original, calls = dist_checkpointing.save, [0]
+
+    def dying(*args: Any, **keywords: Any) -> Any:
+        result = original(*args, **keywords)
+        calls[0] += 1
+        if calls[0] == call:
+            die()
+        return result
+
+    dist_checkpointing.save = dying
+
+
+def after(seconds: float) -> None:
+    """Die after some time, wherever the run is then."""
+    timer = threading.Timer(seconds, die)
+    timer.daemon = True
+    timer.start()
+
+
+def without_generation(last_step: int) -> None:
+    """Fail if a response of a step up to `last_step` is generated; evaluations may be."""
+    original = InProcessEngine.generate
+
+    async def refusing(self: InProcessEngine, request: Any, **keywords: Any) -> Any:
+        step = int(request.sample_id.split("/")[0])
+        assert not 0 <= step <= last_step, f"{request.sample_id} is generated again"
+        return await original(self, request, **keywords)
+
+    InProcessEngine.generate = refusing  # type: ignore[method-assign]
+
+
+def _die_at(owner: Any, name: str, is_due: Callable[..., bool]) -> None:
+    original, calls = getattr(owner, name), [0]
+
+    def dying(*args: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if is_due(calls[0], *args, **keywords):
+            die()
+        return original(*args, **keywords)
+
+    setattr(owner, name, dying)
+
+
+KILLS: dict[str, Callable[[], None]] = {
+    "in a rollout": partial(in_rollout, step=1, num_samples=3),
+    "in a save": partial(in_save, call=1),
+    "in an update": partial(in_update, step=3, num_done=1),
+    "before the log-probs": partial(in_log_probs, call=3),
+}
+"""Where a run of four steps with two updates each, saved after two, is killed."""

@@ -1,0 +1,117 @@
+"""Names of checkpoints, which of them are trusted first, which stay, and how damage shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.actor.checkpoint_folder import (
+    begin,
+    by_trust,
+    checkpoint_name,
+    delete_old,
+    describe_files,
+    faults,
+    file_names,
+    publish,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
+
+
+def save(root: Path, name: str) -> None:
+    partial, target = begin(root, name)
+    (partial / "data").write_bytes(name.encode())
+    publish(partial, target)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("step_*"))
+
+
+def test_names_sort_as_time_passes() -> None:
+    order = [checkpoint_name(1), checkpoint_name(1, 1), checkpoint_name(1, 12), checkpoint_name(2), checkpoint_name(10)]
+    assert order == sorted(order)
+    assert order[:2] == ["step_000001", "step_000001_update_0001"]
+    assert [step_of(Path(name)) for name in order] == [1, 1, 1, 2, 10]
+
+
+def test_the_one_that_latest_names_comes_first_then_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, checkpoint_name(step))
+    assert [path.name for path in by_trust(tmp_path)] == ["step_000003", "step_000002", "step_000001"]
+    (tmp_path / "latest").write_text("step_000002\n")  # killed after step 3 was whole, before latest moved
+    assert [path.name for path in by_trust(tmp_path)] == ["step_000002", "step_000003", "step_000001"]
+    (tmp_path / "step_000004.partial.abcd").mkdir()
+    assert len(by_trust(tmp_path)) == 3
+
+
+def test_what_latest_names_is_never_written_over(tmp_path: Path) -> None:
+    save(tmp_path, "step_000001")
+    for expected in ("step_000001.again", "step_000001", "step_000001.again"):
+        before = by_trust(tmp_path)[0]
+        partial, target = begin(tmp_path, "step_000001")
+        assert before.is_dir()
+        publish(partial, target)
+        assert names(tmp_path) == [expected]
+
+
+def test_a_save_begins_by_clearing_away_what_killed_runs_left(tmp_path: Path) -> None:
+    left, _ = begin(tmp_path, "step_000001")
+    partial, target = begin(tmp_path, "step_000001")
+    assert left != partial, "a writer that outlived its run cannot write into the new folder"
+    assert not left.exists()
+    assert target == tmp_path / "step_000001"
+
+
+def test_the_last_ones_and_every_tenth_stay(tmp_path: Path) -> None:
+    for step in range(8, 22):
+        save(tmp_path, checkpoint_name(step))
+        delete_old(tmp_path, keep_last=2, keep_every=10)
+    assert names(tmp_path) == ["step_000010", "step_000020", "step_000021"]
+    save(tmp_path, checkpoint_name(21, 3))
+    save(tmp_path, checkpoint_name(22))
+    delete_old(tmp_path, keep_last=1, keep_every=10)
+    assert names(tmp_path) == ["step_000010", "step_000020", "step_000022"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "step_000001"
+    (folder / "huggingface").mkdir(parents=True)
+    for name in ("weights.distcp", "huggingface/config.json"):
+        (folder / name).write_bytes(b"some bytes of " + name.encode())
+    write_manifest(folder, describe_files(folder, file_names(folder)))
+    return folder
+
+
+def all_faults(folder: Path) -> list[str]:
+    files = read_manifest(folder)
+    return faults(folder, sorted(files), files)
+
+
+def test_a_whole_checkpoint_has_no_faults(checkpoint: Path) -> None:
+    assert sorted(read_manifest(checkpoint)) == ["huggingface/config.json", "weights.distcp"]
+    assert all_faults(checkpoint) == []
+
+
+def test_damage_is_named(checkpoint: Path) -> None:
+    weights = checkpoint / "weights.distcp"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert all_faults(checkpoint) == [f"weights.distcp has {len(whole) - 1} bytes instead of {len(whole)}"]
+    weights.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert all_faults(checkpoint) == ["weights.distcp has changed since it was written (its CRC-32 differs)"]
+    weights.unlink()
+    assert all_faults(checkpoint) == ["weights.distcp is missing"]
+
+
+def test_a_manifest_that_cannot_be_read_is_named(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
+        read_manifest(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        read_manifest(checkpoint)

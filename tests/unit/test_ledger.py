@@ -1,0 +1,104 @@
+"""Judged responses on disk: given back as they were, whoever wrote them, and never half a line or a changed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fipo.rl.types import Prompt, Sample
+from megatron_fipo.rollout.ledger import RolloutLedger
+
+PROMPTS = [Prompt(number, "sums", f"{number}+1=", (5, number), "exact", str(number + 1)) for number in range(4)]
+
+
+def ledger(folder: Path, rank: int = 0, fingerprint: str = "one") -> RolloutLedger:
+    return RolloutLedger(folder, rank, fingerprint, decode=lambda ids: " ".join(map(str, ids)))
+
+
+def sample(prompt_id: int, index: int) -> Sample:
+    return Sample(
+        prompt_id=prompt_id,
+        sample_index=index,
+        prompt_ids=torch.tensor([5, prompt_id]),
+        response_ids=torch.tensor([151_643, 7, index]),
+        rollout_log_probs=torch.tensor([-1 / 3, -1e-30, -17.25]) * (index + 1),
+        finish_reason="stop",
+        policy_versions=[(3, 0, 2), (4, 2, 3)],
+        response_text=f"151643 7 {index}",
+        accuracy=0.1,
+        answer="½",
+        error="",
+    )
+
+
+def same(one: Sample, other: Sample) -> bool:
+    tensors = ("prompt_ids", "response_ids", "rollout_log_probs")
+    plain = {name: value for name, value in vars(one).items() if name not in tensors}
+    return plain == {name: vars(other)[name] for name in plain} and all(
+        torch.equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == getattr(other, name).dtype
+        for name in tensors
+    )
+
+
+def write(folder: Path, rank: int, step: int, prompt_ids: list[int]) -> None:
+    book = ledger(folder, rank)
+    book.finished(step, 0, PROMPTS)
+    for prompt_id in prompt_ids:
+        for index in range(2):
+            book.append(0, "sums", sample(prompt_id, index))
+    book.secure()
+    book.close()
+
+
+def test_what_was_recorded_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    write(tmp_path, 0, 7, [0, 2])
+    write(tmp_path, 1, 7, [1])
+    for rank in range(3):  # a rank of the next run reads what all ranks of the last one wrote
+        found = ledger(tmp_path, rank).finished(7, 0, PROMPTS)
+        assert set(found) == {("sums", prompt_id, index) for prompt_id in (0, 1, 2) for index in range(2)}
+        assert all(same(value, sample(key[1], key[2])) for key, value in found.items())
+
+
+def test_only_what_was_asked_for_comes_back(tmp_path: Path) -> None:
+    write(tmp_path, 0, 7, [0, 2])
+    book = ledger(tmp_path)
+    assert set(book.finished(7, 0, PROMPTS[2:])) == {("sums", 2, 0), ("sums", 2, 1)}
+    assert book.finished(7, 1, PROMPTS) == {}, "another round"
+    assert book.finished(8, 0, PROMPTS) == {}, "another step"
+    other = [Prompt(0, "products", "0*1=", (5, 0), "exact", "0")]
+    assert book.finished(7, 0, other) == {}, "another source"
+
+
+def test_a_killed_process_may_tear_the_last_line(tmp_path: Path) -> None:
+    write(tmp_path, 0, 0, [0, 1])
+    path = tmp_path / "step_000000" / "rank_000.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    book = ledger(tmp_path)
+    assert ("sums", 1, 1) not in book.finished(0, 0, PROMPTS)
+    book.append(0, "sums", sample(1, 1))  # the torn line is gone, and what follows it is whole
+    assert path.read_bytes() == whole
+    assert len(ledger(tmp_path).finished(0, 0, PROMPTS)) == 4
+
+
+@pytest.mark.parametrize("line", [1, 3])
+def test_a_changed_line_is_an_error(tmp_path: Path, line: int) -> None:
+    write(tmp_path, 0, 0, [0, 1])
+    path = tmp_path / "step_000000" / "rank_000.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line - 1] = lines[line - 1].replace(b"0", b"1", 1)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=rf"rank_000.jsonl, line {line} is not what was written there"):
+        ledger(tmp_path).finished(0, 0, PROMPTS)
+
+
+def test_old_and_foreign_steps_go(tmp_path: Path) -> None:
+    for step in range(4):
+        write(tmp_path, 0, step, [0])
+    ledger(tmp_path).forget_before(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+    assert ledger(tmp_path).discard_others() == 0
+    assert ledger(tmp_path, fingerprint="two").discard_others() == 2
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,82 @@
+"""What may change between a checkpoint and the run that goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config import Config, check_resume, load_config, numbers_fingerprint
+
+QUICKSTART = Path(__file__).parents[2] / "examples/quickstart/fipo.yaml"
+
+
+def config(*overrides: str) -> Config:
+    return load_config(QUICKSTART, overrides)
+
+
+def test_nothing_changed() -> None:
+    check = check_resume(asdict(config()), config(), is_mid_step=True)
+    assert (check.refused, check.shown, check.same_numbers) == ((), (), True)
+
+
+@pytest.mark.parametrize("override", ["parallel.cp=1", "train.num_steps=99", "run.output_dir=elsewhere",
+    "batch.max_tokens_per_microbatch=99999", "evaluation.temperature=0.5", "checkpoint.keep_last=7",
+    "data.evaluation.held_out.num_prompts=3", "model.recompute=full"])  # fmt: skip
+@pytest.mark.parametrize("is_mid_step", [False, True])
+def test_what_leaves_the_numbers_alone_is_shown(override: str, is_mid_step: bool) -> None:
+    check = check_resume(asdict(config()), config(override), is_mid_step=is_mid_step)
+    assert check.refused == ()
+    assert check.same_numbers
+    assert numbers_fingerprint(config()) == numbers_fingerprint(config(override))
+    key, _, value = override.partition("=")
+    (line,) = check.shown
+    assert line.startswith(f"{key}: ")
+    assert line.endswith(f"-> {value}") or line.endswith(f'-> "{value}"')
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.learning_rate=0.5", "rollout.temperature=0.9", "objective.influence_max=1.9"]
+)
+def test_what_decides_the_numbers_is_shown_between_steps_and_refused_within_one(override: str) -> None:
+    check = check_resume(asdict(config()), config(override), is_mid_step=False)
+    assert check.refused == ()
+    assert len(check.shown) == 1
+    assert not check.same_numbers
+    assert numbers_fingerprint(config()) != numbers_fingerprint(config(override))
+    (line,) = check_resume(asdict(config()), config(override), is_mid_step=True).refused
+    assert "saved between the updates of a step" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("run.seed=5", "order of the prompts"),
+        ("data.train.chains.weight=3", "order of the prompts"),
+        ("data.train.chains.params.num_terms=5", "order of the prompts"),
+        ("model.dtype=bfloat16", "optimizer's state is laid out"),
+        ("optimizer.distributed=false", "optimizer's state is laid out"),
+    ],
+)
+def test_what_would_corrupt_is_refused(override: str, reason: str) -> None:
+    before = asdict(config())
+    check = check_resume(before, config(override), is_mid_step=False)
+    assert check.shown == ()
+    (line,) = check.refused
+    assert line.startswith(override.partition("=")[0])
+    assert reason in line
+
+
+def test_a_source_that_comes_or_goes_is_refused() -> None:
+    before = asdict(config())
+    before["data"]["train"]["another"] = dict(before["data"]["train"]["chains"])
+    check = check_resume(before, config(), is_mid_step=False)
+    assert any("data.train.another.kind" in line and "(not there)" in line for line in check.refused)
+
+
+def test_a_key_that_a_newer_version_adds_is_shown() -> None:
+    before = asdict(config())
+    del before["rollout"]["top_p"]
+    check = check_resume(before, config(), is_mid_step=False)
+    assert check.shown == ("rollout.top_p: (not there) -> 1.0",)
