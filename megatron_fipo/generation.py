@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_fipo.rollout.ledger import RolloutLedger, SampleKey
+from megatron_fipo.actor.model import DTYPES
+from megatron_fipo.config import Config
 from megatron_fipo.parallel import exchange
-from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.groups import ParallelGroups, device
+from megatron_fipo.parallel.waiting import Work
 from megatron_fipo.rl.types import Group, Prompt, Sample
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
+from megatron_fipo.rollout.in_process import InProcessEngine, find_stop_token_ids
+from megatron_fipo.rollout.ledger import RolloutLedger, SampleKey
+from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.rollout.server_setup import build_server_engine
 
 
 class GroupGenerator:
     """Shares prompts out over the ranks' engines and verifiers, and brings the judged groups back to every rank.
 
-    In-process engines are on every rank, so every rank generates, whatever model-parallel group it belongs to.
+    In-process engines are on every rank, so every rank generates, whatever model-parallel group it belongs to. With
+    servers the leader of each node does, and the others wait for it.
     """
 
     def __init__(
@@ -30,21 +38,23 @@ class GroupGenerator:
         ranks: ParallelGroups,
         run_seed: int,
         ledger: RolloutLedger,
+        share: tuple[int, int] | None,
         leave_if_asked: Callable[[], None],
     ) -> None:
         """
         Args:
             ledger: takes down training's responses, and gives back those of a run that was killed.
+            share: (index, count) of this rank among those that generate; None where it only waits.
             leave_if_asked: called on all ranks before and after each generation; raises where the run is to end, so
                 that no generation begins after the signal, and no response that was cut short counts as a whole one.
         """
         self._engine, self._verifiers, self._tokenizer = engine, verifiers, tokenizer
         self._ranks, self._run_seed, self._ledger = ranks, run_seed, ledger
-        self._leave_if_asked = leave_if_asked
+        self._share, self._leave_if_asked = share, leave_if_asked
 
     def own_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that this rank generates for."""
-        return list(prompts[self._ranks.rank :: self._ranks.world.size()])
+        return [] if self._share is None else list(prompts[self._share[0] :: self._share[1]])
 
     def generate(
         self,
@@ -66,6 +76,7 @@ class GroupGenerator:
 
         Raises:
             ValueError: if the ledger is damaged, or lacks a response with `only_recorded`.
+            OtherRankError: if generation failed on another rank.
         """
         self._leave_if_asked()
         own_prompts = self.own_share(prompts)
@@ -86,22 +97,23 @@ class GroupGenerator:
                 self._ledger.append(round_index, sources[sample.prompt_id], sample)
             on_sample(sample)
 
-        own = asyncio.run(
-            generate_groups(
-                self._engine,
-                own_prompts,
-                self._judge,
-                decode=self._decode,
-                num_samples=num_samples,
-                sampling=sampling,
-                run_seed=self._run_seed,
-                step=step,
-                on_sample=note,
-                finished=finished,
+        with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
+            own = asyncio.run(
+                generate_groups(
+                    self._engine,
+                    own_prompts,
+                    self._judge,
+                    decode=self._decode,
+                    num_samples=num_samples,
+                    sampling=sampling,
+                    run_seed=self._run_seed,
+                    step=step,
+                    on_sample=note,
+                    finished=finished,
+                )
             )
-        )
-        if round_index is not None:
-            self._ledger.secure()
+            if round_index is not None:
+                self._ledger.secure()
         self._leave_if_asked()
         shares = exchange.all_gather_objects(own, self._ranks.world)
         by_id = {group.prompt.prompt_id: group for share in shares for group in share}
@@ -127,3 +139,37 @@ class GroupGenerator:
     async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
         job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason)
         return await self._verifiers.judge(job)
+
+
+def build_engine(
+    config: Config, ranks: ParallelGroups, tokenizer: Any, folder: Path
+) -> tuple[InProcessEngine | ServerEngine, tuple[int, int] | None]:
+    """The run's rollout engine, its servers started, and this rank's share of the prompts. Collective over all ranks.
+
+    Args:
+        folder: for what servers log and keep.
+
+    Returns:
+        (engine, (index, count) of this rank among those that generate, None where it does not).
+
+    Raises:
+        ValueError: if the model, the devices or the configuration do not fit together.
+        ServerError: if a server does not come up, in its own words.
+    """
+    if config.rollout.engine == "in_process":
+        in_process = InProcessEngine(
+            config.model.path,
+            dtype=DTYPES[config.model.dtype],
+            max_batch_size=config.rollout.max_batch_size,
+            device=device(),
+            tokenizer=tokenizer,
+        )
+        return in_process, (ranks.rank, ranks.world.size())
+    stop_token_ids = find_stop_token_ids(config.model.path, tokenizer)
+    servers = build_server_engine(config, ranks, stop_token_ids, folder)
+    try:
+        servers.start()
+    except BaseException:
+        servers.close()
+        raise
+    return servers, servers.share

@@ -1,6 +1,7 @@
 """The folder a run writes into, and what is written there before anything is trained.
 
-config.yaml  provenance.json  metrics.jsonl  tensorboard/  evaluation/  rollouts/  checkpoints/  huggingface/  run.lock
+config.yaml  provenance.json  metrics.jsonl  tensorboard/  evaluation/  rollouts/  servers/  checkpoints/  huggingface/
+run.lock
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class RunFolder:
     @property
     def rollouts(self) -> Path:
         return self.root / "rollouts"
+
+    @property
+    def servers(self) -> Path:
+        return self.root / "servers"
 
     @property
     def huggingface(self) -> Path:

@@ -22,7 +22,6 @@ from torch import Tensor
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
 from megatron_fipo.actor.checkpoint import CheckpointError
-from megatron_fipo.actor.model import DTYPES
 from megatron_fipo.config import (
     Config,
     load_config,
@@ -34,10 +33,10 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.generation import GroupGenerator
+from megatron_fipo.generation import GroupGenerator, build_engine
+from megatron_fipo.handover import Handover
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
 from megatron_fipo.interrupt import Interrupt
-from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
@@ -48,13 +47,15 @@ from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
+from megatron_fipo.parallel.waiting import OtherRankError
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.rollout.in_process import InProcessEngine
+from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
 from megatron_fipo.saved_run import SavedRun
 from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
@@ -97,13 +98,8 @@ class Trainer:
         self.prompts = PromptStream.from_config(config, tokenizer)
         held_out = evaluation_sets(config, tokenizer)
         self.actor = Actor(config, ranks)
-        self.engine = InProcessEngine(
-            config.model.path,
-            dtype=DTYPES[config.model.dtype],
-            max_batch_size=config.rollout.max_batch_size,
-            device=parallel_groups.device(),
-            tokenizer=tokenizer,
-        )
+        self.engine, share = build_engine(config, ranks, tokenizer, self.folder.servers)
+        self.handover = Handover(config, self.actor, self.engine)
         # Named at the start: an import that came later would count as its first response's time.
         in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
         self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
@@ -115,7 +111,7 @@ class Trainer:
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         )
         self.generator = GroupGenerator(
-            self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, self._leave_if_asked
+            self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, share, self._leave_if_asked
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
         self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console)
@@ -137,7 +133,7 @@ class Trainer:
             self._resume()
         if self.is_leader:
             record_config(config, self.folder)
-        self._sync_weights()
+        self.handover.to_rollout(self.next_step)
         sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
         with sinks, self.interrupt:
             if self.next_step == 0:
@@ -180,6 +176,8 @@ class Trainer:
         with clock.phase("rollout"):
             groups, generated = self._collect_groups(step)
         state_before = self._state_to_go_on_from()
+        with clock.phase("handover_to_training"):
+            self.handover.to_training()
         assign_advantages(groups, self.config.advantages.estimator)
         minibatches = build_minibatches(groups, self.config, self.ranks, self.pad_token_id)
         with clock.phase("old_log_probs"):
@@ -187,8 +185,9 @@ class Trainer:
         with clock.phase("update"):
             updates = self._update(step, minibatches, state_before)
         with clock.phase("weight_sync"):
-            self._sync_weights()
-        more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches)}
+            self.handover.to_rollout(step + 1)
+        engine_metrics = exchange.merge_metrics(self.handover.metrics, self.ranks.world)
+        more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches), **engine_metrics}
         max_response_tokens = self.config.rollout.max_response_tokens
         numbers, warning = step_metrics(groups, generated, updates, clock, more, max_response_tokens, self.ranks)
         if warning:
@@ -288,10 +287,6 @@ class Trainer:
 
     def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
         return sharded_policy_loss(log_probs, entropy, batch, self.config.objective, self.ranks.cp)
-
-    def _sync_weights(self) -> None:
-        """Hand the actor's weights to the rollout engine."""
-        self.engine.update_weights(self.actor.weights(), policy_version=self.next_step)
 
     def _exchange_metrics(self, minibatches: Sequence[Sequence[PackedBatch]]) -> Metrics:
         if not self.config.objective.future_kl:
@@ -418,7 +413,7 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
     except Interrupted:
         console.info("stopped by a signal; the same command goes on from the checkpoint")
         return EXIT_STOPPED
-    except (BatchNotFilledError, NonFiniteError, CheckpointError) as error:
+    except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
         say_once(f"error: {error}")
         return EXIT_STOPPED
     finally:

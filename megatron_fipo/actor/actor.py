@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_fipo.actor.model import build_model, packed_sequence_params, transformer_config, unwrap
+from megatron_fipo.actor.offload import StorageOffload
 from megatron_fipo.config import Config
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights, weight_stream
@@ -99,6 +100,7 @@ class Actor:
         self.optimizer = self._build_optimizer()
         self._scheduler = self._build_scheduler()
         self._reference = self._load_chunks() if config.objective.kl_coefficient else None
+        self._offload: StorageOffload | None = None
 
     @property
     def models(self) -> list[nn.Module]:
@@ -110,8 +112,13 @@ class Actor:
         """Parameters of this rank's chunks."""
         return sum(parameter.numel() for model in self.models for parameter in model.parameters())
 
-    def log_probs(self, microbatches: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
+    def log_probs(
+        self, microbatches: Sequence[PackedBatch], *, reference: bool = False, temperature: float | None = None
+    ) -> list[Tensor]:
         """Log-probs of the labels under the current weights, or the frozen starting ones.
+
+        Args:
+            temperature: of the softmax; None takes rollout.temperature.
 
         Returns:
             float32 [T_local] for each microbatch; empty where this rank does not end the pipeline.
@@ -119,7 +126,8 @@ class Actor:
         chunks = self._reference if reference else self._chunks
         assert chunks is not None, "no reference policy was built: objective.kl_coefficient is 0"
         with torch.no_grad():
-            return self._run(chunks, microbatches, self._collect_log_probs, forward_only=True)
+            on_hidden = partial(self._collect_log_probs, temperature=temperature)
+            return self._run(chunks, microbatches, on_hidden, forward_only=True)
 
     def update(self, microbatches: Sequence[PackedBatch], loss_function: LossFunction, step: int) -> UpdateResult:
         """One optimizer step on one minibatch, normalised over all its microbatches and ranks.
@@ -154,6 +162,38 @@ class Actor:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights under Hugging Face names, on every rank. Collective: every rank drains it."""
         return weight_stream(self.models, self.groups, self.shape)
+
+    def offload(self) -> None:
+        """Lend the GPU's memory of weights, gradients and optimizer to a rollout server; on a CPU nothing moves.
+
+        Neither `log_probs` nor `update` nor `weights` may be called before `onload`. No communication.
+        """
+        if torch.cuda.is_available():
+            now = StorageOffload(self._lasting_tensors(), self._gradient_buffers())
+            if self._offload is None or self._offload.num_bytes != now.num_bytes:  # Adam's state came into being
+                self._offload = now
+            self._offload.offload()
+
+    def onload(self) -> None:
+        """Take back what `offload` lent. No communication."""
+        if self._offload is not None and self._offload.is_offloaded:
+            self._offload.onload()
+
+    def _lasting_tensors(self) -> Iterator[Tensor]:
+        """Every tensor whose contents must last from one update to the next."""
+        for chunk in (*self._chunks, *(self._reference or ())):
+            model = unwrap(chunk)
+            yield from (tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
+        for single in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for group in single.optimizer.param_groups:
+                yield from (parameter.detach() for parameter in group["params"])
+            for state in single.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+    def _gradient_buffers(self) -> Iterator[Tensor]:
+        for chunk in self._chunks:
+            buffers: Any = chunk.buffers  # Megatron's wrapper has a list where other modules have a method
+            yield from (buffer.grad_data for buffer in buffers)
 
     def _load_chunks(self) -> list[nn.Module]:
         config = self._config
@@ -241,21 +281,25 @@ class Actor:
         )
         return hidden, partial(on_hidden, batch=batch, model=unwrap(chunk))
 
-    def _log_probs_and_entropy(self, hidden: Tensor, batch: PackedBatch, model: Any) -> tuple[Tensor, Tensor]:
+    def _log_probs_and_entropy(
+        self, hidden: Tensor, batch: PackedBatch, model: Any, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         return vocab_log_probs(
             hidden.squeeze(1),
             model.output_weight(),
             batch.labels,
             vocab_size=self.shape.vocab_size,
-            temperature=self._config.rollout.temperature,
+            temperature=self._config.rollout.temperature if temperature is None else temperature,
             chunk_tokens=self._config.model.log_prob_chunk_tokens,
             tp_group=self.groups.tp,
             sequence_parallel=self._config.parallel.sequence_parallel,
         )
 
-    def _collect_log_probs(self, hidden: Tensor, batch: PackedBatch, model: Any, non_loss_data: bool) -> Tensor:
+    def _collect_log_probs(
+        self, hidden: Tensor, batch: PackedBatch, model: Any, non_loss_data: bool, temperature: float | None
+    ) -> Tensor:
         assert non_loss_data
-        return self._log_probs_and_entropy(hidden, batch, model)[0]
+        return self._log_probs_and_entropy(hidden, batch, model, temperature)[0]
 
     def _loss(
         self, hidden: Tensor, batch: PackedBatch, model: Any, *, loss_function: LossFunction, faults: list[_Fault]
