@@ -1,6 +1,6 @@
 # make demo trains a small model with FIPO on this machine; make test checks everything. Both set themselves up first.
 
-.PHONY: help install demo demo-dapo lint test test-fast test-long clean
+.PHONY: help install demo demo-dapo lint test test-fast test-engines test-long clean
 .DEFAULT_GOAL := help
 
 # The first of these that is Python 3.11 or 3.12 makes the environment; PYTHON=/path/to/python3.12 overrides.
@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## set up .venv with the pinned dependencies
 
@@ -33,8 +33,13 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## train the quick-start model with FIPO (ARGS="train.num_steps=5 …" overrides its settings)
-	$(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml $(ARGS)
+# ENGINE=sglang or ENGINE=vllm: a real server, on the CPU, from an environment of its own.
+SERVER = python=$$($(BIN)/python tools/engines/install.py $(ENGINE)) && \
+	set -- "$$@" rollout.engine=$(ENGINE) servers.python="$$python" run.name=quickstart-$(ENGINE) &&
+
+demo: $(INSTALLED) ## train the quick-start model with FIPO (ENGINE=sglang or vllm: on that server; ARGS="key=value …")
+	@$(if $(ENGINE),$(SERVER)) \
+	set -x; $(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml "$$@" $(ARGS)
 
 demo-dapo: $(INSTALLED) ## the same with DAPO, the baseline
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml \
@@ -50,6 +55,11 @@ test: lint ## style, types and all tests
 
 test-fast: $(INSTALLED) ## unit tests only: seconds
 	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM servers, installed if they are not there
+	MEGATRON_FIPO_SGLANG_PYTHON=$$($(BIN)/python tools/engines/install.py sglang) \
+	MEGATRON_FIPO_VLLM_PYTHON=$$($(BIN)/python tools/engines/install.py vllm) \
+		$(BIN)/python -m pytest tests/engines $(ARGS)
 
 test-long: $(INSTALLED) ## kill the quick-start at twenty random moments and compare what it comes to
 	$(BIN)/python -m pytest -m long -s $(ARGS)

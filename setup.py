@@ -34,6 +34,7 @@ setup(
         "math-verify>=0.8",
         "reasoning-gym>=0.1.20",
         "pyarrow>=17",
+        "aiohttp>=3.10",  # requests to rollout servers
         "psutil>=5.9",  # Megatron's checkpoint writers die without it
         "numpy>=1.26",
     ],

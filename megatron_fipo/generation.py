@@ -137,8 +137,19 @@ class GroupGenerator:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
-        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason)
+        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text)
         return await self._verifiers.judge(job)
+
+
+def in_process_engine(config: Config, tokenizer: Any) -> InProcessEngine:
+    """The engine of rollout.engine=in_process, on this process's device."""
+    return InProcessEngine(
+        config.model.path,
+        dtype=DTYPES[config.model.dtype],
+        max_batch_size=config.rollout.max_batch_size,
+        device=device(),
+        tokenizer=tokenizer,
+    )
 
 
 def build_engine(
@@ -157,14 +168,7 @@ def build_engine(
         ServerError: if a server does not come up, in its own words.
     """
     if config.rollout.engine == "in_process":
-        in_process = InProcessEngine(
-            config.model.path,
-            dtype=DTYPES[config.model.dtype],
-            max_batch_size=config.rollout.max_batch_size,
-            device=device(),
-            tokenizer=tokenizer,
-        )
-        return in_process, (ranks.rank, ranks.world.size())
+        return in_process_engine(config, tokenizer), (ranks.rank, ranks.world.size())
     stop_token_ids = find_stop_token_ids(config.model.path, tokenizer)
     servers = build_server_engine(config, ranks, stop_token_ids, folder)
     try:

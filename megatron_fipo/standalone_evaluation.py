@@ -1,13 +1,21 @@
-"""Evaluation of a Hugging Face folder on a configuration's held-out data, in one process, without Megatron."""
+"""Evaluation of a Hugging Face folder on a configuration's held-out data, on any rollout engine, in one process.
+
+Judged responses are recorded as they come. The same command after an interruption generates only what is missing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.config import Config, read_model_config
+from megatron_fipo.config import Config, ParallelSection, read_model_config
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.evaluation import (
@@ -17,76 +25,161 @@ from megatron_fipo.evaluation import (
     evaluate_problems,
     write_problems,
 )
+from megatron_fipo.generation import build_engine, in_process_engine
+from megatron_fipo.interrupt import Interrupt
 from megatron_fipo.metrics.console import Console
-from megatron_fipo.rl.types import Prompt
+from megatron_fipo.parallel import cpu
+from megatron_fipo.parallel import groups as parallel_groups
+from megatron_fipo.rl.types import Group, Prompt, Sample
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
-from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.rollout.in_process import InProcessEngine
+from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
+from megatron_fipo.rollout.ledger import RolloutLedger
+
+EXIT_STOPPED = 3
+
+
+class EvaluationStoppedError(Exception):
+    """A signal ended the evaluation; what was judged is recorded."""
 
 
 def evaluate_folder(
-    config: Config, model_path: str, console: Console
+    config: Config, model_path: str, console: Console, folder: Path
 ) -> tuple[dict[str, EvaluationResult], list[ProblemResult]]:
     """Generate and judge responses to every evaluation prompt of a configuration.
 
     Args:
-        config: data.evaluation and evaluation say what and how; rollout.max_batch_size how many at a time.
+        config: data.evaluation and evaluation say what and how, rollout.engine and servers on what.
         model_path: Hugging Face folder with the policy.
         console: shows progress.
+        folder: where responses are recorded, and those of an interrupted evaluation are found.
 
     Returns:
         Results by source, and the problems behind them.
 
     Raises:
         ValueError: if the configuration has no evaluation data, or the folder no model.
+        ServerError: if the rollout servers do not come up.
+        EvaluationStoppedError: after Ctrl-C or SIGTERM.
     """
     if not config.data.evaluation:
         raise ValueError("data.evaluation is empty: there is nothing to evaluate on. Name a source there.")
     read_model_config(model_path)
+    config = replace(config, model=replace(config.model, path=model_path))
     tokenizer = load_tokenizer(model_path)
-    prompts = [prompt for prompts in evaluation_sets(config, tokenizer).values() for prompt in prompts]
-    engine = InProcessEngine(model_path, max_batch_size=config.rollout.max_batch_size, tokenizer=tokenizer)
+    sets = evaluation_sets(config, tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = RolloutLedger(folder / "responses", 0, _fingerprint(config), decode)
+    if ledger.discard_others():
+        console.warning("responses recorded for another model or other settings were found and deleted")
+    with _engine(config, tokenizer, folder / "servers") as engine:
+        try:
+            groups = _judged_groups(config, list(sets.values()), engine, ledger, decode, console)
+        finally:
+            ledger.close()
+    problems = [ProblemResult.from_group(group) for group in groups]
+    return evaluate_problems(problems), problems
+
+
+def _judged_groups(
+    config: Config, sets: Sequence[Sequence[Prompt]], engine: RolloutEngine, ledger: RolloutLedger, decode: Any,
+    console: Console,
+) -> list[Group]:  # fmt: skip
     settings, verifier = config.evaluation, config.verifier
+    prompts = [prompt for prompts in sets for prompt in prompts]
     sampling = SamplingParams(
         max_tokens=settings.max_response_tokens or config.rollout.max_response_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
     )
-    total = len(prompts) * settings.num_samples_per_prompt
+    finished = ledger.finished(EVALUATION_STEP, 0, prompts)
+    if finished:
+        console.info(f"{len(finished)} responses are there from an evaluation that was interrupted")
+    sources = {prompt.prompt_id: prompt.source for prompt in prompts}
     names = sorted({prompt.verifier for prompt in prompts})
+    interrupt = Interrupt(engine.abort)
     with (
         VerifierPool(verifier.num_workers, verifier.timeout_s, verifiers=names) as pool,
-        console.evaluation_progress(total) as progress,
+        console.evaluation_progress(len(prompts) * settings.num_samples_per_prompt) as progress,
+        interrupt,
     ):
+        progress.advance(len(finished))
 
         async def judge(prompt: Prompt, text: str, finish_reason: str) -> Verdict:
-            return await pool.judge(VerifierJob(prompt.verifier, text, prompt.reference, finish_reason))
+            return await pool.judge(VerifierJob(prompt.verifier, text, prompt.reference, finish_reason, prompt.text))
+
+        def note(sample: Sample) -> None:
+            if sample.finish_reason != "abort":
+                ledger.append(0, sources[sample.prompt_id], sample)
+            progress.advance()
 
         groups = asyncio.run(
             generate_groups(
                 engine,
                 prompts,
                 judge,
-                decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                decode=decode,
                 num_samples=settings.num_samples_per_prompt,
                 sampling=sampling,
                 run_seed=config.run.seed,
                 step=EVALUATION_STEP,
-                on_sample=lambda sample: progress.advance(),
+                on_sample=note,
+                finished=finished,
             )
         )
-    problems = [ProblemResult.from_group(group) for group in groups]
-    return evaluate_problems(problems), problems
+    if interrupt.received is not None:
+        raise EvaluationStoppedError
+    return groups
+
+
+@contextmanager
+def _engine(config: Config, tokenizer: Any, folder: Path) -> Iterator[RolloutEngine]:
+    """The configuration's rollout engine with the folder's weights, for this process alone."""
+    if config.rollout.engine == "in_process":
+        yield in_process_engine(config, tokenizer)
+        return
+    cpu.install()
+    ranks = parallel_groups.initialize(ParallelSection(), config.run.seed)
+    try:
+        engine, _ = build_engine(config, ranks, tokenizer, folder)
+        try:
+            yield engine
+        finally:
+            engine.close()
+    finally:
+        parallel_groups.shut_down()
+
+
+def _fingerprint(config: Config) -> str:
+    """Of everything that decides the responses and their verdicts; the weights' files by name, size and time."""
+    files = sorted(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(config.model.path).glob("*")
+    )
+    decisive = {
+        "files": files,
+        "seed": config.run.seed,
+        "dtype": config.model.dtype,
+        "evaluation": asdict(config.evaluation),
+        "data": asdict(config.data)["evaluation"],
+        "lengths": [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens],
+    }
+    return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def run(config: Config, model_path: str, output_dir: str) -> int:
     """`megatron-fipo evaluate`: show a table, write problems.jsonl and metrics.json. Returns the exit status."""
-    console = Console(config)
-    results, problems = evaluate_folder(config, model_path, console)
+    console, folder = Console(config), Path(output_dir)
+    try:
+        results, problems = evaluate_folder(config, model_path, console, folder)
+    except EvaluationStoppedError:
+        console.info("stopped by a signal; the same command generates what is missing")
+        return EXIT_STOPPED
     metrics = {name: value for result in results.values() for name, value in result.metrics.items()}
-    folder = Path(output_dir)
     write_problems(folder / "problems.jsonl", problems)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     console.evaluation_table(model_path, {name.removeprefix("evaluation/"): value for name, value in metrics.items()})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_fipo import chat, cli
 from megatron_fipo.config import load_config
+from megatron_fipo.rl.types import Sample
+from megatron_fipo.rollout.engine import GenerationRequest
+from megatron_fipo.rollout.in_process import InProcessEngine
 from tests.models import save_random_model
 
 CHARACTERS = "0123456789+-=;?#"
@@ -211,3 +216,36 @@ def test_text_is_printed_as_soon_as_its_characters_are_complete() -> None:
     assert shown == ["a", "a", "aé", "aé\n", "aé\nb"]
     printer.end()
     assert out.getvalue() == "aé\nb\n"
+
+
+def test_an_interrupted_evaluation_generates_only_what_is_missing(
+    config: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["evaluate", str(config), "evaluation.temperature=1.0", "--model", str(model)]
+    assert cli.main([*arguments, "--output", str(config.parent / "whole")]) == 0
+    original, asked = InProcessEngine.generate, []
+
+    async def counting(self: InProcessEngine, request: GenerationRequest, **keywords: Any) -> Sample:
+        asked.append(request.sample_id)
+        sample = await original(self, request, **keywords)
+        if len(asked) == 6 and not keywords.get("on_token"):
+            signal.raise_signal(signal.SIGINT)
+        return sample
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcessEngine, "generate", counting)
+        assert cli.main([*arguments, "rollout.max_batch_size=2"]) == 3
+        folder = config.parent / "out" / "evaluation"
+        assert not (folder / "problems.jsonl").exists()
+        recorded = sum(file.read_text().count("sample_index") for file in (folder / "responses").rglob("*.jsonl"))
+        assert 0 < recorded < 6
+        asked.clear()
+        asked.extend(["earlier"] * 100)  # no second signal
+        assert cli.main([*arguments, "rollout.max_batch_size=2"]) == 0
+    assert len(asked) - 100 == 6 - recorded
+    rows = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (config.parent / "whole" / "problems.jsonl").read_text().splitlines()]
+    assert rows == whole
+    # Another setting, other responses: the recorded ones do not count.
+    assert cli.main([*arguments, "evaluation.temperature=0.5"]) == 0
+    assert [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()] != whole

@@ -1,0 +1,114 @@
+"""Writes docs/config.md: every configuration key with its type, default and meaning, from the dataclasses themselves.
+
+python tools/docs/config_reference.py           # write it
+python tools/docs/config_reference.py --check   # exit 1 if it is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import schema
+
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+
+HEAD = """# Configuration
+
+A run is one YAML file with dotted overrides behind it (`train.num_steps=5`). Later ones win: defaults, the preset of
+`algorithm`, the file, the overrides. Unknown keys and impossible combinations are refused before anything is built;
+`megatron-fipo validate CONFIG` shows the whole of it. Paths are relative to the current directory; `${section.key}`
+stands for another value, `${oc.env:NAME}` for an environment variable.
+
+This page is generated from `megatron_fipo/config/schema.py` by `tools/docs/config_reference.py`.
+"""
+
+
+def reference() -> str:
+    """The page's text."""
+    descriptions = _descriptions()
+    lines = [HEAD, "| key | default | meaning |", "|---|---|---|"]
+    sections: list[tuple[str, type]] = []
+    for item in fields(schema.Config):
+        kind = _section(item)
+        if kind is None:
+            lines.append(_row(item, item.name, descriptions["Config"]))
+        else:
+            sections.append((item.name, kind))
+    for name, kind in sections:
+        lines += ["", f"## {name}", "", inspect.getdoc(kind) or "", "", "| key | default | meaning |", "|---|---|---|"]
+        lines += [_row(item, f"{name}.{item.name}", descriptions[kind.__name__]) for item in fields(kind)]
+        if name == "data":
+            source = schema.DataSourceConfig
+            lines += ["", "### A source", "", "Each entry of `data.train` and `data.evaluation`.", ""]
+            lines += ["| key | default | meaning |", "|---|---|---|"]
+            lines += [_row(item, item.name, descriptions[source.__name__]) for item in fields(source)]
+    lines += ["", "## Algorithms", "", "| algorithm | sets |", "|---|---|"]
+    lines += [f"| `{name}` | {', '.join(_preset(values))} |" for name, values in schema.ALGORITHMS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _section(item: Field[Any]) -> type | None:
+    factory = item.default_factory
+    return factory if factory is not MISSING and isinstance(factory, type) and is_dataclass(factory) else None
+
+
+def _row(item: Field[Any], key: str, descriptions: dict[str, str]) -> str:
+    if item.default is not MISSING:
+        default = item.default
+    else:
+        assert item.default_factory is not MISSING
+        default = item.default_factory()
+    text = default if isinstance(default, str) and default else json.dumps(default)
+    return f"| `{key}` | `{text}` | {descriptions[item.name].replace('|', chr(92) + '|')} |"
+
+
+def _preset(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _preset(value, f"{prefix}{name}.")
+        else:
+            yield f"`{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def _descriptions() -> dict[str, dict[str, str]]:
+    """Class -> field -> the string under it."""
+    tree = ast.parse(inspect.getsource(schema))
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        entries = found[node.name] = {}
+        for statement, following in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                entries[statement.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+
+def main() -> int:
+    """Write or check. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Write docs/config.md from the configuration's dataclasses.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    text = reference()
+    if not parser.parse_args().check:
+        TARGET.write_text(text, encoding="utf-8")
+    elif not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
+        print(f"{TARGET} is not up to date. Run: python {Path(__file__).name}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
