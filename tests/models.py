@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 TINY: dict[str, Any] = {
     "vocab_size": 20,
@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
 
 def save_random_model(folder: Path, family: str = "qwen2", seed: int = 0, **changes: Any) -> Path:
     """Write a random model whose norms and biases are not at their trivial initial values either."""
-    config_class = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family]
+    config_class = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_class(**(TINY | changes))).float()
     with torch.no_grad():

@@ -82,6 +82,7 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -113,18 +114,38 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
     )
 
 
-def _layer_spec(dtype: torch.dtype) -> tuple[ModuleSpec, Any]:
+def _with_bias(linear: type[nn.Module]) -> type[nn.Module]:
+    """The same linear layer, with a bias whatever it is built with.
+
+    Megatron has one switch for the biases of the attention's output and of the MLP; models have only the former.
+    """
+
+    class WithBias(linear):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": True})
+
+    return WithBias
+
+
+def _layer_spec(shape: ModelShape, dtype: torch.dtype) -> tuple[ModuleSpec, Any]:
     """(specification of a layer, class of the final norm)."""
     if uses_transformer_engine(dtype):
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(), TENorm
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RmsNorm
-    layer.submodules.pre_mlp_layernorm = RmsNorm
-    layer.submodules.self_attention.submodules.core_attention = ContextParallelAttention
-    return layer, RmsNorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm), TENorm
+        attention = layer.submodules.self_attention.submodules
+    else:
+        layer, norm = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm"), RmsNorm
+        layer.submodules.input_layernorm = RmsNorm
+        layer.submodules.pre_mlp_layernorm = RmsNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = ContextParallelAttention
+        if shape.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = RmsNorm
+    if shape.output_bias:
+        attention.linear_proj = _with_bias(attention.linear_proj)
+    return layer, norm
 
 
 def build_model(
@@ -132,7 +153,7 @@ def build_model(
 ) -> list[nn.Module]:
     """This rank's model chunks, without weights: one, or one for each virtual pipeline stage."""
     config = transformer_config(shape, model, parallel)
-    layer, norm = _layer_spec(config.params_dtype)
+    layer, norm = _layer_spec(shape, config.params_dtype)
     chunks: list[nn.Module] = []
     for stage in range(parallel.virtual_pp or 1):
         vp_stage = stage if parallel.virtual_pp else None

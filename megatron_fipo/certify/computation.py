@@ -143,7 +143,10 @@ class _Computation:
         minibatches = batches.build_minibatches(groups, self.config, self.ranks, PAD_TOKEN)
         for microbatches in minibatches:
             for batch, log_probs in zip(microbatches, self.actor.log_probs(microbatches), strict=False):
-                batch.old_log_probs = log_probs - batch.rollout_log_probs
+                drift = batch.rollout_log_probs
+                batch.old_log_probs = log_probs - drift
+                # An engine that errs by a fifth of that, for objective.rollout_correction to act on.
+                batch.rollout_log_probs = batch.old_log_probs - 0.2 * drift
             if self.config.objective.kl_coefficient:
                 references = self.actor.log_probs(microbatches, reference=True)
                 for batch, log_probs in zip(microbatches, references, strict=False):

@@ -334,7 +334,7 @@ class EvaluationSection:
 
     every_num_steps: int = 0
     """Evaluate after every so many steps; 0 only before and after training."""
-    num_samples_per_prompt: int = 1
+    num_samples_per_prompt: int = 32
     """Responses to each evaluation prompt: k of avg@k, cons@k, pass@k."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""

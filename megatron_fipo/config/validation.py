@@ -14,6 +14,12 @@ from megatron_fipo.config.schema import ALGORITHMS, PROCEDURAL_KINDS, VERIFIERS,
 _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
 """Keys without which an algorithm would not be what its name says, where its preset sets them."""
 
+LONGEST_FOR_SEQUENCE_RATIOS = 2048
+"""Tokens beyond which a whole response's probability ratio says little: a bias of 1e-3 a token is a factor of 8."""
+WIDEST_GEOMETRIC_RATIO = 1.1
+
+_CUSTOM_VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|https?://[^\s/]+\S*")
+
 
 def validate(config: Config, world_size: int | None = None) -> None:
     """Refuse what cannot run, before any model is built.
@@ -31,6 +37,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         problems += _data_problems(config)
         problems += _batch_problems(config)
         problems += _objective_problems(config)
+        problems += _server_problems(config)
         problems += _layout_problems(config, world_size)
     if problems:
         raise ConfigError.of(problems)
@@ -80,8 +87,18 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
         yield f"{key}.task is empty: kind=reasoning_gym needs the name of a data set, such as task=chain_sum."
     if source.kind != "reasoning_gym" and source.task:
         yield f"{key}.task={source.task}: only kind=reasoning_gym has tasks. Remove it."
-    if source.verifier not in VERIFIERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.verifier):
-        yield choice_problem(f"{key}.verifier", source.verifier, (*VERIFIERS, "package.module:function"))
+    if source.schema != "columns":
+        if source.kind in PROCEDURAL_KINDS:
+            yield f"{key}.schema={source.schema}: kind={source.kind} reads no file. Remove it."
+        for name, default in (("prompt_field", "prompt"), ("answer_field", "answer")):
+            if getattr(source, name) != default:
+                yield (
+                    f"{key}.{name}={getattr(source, name)}: schema={source.schema} knows its columns and would not "
+                    f"read it. Remove {name}, or set {key}.schema=columns."
+                )
+    if source.verifier not in VERIFIERS and not _CUSTOM_VERIFIER.fullmatch(source.verifier):
+        names = (*VERIFIERS, "package.module:function", "http://host:port/path")
+        yield choice_problem(f"{key}.verifier", source.verifier, names)
     if source.kind == "reasoning_gym" and source.verifier != "reasoning_gym":
         yield (
             f"{key}.verifier={source.verifier}: entries of kind=reasoning_gym are judged by their own task. "
@@ -125,6 +142,12 @@ def _objective_problems(config: Config) -> Iterator[str]:
             "objective.dual_clip=null: Future-KL leaves out tokens with a ratio above dual_clip and needs a number. "
             "Set objective.dual_clip=10."
         )
+    if objective.rollout_correction != "none" and objective.old_log_probs == "rollout":
+        yield (
+            f"objective.rollout_correction={objective.rollout_correction}: with objective.old_log_probs=rollout the "
+            "old policy is the engine's, and there is nothing to correct. Set objective.old_log_probs=actor, or "
+            "rollout_correction=none."
+        )
     if objective.influence_min > objective.influence_max:
         yield (
             f"objective.influence_min={objective.influence_min}: must not be above objective.influence_max="
@@ -135,6 +158,33 @@ def _objective_problems(config: Config) -> Iterator[str]:
             "objective.sequence_sum_tokens=null: loss_aggregation=sequence_sum divides by a constant length. Set it, "
             f"usually to rollout.max_response_tokens={config.rollout.max_response_tokens}."
         )
+
+
+def _server_problems(config: Config) -> Iterator[str]:
+    servers = config.servers
+    if config.rollout.engine == "in_process":
+        return
+    for url in servers.urls:
+        if not re.fullmatch(r"http://[^\s/:]+:\d+/?", url):
+            yield f"servers.urls: {url!r} is not of the form http://host:port."
+    if servers.router and config.rollout.engine != "sglang":
+        yield f"servers.router=true: sglang-router speaks to SGLang only, and rollout.engine={config.rollout.engine}."
+    if servers.router and servers.urls:
+        yield "servers.router=true: a router is put before servers that are started here. Remove servers.urls, or it."
+    if servers.weight_sync == "disk" and not servers.keep_snapshot:
+        yield "servers.keep_snapshot=false: weight_sync=disk hands weights over as a snapshot. Set keep_snapshot=true."
+    if servers.weight_sync == "distributed" and servers.placement == "colocated":
+        yield (
+            "servers.weight_sync=distributed: NCCL joins no two processes on one GPU, and placement=colocated puts "
+            "server and actor there. Set weight_sync=tensor."
+        )
+    if servers.gpus and len(servers.gpus) != servers.num_per_node * servers.tp:
+        yield (
+            f"servers.gpus={servers.gpus}: servers.num_per_node={servers.num_per_node} x servers.tp={servers.tp} take "
+            f"{servers.num_per_node * servers.tp}."
+        )
+    if servers.device == "cuda" and servers.placement == "dedicated" and not (servers.gpus or servers.urls):
+        yield "servers.gpus is empty: placement=dedicated needs GPUs of its own. Name them, or set placement=colocated."
 
 
 def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:
@@ -187,6 +237,22 @@ def updates_per_step(config: Config) -> int:
     return config.train.num_minibatches * config.train.num_epochs
 
 
+def _correction_warnings(config: Config) -> Iterator[str]:
+    objective, longest = config.objective, config.rollout.max_response_tokens
+    if objective.rollout_correction == "sequence_masked" and longest > LONGEST_FOR_SEQUENCE_RATIOS:
+        yield (
+            "objective.rollout_correction=sequence_masked multiplies ratios over whole responses: at "
+            f"rollout.max_response_tokens={longest} small differences mask most long ones. geometric_masked does not "
+            "depend on the length."
+        )
+    if objective.rollout_correction == "geometric_masked" and objective.rollout_ratio_max > WIDEST_GEOMETRIC_RATIO:
+        yield (
+            f"objective.rollout_ratio_max={objective.rollout_ratio_max:g} hardly masks anything with "
+            "rollout_correction=geometric_masked, whose ratio is a mean over the response's tokens: 0.999 to 1.001 is "
+            "usual."
+        )
+
+
 def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) -> list[str]:
     """What runs but hardly means what it says; for the console, in full sentences."""
     objective, rollout, evaluation = config.objective, config.rollout, config.evaluation
@@ -200,6 +266,7 @@ def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) 
         found.append(
             f"influence weights cannot vary: objective.influence_min = influence_max = {objective.influence_max}."
         )
+    found += _correction_warnings(config)
     if rollout.top_p < 1:
         found.append(
             f"rollout.top_p={rollout.top_p} samples from a truncated distribution, but log-probs are taken over the "

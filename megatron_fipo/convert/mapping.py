@@ -52,7 +52,7 @@ class Split:
         return whole[0].chunk(tp_size, self.dim)[tp_rank]
 
     def to_whole(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        return [torch.cat(list(shards), self.dim)]
+        return [_together(shards, self.dim)]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ class Vocabulary:
     def to_shard(self, whole: Sequence[Tensor], shape: ModelShape, tp_size: int, tp_rank: int) -> Tensor:
         table = whole[0]
         padding = shape.padded_vocab_size(tp_size) - len(table)
+        if not padding:  # the largest tensor of a model: no copy of it
+            return table.chunk(tp_size)[tp_rank]
         return torch.cat([table, table.new_zeros(padding, *table.shape[1:])]).chunk(tp_size)[tp_rank]
 
     def to_whole(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        return [torch.cat(list(shards))[: shape.vocab_size]]
+        return [_together(shards, 0)[: shape.vocab_size]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class GroupedQkv:
         return torch.cat(by_group, dim=1).flatten(0, 1).chunk(tp_size)[tp_rank]
 
     def to_whole(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        together = torch.cat(list(shards))
+        together = _together(shards, 0)
         queries = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
         by_group = together.reshape(shape.num_query_groups, -1, *together.shape[1:])
         parts = by_group.split([queries, shape.head_dim, shape.head_dim], dim=1)
@@ -97,6 +99,10 @@ class GatedMlp:
         return [torch.cat([half[part] for half in halves]) for part in range(2)]
 
 
+def _together(shards: Sequence[Tensor], dim: int) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)  # no copy of what is whole already
+
+
 @dataclass(frozen=True)
 class Row:
     """One parameter of the Megatron model.
@@ -105,8 +111,11 @@ class Row:
         megatron: its name, `{layer}` standing for the global layer number from 0.
         hugging_face: the tensors behind it.
         layout: how the two correspond.
+        is_stored: whether checkpoints call it so. A norm outside the linear layer behind it is stored under the name
+            that Transformer Engine's fused layer gives it, so that either kind of layers loads the other's checkpoint.
     """
 
     megatron: str
     hugging_face: tuple[str, ...]
     layout: Layout
+    is_stored: bool = True

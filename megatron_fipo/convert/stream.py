@@ -6,7 +6,6 @@ tensors. The stream feeds rollout engines and exports alike, and never holds mor
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,18 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_fipo.convert.families import expected_tensors, find_row
+from megatron_fipo.convert.families import find_row
 from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.hf_folder import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointReader,
+    ShardWriter,
+    copy_model_files,
+    own_memory,
+    partial_of,
+    publish,
+)
 from megatron_fipo.convert.mapping import Row
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
-_NOT_WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
 @dataclass(frozen=True)
@@ -48,46 +53,6 @@ def _parameters(chunks: Sequence[nn.Module], shape: ModelShape) -> list[_Paramet
             layer = layers[local.group()] if local else None
             found.append(_Parameter(find_row(shape.family, _LAYER.sub("{layer}", name), layer), tensor))
     return found
-
-
-class CheckpointReader:
-    """The tensors of a Hugging Face folder, read one at a time.
-
-    Raises:
-        ValueError: if the folder's tensors are not those that its config.json describes, naming the first that are
-            missing, unexpected or of another shape.
-    """
-
-    def __init__(self, folder: str | Path, shape: ModelShape) -> None:
-        self.folder = Path(folder)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} holds no *.safetensors file; model.path needs weights in that format.")
-        self._handles = [safe_open(file, framework="pt") for file in files]
-        self._owner = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
-        self._check(expected_tensors(shape), shape)
-
-    def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
-        allowed = {"lm_head.weight"} if shape.tied_embeddings else set()
-        missing = sorted(expected.keys() - self._owner.keys())
-        extra = sorted(self._owner.keys() - expected.keys() - allowed)
-        if missing or extra:
-            raise ValueError(
-                f"{self.folder}: the weights do not fit config.json. Missing: {_first(missing)}; unexpected: "
-                f"{_first(extra)}. The folder must hold one whole {shape.family} model."
-            )
-        for name, size in expected.items():
-            found = tuple(self._owner[name].get_slice(name).get_shape())
-            if found != size:
-                raise ValueError(f"{self.folder}: tensor {name} has shape {found}; config.json implies {size}.")
-
-    def read(self, name: str) -> Tensor:
-        """One whole tensor, in the file's dtype."""
-        return self._owner[name].get_tensor(name)
-
-
-def _first(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
 
 
 @torch.no_grad()
@@ -157,10 +122,11 @@ def export_folder(
     *,
     is_writer: bool,
     dtype: torch.dtype,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a weight stream as a Hugging Face folder; config and tokenizer are those of the base model.
 
-    Every rank drains the stream; the writer collects it and writes. The folder appears whole or not at all.
+    Every rank drains the stream; the writer holds one file's tensors at a time. The folder appears whole or not at all.
 
     Args:
         stream: see `weight_stream`.
@@ -168,26 +134,22 @@ def export_folder(
         folder: where to write; replaced if it exists.
         is_writer: whether this rank writes.
         dtype: dtype of the written weights, also noted in config.json.
+        shard_bytes: size of a weight file; see `ShardWriter`.
+
+    Raises:
+        OSError: on the writer, if the disk is full or not writable; what `folder` held before is still there.
     """
-    tensors = {name: tensor.to(dtype).cpu().contiguous().clone() for name, tensor in stream if is_writer}
     if not is_writer:
+        for _ in stream:
+            pass
         return
     target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in Path(base_folder).iterdir():
-        if file.is_file() and file.suffix not in _NOT_WEIGHTS and not file.name.endswith(".index.json"):
-            shutil.copy2(file, partial / file.name)
-    _note_dtype(partial / "config.json", dtype)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-
-
-def _note_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(config_file.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_model_files(Path(base_folder), partial, dtype)
+    writer = ShardWriter(partial, shard_bytes)
+    for name, tensor in stream:
+        writer.add(name, own_memory(tensor.to(dtype)))
+    writer.finish()
+    publish(target)

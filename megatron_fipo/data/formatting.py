@@ -39,17 +39,15 @@ class PromptFormatter:
         """The text to tokenize. In a chat, the template goes around the last user message.
 
         Raises:
-            ValueError: for chat messages where chat_template is false, or without a user message at the end.
+            ValueError: for more than a single user message where chat_template is false, or without a user message at
+                the end.
         """
         template = self._source.prompt_template
+        if not self._source.chat_template:
+            return template.replace("{prompt}", _raw_text(record))
         if isinstance(record.prompt, str):
-            question = template.replace("{prompt}", record.prompt)
-            if not self._source.chat_template:
-                return question
-            messages = [{"role": "user", "content": question}]
+            messages = [{"role": "user", "content": template.replace("{prompt}", record.prompt)}]
         else:
-            if not self._source.chat_template:
-                raise ValueError(f"{record.place} holds chat messages; set chat_template=true for this data source")
             *history, last = record.prompt
             if last["role"] != "user":
                 raise ValueError(
@@ -95,3 +93,16 @@ class PromptFormatter:
     def _represents(self, character: str) -> bool:
         token_ids = self._tokenizer(character, add_special_tokens=False)["input_ids"]
         return bool(token_ids) and self._tokenizer.unk_token_id not in token_ids
+
+
+def _raw_text(record: Record) -> str:
+    """The prompt as text: a conversation of one user message is what that says, any other needs a chat template."""
+    prompt = record.prompt
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    raise ValueError(
+        f"{record.place} holds a conversation of {len(prompt)} messages, and only a single user message can do without "
+        "a chat template; set chat_template=true for this data source"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,10 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias, overload
 
+import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data.chain_arithmetic import ChainArithmetic
+from megatron_fipo.data.schemas import SCHEMAS, select_columns
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,23 @@ RecordGenerator: TypeAlias = Callable[[int, int], Record]
 """(index, attempt) -> Record, pure: item `index` of a procedural source; other attempts give replacements for it."""
 
 
-def read_records(source: DataSourceConfig) -> Sequence[Record]:
-    """Read a jsonl or parquet source, at most its first `num_prompts` rows.
+@dataclass(frozen=True)
+class RecordFile:
+    """What a file holds.
+
+    Attributes:
+        records: its rows without repeated prompts, at most the source's num_prompts.
+        num_duplicates: rows left out because an earlier one has the same prompt.
+        num_conflicts: those among them whose reference differs from the first one's.
+    """
+
+    records: Sequence[Record]
+    num_duplicates: int
+    num_conflicts: int
+
+
+def read_records(source: DataSourceConfig) -> RecordFile:
+    """Read a jsonl or parquet source.
 
     Raises:
         ValueError: if the file does not exist, holds no prompt or a malformed row, or lacks a column.
@@ -46,10 +64,36 @@ def read_records(source: DataSourceConfig) -> Sequence[Record]:
     path = Path(source.path)
     if not path.is_file():
         raise ValueError(f"prompt file {source.path!r} does not exist (looked for {path.resolve()})")
-    records = _read_jsonl(path, source) if source.kind == "jsonl" else _ParquetRecords(path, source)
+    repeats = _Repeats(source.deduplicate)
+    read = _read_jsonl if source.kind == "jsonl" else _ParquetRecords
+    records = read(path, source, repeats)
     if not records:
         raise ValueError(f"prompt file {source.path} holds no prompts")
-    return records
+    return RecordFile(records, repeats.num_duplicates, repeats.num_conflicts)
+
+
+class _Repeats:
+    """Notices prompts that came up before; keeps 24 bytes of each."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._references: dict[bytes, bytes] = {}
+        self.num_duplicates = 0
+        self.num_conflicts = 0
+
+    def is_new(self, record: Record) -> bool:
+        """Whether this prompt is the first of its kind, white space at its ends aside; counts it if it is not."""
+        if not self._enabled:
+            return True
+        prompt = record.prompt.strip() if isinstance(record.prompt, str) else repr(record.prompt)
+        key = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        reference = hashlib.blake2b(repr(record.reference).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        first = self._references.setdefault(key, reference)
+        if first is reference:
+            return True
+        self.num_duplicates += 1
+        self.num_conflicts += first != reference
+        return False
 
 
 def record_generator(source: DataSourceConfig, seed: int) -> RecordGenerator:
@@ -63,7 +107,7 @@ def record_generator(source: DataSourceConfig, seed: int) -> RecordGenerator:
     return _reasoning_gym(source.task, source.params, seed)
 
 
-def _read_jsonl(path: Path, source: DataSourceConfig) -> list[Record]:
+def _read_jsonl(path: Path, source: DataSourceConfig, repeats: _Repeats) -> list[Record]:
     records: list[Record] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -78,30 +122,41 @@ def _read_jsonl(path: Path, source: DataSourceConfig) -> list[Record]:
                 raise ValueError(f"{place} is not valid JSON: {error.msg} at column {error.colno}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{place} holds a JSON {type(row).__name__}; every line is an object with columns")
-            records.append(_record(row, source, place))
+            record = _record(row, source, place)
+            if repeats.is_new(record):
+                records.append(record)
     return records
+
+
+_PARQUET_BATCH = 4096
 
 
 class _ParquetRecords(Sequence[Record]):
     """Rows of a parquet file, made when asked for: as Python objects, millions of them would fill the memory."""
 
-    def __init__(self, path: Path, source: DataSourceConfig) -> None:
-        names = parquet.read_schema(path).names
-        columns = []
-        for name in (source.prompt_field, source.answer_field):
-            column = name if name in names else name.split(".")[0]
-            if column not in names:
-                raise ValueError(_missing_column(name, names, str(path)))
-            columns.append(column)
-        # Only the columns in use: some data sets carry others that are many times larger.
-        table = parquet.read_table(path, columns=list(dict.fromkeys(columns)))
-        self._table = table.slice(0, source.num_prompts).combine_chunks()
+    def __init__(self, path: Path, source: DataSourceConfig, repeats: _Repeats) -> None:
         self._source = source
         self._path = path
+        kept: list[pa.RecordBatch] = []
+        self._rows = array("q")
+        """Row in the file of each record."""
+        with parquet.ParquetFile(path) as file:
+            columns = _parquet_columns(file.schema_arrow.names, source, str(path))
+            start = 0
+            # Only the columns in use: some data sets carry others that are many times larger.
+            for batch in file.iter_batches(_PARQUET_BATCH, columns=columns):
+                new = [i for i, row in enumerate(batch.to_pylist()) if repeats.is_new(self._record(row, start + i))]
+                if source.num_prompts is not None:
+                    new = new[: source.num_prompts - len(self._rows)]
+                kept.append(batch.take(pa.array(new, pa.int64())))
+                self._rows.extend(start + i for i in new)
+                start += batch.num_rows
+                if len(self._rows) == source.num_prompts:
+                    break
+            self._table = pa.Table.from_batches(kept, schema=kept[0].schema if kept else None).combine_chunks()
 
     def __len__(self) -> int:
-        num_rows: int = self._table.num_rows
-        return num_rows
+        return len(self._rows)
 
     @overload
     def __getitem__(self, row: int) -> Record: ...
@@ -112,23 +167,45 @@ class _ParquetRecords(Sequence[Record]):
             return [self[index] for index in range(len(self))[row]]
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        return _record(self._table.slice(row, 1).to_pylist()[0], self._source, f"{self._path}, row {row}")
+        return self._record(self._table.slice(row, 1).to_pylist()[0], self._rows[row])
+
+    def _record(self, row: Mapping[str, Any], number: int) -> Record:
+        return _record(row, self._source, f"{self._path}, row {number}")
+
+
+def _parquet_columns(names: Sequence[str], source: DataSourceConfig, place: str) -> list[str]:
+    """The file's columns that the source reads."""
+    if source.schema != "columns":
+        return list(select_columns(SCHEMAS[source.schema], names, place).values())
+    columns = []
+    for name in (source.prompt_field, source.answer_field):
+        column = name if name in names else name.split(".")[0]
+        if column not in names:
+            raise ValueError(_missing_column(name, names, place))
+        columns.append(column)
+    return list(dict.fromkeys(columns))
 
 
 def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str) -> Record:
-    prompt = _column(row, source.prompt_field, place)
-    reference = _column(row, source.answer_field, place)
+    if source.schema == "columns":
+        prompt, reference = _column(row, source.prompt_field, place), _column(row, source.answer_field, place)
+        prompt_name, reference_name = f"column {source.prompt_field!r}", f"column {source.answer_field!r}"
+    else:
+        schema = SCHEMAS[source.schema]
+        names = select_columns(schema, list(row), place)
+        prompt, reference = schema.read({name: row[column] for name, column in names.items()})
+        prompt_name, reference_name = f"the prompt (schema {source.schema})", f"the answer (schema {source.schema})"
     is_chat = isinstance(prompt, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in prompt
     )
     if not prompt or not (isinstance(prompt, str) or is_chat):
         raise ValueError(
-            f"{place}: column {source.prompt_field!r} holds {prompt!r:.100}; a prompt is a text that is not empty, "
+            f"{place}: {prompt_name} holds {prompt!r:.100}; a prompt is a text that is not empty, "
             "or a list of chat messages with role and content"
         )
     if reference is None:
-        raise ValueError(f"{place}: column {source.answer_field!r} is null; every prompt needs a reference answer")
+        raise ValueError(f"{place}: {reference_name} is null; every prompt needs a reference answer")
     return Record(prompt, reference, place)
 
 
@@ -189,8 +266,9 @@ _SHARD_SIZE = 1024
 
 def _reasoning_gym(task: str, params: Mapping[str, Any], seed: int) -> RecordGenerator:
     # Imported here: it takes a second, which runs without such a source need not wait for.
-    import reasoning_gym
     from reasoning_gym.factory import DATASETS
+
+    from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
 
     if task not in DATASETS:
         raise ValueError(f"reasoning-gym has no task {task!r}.{nearest_name(task, list(DATASETS))}")
@@ -204,7 +282,7 @@ def _reasoning_gym(task: str, params: Mapping[str, Any], seed: int) -> RecordGen
 
     @lru_cache(maxsize=64)
     def shard(number: int) -> Any:
-        return reasoning_gym.create_dataset(task, seed=first + number * _SHARD_SIZE, size=_SHARD_SIZE, **params)
+        return open_task(task, params, seed=first + number * _SHARD_SIZE, size=_SHARD_SIZE)
 
     try:
         shard(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_fipo.config import FipoConfig
-from megatron_fipo.parallel import cp_layout, cp_suffix_sum
+from megatron_fipo.parallel import cp_layout, cp_suffix_sum, exchange
 from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.rollout_correction import SumOverShards
 from megatron_fipo.rl.types import PackedBatch
 
 
@@ -16,7 +18,8 @@ def sharded_policy_loss(
 ) -> LossOutput:
     """`policy_loss` of this rank's rows; Future-KL and the sequence filter see whole sequences.
 
-    Collective over `cp_group` where objective.future_kl is set. Differentiable in log_probs and entropy.
+    Collective over `cp_group` where objective.future_kl is set, or a rollout_correction that masks. Differentiable in
+    log_probs and entropy.
 
     Args:
         log_probs, entropy: float32 [T_local].
@@ -36,4 +39,18 @@ def sharded_policy_loss(
         counts_sequences=cp_group.rank() == 0,
         reference_log_probs=batch.reference_log_probs,
         entropy=entropy,
+        rollout_log_probs=batch.rollout_log_probs,
+        sum_over_shards=sum_over_shards(cp_group),
     )
+
+
+def sum_over_shards(cp_group: ProcessGroup) -> SumOverShards:
+    """Adds [S, …] up over the context-parallel ranks, in rank order, so that every rank has the same bits.
+
+    Collective over `cp_group` (one all-gather).
+    """
+
+    def summed(own: Tensor) -> Tensor:
+        return torch.stack(exchange.all_gather_tensors(own, cp_group)).sum(0)
+
+    return summed

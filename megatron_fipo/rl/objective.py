@@ -1,9 +1,11 @@
 """The policy loss: FIPO, and DAPO, GRPO, Dr. GRPO and RLOO as settings of the same function.
 
 Shapes: T packed tokens, S sequences. On a context-parallel rank T is the number of local tokens, while `cu_seqlens`
-and everything of length S describe whole sequences; what needs the other ranks is the injected `suffix_sum` alone.
+and everything of length S describe whole sequences; what needs the other ranks is injected: `suffix_sum` and, for
+corrections of the rollout mismatch, `sum_over_shards`.
 
-    log_prob_shift -> participates -> suffix sum -> influence_weights -> clipped_token_loss -> aggregation
+    log_prob_shift -> participates -> suffix sum -> influence_weights -> clipped_token_loss -> rollout correction
+    -> aggregation
 
 Source: FIPO, arXiv 2603.19835, and its public code, which is followed where the two differ (safety clip, sequence
 filter). Everything is float32 at least, whatever the model's dtype: in bfloat16 gamma itself would be another one.
@@ -21,6 +23,7 @@ from megatron_fipo.config import FipoConfig
 from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.rl.future_kl import future_kl as packed_future_kl
 from megatron_fipo.rl.objective_metrics import policy_metrics
+from megatron_fipo.rl.rollout_correction import CORRECTIONS, Correction, SumOverShards, correct
 
 MAX_LOG_PROB_SHIFT = 20.0
 """The shift is clamped to ± this before it is exponentiated."""
@@ -49,7 +52,7 @@ class LossOutput:
     future_kl: Tensor | None
     """[T] F; None without Future-KL."""
     final_mask: Tensor
-    """bool [T], response tokens of the sequences that stayed in the loss."""
+    """bool [T], response tokens that stayed in the loss, after the sequence filter and the rollout correction."""
 
 
 def policy_loss(
@@ -66,12 +69,14 @@ def policy_loss(
     counts_sequences: bool = True,
     reference_log_probs: Tensor | None = None,
     entropy: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    sum_over_shards: SumOverShards | None = None,
 ) -> LossOutput:
     """The clipped policy loss of one microbatch, summed, with the count that it is to be divided by.
 
-    No collective here; `suffix_sum` may hold some. Differentiable in `log_probs` and `entropy`; Future-KL and the
-    weights are detached. With every token masked, loss_sum is a 0 that still hangs on log_probs' graph, and
-    normalizer is 0.
+    No collective here; `suffix_sum` and `sum_over_shards` may hold some. Differentiable in `log_probs` and `entropy`;
+    Future-KL and all weights are detached. With every token masked, loss_sum is a 0 that still hangs on log_probs'
+    graph, and normalizer is 0.
 
     Args:
         log_probs: [T] of the policy that is trained.
@@ -87,6 +92,9 @@ def policy_loss(
         counts_sequences: whether this rank adds the sequences to the normalizer: on exactly one context-parallel rank.
         reference_log_probs: [T] of the frozen reference policy; needed if kl_coefficient is not 0.
         entropy: [T] of the policy; needed if entropy_coefficient is not 0, otherwise only logged.
+        rollout_log_probs: [T] by the rollout engine; needed for a rollout_correction, otherwise only logged.
+        sum_over_shards: adds sums of length S over context-parallel ranks; None where this process holds whole
+            sequences.
 
     Raises:
         ValueError: if a shape, or an argument that the configuration needs, is missing or does not fit.
@@ -99,8 +107,9 @@ def policy_loss(
         sequence_ids=sequence_ids,
         reference_log_probs=reference_log_probs,
         entropy=entropy,
+        rollout_log_probs=rollout_log_probs,
     )
-    _check_config(config, reference_log_probs, entropy)
+    _check_config(config, reference_log_probs, entropy, rollout_log_probs)
     if config.loss_aggregation != "token_mean" and sequence_ids is not None and response_token_counts is None:
         raise ValueError(
             f"objective.loss_aggregation={config.loss_aggregation} with sequence_ids needs response_token_counts: "
@@ -113,6 +122,18 @@ def policy_loss(
         sequence_ids = sequence_ids_of(cu_seqlens, log_probs.shape[0], log_probs.device)
 
     shift = log_prob_shift(log_probs, old_log_probs.to(dtype))
+    correction = None
+    if rollout_log_probs is not None:
+        correction = correct(
+            old_log_probs.to(dtype),
+            rollout_log_probs.to(dtype),
+            response_mask,
+            sequence_ids,
+            num_sequences,
+            config,
+            sum_over_shards,
+            counts_sequences=counts_sequences,
+        )
     future_kl, kept = None, torch.ones(num_sequences, dtype=torch.bool, device=log_probs.device)
     weights = torch.ones_like(shift)
     if config.future_kl:
@@ -123,17 +144,24 @@ def policy_loss(
         future_kl, num_clipped = suffix_sum(x, clipped, cu_seqlens)
         weights = influence_weights(future_kl, ratio, advantages, config)
         kept = num_clipped <= config.max_dual_clipped_tokens
+    num_filtered = (~kept).sum()
     final_mask = response_mask & kept[sequence_ids]
 
     token_loss = clipped_token_loss(shift, weights * advantages, config)
+    if correction is not None:
+        token_loss = token_loss * correction.weights
+        kept = kept & correction.accepted_sequences
+        final_mask = final_mask & kept[sequence_ids] & correction.accepted_tokens
     kl = None if reference_log_probs is None else reference_kl(log_probs, reference_log_probs.to(dtype))
     if kl is not None and config.kl_coefficient:
         token_loss = token_loss + config.kl_coefficient * kl
     if entropy is not None and config.entropy_coefficient:
         token_loss = token_loss - config.entropy_coefficient * entropy.to(dtype)
 
-    if config.loss_aggregation != "token_mean" and response_token_counts is None:
-        response_token_counts = count_per_sequence(response_mask, sequence_ids, num_sequences)
+    if config.loss_aggregation != "token_mean":
+        response_token_counts = _token_counts(
+            response_token_counts, response_mask, sequence_ids, num_sequences, config, correction, sum_over_shards
+        )
     loss_sum, normalizer = _aggregate(
         token_loss, final_mask, sequence_ids, kept, response_token_counts, counts_sequences, config
     )
@@ -143,12 +171,14 @@ def policy_loss(
         weights=weights,
         future_kl=future_kl,
         response_mask=response_mask,
-        num_filtered=(~kept).sum() if config.future_kl and counts_sequences else None,
+        num_filtered=num_filtered if config.future_kl and counts_sequences else None,
         loss=(loss_sum.detach(), normalizer),
         reference_kl=None if kl is None else kl.detach(),
         entropy=None if entropy is None else entropy.detach(),
         config=config,
     )
+    if correction is not None:
+        metrics |= correction.metrics
     return LossOutput(loss_sum, normalizer, metrics, token_loss.detach(), weights, future_kl, final_mask)
 
 
@@ -249,6 +279,24 @@ def _aggregate(
     return masked.sum(), num_sequences * config.sequence_sum_tokens
 
 
+def _token_counts(
+    response_token_counts: Tensor | None,
+    response_mask: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    config: FipoConfig,
+    correction: Correction | None,
+    sum_over_shards: SumOverShards | None,
+) -> Tensor:
+    """int64 [S]: response tokens of each whole sequence, without those that a correction by tokens masked."""
+    if correction is not None and config.rollout_correction == "token_masked":
+        accepted = count_per_sequence(response_mask & correction.accepted_tokens, sequence_ids, num_sequences)
+        return accepted if sum_over_shards is None else sum_over_shards(accepted)
+    if response_token_counts is None:
+        return count_per_sequence(response_mask, sequence_ids, num_sequences)
+    return response_token_counts
+
+
 def count_per_sequence(mask: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """int64 [S]: True entries of mask [T] in each sequence."""
     counts = torch.zeros(num_sequences, dtype=torch.int64, device=mask.device)
@@ -269,7 +317,12 @@ def _check_tokens(log_probs: Tensor, **per_token: Tensor | None) -> None:
         raise ValueError(f"response_mask must be bool; it is {mask.dtype}.")
 
 
-def _check_config(config: FipoConfig, reference_log_probs: Tensor | None, entropy: Tensor | None) -> None:
+def _check_config(
+    config: FipoConfig,
+    reference_log_probs: Tensor | None,
+    entropy: Tensor | None,
+    rollout_log_probs: Tensor | None,
+) -> None:
     """Raise ValueError where the configuration contradicts itself or needs an argument that is missing."""
     if config.future_kl and config.dual_clip is None:
         raise ValueError("objective.future_kl=true needs objective.dual_clip: ratios above it stay out of Future-KL.")
@@ -279,6 +332,14 @@ def _check_config(config: FipoConfig, reference_log_probs: Tensor | None, entrop
         )
     if config.entropy_coefficient and entropy is None:
         raise ValueError(f"objective.entropy_coefficient={config.entropy_coefficient} needs entropy; none was given.")
+    if config.rollout_correction not in CORRECTIONS:
+        raise ValueError(
+            f"objective.rollout_correction={config.rollout_correction} is unknown; choose {', '.join(CORRECTIONS)}."
+        )
+    if config.rollout_correction != "none" and rollout_log_probs is None:
+        raise ValueError(
+            f"objective.rollout_correction={config.rollout_correction} needs rollout_log_probs; none were given."
+        )
     if config.loss_aggregation not in ("token_mean", "sequence_mean", "sequence_sum"):
         raise ValueError(
             f"objective.loss_aggregation={config.loss_aggregation} is unknown; choose token_mean, sequence_mean or "

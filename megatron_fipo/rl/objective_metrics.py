@@ -60,25 +60,27 @@ def policy_metrics(
     metrics: Metrics = {
         "policy/loss/mean": Mean(*loss),
         "policy/response_tokens": Sum(count),
-        "policy/kl/mean": _mean(-shift, response_mask, count),
-        "policy/clip_fraction": _share(-weighted * clipped_ratio > -weighted * ratio, response_mask, count),
-        "policy/log_prob_shift/std": _std(shift, response_mask, count),
-        "policy/log_prob_shift/absmax": _max(shift.abs(), response_mask),
+        "policy/kl/mean": masked_mean(-shift, response_mask, count),
+        "policy/clip_fraction": masked_share(-weighted * clipped_ratio > -weighted * ratio, response_mask, count),
+        "policy/log_prob_shift/std": masked_std(shift, response_mask, count),
+        "policy/log_prob_shift/absmax": masked_max(shift.abs(), response_mask),
         "policy/ratio_negative": negative_shifts,
-        "policy/ratio_negative/max": _max(ratio, negative),
+        "policy/ratio_negative/max": masked_max(ratio, negative),
         "policy/ratio_positive": positive_shifts,
-        "policy/ratio_positive/min": _min(ratio, positive),
-        "policy/ratio_positive/max": _max(ratio, positive),
-        "policy/ratio_positive/share_below_1e-3": _share(ratio < SMALL_RATIO, positive, positive.sum()),
+        "policy/ratio_positive/min": masked_min(ratio, positive),
+        "policy/ratio_positive/max": masked_max(ratio, positive),
+        "policy/ratio_positive/share_below_1e-3": masked_share(ratio < SMALL_RATIO, positive, positive.sum()),
     }
     for name, low, high in (("2_to_3", 2, 3), ("3_to_4", 3, 4), ("4_to_dual_clip", 4, config.dual_clip or math.inf)):
-        metrics[f"policy/ratio_negative/share_{name}"] = _share((ratio >= low) & (ratio < high), negative, count)
+        metrics[f"policy/ratio_negative/share_{name}"] = masked_share((ratio >= low) & (ratio < high), negative, count)
     if config.dual_clip is not None:
-        metrics["policy/dual_clip_fraction"] = _share(ratio > config.dual_clip, response_mask & (weighted < 0), count)
+        metrics["policy/dual_clip_fraction"] = masked_share(
+            ratio > config.dual_clip, response_mask & (weighted < 0), count
+        )
     if entropy is not None:
-        metrics["policy/entropy/mean"] = _mean(entropy, response_mask, count)
+        metrics["policy/entropy/mean"] = masked_mean(entropy, response_mask, count)
     if reference_kl is not None:
-        metrics["policy/reference_kl/mean"] = _mean(reference_kl, response_mask, count)
+        metrics["policy/reference_kl/mean"] = masked_mean(reference_kl, response_mask, count)
     if future_kl is not None:
         metrics |= _fipo_metrics(weights, future_kl, response_mask, count, config)
     if num_filtered is not None:
@@ -115,39 +117,41 @@ def _fipo_metrics(weights: Tensor, future_kl: Tensor, mask: Tensor, count: Tenso
     unclipped = future_kl.double().exp()
     outside = (unclipped < config.influence_min) | (unclipped > config.influence_max)
     return {
-        "fipo/influence_weight/mean": _mean(weights, mask, count),
-        "fipo/influence_weight/std": _std(weights, mask, count),
-        "fipo/influence_weight/min": _min(weights, mask),
-        "fipo/influence_weight/max": _max(weights, mask),
-        "fipo/influence_weight/clipped_high_share": _share(
+        "fipo/influence_weight/mean": masked_mean(weights, mask, count),
+        "fipo/influence_weight/std": masked_std(weights, mask, count),
+        "fipo/influence_weight/min": masked_min(weights, mask),
+        "fipo/influence_weight/max": masked_max(weights, mask),
+        "fipo/influence_weight/clipped_high_share": masked_share(
             weights >= config.influence_max - WEIGHT_MARGIN, mask, count
         ),
-        "fipo/influence_weight/clipped_low_share": _share(weights <= config.influence_min + WEIGHT_MARGIN, mask, count),
-        "fipo/influence_weight/clipped_share": _share(outside, mask, count),
-        "fipo/exp_future_kl/mean": _mean(unclipped, mask, count),
-        "fipo/exp_future_kl/min": _min(unclipped, mask),
-        "fipo/exp_future_kl/max": _max(unclipped, mask),
-        "fipo/future_kl/std": _std(future_kl, mask, count),
-        "fipo/future_kl/absmax": _max(future_kl.abs(), mask),
+        "fipo/influence_weight/clipped_low_share": masked_share(
+            weights <= config.influence_min + WEIGHT_MARGIN, mask, count
+        ),
+        "fipo/influence_weight/clipped_share": masked_share(outside, mask, count),
+        "fipo/exp_future_kl/mean": masked_mean(unclipped, mask, count),
+        "fipo/exp_future_kl/min": masked_min(unclipped, mask),
+        "fipo/exp_future_kl/max": masked_max(unclipped, mask),
+        "fipo/future_kl/std": masked_std(future_kl, mask, count),
+        "fipo/future_kl/absmax": masked_max(future_kl.abs(), mask),
     }
 
 
-def _mean(values: Tensor, mask: Tensor, count: Tensor) -> Mean:
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Mean:
     return Mean(torch.where(mask, values, 0.0).sum(dtype=torch.float64), count)
 
 
-def _share(condition: Tensor, mask: Tensor, count: Tensor) -> Mean:
+def masked_share(condition: Tensor, mask: Tensor, count: Tensor) -> Mean:
     return Mean((condition & mask).sum(), count)
 
 
-def _std(values: Tensor, mask: Tensor, count: Tensor) -> Std:
+def masked_std(values: Tensor, mask: Tensor, count: Tensor) -> Std:
     masked = torch.where(mask, values.double(), 0.0)
     return Std(masked.sum(), masked.square().sum(), count)
 
 
-def _max(values: Tensor, mask: Tensor) -> Max:
+def masked_max(values: Tensor, mask: Tensor) -> Max:
     return Max(torch.where(mask, values, -math.inf).amax())
 
 
-def _min(values: Tensor, mask: Tensor) -> Min:
+def masked_min(values: Tensor, mask: Tensor) -> Min:
     return Min(torch.where(mask, values, math.inf).amin())

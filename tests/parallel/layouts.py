@@ -236,6 +236,7 @@ def _plain_loss(model: Any, members: Sequence[tuple[Sample, Tensor]], objective:
         torch.tensor([0, *itertools.accumulate(lengths)]),
         objective,
         entropy=torch.cat([entropy for _, entropy in parts]),
+        rollout_log_probs=torch.cat([_shifts(sample) for sample, _ in members]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.convert.hf_config import read_model_shape
+from megatron_fipo.convert.hf_folder import CheckpointReader
 from megatron_fipo.convert.mapping import GatedMlp, GroupedQkv
-from megatron_fipo.convert.stream import CheckpointReader, export_folder
+from megatron_fipo.convert.stream import export_folder
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches
 from tests.models import load, save_random_model
@@ -157,6 +158,64 @@ def test_an_export_in_bfloat16_says_so(models: dict[str, str], tmp_path: Path) -
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_an_export_holds_one_file_at_a_time(models: dict[str, str], tmp_path: Path) -> None:
+    """Each file is on the disk before the tensors of the next are asked for."""
+    tensors = load_file(Path(models["llama"]) / "model.safetensors")
+    partial, target = tmp_path / "out.partial", tmp_path / "out"
+    given = [0]
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            written = sum(t.nbytes for file in partial.glob("*.safetensors") for t in load_file(file).values())
+            assert given[0] - written <= 40_000
+            given[0] += tensor.nbytes
+            yield name, tensor
+
+    export_folder(stream(), models["llama"], target, is_writer=True, dtype=torch.float32, shard_bytes=40_000)
+    files = sorted(path.name for path in target.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    reader = CheckpointReader(target, read_model_shape(target))
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
+    tokens = torch.arange(1, 18)[None]
+    with torch.no_grad():
+        assert torch.equal(load(target)(tokens).logits, load(Path(models["llama"]))(tokens).logits)
+
+
+def test_an_export_that_fails_leaves_what_was_there(models: dict[str, str], tmp_path: Path) -> None:
+    tensors = load_file(Path(models["llama"]) / "model.safetensors")
+    export_folder(iter(tensors.items()), models["llama"], tmp_path / "out", is_writer=True, dtype=torch.float32)
+
+    def failing() -> Iterator[tuple[str, Tensor]]:
+        yield from list(tensors.items())[:30]
+        raise RuntimeError("a rank is gone")
+
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        export_folder(
+            failing(), models["llama"], tmp_path / "out", is_writer=True, dtype=torch.bfloat16, shard_bytes=40_000
+        )
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+    export_folder(iter(tensors.items()), models["llama"], tmp_path / "out", is_writer=True, dtype=torch.bfloat16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_an_export_does_not_hold_the_models_own_memory(models: dict[str, str], tmp_path: Path) -> None:
+    """The model trains on while a file is still being filled."""
+    tensors = load_file(Path(models["llama"]) / "model.safetensors")
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            yield name, tensor
+            tensor.zero_()
+
+    export_folder(stream(), models["llama"], tmp_path / "out", is_writer=True, dtype=torch.float32)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in before.items())
+
+
 def test_only_the_writer_writes_but_every_rank_drains(models: dict[str, str], tmp_path: Path) -> None:
     stream = iter(load_file(Path(models["llama"]) / "model.safetensors").items())
     export_folder(stream, models["llama"], tmp_path / "none", is_writer=False, dtype=torch.float32)
@@ -204,7 +263,7 @@ def test_a_tied_model_may_carry_its_output_layer_too(tmp_path: Path) -> None:
     def add_output(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
-    assert "lm_head.weight" in CheckpointReader(_changed(folder, add_output), shape)._owner
+    assert CheckpointReader(_changed(folder, add_output), shape).has("lm_head.weight")
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ REFUSED = {
     "data.train.a/b.weight=1": "data.train: the name 'a/b' goes into metric names",
     "data.evaluation.held_out.seed=null": "makes prompts without end. Set data.evaluation.held_out.seed.",
     "data.evaluation.held_out.num_prompts=null": "Set data.evaluation.held_out.num_prompts.",
-    "rollout.engine=sglan": "rollout.engine=sglan: must be one of in_process.",
+    "rollout.engine=sglan": "rollout.engine=sglan: must be one of in_process, sglang, vllm. Did you mean sglang?",
     "rollout.num_samples_per_prompt=1": "rollout.num_samples_per_prompt=1: must be at least 2: advantages compare",
     "rollout.temperature=0": "rollout.temperature=0.0: must be above 0: training samples its responses.",
     "rollout.temperature=.nan": "rollout.temperature=nan: must be above 0",
@@ -274,6 +274,9 @@ REFUSED = {
     "objective.dual_clip=1": "objective.dual_clip=1.0: must be above 1, or null to turn it off.",
     "objective.dual_clip=null": "objective.dual_clip=null: Future-KL leaves out tokens with a ratio above dual_clip",
     "objective.old_log_probs=rollout": "objective.old_log_probs=rollout: rollout log-probs as π_old are refused",
+    "objective.rollout_correction=icepop": "objective.rollout_correction=icepop: ",
+    "objective.rollout_ratio_min=1": "objective.rollout_ratio_min=1.0: must be above 0 and below 1.",
+    "objective.rollout_ratio_max=1": "objective.rollout_ratio_max=1.0: must be above 1 and finite.",
     "objective.half_life_tokens=0": "objective.half_life_tokens=0.0: must be above 0 and finite.",
     "objective.influence_min=1.3": "objective.influence_min=1.3: must not be above objective.influence_max=1.2.",
     "objective.loss_aggregation=sequence_sum": "objective.sequence_sum_tokens=null: loss_aggregation=sequence_sum",
@@ -315,6 +318,10 @@ def test_all_problems_are_reported_together(sound: Path) -> None:
     [
         (["algorithm=dapo", "objective.future_kl=true"], "objective.future_kl=true: contradicts algorithm=dapo"),
         (["algorithm=dapo", "objective.future_kl=true"], "take algorithm=fipo."),
+        (
+            ["algorithm=dapo", "objective.old_log_probs=rollout", "objective.rollout_correction=token_masked"],
+            "rollout_correction=token_masked: with objective.old_log_probs=rollout the old policy is the engine's",
+        ),
         (["algorithm=rloo", "advantages.estimator=group_std"], "contradicts algorithm=rloo"),
         (
             ["algorithm=grpo_sequence_mean", "objective.loss_aggregation=token_mean"],
@@ -474,12 +481,25 @@ def test_one_update_per_step_makes_fipo_inert(sound: Path) -> None:
         ("rollout.top_p=0.9", "rollout.top_p=0.9 samples from a truncated distribution"),
         ("train.num_steps=9", "the learning rate never reaches 1e-06"),
         ("objective.influence_max=1", "influence weights cannot vary"),
+        ("objective.rollout_correction=geometric_masked", "hardly masks anything"),
     ],
 )
 def test_warnings(sound: Path, override: str, fragment: str) -> None:
     assert warnings_for(load_config(sound)) == []
     found = warnings_for(load_config(sound, [override]))
     assert [fragment in text for text in found] == [True]
+
+
+def test_corrections_that_do_not_suit_the_length(sound: Path) -> None:
+    long = ["rollout.max_response_tokens=4096", "batch.max_tokens_per_microbatch=8192"]
+    found = warnings_for(load_config(sound, [*long, "objective.rollout_correction=sequence_masked"]))
+    assert [text for text in found if "multiplies ratios over whole responses" in text]
+    for fitting in (
+        ["objective.rollout_correction=sequence_masked"],
+        [*long, "objective.rollout_correction=token_masked"],
+        [*long, "objective.rollout_correction=geometric_masked", "objective.rollout_ratio_max=1.001"],
+    ):
+        assert warnings_for(load_config(sound, fitting)) == []
 
 
 def test_greedy_samples_are_alike(sound: Path) -> None:

@@ -205,7 +205,7 @@ def test_parquet_with_chat_messages_and_a_nested_answer(chat_tokenizer: Any, tmp
         stream(chat_tokenizer, p=replace(source, answer_field="answers"))
     with pytest.raises(ValueError, match=r"row 0 has no column 'reward_model.truth'.*'reward_model.ground_truth'\?"):
         stream(chat_tokenizer, p=replace(source, answer_field="reward_model.truth"))
-    with pytest.raises(ValueError, match=r"row 0 holds chat messages; set chat_template=true"):
+    with pytest.raises(ValueError, match=r"row 1 holds a conversation of 3 messages.*set chat_template=true"):
         stream(chat_tokenizer, p=replace(source, chat_template=False, system_prompt=""))
 
 

@@ -62,6 +62,30 @@ def test_what_a_file_may_leave_out() -> None:
     assert model_shape(raw | {"head_dim": 64}, "").head_dim == 64
 
 
+def test_qwen3_has_norms_of_q_and_k_and_heads_of_a_size_of_their_own() -> None:
+    """As Qwen3-4B's file has it: 32 heads of 128 at a hidden size of 2560."""
+    raw = QWEN | {"model_type": "qwen3", "hidden_size": 2560, "num_attention_heads": 32, "head_dim": 128}
+    shape = model_shape(raw, "")
+    assert (shape.family, shape.qk_norm, shape.head_dim) == ("qwen3", True, 128)
+    assert not shape.qkv_bias
+    assert not shape.output_bias
+    assert model_shape({key: value for key, value in raw.items() if key != "head_dim"}, "").head_dim == 128
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_attention_bias_means_q_k_v_and_the_output(family: str) -> None:
+    shape = model_shape(QWEN | {"model_type": family, "attention_bias": True}, "")
+    assert shape.qkv_bias
+    assert shape.output_bias
+
+
+def test_qwen2_has_a_bias_on_q_k_and_v_alone() -> None:
+    shape = model_shape(QWEN | {"attention_bias": True}, "")  # a key that transformers does not read there
+    assert shape.qkv_bias
+    assert not shape.output_bias
+    assert not shape.qk_norm
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_what_transformers_writes_today_is_understood(tmp_path: Path, family: str) -> None:
     shape = read_model_shape(save_random_model(tmp_path / "model", family, tie_word_embeddings=True))
@@ -74,13 +98,13 @@ def test_what_transformers_writes_today_is_understood(tmp_path: Path, family: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' is not supported; supported are llama, qwen2"),
+        ({"model_type": "mixtral"}, "model_type='mixtral' is not supported; supported are llama, qwen2, qwen3"),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': only silu"),
         ({"use_sliding_window": True}, "use_sliding_window=True: sliding windows are not supported"),
         ({"mlp_bias": True}, "mlp_bias=True: biases in the MLP"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: dropout"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias=True: a bias on o_proj"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*: only full attention is supported"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None should be a whole number"),
         ({"vocab_size": "many"}, "vocab_size='many' should be a whole number"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE scaling of type 'yarn'"),

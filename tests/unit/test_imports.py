@@ -22,9 +22,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "rl", "data"},
     "parallel": {"config", "rl", "metrics.reductions", "parallel"},
     "convert": {"config", "parallel", "convert"},
+    "convert.logits": {"config", "data", "parallel", "convert", "actor"},
+    "convert.command": {"config", "parallel", "convert", "convert.logits", "quiet"},
     "actor": {"config", "rl", "metrics.reductions", "parallel", "convert", "actor"},
     "rollout": {"config", "rl", "parallel", "convert", "metrics.reductions", "rollout"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify", "quiet"},
+    "preflight": {"config", "convert", "data", "preflight"},
+    "launch": {"config", "preflight", "launch"},
     "interrupt": set(),
     "quiet": set(),
     "run_folder": {"config", "metrics"},
@@ -35,6 +39,8 @@ COMPOSING = {
     "train",
     "generation",
     "held_out_evaluation",
+    "saved_run",
+    "handover",
     "step_metrics",
     "evaluation",
     "standalone_evaluation",
@@ -43,7 +49,7 @@ COMPOSING = {
 }
 """Modules that may import everything, as `__main__` modules may."""
 
-TORCH_FREE = {"config"}
+TORCH_FREE = {"config", "preflight", "launch"}
 TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")
 PURE = {"config", "metrics.reductions", "rl"}
 """Parts that never see a process group or Megatron."""

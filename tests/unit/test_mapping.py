@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_fipo.convert.families import TABLES, expected_tensors, find_row
+from megatron_fipo.convert.families import TABLES, expected_tensors, find_row, stored_rows
 from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
 from megatron_fipo.convert.mapping import GatedMlp, GroupedQkv, Layout, Replicated, Split, Vocabulary
 from tests.models import save_random_model
@@ -103,6 +103,9 @@ def test_out_is_the_inverse_of_in(layout: Layout, shapes: list[Any], tp_size: in
         ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
         ("llama", {}),
         ("llama", {"head_dim": 16, "num_key_value_heads": 4}),
+        ("llama", {"attention_bias": True}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
     ],
 )
 def test_the_expected_tensors_are_those_that_transformers_writes(
@@ -113,10 +116,14 @@ def test_the_expected_tensors_are_those_that_transformers_writes(
     assert expected_tensors(read_model_shape(folder)) == written
 
 
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("output_bias", [False, True])
 @pytest.mark.parametrize("family", sorted(TABLES))
-def test_a_table_reaches_every_tensor_with_either_kind_of_layers(family: str) -> None:
+def test_a_table_reaches_every_tensor_with_either_kind_of_layers(
+    family: str, output_bias: bool, qkv_bias: bool
+) -> None:
     """Transformer Engine's layers hold their norms inside the linear layers; everything else has one name."""
-    shape = replace(SHAPE, family=family, qkv_bias=family == "qwen2")
+    shape = replace(SHAPE, family=family, qkv_bias=qkv_bias, output_bias=output_bias, qk_norm=family == "qwen3")
     fused = {"linear_qkv.layer_norm_weight", "linear_fc1.layer_norm_weight"}
     separate = {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
     for left_out in (fused, separate):
@@ -127,9 +134,39 @@ def test_a_table_reaches_every_tensor_with_either_kind_of_layers(family: str) ->
             for name in row.hugging_face
             for layer in range(shape.num_layers)
         }
-        biases = {name for name in names if name.endswith(".bias")}
-        assert len(biases) == 3 * shape.num_layers
-        assert names - (set() if shape.qkv_bias else biases) == set(expected_tensors(shape))
+        absent = set()
+        if not qkv_bias:
+            absent |= {name for name in names if name.endswith((".q_proj.bias", ".k_proj.bias", ".v_proj.bias"))}
+            assert len(absent) == 3 * shape.num_layers
+        if not output_bias:
+            absent |= {name for name in names if name.endswith(".o_proj.bias")}
+        assert names - absent == set(expected_tensors(shape))
+
+
+@pytest.mark.parametrize("family", sorted(TABLES))
+def test_what_a_checkpoint_stores_is_every_tensor_once_in_transformers_order(family: str) -> None:
+    shape = replace(SHAPE, family=family, qk_norm=family == "qwen3", tied_embeddings=family == "llama")
+    stored = stored_rows(shape)
+    names = [name for entry in stored for name in entry.row.hugging_face]
+    assert sorted(names) == sorted(expected_tensors(shape))
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-1] == ("model.norm.weight" if family == "llama" else "lm_head.weight")
+    assert [entry.layer for entry in stored if entry.layer is not None] == sorted(
+        entry.layer for entry in stored if entry.layer is not None
+    )
+    second = next(entry for entry in stored if entry.layer == 1 and "linear_fc2" in entry.key)
+    assert second.key == "decoder.layers.mlp.linear_fc2.weight"
+    assert second.row.megatron == "decoder.layers.1.mlp.linear_fc2.weight"
+    assert second.row.hugging_face == ("model.layers.1.mlp.down_proj.weight",)
+
+
+def test_what_is_whole_already_is_not_copied() -> None:
+    """A vocabulary is most of a small model: reading it must not take it twice."""
+    shape = replace(SHAPE, vocab_size=256)
+    table = torch.randn(256, 3)
+    assert Vocabulary().to_shard([table], shape, 2, 1).data_ptr() == table[128:].data_ptr()
+    assert Vocabulary().to_whole([table], shape)[0].data_ptr() == table.data_ptr()
+    assert Split(1).to_whole([table], shape)[0].data_ptr() == table.data_ptr()
 
 
 def test_transformer_engines_fused_norms_have_rows() -> None:

@@ -6,9 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import reasoning_gym
+from reasoning_gym.composite import DatasetSpec
 
 from megatron_fipo.rl.verifiers.answer_markers import last_answer_line, last_answer_tag, last_line
 from megatron_fipo.rl.verifiers.verdict import Verdict
+
+
+def open_task(task: str, params: Mapping[str, Any], *, seed: int, size: int) -> Any:
+    """A data set of reasoning-gym.
+
+    Args:
+        task: its name.
+        params: its parameters. The task composite takes datasets, a list of {name, weight, config} as in its YAML.
+        seed: of its first entry.
+        size: number of its entries.
+    """
+    if task == "composite" and "datasets" in params:
+        parts = [DatasetSpec(**part) if isinstance(part, Mapping) else part for part in params["datasets"]]
+        params = {**params, "datasets": parts}
+    return reasoning_gym.create_dataset(task, seed=seed, size=size, **params)
 
 
 def extract_answer(response_text: str) -> str:
@@ -58,5 +74,5 @@ _datasets: dict[tuple[str, str], Any] = {}
 def _dataset(task: str, params: Mapping[str, Any]) -> Any:
     key = (task, repr(sorted(params.items())))
     if key not in _datasets:
-        _datasets[key] = reasoning_gym.create_dataset(task, seed=0, size=1, **params)
+        _datasets[key] = open_task(task, params, seed=0, size=1)
     return _datasets[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -41,17 +42,42 @@ class VerifierJob:
     """One response to judge.
 
     Attributes:
-        verifier: built-in name (`registry.BUILTIN_VERIFIERS`) or dotted path "package.module:function".
+        verifier: built-in name (`registry.BUILTIN_VERIFIERS`), dotted path "package.module:function", or the URL of a
+            reward model.
         response_text: the response, without prompt and special tokens.
         reference: what the verifier compares with; must be picklable.
         finish_reason: stop, length or abort.
+        prompt_text: the prompt as the model saw it; reward models read it.
     """
 
     verifier: str
     response_text: str
     reference: Any
     finish_reason: str = "stop"
+    prompt_text: str = ""
 
 
-Verifier: TypeAlias = Callable[[str, Any, str], Verdict]
+class JobVerifier(ABC):
+    """A verifier that needs more than a text and a reference: the prompt, its time limit, a check before the start.
+
+    An instance in a module can be named like a function, as "package.module:instance".
+    """
+
+    def check_ready(self) -> None:  # noqa: B027 - most have nothing to check
+        """Called once in every worker before its first job; what it raises (RuntimeError) stops the run."""
+
+    @abstractmethod
+    def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
+        """Judge one response. Whatever is raised becomes a verdict with an error.
+
+        Args:
+            job: the response.
+            timeout_s: time after which the pool kills the worker.
+        """
+
+
+VerifierFunction: TypeAlias = Callable[[str, Any, str], Verdict]
 """(response_text, reference, finish_reason) -> Verdict. Pure; may raise, which the pool turns into an error verdict."""
+
+Verifier: TypeAlias = VerifierFunction | JobVerifier
+"""What judges: a function, or an object for what a function's arguments do not tell."""

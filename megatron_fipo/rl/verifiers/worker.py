@@ -22,19 +22,23 @@ import traceback
 from multiprocessing.connection import Connection
 
 from megatron_fipo.rl.verifiers.registry import load_verifier
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict, VerifierJob
 
 SELF_DESTRUCT_FACTOR = 3.0
 """A worker whose pool is gone ends itself after so many time-outs on one response."""
 
 
-def judge(job: VerifierJob) -> Verdict:
+def judge(job: VerifierJob, timeout_s: float) -> Verdict:
     """Run one job's verifier; whatever it raises becomes a verdict with an error.
 
     A verifier that cannot be imported, returns something else than a Verdict, or runs out of memory is an error too.
     """
     try:
-        verdict = load_verifier(job.verifier)(job.response_text, job.reference, job.finish_reason)
+        verifier = load_verifier(job.verifier)
+        if isinstance(verifier, JobVerifier):
+            verdict = verifier.judge(job, timeout_s)
+        else:
+            verdict = verifier(job.response_text, job.reference, job.finish_reason)
     except Exception as error:  # noqa: BLE001 - a verifier may raise anything; the verdict carries it to the run's report
         last_frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{last_frame.filename}:{last_frame.lineno}"
@@ -64,7 +68,7 @@ def serve(connection: Connection, timeout_s: float) -> None:
         for pickled in batch:
             # The kernel's default action for the alarm ends the process, whatever holds the interpreter lock.
             signal.setitimer(signal.ITIMER_REAL, SELF_DESTRUCT_FACTOR * timeout_s)
-            verdict = judge(pickle.loads(pickled))
+            verdict = judge(pickle.loads(pickled), timeout_s)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             try:
                 connection.send((verdict, time.monotonic()))
@@ -81,8 +85,10 @@ def main(arguments: list[str]) -> None:
     sys.stdout = sys.stderr
     try:
         for name in arguments[3:]:
-            load_verifier(name)
-    except (ImportError, AttributeError):
+            verifier = load_verifier(name)
+            if isinstance(verifier, JobVerifier):
+                verifier.check_ready()
+    except (ImportError, AttributeError, RuntimeError):
         connection.send(traceback.format_exc())
         return
     limit_memory(float(arguments[2]))

@@ -25,7 +25,7 @@ EXIT_TIMEOUT_S = 5.0
 
 
 class WorkerStartError(RuntimeError):
-    """A worker could not import its verifiers; every other worker would fail alike."""
+    """A worker could not load its verifiers; every other worker would fail alike."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -87,7 +87,7 @@ class WorkerProcess:
         except WorkerDiedError as error:
             raise WorkerStartError(f"a verifier worker died while it started: {error}") from error
         if problem:
-            raise WorkerStartError(f"a verifier worker could not import its verifiers:\n{problem}")
+            raise WorkerStartError(f"a verifier worker could not load its verifiers:\n{problem}")
 
     def send(self, batch: list[bytes]) -> None:
         """Send a batch of pickled jobs.

@@ -1,0 +1,260 @@
+"""What is wrong with a Hugging Face folder, each thing by its own name: nothing that is converted is taken on trust."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.convert.families import TABLES, expected_tensors
+from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
+from megatron_fipo.convert.hf_folder import DTYPES, INDEX_FILE
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What weights may be stored in."""
+
+_VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: unmapped, missing, extra, truncated, unreadable, shape, dtype, not finite, vocabulary or different.
+        tensor: its name.
+        place: the folder and file it is in, or should be.
+    """
+
+    kind: str
+    tensor: str
+    place: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.tensor} in {self.place}: {self.detail}"
+
+
+class ProblemsError(ValueError):
+    """Weights that must not be used; the message lists what is wrong with them."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        lines = [str(problem) for problem in problems[:_MOST_SHOWN]]
+        if len(problems) > _MOST_SHOWN:
+            lines.append(f"and {len(problems) - _MOST_SHOWN} more")
+        super().__init__("\n".join(lines))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a safetensors file's header says of a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    is_whole: bool
+
+
+def inspect_folder(folder: str | Path) -> tuple[ModelShape, list[Problem]]:
+    """Check config, tokenizer and the headers of all weight files, without reading weights.
+
+    Raises:
+        ValueError: if config.json cannot be read or describes a model that is not supported.
+    """
+    root = Path(folder)
+    shape = read_model_shape(root)
+    entries, problems = _read_headers(root)
+    owners = _weight_map(root)
+    problems += [*_check_index(shape, owners, entries), *_check_names(root, shape, owners, entries)]
+    problems += [*_check_shapes(shape, entries), *_check_dtypes(root, entries), *_check_tokenizer(root, shape)]
+    return shape, placed(problems, root)
+
+
+def placed(problems: Iterable[Problem], folder: Path) -> list[Problem]:
+    """The same problems, the folder before the file."""
+    return [replace(problem, place=f"{folder.resolve().name}/{problem.place}") for problem in problems]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is any weight file."""
+    return any(folder.glob("*.safetensors"))
+
+
+def not_finite(name: str, place: str, tensor: Tensor) -> list[Problem]:
+    """A problem if the tensor holds NaN or infinity."""
+    low, high = tensor.aminmax()  # either is NaN if any element is; allocates nothing
+    if torch.isfinite(low) and torch.isfinite(high):
+        return []
+    bad = ~torch.isfinite(tensor)
+    where, values = bad.nonzero()[0].tolist(), tensor[bad]
+    detail = (
+        f"{len(values)} of {tensor.numel()} elements are not finite in {_name(tensor.dtype)}, the first, "
+        f"{float(values[0])}, at {where}"
+    )
+    return [Problem("not finite", name, place, detail)]
+
+
+def stated_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that config.json states; None where it does not.
+
+    Raises:
+        ValueError: if it names none that weights may have.
+    """
+    raw = json.loads((folder / "config.json").read_text())
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is None:
+        return None
+    for dtype in FLOATS:
+        if str(dtype) == f"torch.{name}":
+            return dtype
+    raise ValueError(f"{folder / 'config.json'}: dtype={name!r}; supported are float32, float16 and bfloat16.")
+
+
+def _read_headers(root: Path) -> tuple[dict[str, Entry], list[Problem]]:
+    entries: dict[str, Entry] = {}
+    problems: list[Problem] = []
+    for file in sorted(root.glob("*.safetensors")):
+        try:
+            header, data_bytes = _header(file)
+        except (struct.error, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError among them
+            problems.append(Problem("unreadable", "every tensor", file.name, f"its header is damaged: {error}"))
+            continue
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            whole = Entry(file, entry["dtype"], tuple(entry["shape"]), end <= data_bytes)
+            if not whole.is_whole:
+                detail = f"{max(data_bytes - begin, 0)} of its {end - begin} bytes are there"
+                problems.append(Problem("truncated", name, file.name, detail))
+            if name in entries:
+                detail = f"it is in {entries[name].file.name} too"
+                problems.append(Problem("extra", name, file.name, detail))
+            entries[name] = whole
+    return entries, problems
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """(header of a safetensors file, bytes of data behind it)."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        size = file.stat().st_size - 8
+        if length > size:
+            raise struct.error(f"it should have {length} bytes and the file has {size} more")
+        return json.loads(stream.read(length)), size - length
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    """Tensor -> file, as the index has it; empty without an index.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    file = root / INDEX_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text())["weight_map"])
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no index of weight files: {error!r}. Copy or download it again.") from error
+
+
+def _check_index(shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry]) -> Iterator[Problem]:
+    """What the index and the files say differently: transformers and the engines load by the index alone."""
+    expected = expected_tensors(shape)
+    for name, entry in entries.items() if owners else ():
+        if name not in owners and name in expected:
+            yield Problem("missing", name, INDEX_FILE, f"{entry.file.name} has it")
+        elif entry.file.name != owners.get(name, entry.file.name):
+            yield Problem("missing", name, owners[name], f"{INDEX_FILE} says so, but it is in {entry.file.name}")
+
+
+def _check_names(root: Path, shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry]) -> Iterator[Problem]:
+    expected = expected_tensors(shape)
+    damaged = {file.name for file in root.glob("*.safetensors")} - {entry.file.name for entry in entries.values()}
+    for name in (name for name in expected if name not in entries):
+        if owners.get(name) not in damaged and (owners or not damaged):  # the file's damage is reported already
+            where = owners.get(name, "*.safetensors")
+            yield Problem("missing", name, where, "config.json implies it")
+    patterns = [
+        re.compile(re.escape(name).replace(r"\{layer\}", r"\d+"))
+        for row in TABLES[shape.family]
+        for name in row.hugging_face
+    ]
+    allowed = {"lm_head.weight"} if shape.tied_embeddings else set()
+    for name in sorted(entries.keys() - expected.keys() - allowed):
+        if any(pattern.fullmatch(name) for pattern in patterns):
+            yield Problem("extra", name, entries[name].file.name, "config.json describes a model without it")
+        else:
+            yield Problem("unmapped", name, entries[name].file.name, f"the {shape.family} table has no row for it")
+
+
+def _check_shapes(shape: ModelShape, entries: dict[str, Entry]) -> Iterator[Problem]:
+    for name, size in expected_tensors(shape).items():
+        found = entries.get(name)
+        if found is None or found.shape == size:
+            continue
+        if name in _VOCABULARY_TENSORS and found.shape[1:] == size[1:]:
+            detail = f"it has {found.shape[0]} rows; config.json says vocab_size={size[0]}"
+            yield Problem("vocabulary", name, found.file.name, detail)
+        else:
+            yield Problem(
+                "shape", name, found.file.name, f"it is {list(found.shape)}; config.json implies {list(size)}"
+            )
+
+
+def _check_dtypes(root: Path, entries: dict[str, Entry]) -> Iterator[Problem]:
+    stated = stated_dtype(root)
+    origin = "config.json says"
+    if stated is None and entries:
+        first = next(iter(entries))
+        stated, origin = DTYPES[entries[first].dtype], f"{first} is"
+    for name, entry in entries.items():
+        dtype = DTYPES.get(entry.dtype)
+        if dtype not in FLOATS:
+            detail = f"it is {entry.dtype}; supported are float32, float16 and bfloat16, not quantized weights"
+            yield Problem("dtype", name, entry.file.name, detail)
+        elif dtype != stated:
+            detail = f"it is {_name(dtype)}; {origin} {_name(stated)}. Whichever is wrong, correct it"
+            yield Problem("dtype", name, entry.file.name, detail)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_tokenizer(root: Path, shape: ModelShape) -> Iterator[Problem]:
+    """Every token must have a row in the embedding. More rows than tokens are usual."""
+    if not (root / "tokenizer.json").is_file():
+        return
+    raw = json.loads((root / "tokenizer.json").read_text())
+    vocabulary = raw.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # (token, score) by number, in unigram models
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    numbers = vocabulary | {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    beyond = {token: number for token, number in numbers.items() if number >= shape.vocab_size}
+    if beyond:
+        token, largest = max(beyond.items(), key=lambda item: item[1])
+        detail = f"token {token!r} has the number {largest}; config.json says vocab_size={shape.vocab_size}"
+        yield Problem("vocabulary", _VOCABULARY_TENSORS[0], "tokenizer.json", detail)
+    yield from _check_special_tokens(root, shape)
+
+
+def _check_special_tokens(root: Path, shape: ModelShape) -> Iterator[Problem]:
+    for file in ("config.json", "generation_config.json"):
+        raw = json.loads((root / file).read_text()) if (root / file).is_file() else {}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = raw.get(key)
+            numbers: Iterable[Any] = value if isinstance(value, list) else [value]
+            if any(isinstance(number, int) and number >= shape.vocab_size for number in numbers):
+                detail = f"{key}={value}; config.json says vocab_size={shape.vocab_size}"
+                yield Problem("vocabulary", _VOCABULARY_TENSORS[0], file, detail)

@@ -1,0 +1,86 @@
+"""A process group of this process and others outside its torch.distributed world, for sending tensors to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
+
+_POLL_S = 0.001
+
+
+class ExternalGroup:
+    """This process is rank 0. The others meet it as `torch.distributed.rendezvous("tcp://host:port", …)` does.
+
+    Args:
+        host: address at which this process can be reached.
+        name: of the group; keys in the store begin with it.
+        backend: gloo sends CPU tensors, nccl CUDA tensors.
+        world_size: number of members, this one included.
+        timeout_s: longest wait for the members, and for each broadcast.
+    """
+
+    def __init__(
+        self, host: str, name: str, backend: Literal["gloo", "nccl"], world_size: int, timeout_s: float
+    ) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._host, self._name, self._backend, self._world_size = host, name, backend, world_size
+        # The daemon is bound first, so that the others learn a port that is taken already, by us.
+        self._daemon = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        self.port: int = self._daemon.port
+        self._group: dist.ProcessGroup | None = None
+
+    def meet(self) -> None:
+        """Wait until all members are there. They must be told of `port` before, and join meanwhile.
+
+        Raises:
+            RuntimeError: if they are not there in time.
+        """
+        # A client that waits for all counts itself in, as every member's does.
+        store = TCPStore(self._host, self.port, self._world_size, is_master=False, timeout=self._timeout)
+        self._group, _ = _new_process_group_helper(
+            self._world_size,
+            0,
+            [],
+            Backend(self._backend),
+            PrefixStore(self._name, store),
+            group_name=GroupName(self._name),
+            timeout=self._timeout,
+        )
+        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}  # leave() looks there
+
+    def broadcast(self, tensor: Tensor, check: Callable[[], object]) -> None:
+        """Send a tensor to all members. Returns once they have it.
+
+        Args:
+            tensor: contiguous, on the backend's device.
+            check: called while waiting; raises where a member has said that it will not receive.
+
+        Raises:
+            RuntimeError: if a member left or did not receive in time; the group is unusable then.
+        """
+        assert self._group is not None, "meet() comes first"
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        work = self._group.broadcast([tensor], options)
+        while not work.is_completed():
+            check()
+            time.sleep(_POLL_S)
+        work.wait()
+        if tensor.is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def leave(self) -> None:
+        """Give up the group, whether or not the others still are in it."""
+        if self._group is not None:
+            self._group.abort()
+            dist.destroy_process_group(self._group)
+            self._group = None

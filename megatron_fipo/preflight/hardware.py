@@ -1,0 +1,35 @@
+"""GPUs that a run may be planned for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator, by its vendor's data sheet.
+
+    Attributes:
+        memory_gib: what the driver reports, somewhat less than what the name promises.
+        peak_flops: dense bfloat16 with float32 accumulation, per second.
+        bandwidth: of the memory, bytes per second.
+    """
+
+    name: str
+    memory_gib: float
+    peak_flops: float
+    bandwidth: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-80gb", 79.2, 312e12, 2.04e12),
+        Gpu("h100-80gb", 79.6, 989e12, 3.35e12),
+        Gpu("h200", 140.4, 989e12, 4.8e12),
+        Gpu("b200", 178.4, 2250e12, 7.7e12),
+    )
+}
+"""By the name that --gpu takes."""

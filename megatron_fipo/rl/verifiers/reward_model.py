@@ -1,0 +1,84 @@
+"""A reward model behind an HTTP URL judges: `verifier: http://host:8000/score`.
+
+Request: POST, Content-Type application/json, UTF-8, one object
+    {"prompt": the prompt as the model saw it, "response": text, "reference": whatever the data source has}.
+Answer: status 200 and an object
+    {"score": number in [0, 1], 1 is correct; "answer": text, optional, for majority votes}.
+Whatever else happens makes a verdict with an error, never a wrong answer: a score outside [0, 1], another status, no
+answer in time. Connections that fail and the statuses 429, 500, 502, 503 and 504 are tried `NUM_ATTEMPTS` times.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict, VerifierJob
+
+NUM_ATTEMPTS = 3
+"""Requests for one response before it is given up."""
+
+ATTEMPT_SHARE = 0.25
+"""Share of the verifier's time-out that one request may take; the rest is for the pauses in between."""
+
+_PAUSE_SHARE = 0.05
+_RETRIED_STATUSES = (429, 500, 502, 503, 504)
+_MAX_ANSWER_BYTES = 2**20
+
+
+class RewardModelError(RuntimeError):
+    """The reward model gave no usable answer."""
+
+
+class RewardModel(JobVerifier):
+    """Asks the server at a URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
+        """The server's verdict.
+
+        Raises:
+            RewardModelError: if there is none; names the URL and the last failure.
+            TypeError: for a reference that JSON cannot express.
+        """
+        body = json.dumps({"prompt": job.prompt_text, "response": job.response_text, "reference": job.reference})
+        failure = ""
+        for attempt in range(NUM_ATTEMPTS):
+            if attempt:
+                time.sleep(_PAUSE_SHARE * timeout_s * attempt)
+            try:
+                return self._verdict(self._post(body.encode(), ATTEMPT_SHARE * timeout_s))
+            except urllib.error.HTTPError as error:
+                failure = f"status {error.code} {error.reason}"
+                if error.code not in _RETRIED_STATUSES:
+                    break
+            except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+                failure = str(getattr(error, "reason", None) or error or type(error).__name__)
+        raise RewardModelError(f"reward model at {self._url} did not answer ({attempt + 1} requests): {failure}")
+
+    def _post(self, body: bytes, timeout_s: float) -> bytes:
+        request = urllib.request.Request(
+            self._url, data=body, headers={"Content-Type": "application/json; charset=utf-8"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            content: bytes = answer.read(_MAX_ANSWER_BYTES + 1)
+        return content
+
+    def _verdict(self, content: bytes) -> Verdict:
+        said = f"reward model at {self._url} answered {content[:200]!r}"
+        if len(content) > _MAX_ANSWER_BYTES:
+            raise RewardModelError(f"{said} and more than {_MAX_ANSWER_BYTES} bytes")
+        try:
+            answer: Any = json.loads(content)
+        except ValueError as error:
+            raise RewardModelError(f"{said}, which is not JSON") from error
+        score = answer.get("score") if isinstance(answer, dict) else None
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0.0 <= score <= 1.0:
+            raise RewardModelError(f"{said}; it answers an object with a score in [0, 1]")
+        return Verdict(float(score), str(answer.get("answer") or ""))

@@ -1,0 +1,95 @@
+"""Proof that weights arrived: fail closed, before a response is generated with anything else.
+
+Checksums of every tensor are compared bit for bit with those of the weights that were sent. They show what log-probs
+miss: in bfloat16 a single corrupt value hardly moves any. Log-probs of fixed sequences are compared with the actor's;
+they show what checksums miss: a server that computes something else with the right weights.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_SHOWN = 5
+
+DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest mean |log-prob difference| between server and actor, by the arithmetic of both."""
+
+
+class CanaryError(RuntimeError):
+    """A server does not hold, or does not compute with, the actor's weights."""
+
+
+def compare_checksums(server: str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuse any difference.
+
+    Args:
+        server: its name, for the message.
+        expected: of the weights that were sent.
+        found: of those that the server holds.
+
+    Raises:
+        CanaryError: naming tensors that differ, that the server lacks, and that were never sent to it.
+    """
+    problems = []
+    for what, names in (
+        ("differ", [name for name in expected if name in found and found[name] != expected[name]]),
+        ("are missing", [name for name in expected if name not in found]),
+        ("were not sent to it", [name for name in found if name not in expected]),
+    ):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            problems.append(f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}{more}")
+    if problems:
+        raise CanaryError(f"{server} does not hold the weights that were sent to it: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True)
+class LogProbDifference:
+    """Between a server's log-probs and the actor's."""
+
+    mean: float
+    """Mean |difference| over all tokens."""
+    max: float
+
+
+def canary_sequences(vocab_size: int, num_sequences: int, num_tokens: int = 64) -> list[list[int]]:
+    """Fixed sequences of token ids, the same everywhere and always.
+
+    Args:
+        vocab_size: ids lie below it.
+        num_sequences: how many.
+        num_tokens: length of each.
+    """
+    numbers = random.Random(0)
+    return [[numbers.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(num_sequences)]
+
+
+def compare_log_probs(
+    server: str, actor: Sequence[Sequence[float]], found: Sequence[Sequence[float]], tolerance: float
+) -> LogProbDifference:
+    """Refuse a mean absolute difference above the tolerance.
+
+    Args:
+        server: its name, for the message.
+        actor: log-probs of each sequence's tokens from the second on, at temperature 1.
+        found: the server's.
+        tolerance: largest mean absolute difference.
+
+    Raises:
+        CanaryError: with the difference; also where a number is not finite.
+        ValueError: if the two do not have the same lengths.
+    """
+    differences = [
+        abs(ours - theirs)
+        for our_sequence, their_sequence in zip(actor, found, strict=True)
+        for ours, theirs in zip(our_sequence, their_sequence, strict=True)
+    ]
+    difference = LogProbDifference(sum(differences) / len(differences), max(differences))
+    if not difference.mean <= tolerance:  # NaN compares false
+        raise CanaryError(
+            f"{server} gives other log-probs than the actor: mean |difference| {difference.mean:.3g} over "
+            f"{len(differences)} tokens, largest {difference.max:.3g}; servers.canary_tolerance allows {tolerance:g}"
+        )
+    return difference

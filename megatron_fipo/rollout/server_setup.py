@@ -1,0 +1,212 @@
+"""From the configuration to a rollout engine over servers: who owns which, where they run, how they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_fipo.config import Config
+from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rollout.canary import DEFAULT_TOLERANCE
+from megatron_fipo.rollout.event_loop import EventLoopThread
+from megatron_fipo.rollout.server_api import LaunchSpec, ServerAdapter
+from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.rollout.server_process import free_port
+from megatron_fipo.rollout.servers import ServerPool, WatchSettings
+from megatron_fipo.rollout.sglang import SglangAdapter, router_plan
+from megatron_fipo.rollout.vllm import VllmAdapter
+from megatron_fipo.rollout.weight_buckets import SnapshotWriter
+from megatron_fipo.rollout.weight_sync import Method, WeightSync
+
+ADAPTERS: dict[str, type[ServerAdapter]] = {"sglang": SglangAdapter, "vllm": VllmAdapter}
+"""By rollout.engine."""
+
+_MIB = 2**20
+_CPU_CACHE_TOKENS = 2**18
+"""Most tokens that a server on the CPU keeps in its cache if the configuration does not say."""
+
+
+def build_server_engine(
+    config: Config, ranks: ParallelGroups, stop_token_ids: Collection[int], folder: Path
+) -> ServerEngine:
+    """The engine of rollout.engine=sglang or vllm; its servers are started by its `start()`. Collective over all ranks.
+
+    The rank with LOCAL_RANK 0 of each node owns that node's servers.
+
+    Args:
+        config: validated.
+        stop_token_ids: tokens that end a response.
+        folder: for the servers' logs, and for snapshots where servers.snapshot_dir does not say otherwise.
+
+    Raises:
+        ValueError: on every rank, if the model is shorter than the responses, or devices or URLs do not suffice.
+    """
+    rollout, section = config.rollout, config.servers
+    model = _read_model(config)
+    owners = [
+        rank
+        for rank, local_rank in enumerate(
+            exchange.all_gather_objects(int(os.environ.get("LOCAL_RANK", "0")), ranks.world)
+        )
+        if local_rank == 0
+    ]
+    if section.urls and len(section.urls) < len(owners):
+        raise ValueError(f"servers.urls names {len(section.urls)} servers for {len(owners)} nodes; each needs one.")
+    device = _device(config)
+    colocated = section.placement == "colocated"
+    dtype = config.model.dtype
+    pool = loop = sync = None
+    num_servers = 0
+    if ranks.rank in owners:
+        specs = _launch_specs(config, device, section.urls[owners.index(ranks.rank) :: len(owners)])
+        num_servers = len(specs)
+        adapter = ADAPTERS[rollout.engine]()
+        pool = ServerPool(
+            adapter,
+            specs,
+            log_folder=None if section.urls else folder / f"rank-{ranks.rank}",
+            settings=WatchSettings(
+                section.start_timeout_s, section.health_interval_s, section.health_timeout_s, section.max_restarts
+            ),
+            router=partial(router_plan, specs[0]) if section.router else None,
+        )
+        loop = EventLoopThread()
+        snapshots = Path(section.snapshot_dir or folder) / f"rank-{ranks.rank}" / "snapshots"
+        sync = WeightSync(
+            pool,
+            loop,
+            method=_method(section.weight_sync),
+            bucket_bytes=section.bucket_mib * _MIB,
+            dtype=getattr(torch, dtype),
+            device=None if device == "cuda" and section.weight_sync != "disk" else torch.device("cpu"),
+            timeout_s=section.sync_timeout_s,
+            snapshots=SnapshotWriter(snapshots.resolve(), config.model.path) if section.keep_snapshot else None,
+            host=_own_address(specs),
+        )
+    tolerance = section.canary_tolerance
+    return ServerEngine(
+        pool,
+        loop,
+        sync,
+        agree=lambda problem: exchange.all_gather_objects(problem, ranks.world),
+        share=(owners.index(ranks.rank), len(owners)) if ranks.rank in owners else None,
+        stop_token_ids=stop_token_ids,
+        vocab_size=model["vocab_size"],
+        max_concurrent_requests=max(1, section.max_concurrent_requests * num_servers),
+        request_timeout_s=section.request_timeout_s,
+        canary_tolerance=DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance,
+        colocated=colocated,
+    )
+
+
+def _read_model(config: Config) -> dict[str, int]:
+    """Sizes from the model's config.json."""
+    rollout = config.rollout
+    model = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
+    longest, positions = _longest(config), model.get("max_position_embeddings")
+    if positions is not None and longest >= positions:
+        raise ValueError(
+            f"rollout.engine={rollout.engine} serves sequences below the model's max_position_embeddings={positions} "
+            f"and would cut responses short; rollout.max_prompt_tokens={rollout.max_prompt_tokens} + the longest "
+            f"response are {longest}. Lower them, or raise max_position_embeddings in {config.model.path}/config.json."
+        )
+    return dict(model)
+
+
+def _longest(config: Config) -> int:
+    responses = (config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    return config.rollout.max_prompt_tokens + max(responses)
+
+
+def _device(config: Config) -> Literal["cpu", "cuda"]:
+    if config.servers.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if config.servers.device == "cpu" else "cuda"
+
+
+def _method(name: str) -> Method:
+    assert name in ("tensor", "distributed", "disk"), "validated"
+    return name  # type: ignore[return-value]
+
+
+def _launch_specs(config: Config, device: Literal["cpu", "cuda"], urls: Sequence[str]) -> list[LaunchSpec]:
+    """One for each server that this rank owns."""
+    section, colocated = config.servers, config.servers.placement == "colocated"
+    num_servers = len(urls) or section.num_per_node
+    gpus = _gpus(config, num_servers * section.tp) if device == "cuda" and not urls else []
+    cores = _cores(num_servers * section.tp)
+    max_total_tokens = section.max_total_tokens
+    if max_total_tokens is None and device == "cpu":
+        longest = _longest(config)
+        max_total_tokens = max(2 * longest, min(section.max_concurrent_requests * longest, _CPU_CACHE_TOKENS))
+    specs = []
+    for index in range(num_servers):
+        host, port = "127.0.0.1", 0
+        if urls:
+            address = urlsplit(urls[index])
+            host, port = address.hostname or host, address.port or port
+        elif section.base_port is not None:
+            port = section.base_port + index
+        else:
+            port = free_port()
+        own = slice(index * section.tp, (index + 1) * section.tp)
+        specs.append(
+            LaunchSpec(
+                python=section.python or sys.executable,
+                model_path=Path(config.model.path).resolve(),
+                host=host,
+                port=port,
+                dtype=config.model.dtype,
+                weight_version="0",
+                tp=section.tp,
+                device=device,
+                gpus=tuple(gpus[own]),
+                cpu_cores=tuple(cores[own]) if device == "cpu" else (),
+                memory_fraction=section.memory_fraction,
+                max_total_tokens=max_total_tokens,
+                max_running_requests=section.max_concurrent_requests,
+                releases_memory=colocated,
+                reproducible=section.reproducible,
+                seed=config.run.seed,
+                extra_args=tuple(section.extra_args),
+            )
+        )
+    return specs
+
+
+def _gpus(config: Config, num_needed: int) -> list[int]:
+    """GPUs of this node for servers, by the numbers that a process without CUDA_VISIBLE_DEVICES sees."""
+    gpus = list(config.servers.gpus)
+    if not gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = list(range(torch.cuda.device_count())) if visible is None else [int(gpu) for gpu in visible.split(",")]
+    if len(gpus) < num_needed:
+        raise ValueError(
+            f"servers.num_per_node={config.servers.num_per_node} x servers.tp={config.servers.tp} need {num_needed} "
+            f"GPUs; there are {len(gpus)}. Lower one of them, or set servers.gpus."
+        )
+    return gpus
+
+
+def _cores(num_ranks: int) -> list[tuple[int, ...]]:
+    """This process's cores in equal parts; shared where there are fewer cores than server ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // num_ranks)
+    return [tuple(cores[(rank * each + i) % len(cores)] for i in range(each)) for rank in range(num_ranks)]
+
+
+def _own_address(specs: Sequence[LaunchSpec]) -> str:
+    """Where servers reach this process."""
+    if all(spec.host in ("127.0.0.1", "localhost") for spec in specs):
+        return "127.0.0.1"
+    return socket.gethostbyname(socket.gethostname())

@@ -1,0 +1,128 @@
+"""Corrections of the rollout mismatch judge whole sequences, wherever their rows lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.config import FipoConfig, ParallelSection
+from megatron_fipo.metrics.reductions import merge, scalars
+from megatron_fipo.parallel import exchange, sharded_loss
+from megatron_fipo.parallel import groups as parallel_groups
+from megatron_fipo.parallel.batch import shard_batch
+from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.packing import build_packed_batch
+from megatron_fipo.rl.rollout_correction import CORRECTIONS
+from megatron_fipo.rl.types import PackedBatch, Sample
+from tests.parallel.ranks import run_ranks
+
+LENGTHS = (5, 33, 64, 97)
+NOISE = (0.01, 0.05, 0.05, 0.4)
+
+
+def whole_batch(cp_size: int) -> PackedBatch:
+    """Four responses that the engine scored more and less like the actor. The middle of the third is off in one
+    direction and its ends as much in the other, so that it is sound as a whole, but to no context-parallel rank."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index, (length, noise) in enumerate(zip(LENGTHS, NOISE, strict=True)):
+        difference = noise * torch.randn(length, generator=generator)
+        if index == 1:
+            difference += 0.15
+        if index == 2:
+            place = torch.arange(length) * 4 // length
+            difference += torch.where((place == 1) | (place == 2), 0.2, -0.2)
+        sample = Sample(0, index, torch.ones(3).long(), torch.ones(length).long(), difference - 1.0, "stop")
+        sample.advantage = 1.0 - index
+        samples.append(sample)
+    batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0)
+    return replace(batch, old_log_probs=torch.where(batch.response_mask, -1.0, 0.0))
+
+
+def objective(kind: str, aggregation: str) -> FipoConfig:
+    return FipoConfig(
+        rollout_correction=kind,
+        rollout_ratio_min=0.9,
+        rollout_ratio_max=1.1,
+        influence_min=0.8,
+        loss_aggregation=aggregation,
+        sequence_sum_tokens=100,
+    )
+
+
+def compare(config: FipoConfig, group: dist.ProcessGroup) -> set[str]:
+    """What of the loss over all ranks differs from one process's. Collective."""
+    batch = whole_batch(group.size())
+    log_probs = batch.old_log_probs + 0.1 * torch.sin(torch.arange(len(batch.labels)))
+    entropy = torch.zeros_like(log_probs)
+    whole = policy_loss(
+        log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.response_mask,
+        batch.cu_seqlens_padded,
+        config,
+        entropy=entropy,
+        rollout_log_probs=batch.rollout_log_probs,
+    )
+    local = shard_batch(replace(batch, old_log_probs=None), group, torch.device("cpu"))
+    rows = shard_batch(replace(batch, rollout_log_probs=torch.arange(len(log_probs))), group, torch.device("cpu"))
+    own = rows.rollout_log_probs
+    local.old_log_probs = batch.old_log_probs[own]
+    part = sharded_policy_loss(log_probs[own], entropy[own], local, config, group)
+    parts: list[LossOutput] = exchange.all_gather_objects(part, group)
+    found = set()
+    if not torch.equal(part.final_mask, whole.final_mask[own]):
+        found.add("mask")
+    if sum(int(each.normalizer) for each in parts) != int(whole.normalizer):
+        found.add("normalizer")
+    if sum(float(each.loss_sum) for each in parts) != pytest.approx(float(whole.loss_sum), rel=1e-5):
+        found.add("loss")
+    merged, expected = scalars(merge([each.metrics for each in parts])), scalars(whole.metrics)
+    if merged != pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True):
+        found.add("metrics")
+    return found
+
+
+def _check(cp_size: int) -> dict[str, set[str]]:
+    group = parallel_groups.initialize(ParallelSection(cp=cp_size), seed=0).cp
+    results = {
+        f"{kind}, {aggregation}": compare(objective(kind, aggregation), group)
+        for kind in CORRECTIONS
+        for aggregation in ("token_mean", "sequence_mean", "sequence_sum")
+    }
+    with mock.patch.object(sharded_loss, "sum_over_shards", return_value=lambda own: own):
+        for kind in ("sequence_masked", "geometric_masked"):
+            results[f"own rows only, {kind}"] = compare(objective(kind, "token_mean"), group)
+    return results
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_corrections_are_those_of_one_process(cp_size: int) -> None:
+    ranks = run_ranks(_check, cp_size, cp_size, timeout_s=120)
+    for name in ranks[0]:
+        found = set().union(*(results[name] for results in ranks))
+        if name.startswith("own rows only"):
+            assert "loss" in found, f"{name}: not noticed"
+        else:
+            assert found == set(), name
+
+
+def test_the_batch_puts_every_correction_to_work() -> None:
+    batch = whole_batch(2)
+    for kind in ("sequence_masked", "geometric_masked", "token_masked"):
+        output = policy_loss(
+            batch.old_log_probs,
+            batch.old_log_probs,
+            batch.advantages,
+            batch.response_mask,
+            batch.cu_seqlens_padded,
+            objective(kind, "token_mean"),
+            rollout_log_probs=batch.rollout_log_probs,
+        )
+        assert 0 < int(output.normalizer) < int(batch.response_mask.sum()), kind

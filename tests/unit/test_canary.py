@@ -1,0 +1,168 @@
+"""Comparisons that decide whether a run may go on, and the checksums that they rest on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fipo.rollout.canary import CanaryError, canary_sequences, compare_checksums, compare_log_probs
+from megatron_fipo.rollout.sglang_checksums import SglangLedger, gpu_hash, sha_hash
+
+
+def test_equal_checksums_pass() -> None:
+    compare_checksums("s", {"a": "1", "b": "2"}, {"b": "2", "a": "1"})
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"a": "1", "b": "3"}, "1 tensors differ: b"),
+        ({"a": "2", "b": "1"}, "2 tensors differ: a, b"),
+        ({"a": "1"}, "1 tensors are missing: b"),
+        ({"a": "1", "b": "2", "c": "3"}, "1 tensors were not sent to it: c"),
+        ({}, "2 tensors are missing"),
+    ],
+)
+def test_any_difference_is_refused(found: dict[str, str], message: str) -> None:
+    with pytest.raises(CanaryError, match=f"^server 3 does not hold .*{message}"):
+        compare_checksums("server 3", {"a": "1", "b": "2"}, found)
+
+
+def test_log_probs_within_the_tolerance_pass() -> None:
+    difference = compare_log_probs("s", [[-1.0, -2.0], [-3.0]], [[-1.0, -2.3], [-3.0]], tolerance=0.11)
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.max == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("wrong", [-2.4, math.nan, -math.inf])
+def test_log_probs_beyond_it_are_refused(wrong: float) -> None:
+    with pytest.raises(CanaryError, match=r"over 3 tokens.*servers\.canary_tolerance allows 0\.11"):
+        compare_log_probs("s", [[-1.0, -2.0], [-3.0]], [[-1.0, wrong], [-3.0]], tolerance=0.11)
+
+
+def test_log_probs_of_other_lengths_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        compare_log_probs("s", [[-1.0, -2.0]], [[-1.0]], tolerance=1.0)
+
+
+def test_canary_sequences_are_the_same_everywhere() -> None:
+    first = canary_sequences(50, 3, num_tokens=8)
+    assert first == canary_sequences(50, 3, num_tokens=8)
+    assert [len(sequence) for sequence in first] == [8, 8, 8]
+    assert all(0 <= token < 50 for sequence in first for token in sequence)
+
+
+# --- SGLang's checksums -----------------------------------------------------------------------------------------------
+
+
+def ledger(folder: Path, tp: int, num_kv_heads: int = 2) -> SglangLedger:
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "num_key_value_heads": num_kv_heads}))
+    return SglangLedger(folder, tp, hashes_on_gpu=False)
+
+
+def test_the_hash_is_the_beginning_of_sha_256() -> None:
+    tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    raw = tensor.view(torch.int16).numpy().tobytes()
+    assert sha_hash(tensor) == hashlib.sha256(raw).hexdigest()[:16]
+    assert sha_hash(tensor.t()) != sha_hash(tensor)  # by values in their order, not by memory
+
+
+def test_fused_and_split_layers(tmp_path: Path) -> None:
+    """Against the layout written out: rank r holds its rows of q, then of k, then of v."""
+    q, k, v = (torch.randn(rows, 6) for rows in (8, 4, 4))
+    gate, up, down = torch.randn(10, 6), torch.randn(10, 6), torch.randn(6, 10)
+    book = ledger(tmp_path, tp=2)
+    for name, tensor in (("v", v), ("q", q), ("k", k)):  # in any order
+        book.add(f"model.layers.3.self_attn.{name}_proj.weight", tensor)
+    book.add("model.layers.3.mlp.gate_proj.weight", gate)
+    book.add("model.layers.3.mlp.up_proj.weight", up)
+    book.add("model.layers.3.mlp.down_proj.weight", down)
+    book.add("model.norm.weight", q[0])
+    expected = {}
+    for rank in range(2):
+        expected |= {
+            f"model.layers.3.self_attn.qkv_proj.weight (rank {rank})": torch.cat(
+                [q[4 * rank : 4 * rank + 4], k[2 * rank : 2 * rank + 2], v[2 * rank : 2 * rank + 2]]
+            ),
+            f"model.layers.3.mlp.gate_up_proj.weight (rank {rank})": torch.cat(
+                [gate[5 * rank : 5 * rank + 5], up[5 * rank : 5 * rank + 5]]
+            ),
+            f"model.layers.3.mlp.down_proj.weight (rank {rank})": down[:, 5 * rank : 5 * rank + 5],
+            f"model.norm.weight (rank {rank})": q[0],
+        }
+    assert book.expected() == {name: sha_hash(tensor) for name, tensor in expected.items()}
+
+
+def test_fewer_key_value_heads_than_ranks_are_repeated(tmp_path: Path) -> None:
+    q, k, v = torch.randn(8, 6), torch.randn(4, 6), torch.randn(4, 6)
+    book = ledger(tmp_path, tp=4, num_kv_heads=2)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        book.add(f"model.layers.0.self_attn.{name}_proj.weight", tensor)
+    shards = [torch.cat([q[2 * r : 2 * r + 2], k[r // 2 * 2 :][:2], v[r // 2 * 2 :][:2]]) for r in range(4)]
+    assert list(book.expected().values()) == [sha_hash(shard) for shard in shards]
+
+
+def test_the_vocabulary_is_padded_with_zero_rows(tmp_path: Path) -> None:
+    table = torch.randn(100, 2)
+    book = ledger(tmp_path, tp=2)
+    book.add("model.embed_tokens.weight", table)
+    padded = torch.cat([table, torch.zeros(28, 2)])
+    assert list(book.expected().values()) == [sha_hash(padded[:64]), sha_hash(padded[64:])]
+
+
+def test_missing_parts_of_a_fused_layer_are_an_error(tmp_path: Path) -> None:
+    book = ledger(tmp_path, tp=1)
+    book.add("model.layers.0.mlp.gate_proj.weight", torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"parts of model\.layers\.0\.mlp\.gate_up_proj\.weight were not among"):
+        book.expected()
+
+
+def plain_gpu_hash(raw: bytes) -> str:
+    """The same in plain integers, word by word."""
+    mask = 2**32 - 1
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x85EBCA6B & mask
+        x ^= x >> 13
+        x = x * 0xC2B2AE35 & mask
+        return x ^ (x >> 16)
+
+    raw += b"\0" * (-len(raw) % 4)
+    words = [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
+    seed = 0x243F6A88
+    total = 0
+    for start in range(0, len(words), 8192):
+        for shift, (key, factor, turn) in (
+            (32, (seed, 0x27D4EB2D, 15)),
+            (0, (((seed * 0x9E3779B1) ^ 0xDEADBEEF) & mask, 0x165667B1, 13)),
+        ):
+            tile = 0
+            for i, word in enumerate(words[start : start + 8192], start):
+                position = ((i * factor + key) & mask) ^ (((i << turn) | (i >> (32 - turn))) & mask)
+                tile = (tile + mix(word ^ position)) & mask
+            total += mix(tile ^ len(raw)) << shift
+    total &= 2**64 - 1
+    total = ((total ^ (total >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    total = ((total ^ (total >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return f"{total ^ (total >> 31):016x}"
+
+
+@pytest.mark.parametrize("num_bytes", [1, 3, 4, 5, 8192 * 4 - 2, 8192 * 4, 8192 * 4 + 2, 3 * 8192 * 4 + 7])
+def test_gpu_hash_equals_plain_integers(num_bytes: int) -> None:
+    raw = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(num_bytes))
+    assert gpu_hash(raw) == plain_gpu_hash(bytes(raw.tolist()))
+
+
+def test_gpu_hash_sees_one_bit_and_an_exchange() -> None:
+    tensor = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    changed, swapped = tensor.clone(), tensor.clone()
+    changed.view(torch.int32)[1234] ^= 1
+    swapped[[5, 6]] = tensor[[6, 5]]
+    assert len({gpu_hash(each) for each in (tensor, changed, swapped)}) == 3
+    assert gpu_hash(torch.empty(0)) == "0" * 16

@@ -1,0 +1,145 @@
+"""The command lines: what they print, their exit codes, and disks that are full or may not be written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.cli import main
+from megatron_fipo.convert.command import add_hf_to_megatron, add_megatron_to_hf, add_verify, run
+from tests.models import save_random_model
+
+TOOLS = Path(__file__).parents[2] / "tools" / "convert"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("model") / "hf", "qwen2")
+
+
+def test_the_commands_of_the_readme(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    megatron, back, sums = (str(tmp_path / name) for name in ("megatron", "back", "sums.json"))
+    assert run(add_hf_to_megatron, [str(model), megatron]) == 0
+    assert run(add_megatron_to_hf, [megatron, back, "--shard-size", "80KB"]) == 0
+    assert run(add_verify, [str(model), megatron, back, "--write-checksums", sums]) == 0
+    assert run(add_verify, [back, "--checksums", sums]) == 0
+    shown = capfd.readouterr()
+    assert f"wrote {megatron}: 10 tensors" in shown.out
+    assert f"wrote {back}: 51 tensors" in shown.out
+    assert "of memory at the highest" in shown.out
+    assert shown.err == ""
+    assert len(list(Path(back).glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("tool", ["hf_to_megatron", "megatron_to_hf", "verify"])
+def test_each_tool_is_a_program(tool: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, TOOLS / f"{tool}.py", "--help"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert shown.stdout.startswith(f"usage: {tool}.py")
+
+
+def test_the_same_as_commands_of_megatron_fipo(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "hf-to-megatron", str(model), str(tmp_path / "megatron")]) == 0
+    assert main(["convert", "megatron-to-hf", str(tmp_path / "megatron"), str(tmp_path / "back")]) == 0
+    assert main(["convert", "verify", str(model), str(tmp_path / "back")]) == 0
+    capfd.readouterr()
+    assert main(["convert", "verify", str(tmp_path / "nothing")]) == 1
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path}/nothing/config.json does not exist")
+
+
+def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    assert run(add_hf_to_megatron, [str(model), str(target), "--dry-run", "--file-size", "100KB"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "decoder.layers.mlp.linear_fc1.weight  4 x 128 x 32  float32  0.07 MB" in lines
+    assert [line for line in lines if ".distcp" in line] == [
+        f"{target}/__0_0.distcp  0.10 MB",
+        f"{target}/__1_0.distcp  0.08 MB",
+    ]
+    # 128 padded rows x 32, twice; the final norm; 4 layers of 2 norms, qkv with bias, proj, fc1 and fc2: 182,400 bytes.
+    total = 4 * (2 * 128 * 32 + 32 + 4 * (2 * 32 + 64 * 32 + 64 + 32 * 32 + 128 * 32 + 32 * 64))
+    assert lines[-1].startswith(f"10 tensors, 0.18 MB ({total} bytes) in ")
+    assert lines[-1].endswith("of memory at the highest. Nothing was written.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_from_the_config_alone(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    target = str(tmp_path.parent / f"{tmp_path.name}-out")
+    assert run(add_hf_to_megatron, [str(tmp_path), target, "--dry-run"]) == 0
+    assert run(add_megatron_to_hf, [str(tmp_path), target, "--dry-run", "--dtype", "bfloat16"]) == 0
+    assert "lm_head.weight  20 x 32  bfloat16" in capfd.readouterr().out
+    assert run(add_megatron_to_hf, [str(tmp_path), target]) == 1
+    assert "is no whole torch_dist checkpoint" in capfd.readouterr().err
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(add_hf_to_megatron, [str(tmp_path), target, "--dry-run"]) == 1
+    assert "states no dtype and there are no weights. Give one with --dtype." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["2 TB", "GB", "0", "-1GB", ""])
+def test_a_size_that_is_none(model: Path, size: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(add_hf_to_megatron, [str(model), "out", f"--file-size={size}"])
+    assert "is no size; write 500MB or 2GB" in capfd.readouterr().err
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_no_larger_than(num_bytes: int) -> Iterator[None]:
+    """Writing beyond fails in the middle of a file, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_is_explained_and_gone_on_from(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    for arguments, command in (
+        ([str(model), str(megatron), "--file-size", "100KB"], add_hf_to_megatron),
+        ([str(megatron), str(back), "--shard-size", "100KB"], add_megatron_to_hf),
+    ):
+        with files_no_larger_than(60_000):
+            assert run(command, arguments) == 1
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[0].startswith("error: ")
+        assert "File too large" in lines[0]
+        assert arguments[1] in lines[0]
+        assert lines[1].startswith(f"Nothing is at {arguments[1]} that was not there before.")
+        assert not Path(arguments[1]).exists()
+        assert run(command, arguments) == 0
+    assert run(add_verify, [str(model), str(megatron), str(back)]) == 0
+
+
+def test_what_is_replaced_outlives_a_write_that_fails(model: Path, tmp_path: Path) -> None:
+    megatron = str(tmp_path / "megatron")
+    assert run(add_hf_to_megatron, [str(model), megatron]) == 0
+    with files_no_larger_than(60_000):
+        assert run(add_hf_to_megatron, [str(model), megatron, "--overwrite"]) == 1
+    assert run(add_verify, [str(model), megatron]) == 0
+
+
+def test_a_target_that_cannot_be_made(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(add_hf_to_megatron, [str(model), str(tmp_path / "file" / "out")]) == 1
+    assert "Not a directory" in capfd.readouterr().err
+    assert run(add_hf_to_megatron, [str(model), str(tmp_path / "file")]) == 1
+    assert "is a file. Name a folder that is to be made." in capfd.readouterr().err
+    assert run(add_hf_to_megatron, [str(model), "/proc/nothing/out"]) == 1  # a folder that not even root may write
+    assert "error: [Errno 2] No such file or directory: '/proc/nothing'" in capfd.readouterr().err

@@ -1,0 +1,399 @@
+"""Server processes and their guard, HTTP errors, the thread that asks, and what SGLang is told and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+from megatron_fipo.config import ConfigError, load_config, validate
+from megatron_fipo.rollout import process_guard
+from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, check_request
+from megatron_fipo.rollout.event_loop import EventLoopThread
+from megatron_fipo.rollout.server_api import LaunchPlan, LaunchSpec
+from megatron_fipo.rollout.server_http import ServerConnection, ServerError, ServerRefusedError, ServerUnreachableError
+from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
+from megatron_fipo.rollout.server_setup import _cores
+from megatron_fipo.rollout.servers import ServerPool, WatchSettings
+from megatron_fipo.rollout.sglang import SglangAdapter, _completion, router_plan
+
+FAMILY = """
+    import os, signal, subprocess, sys, time
+    if "deaf" in sys.argv:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    away = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    print("children", own.pid, away.pid, os.environ.get("RANK"), os.environ.get("COLOUR"), flush=True)
+    time.sleep(600)
+"""
+"""A server with a child in its session and one in another."""
+
+
+def family(tmp_path: Path, *arguments: str) -> tuple[ServerProcess, list[int]]:
+    """The process, and the ids of its children."""
+    plan = LaunchPlan((sys.executable, "-c", textwrap.dedent(FAMILY), *arguments), {"COLOUR": "blue"})
+    process = ServerProcess(plan, tmp_path / "log", grace_s=1.0)
+    while not process.log_tail():
+        assert process.exit_status is None
+        time.sleep(0.01)
+    return process, [int(word) for word in process.log_tail().split()[1:3]]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("arguments", [(), ("deaf",)])
+def test_a_server_ends_with_all_that_it_started(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    process, children = family(tmp_path, *arguments)
+    assert process.pid is not None
+    assert not any(is_gone(pid) for pid in (process.pid, *children))
+    process.ask_to_end()
+    process.wait()
+    assert all(is_gone(pid) for pid in (process.pid, *children))
+    assert process.exit_status == 128 + (signal.SIGKILL if arguments else signal.SIGTERM)
+
+
+def test_a_server_that_hangs_can_be_killed(tmp_path: Path) -> None:
+    process, children = family(tmp_path)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    process.kill()
+    assert all(is_gone(pid) for pid in (process.pid, *children))
+
+
+def test_when_a_server_dies_its_children_go_too(tmp_path: Path) -> None:
+    process, children = family(tmp_path)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.exit_status == 128 + signal.SIGKILL
+    assert all(is_gone(pid) for pid in children)
+
+
+def test_servers_end_when_their_owner_is_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from megatron_fipo.rollout.server_api import LaunchPlan\n"
+            "from megatron_fipo.rollout.server_process import ServerProcess\n"
+            f"process = ServerProcess(LaunchPlan((sys.executable, '-c', {textwrap.dedent(FAMILY)!r})), "
+            f"Path({str(tmp_path / 'log')!r}))\n"
+            "print(process._guard.pid, process.pid, flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(process_guard.__file__).parents[2],
+    )
+    assert owner.stdout is not None
+    guard, server = map(int, owner.stdout.readline().split())
+    owner.kill()
+    owner.communicate()
+    for pid in (guard, server):
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
+        assert is_gone(pid)
+
+
+def test_a_server_is_in_no_world_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    process, _ = family(tmp_path)
+    assert process.log_tail().split()[3:] == ["None", "blue"]
+    process.kill()
+
+
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"servers\.python=/no/python is not an executable file"):
+        ServerProcess(LaunchPlan(("/no/python",)), tmp_path / "log")
+
+
+def test_ports() -> None:
+    port = free_port()
+    assert is_free("127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert not is_free("127.0.0.1", port)
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers by the route's name."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        route = self.path[1:]
+        if route == "drop":
+            self.connection.close()
+            return
+        if route == "slow":
+            self.server.release.wait()  # type: ignore[attr-defined]
+        status, text = {
+            "good": (200, '{"a": [1]}'),
+            "empty": (200, ""),
+            "text": (200, "Cache flushed."),
+            "refused": (400, '{"error": {"message": "temperature must not be -1"}}'),
+            "message": (400, '{"success": false, "message": "no such tensor"}'),
+            "failed": (500, "Internal Server Error"),
+            "gateway": (503, "no worker"),
+            "short": (200, '{"a": [1'),
+            "slow": (200, "{}"),
+        }[route]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text) + (100 if route == "short" else 0)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+        if route == "short":
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.release = threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.release.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+def post(url: str, route: str, timeout_s: float = 60.0) -> object:
+    async def ask() -> object:
+        async with aiohttp.ClientSession() as session:
+            return await ServerConnection(session, url).post(f"/{route}", {"x": 1}, timeout_s=timeout_s)
+
+    return asyncio.run(ask())
+
+
+def test_answers(url: str) -> None:
+    assert post(url, "good") == {"a": [1]}
+    assert post(url, "empty") is None
+    assert post(url, "text") == "Cache flushed."
+
+
+@pytest.mark.parametrize(
+    ("route", "words"),
+    [
+        ("refused", "/refused answered 400: temperature must not be -1$"),
+        ("message", "/message answered 400: no such tensor$"),
+        ("failed", "/failed answered 500: Internal Server Error$"),
+    ],
+)
+def test_refusals_are_in_the_servers_words(url: str, route: str, words: str) -> None:
+    with pytest.raises(ServerRefusedError, match=words):
+        post(url, route)
+
+
+@pytest.mark.parametrize("route", ["drop", "short", "gateway"])
+def test_lost_answers_may_be_asked_for_again(url: str, route: str) -> None:
+    with pytest.raises(ServerUnreachableError, match=f"{url}/{route}"):
+        post(url, route)
+
+
+def test_late_answers_may_be_asked_for_again(url: str) -> None:
+    with pytest.raises(ServerUnreachableError, match=r"did not answer within 0\.1 s"):
+        post(url, "slow", timeout_s=0.1)
+
+
+def test_nobody_at_home() -> None:
+    with pytest.raises(ServerUnreachableError, match="could not be asked"):
+        post(f"http://127.0.0.1:{free_port()}", "good")
+
+
+# --- the thread -------------------------------------------------------------------------------------------------------
+
+
+def test_coroutines_run_in_the_thread_and_are_cancelled_with_their_caller() -> None:
+    loop = EventLoopThread()
+    seen: list[str] = []
+
+    async def work(seconds: float) -> str:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+        return threading.current_thread().name
+
+    assert loop.run(work(0)) == "servers"
+
+    async def caller() -> None:
+        assert await loop.run_here(work(0)) == "servers"
+        task = asyncio.ensure_future(loop.run_here(work(600)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(caller())
+    rest = loop.submit(work(600))
+    loop.stop()
+    assert rest.cancelled()
+    assert seen  # the last one surely had begun
+
+
+# --- SGLang -----------------------------------------------------------------------------------------------------------
+
+SPEC = LaunchSpec("python", Path("/models/tiny"), "127.0.0.1", 3000, "bfloat16", "7", tp=2, cpu_cores=((0, 1), (2, 3)))
+
+
+def test_the_command_on_the_cpu() -> None:
+    plan = SglangAdapter().launch_plan(replace(SPEC, extra_args=("--more", "1"), max_total_tokens=50))
+    assert plan.command[0] == "python"
+    assert plan.command[1].endswith("sglang_cpu_launcher.py")
+    text = " ".join(plan.command)
+    for part in ("--model-path /models/tiny", "--port 3000", "--dtype bfloat16", "--tp 2", "--weight-version 7"):
+        assert part in text
+    assert "--max-total-tokens 50" in text
+    assert text.endswith("--more 1")
+    assert plan.environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0,1|2,3"
+    assert plan.environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_command_on_gpus() -> None:
+    spec = replace(SPEC, device="cuda", gpus=(4, 5), releases_memory=True, reproducible=True)
+    plan = SglangAdapter().launch_plan(spec)
+    assert plan.command[1:3] == ("-m", "sglang.launch_server")
+    assert {"--enable-memory-saver", "--enable-deterministic-inference"} <= set(plan.command)
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert router_plan(spec, ["http://a:1"], 9).command[1:3] == ("-m", "sglang_router.launch_router")
+
+
+def test_seeds_on_the_cpu_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"servers\.reproducible=true: SGLang draws tokens from their request's seed on"
+    ):
+        SglangAdapter().launch_plan(replace(SPEC, reproducible=True))
+
+
+def answer(**changes: object) -> dict[str, object]:
+    meta = {
+        "finish_reason": {"type": "length"},
+        "output_token_logprobs": [[-1.0, 5, None], [-2.0, 6, None]],
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
+        "cached_tokens": 9,
+    }
+    return {"output_ids": [5, 6], "meta_info": meta | changes}
+
+
+def test_an_answer_becomes_a_completion() -> None:
+    completion = _completion(answer(), "http://s")
+    assert completion.token_ids == [5, 6]
+    assert completion.log_probs == [-1.0, -2.0]
+    assert completion.version_spans == [("3", 0, 1), ("4", 1, 2)]
+    assert (completion.finish_reason, completion.num_cached_tokens) == ("length", 9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output_token_logprobs": [[-1.0, 5, None]]},
+        {"weight_versions": []},
+        {"weight_versions": [{"version": "3", "start": 0, "end": 1}]},
+        {"weight_versions": [{"version": "3", "start": 1, "end": 2}]},
+        {"finish_reason": None},
+        {"finish_reason": {"type": "oops"}},
+    ],
+)
+def test_an_answer_whose_parts_do_not_fit_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ServerRefusedError, match="do not belong together"):
+        _completion(answer(**changes), "http://s")
+
+
+def test_the_last_words_are_the_errors_in_a_log() -> None:
+    log = "INFO fine\nTraceback (most recent call last):\n  File x\nRuntimeError: Not enough memory\nReceived sigquit\n"
+    assert SglangAdapter().reason_of_exit(log) == "RuntimeError: Not enough memory"
+    assert SglangAdapter().reason_of_exit("one\ntwo\n") == "one\ntwo"
+
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_whose_server_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """The real path through process, log and error, with a Python that has no SGLang."""
+    loop = EventLoopThread()
+    spec = replace(SPEC, python=sys.executable, port=free_port(), device="cuda", gpus=(0,))
+    pool = ServerPool(SglangAdapter(), [spec], log_folder=tmp_path, settings=WatchSettings(start_timeout_s=60.0))
+    with pytest.raises(
+        ServerError, match=r"(?s)sglang-0 exited with 1 \(log: .*No module named 'sglang'|ModuleNotFound"
+    ):
+        loop.run(pool.start())
+    loop.stop()
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 4, 5, 6})
+    assert _cores(2) == [(2, 3), (4, 5)]
+    assert _cores(6) == [(2,), (3,), (4,), (5,), (6,), (2,)]
+
+
+SOUND = ["model.path=m", "data.train.a.kind=chain_arithmetic", "data.train.a.verifier=chain_arithmetic"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["servers.urls=[https://a:1]"], "servers.urls: 'https://a:1' is not of the form http://host:port"),
+        (["servers.router=true", "rollout.engine=vllm"], "sglang-router speaks to SGLang only"),
+        (["servers.router=true", "servers.urls=[http://a:1]"], "Remove servers.urls, or it"),
+        (["servers.weight_sync=disk", "servers.keep_snapshot=false"], "Set keep_snapshot=true"),
+        (["servers.weight_sync=distributed", "servers.placement=colocated"], "Set weight_sync=tensor"),
+        (["servers.gpus=[1]", "servers.tp=2"], r"servers.gpus=\[1\]: .* take 2"),
+        (["servers.gpus=[1,1]", "servers.tp=2"], "must be different numbers"),
+        (["servers.device=cuda"], "servers.gpus is empty: placement=dedicated needs GPUs of its own"),
+        (["servers.placement=shared"], "must be one of dedicated, colocated"),
+        (["servers.base_port=80"], "must be between 1024 and 65535"),
+    ],
+)
+def test_settings_that_contradict_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(None, [*SOUND, "rollout.engine=sglang", *overrides]))
+
+
+def test_sound_settings() -> None:
+    for engine in ("sglang", "vllm", "in_process"):
+        validate(load_config(None, [*SOUND, f"rollout.engine={engine}"]))
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": ()}, "the prompt is empty"),
+        ({"prompt_ids": (3, 10)}, r"prompt_ids reach from 3 to 10; the model has tokens 0 … 9"),
+        ({"prefix": (-1,)}, "prefix reach from -1"),
+        ({"sampling": SamplingParams(4, temperature=-0.1)}, "temperature must be at least 0"),
+        ({"sampling": SamplingParams(4, top_p=1.1)}, "top_p must lie in"),
+        ({"sampling": SamplingParams(1), "prefix": (3,)}, "max_tokens=1 leaves nothing after a prefix of 1"),
+        ({"prefix": (2,)}, "its prefix ends in stop token 2"),
+    ],
+)
+def test_requests_that_no_engine_could_generate(changes: dict[str, object], message: str) -> None:
+    request = GenerationRequest("a/1", 0, 0, (3, 4), SamplingParams(4), seed=1)
+    check_request(request, 10, {2})
+    with pytest.raises(ValueError, match=f"sample 'a/1': .*{message}"):
+        check_request(replace(request, **changes), 10, {2})  # type: ignore[arg-type]

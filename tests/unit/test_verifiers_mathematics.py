@@ -1,0 +1,254 @@
+"""Mathematics: a table of tricky answers checked by hand, the conventions, and answers made to do harm."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.rl.verifiers import mathematics
+from megatron_fipo.rl.verifiers.answer_markers import MAX_SEARCHED_CHARACTERS, last_answer_tag, last_boxed, last_line
+from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
+from megatron_fipo.rl.verifiers.math_text import cleaned, is_computable
+from megatron_fipo.rl.verifiers.plain_numbers import read_plain_number
+from megatron_fipo.rl.verifiers.pool import VerifierPool
+from megatron_fipo.rl.verifiers.registry import load_verifier
+from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict, VerifierFunction, VerifierJob
+
+TABLE = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "data" / "tricky_answers.jsonl").read_text(encoding="utf-8").splitlines()
+]
+TEN_MEGABYTES = 10**7
+
+
+def function(name: str) -> VerifierFunction:
+    verifier = load_verifier(name)
+    assert not isinstance(verifier, JobVerifier)
+    return verifier
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[f"{number}-{row['topic']}" for number, row in enumerate(TABLE, start=1)])
+def test_tricky_answers(row: dict[str, Any]) -> None:
+    verdict = function(row["verifier"])(row["response"], row["reference"], "stop")
+    assert verdict.correct is row["correct"], row
+    assert not verdict.error
+
+
+def test_the_table_can_tell_judges_apart() -> None:
+    """The control: neither equal texts, nor the last number, nor a judge that always says one thing, would pass it."""
+
+    def as_text(response: str, reference: str) -> bool:
+        return response.rpartition("Answer: ")[2] == reference or f"boxed{{{reference}}}" in response
+
+    def last_number(response: str, reference: str) -> bool:
+        return re.findall(r"-?[\d.]+", response)[-1:] == re.findall(r"-?[\d.]+", reference)[-1:]
+
+    assert len(TABLE) >= 100
+    for judge in (as_text, last_number, lambda response, reference: True, lambda response, reference: False):
+        wrong = sum(judge(row["response"], row["reference"]) is not row["correct"] for row in TABLE)
+        assert wrong > 25, judge
+
+
+# --------------------------------------------------------------------------------------------------- conventions
+
+
+@pytest.mark.parametrize(
+    ("response", "any_marker", "answer_line", "boxed"),
+    [
+        (r"Answer: 1 and \boxed{2}", "2", r"1 and \boxed{2}", "2"),
+        (r"\boxed{2}" + "\nAnswer: 1", "1", "1", "2"),
+        ("Answer: 1" + "\n" + " so" * 100, "1", "", ""),
+        ("Answer: 1" + "\n" + " so" * 90, "1", "1", ""),
+        ("It is 1", "", "", ""),
+    ],
+)
+def test_conventions_look_where_they_say(response: str, any_marker: str, answer_line: str, boxed: str) -> None:
+    found = [function(name)(response, "0", "stop").answer for name in ("math", "math_answer", "math_boxed")]
+    assert found == [any_marker, answer_line, boxed]
+
+
+def test_scores_are_one_and_zero_and_truncated_responses_are_judged() -> None:
+    assert mathematics.verify("Answer: 4", "4", "length") == Verdict(1.0, "4")
+    assert mathematics.verify("Answer: 5", "4", "stop") == Verdict(0.0, "5")
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("1,234.5", Fraction(2469, 2), ""),
+        (".5", Fraction(1, 2), ""),
+        ("-3/4", Fraction(-3, 4), ""),
+        (r"2\frac{1}{4}", Fraction(9, 4), ""),
+        (r"-1.5 \times 10^{-2}", Fraction(-3, 200), ""),
+        ("5 apples", Fraction(5), "apple"),
+        (r"5\text{ cm}^2", Fraction(5), "cm2"),
+        ("3 thousand", Fraction(3000), ""),
+        (r"90^\circ", Fraction(90), "degree"),
+    ],
+)
+def test_plain_numbers(text: str, value: Fraction, unit: str) -> None:
+    number = read_plain_number(cleaned(text))
+    assert number is not None
+    assert (number.readings, number.unit) == (frozenset({value}), unit)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-", "1/0", "12,34", "2 3", "1 3/2", "2 pi", "x", "1e9999", "1" * 201, "5 x", "1.2.3"]
+)
+def test_what_is_no_plain_number(text: str) -> None:
+    assert read_plain_number(cleaned(text)) is None
+
+
+# -------------------------------------------------------------------------------------------------- hostile answers
+
+HOSTILE = {
+    "digits": "Answer: " + "7" * TEN_MEGABYTES,
+    "open boxes": "\\boxed{" * (TEN_MEGABYTES // 7),
+    "braces": "{" * TEN_MEGABYTES,
+    "boxes in boxes": "\\boxed{" * 20_000 + "5" + "}" * 20_000,
+    "answers": "Answer: 1\n" * (TEN_MEGABYTES // 10),
+    "empty answers": "answer:\n" * (TEN_MEGABYTES // 8),
+    "line feeds": "Answer:" + "\n" * TEN_MEGABYTES,
+    "spaces": "answer" + " " * TEN_MEGABYTES + ":5",
+    "tags": "<answer>" * (TEN_MEGABYTES // 8),
+    "fractions in fractions": "\\boxed{" + "\\frac{1}{" * 300 + "1" + "}" * 300 + "}",
+    "parentheses": "\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
+    "tower": "\\boxed{9^{9^{9^{9}}}}",
+    "Python's tower": "Answer: 9**9**9",
+    "tower in brackets": "\\boxed{(9^{9})^{(9^9)}}",
+    "tower of brackets": "\\boxed{(((9^{5000})^{5000})^{5000})^{5000}}",
+    "exponent": "\\boxed{2^{99999999999}}",
+    "scientific": "Answer: 9e999999999",
+    "factorial": "\\boxed{99999999!}",
+    "binomial": "\\boxed{\\binom{99999999}{49999999}}",
+    "expansion": "\\boxed{(x+y+z)^{4999}}",
+    "integral": "\\boxed{\\int_0^1 \\sin(\\sin(\\sin(x^x))) dx}",
+    "exponentials": "\\boxed{\\exp(\\exp(\\exp(100)))}",
+    "factorials of factorials": "\\boxed{((99!)!)!}",
+    "import": "Answer: __import__('os').system('touch pwned')",
+    "surrogate": "Answer: \x00\ud800",
+}
+
+
+def test_hostile_answers_are_wrong_and_leave_their_neighbours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = [
+        VerifierJob("math", text, "5000000") for hostile in HOSTILE.values() for text in (hostile, "Answer: 5000000")
+    ]
+    with VerifierPool(num_workers=2, timeout_s=60.0, verifiers=["math"]) as pool:
+        verdicts = pool.judge_all(jobs)
+    # An error would mean that a worker was killed.
+    assert [verdict.error for verdict in verdicts] == [""] * len(jobs)
+    assert {name for name, verdict in zip(HOSTILE, verdicts[0::2], strict=True) if verdict.correct} == set()
+    assert all(verdict.correct for verdict in verdicts[1::2])
+    assert max(len(verdict.answer) for verdict in verdicts) <= mathematics.MAX_SHOWN_CHARACTERS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the answers above are as hostile as they look, and the pool survives them even so."""
+    (tmp_path / "careless.py").write_text(
+        "from megatron_fipo.rl.verifiers import mathematics\n"
+        "mathematics.is_computable = lambda text: True\n"
+        "verify = mathematics.verify\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    jobs = [VerifierJob("careless:verify", text, "7") for text in (HOSTILE["binomial"], "Answer: 7")]
+    with VerifierPool(timeout_s=3.0, memory_gib=2.0, verifiers=["careless:verify"]) as pool:
+        hostile, honest = pool.judge_all(jobs)
+    assert "took longer than verifier.timeout_s=3" in hostile.error
+    assert honest.correct
+
+
+@pytest.mark.parametrize(
+    ("text", "computable"),
+    [
+        ("2^{2024}", True),
+        ("x^{2^{10}}", True),
+        ("e^{x^{2}}", True),
+        (r"\left(\frac{2}{3}\right)^{2024}", True),
+        ("(x+1)^{10}", True),
+        ("20!", True),
+        ("2^{2^{13}}", False),
+        ("2^{5001}", False),
+        ("5001!", False),
+        (r"\binom{5001}{2}", False),
+        ("(2^{1000})^{1000}", False),
+        ("(" * 25 + ")" * 25, False),
+    ],
+)
+def test_what_is_computable(text: str, computable: bool) -> None:
+    assert is_computable(text) is computable
+
+
+def test_markers_are_looked_for_near_the_end_only() -> None:
+    filler = "." * (MAX_SEARCHED_CHARACTERS - 9)
+    assert last_boxed("x" + r"\boxed{1}" + filler) == (1, "1")
+    assert last_boxed("x" + r"\boxed{1}." + filler) is None
+    assert last_answer_tag("<answer>1</answer>" + filler) is None
+    assert last_line("1\n" + filler + "\n2\n\n") == "2"
+    assert last_boxed(r"\boxed{\boxed{1} and \{ \boxed{2}}") == (0, r"\boxed{1} and \{ \boxed{2}")
+
+
+# ------------------------------------------------------------------------------------------------------- CPU limit
+
+
+def spin() -> Iterator[None]:
+    while True:
+        yield
+
+
+def test_cpu_limit_interrupts_and_cleans_up() -> None:
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(CpuLimitError), cpu_limit(0.05):
+        for _ in spin():
+            pass
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    with cpu_limit(60.0):
+        result = sum(range(1000))
+    assert result == 499500
+
+
+def test_cpu_limit_comes_through_code_that_swallows_exceptions() -> None:
+    swallowed = []
+
+    def stubborn() -> None:
+        for _ in spin():
+            try:
+                for _ in spin():
+                    pass
+            except CpuLimitError as error:
+                swallowed.append(error)
+                if len(swallowed) == 3:
+                    raise
+
+    with pytest.raises(CpuLimitError), cpu_limit(0.05):
+        stubborn()
+    assert len(swallowed) == 3
+
+
+def test_cpu_limit_is_not_for_other_threads() -> None:
+    results: list[int] = []
+
+    def work() -> None:
+        with cpu_limit(0.001):
+            results.append(sum(range(10**6)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [499999500000]

@@ -1,0 +1,151 @@
+"""Weights on their way: packed into buckets, kept as snapshots, and broadcast to processes of other worlds."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fipo.parallel.external_group import ExternalGroup
+from megatron_fipo.rollout.weight_buckets import SnapshotWriter, pack
+from tests.models import TINY, load, save_random_model
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 300.0
+MEMBER = str(Path(__file__).with_name("external_group_member.py"))
+
+
+def weights(*sizes: int) -> list[tuple[str, Tensor]]:
+    return [(f"t{i}", torch.randn(size)) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bucket_bytes", "expected"),
+    [
+        ((4, 4, 4), 32, [["t0", "t1"], ["t2"]]),
+        ((4, 4, 4), 48, [["t0", "t1", "t2"]]),
+        ((4, 4, 4), 47, [["t0", "t1"], ["t2"]]),
+        ((1, 100, 1, 1), 16, [["t0"], ["t1"], ["t2", "t3"]]),
+        ((100, 100), 1, [["t0"], ["t1"]]),
+        ((), 16, []),
+    ],
+)
+def test_buckets_hold_what_fits(sizes: tuple[int, ...], bucket_bytes: int, expected: list[list[str]]) -> None:
+    tensors = weights(*sizes)
+    found, names = {}, []
+    for bucket in pack(iter(tensors), bucket_bytes, torch.float32, CPU):
+        names.append([spec.name for spec in bucket.specs])
+        found |= {name: tensor.clone() for name, tensor in bucket.tensors()}
+        assert [spec.start for spec in bucket.specs] == [0, *(spec.stop for spec in bucket.specs[:-1])]
+        assert len(bucket.flat) == bucket.specs[-1].stop
+    assert names == expected
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors)
+
+
+def test_a_bucket_stays_until_the_one_after_the_next_is_asked_for() -> None:
+    tensors = weights(4, 4, 4)
+    buckets = pack(iter(tensors), 16, torch.float32, CPU)
+    first, second = next(buckets), next(buckets)
+    assert torch.equal(next(iter(first.tensors()))[1], tensors[0][1])
+    third = next(buckets)
+    assert torch.equal(next(iter(second.tensors()))[1], tensors[1][1])
+    assert torch.equal(next(iter(first.tensors()))[1], tensors[2][1])  # its memory is the third's now
+    assert third.flat.data_ptr() == first.flat.data_ptr()
+
+
+def test_tensors_are_converted_and_may_be_views() -> None:
+    table = torch.randn(3, 5)
+    (bucket,) = pack(iter([("a", table.t()), ("b", torch.tensor(2.0))]), 1000, torch.bfloat16, CPU)
+    tensors = dict(bucket.tensors())
+    assert torch.equal(tensors["a"], table.t().bfloat16())
+    assert tensors["b"].shape == ()
+    assert [(spec.dtype, spec.shape) for spec in bucket.specs] == [(torch.bfloat16, (5, 3)), (torch.bfloat16, ())]
+
+
+def test_a_name_that_comes_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="t0 came twice"):
+        list(pack(iter([*weights(1), *weights(1)]), 100, torch.float32, CPU))
+
+
+def test_a_snapshot_is_a_model_folder(tmp_path: Path) -> None:
+    base, other = save_random_model(tmp_path / "base"), load(save_random_model(tmp_path / "other", seed=1))
+    (base / "tokenizer.json").write_text("{}")
+    snapshots = SnapshotWriter(tmp_path / "snapshots", base)
+    folders = []
+    for version in ("7", "8"):
+        snapshots.begin()
+        for bucket in pack(iter(other.state_dict().items()), 20_000, torch.float32, CPU):
+            snapshots.add(bucket)
+        folders.append(snapshots.commit(version))
+    loaded = load(folders[0]).state_dict()
+    assert loaded.keys() == other.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items())
+    assert (folders[0] / "tokenizer.json").exists()
+    assert len(list(folders[0].glob("*.safetensors"))) > 2
+    index = json.loads((folders[0] / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in other.state_dict().values())
+    snapshots.keep_only(folders[1])
+    assert list((tmp_path / "snapshots").iterdir()) == [folders[1]]
+
+
+def test_an_unfinished_snapshot_is_none(tmp_path: Path) -> None:
+    base = save_random_model(tmp_path / "base")
+    snapshots = SnapshotWriter(tmp_path / "snapshots", base)
+    snapshots.begin()
+    snapshots.add(next(pack(iter(weights(4)), 100, torch.float32, CPU)))
+    assert [folder.name for folder in (tmp_path / "snapshots").iterdir()] == ["partial"]
+    snapshots.begin()
+    assert not list((tmp_path / "snapshots/partial").glob("*.safetensors"))
+    assert TINY["vocab_size"] == 20
+
+
+# --- the group -------------------------------------------------------------------------------------------------------
+
+
+def join(group: ExternalGroup, num_bytes: int) -> subprocess.Popen[str]:
+    """A member in a process of its own; both have met when this returns."""
+    member = subprocess.Popen(
+        [sys.executable, MEMBER, str(group.port), str(num_bytes)], stdout=subprocess.PIPE, text=True
+    )
+    group.meet()
+    return member
+
+
+def test_broadcast_to_a_process_outside_our_world() -> None:
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    member = join(group, num_bytes=40)
+    (bucket,) = pack(iter(weights(10)), 100, torch.float32, CPU)
+    group.broadcast(bucket.flat, lambda: None)
+    output, _ = member.communicate()
+    assert json.loads(output) == bucket.flat.tolist()
+    group.leave()
+
+
+def test_a_member_that_is_gone_is_an_error_and_the_name_is_free_again() -> None:
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    join(group, num_bytes=0).communicate()
+    with pytest.raises(RuntimeError):
+        group.broadcast(torch.zeros(2**24, dtype=torch.uint8), lambda: None)
+    group.leave()
+
+
+def test_what_a_member_says_ends_the_wait() -> None:
+    """Nobody is going to receive; `check` knows why, long before any time-out."""
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    member = join(group, num_bytes=2**26)
+    member.send_signal(signal.SIGSTOP)
+
+    def refuse() -> None:
+        raise ValueError("it said no")
+
+    with pytest.raises(ValueError, match="it said no"):
+        group.broadcast(torch.zeros(2**26, dtype=torch.uint8), refuse)
+    member.kill()
+    member.communicate()
+    group.leave()

