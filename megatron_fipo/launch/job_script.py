@@ -64,6 +64,7 @@ done
 
 _REQUEUE = """\
 export FIPO_HEAD_ADDRESS=${{head_node_ip%% *}}
+unset SLURM_UNBUFFEREDIO # srun would open a terminal for the run, and progress bars would fill the log
 queue_again() {{
     local status=$?
     if [ "$status" -eq {exit_saved} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then

@@ -216,8 +216,8 @@ def _slurm_problems(settings: Settings) -> list[str]:
         problems.append(f"signal_before_end_s={before_s}: Slurm takes 1 to 65535.")
     elif before_s + SLURM_LEAD_S >= limit_s:
         problems.append(
-            f"signal_before_end_s={before_s}: Slurm may send it {SLURM_LEAD_S} s earlier still, and time={settings.time} "
-            f"is {limit_s} s, so the run would hardly start. Lower it, or raise time."
+            f"signal_before_end_s={before_s}: Slurm may send it {SLURM_LEAD_S} s earlier still, and "
+            f"time={settings.time} is {limit_s} s, so the run would hardly start. Lower it, or raise time."
         )
     if settings.ssh.host:
         for key in ("project_dir", "job_dir"):

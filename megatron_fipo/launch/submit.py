@@ -94,8 +94,8 @@ def _check_resume(config: Config, settings: Settings) -> None:
         return
     if not config.train.resume:
         raise ConfigError(
-            "train.resume=false: Slurm may start the job again (after its time limit, a preemption or a lost node), and "
-            "each time it would begin anew. Add train.resume=true."
+            "train.resume=false: Slurm may start the job again (after its time limit, a preemption or a lost node), "
+            "and each time it would begin anew. Add train.resume=true."
         )
     if config.checkpoint.every_num_steps == 0:
         print(

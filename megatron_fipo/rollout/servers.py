@@ -255,7 +255,8 @@ class ServerPool:
             await self._set(server, State.READY, "")
 
     async def set_stale(self, server: Server, reason: str) -> None:
-        """Keep a server from generating until a full update has succeeded."""
+        """Keep a server from generating until a full update has succeeded; requests to it are lost."""
+        self._drop_requests(server)
         await self._set(server, State.STALE, reason)
 
     async def restart(self, server: Server, reason: str) -> None:

@@ -134,6 +134,8 @@ class WeightSync:
             transferred = time.perf_counter()
             expected = ledger.expected()
             session.each(lambda server: _check(server, expected, self._timeout_s))
+            # Only now: no token is generated with weights that are not proven.
+            session.each(lambda server: server.client.resume())
         except BaseException as error:
             for server in session.all:
                 self._loop.run(self._pool.set_stale(server, f"the update to weights {version} failed: {error}"))
@@ -214,11 +216,6 @@ async def _open_update(client: InferenceServer) -> None:
     await client.begin_update()
 
 
-async def _end_update(client: InferenceServer, version: str) -> None:
-    await client.end_update(version)
-    await client.resume()
-
-
 class _TensorTransfer:
     """Tensors over HTTP: their values, or on a GPU of this host a handle to them."""
 
@@ -236,7 +233,7 @@ class _TensorTransfer:
 
     def finish(self, session: _Session, version: str, folder: Path | None) -> None:
         self._wait()
-        session.each(lambda server: _end_update(server.client, version))
+        session.each(lambda server: server.client.end_update(version))
 
     def close(self) -> None:
         pass
@@ -264,7 +261,7 @@ class _DiskTransfer:
         async def load(server: Server) -> None:
             await _open_update(server.client)
             await server.client.load_folder(folder, self._timeout_s)
-            await _end_update(server.client, version)
+            await server.client.end_update(version)
 
         session.each(load)
 
@@ -314,7 +311,7 @@ class _DistributedTransfer:
         check()
 
     def finish(self, session: _Session, version: str, folder: Path | None) -> None:
-        session.each(lambda server: _end_update(server.client, version))
+        session.each(lambda server: server.client.end_update(version))
 
     def close(self) -> None:
         if self._group is not None:

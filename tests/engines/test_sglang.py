@@ -32,7 +32,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def test_the_gpu_hash_is_sglangs_own() -> None:
-    """On GPUs its checksums are another hash, which is written anew here; its kernel runs under Triton's interpreter."""
+    """On GPUs its checksums are another hash, written anew here; SGLang's kernel runs under Triton's interpreter."""
     sizes = [1, 5, 32768, 98311]
     command = [str(server_python("sglang")), str(Path(__file__).with_name("triton_hash.py")), *map(str, sizes)]
     theirs = subprocess.run(
@@ -332,7 +332,7 @@ def test_a_wrong_shape_stops_generation(serving: Serving) -> None:
     """The last test on this server, which SGLang's assertion about shapes ends."""
     weights = dict(serving.weights(0))
     weights["model.norm.weight"] = torch.ones(64)
-    with pytest.raises(ServerError, match="no server survived the update|does not hold|shape"):
+    with pytest.raises(ServerError, match=r"no server survived the update|does not hold|shape"):
         serving.engine.update_weights(weights.items(), 70)
     with pytest.raises(RuntimeError, match="no server can generate"):
         serving.generate(request(0, 4))

@@ -1,7 +1,6 @@
-"""A real Slurm on this host: munge, MariaDB, slurmdbd, slurmctld and two slurmd, each a child process on ports of its own.
+"""A real Slurm on this host: munge, MariaDB, slurmdbd, slurmctld and two slurmd, each a child process.
 
-All files lie in one folder; nothing below /etc or /var is read or written, and a Slurm that the host may run stays as
-it is.
+All files lie in one folder and all ports are its own, so a Slurm that the host may run stays as it is.
 """
 
 from __future__ import annotations
@@ -184,8 +183,10 @@ class Daemons:
     def database(self, port: int) -> None:
         data, where = self._folder / "database", f"--socket={self._folder}/database.socket"
         subprocess.run(
-            ["mariadb-install-db", "--user=root", f"--datadir={data}", "--skip-test-db"]
-            + ["--auth-root-authentication-method=socket"],
+            [
+                *("mariadb-install-db", "--user=root", f"--datadir={data}", "--skip-test-db"),
+                "--auth-root-authentication-method=socket",
+            ],
             env=dict(self._environment),
             check=True,
             stdout=subprocess.DEVNULL,

