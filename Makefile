@@ -34,11 +34,11 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 # ENGINE=sglang or ENGINE=vllm: a real server, on the CPU, from an environment of its own.
-SERVER = python=$$($(BIN)/python tools/engines/install.py $(ENGINE)) && \
-	set -- "$$@" rollout.engine=$(ENGINE) servers.python="$$python" run.name=quickstart-$(ENGINE) &&
+SERVER = python=$$($(BIN)/python tools/engines/install.py $(ENGINE)); \
+	set -- rollout.engine=$(ENGINE) servers.python="$$python" run.name=quickstart-$(ENGINE);
 
 demo: $(INSTALLED) ## train the quick-start model with FIPO (ENGINE=sglang or vllm: on that server; ARGS="key=value …")
-	@$(if $(ENGINE),$(SERVER)) \
+	@set -e; $(if $(ENGINE),$(SERVER)) \
 	set -x; $(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml "$$@" $(ARGS)
 
 demo-dapo: $(INSTALLED) ## the same with DAPO, the baseline
@@ -57,9 +57,10 @@ test-fast: $(INSTALLED) ## unit tests only: seconds
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM servers, installed if they are not there
-	MEGATRON_FIPO_SGLANG_PYTHON=$$($(BIN)/python tools/engines/install.py sglang) \
-	MEGATRON_FIPO_VLLM_PYTHON=$$($(BIN)/python tools/engines/install.py vllm) \
-		$(BIN)/python -m pytest tests/engines $(ARGS)
+	@set -e; sglang=$$($(BIN)/python tools/engines/install.py sglang); \
+	vllm=$$($(BIN)/python tools/engines/install.py vllm); \
+	set -x; MEGATRON_FIPO_SGLANG_PYTHON=$$sglang MEGATRON_FIPO_VLLM_PYTHON=$$vllm \
+		$(BIN)/python -m pytest -m "sglang or vllm" $(ARGS)
 
 test-long: $(INSTALLED) ## kill the quick-start at twenty random moments and compare what it comes to
 	$(BIN)/python -m pytest -m long -s $(ARGS)

@@ -185,6 +185,21 @@ def _server_problems(config: Config) -> Iterator[str]:
         )
     if servers.device == "cuda" and servers.placement == "dedicated" and not (servers.gpus or servers.urls):
         yield "servers.gpus is empty: placement=dedicated needs GPUs of its own. Name them, or set placement=colocated."
+    if config.rollout.engine == "vllm":
+        yield from _vllm_problems(config)
+
+
+def _vllm_problems(config: Config) -> Iterator[str]:
+    """Sampling that vLLM changes or rejects; it would say so at the first request, or not at all."""
+    if config.rollout.top_p < 1:
+        yield (
+            f"rollout.top_p={config.rollout.top_p}: vLLM gives log-probs that are renormalised over the nucleus, which "
+            "compare with no actor's. Set rollout.top_p=1, or take rollout.engine=sglang."
+        )
+    for section in ("rollout", "evaluation"):
+        temperature = getattr(config, section).temperature
+        if 0 < temperature < 0.01 or temperature > 2:
+            yield f"{section}.temperature={temperature}: vLLM samples at 0, or between 0.01 and 2."
 
 
 def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:

@@ -89,7 +89,7 @@ def submit(job: Job) -> Submitted:
 
 def executor(job: Job) -> Any:
     """NeMo-Run's executor of the job."""
-    import nemo_run
+    import nemo_run  # type: ignore[import-not-found]
 
     settings = job.settings
     if settings.is_local:

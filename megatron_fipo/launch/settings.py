@@ -238,10 +238,10 @@ def _slurm_problems(settings: Settings) -> list[str]:
 
 
 def _environment_problems(settings: Settings) -> list[str]:
-    problems = [
-        f"{key}: {name} is no name of an environment variable. Only names belong here."
+    problems = [  # what stands there may be a secret: it is not repeated
+        f"{key}: entry {number} is no name of an environment variable. Only names belong here."
         for key, names in (("env", settings.env), ("secrets", settings.secrets))
-        for name in names
+        for number, name in enumerate(names, 1)
         if not _VARIABLE.fullmatch(name)
     ]
     problems += [

@@ -34,10 +34,11 @@ class ServerConnection:
     Args:
         session: shared by all servers; made on the event loop that awaits the calls.
         url: http://host:port.
+        is_gateway: whether a router answers there, whose errors from 500 on are those of reaching a worker.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self.session, self.url = session, url.rstrip("/")
+    def __init__(self, session: aiohttp.ClientSession, url: str, *, is_gateway: bool = False) -> None:
+        self.session, self.url, self._is_gateway = session, url.rstrip("/"), is_gateway
 
     async def post(self, route: str, body: Any = None, *, timeout_s: float) -> Any:
         """POST a JSON body ({} if None) and return the decoded answer; None for an empty one, text if not JSON."""
@@ -60,7 +61,7 @@ class ServerConnection:
         except (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError) as error:
             reason = str(error) or type(error).__name__
             raise ServerUnreachableError(f"{place} could not be asked: {reason}") from error
-        if status in (502, 503, 504):
+        if status in (502, 503, 504) or (status >= 500 and self._is_gateway):
             raise ServerUnreachableError(f"{place} answered {status}: {_own_words(text)}")
         if status >= 400:
             raise ServerRefusedError(f"{place} answered {status}: {_own_words(text)}", status)

@@ -336,7 +336,7 @@ class ServerPool:
         port = free_port()
         plan = self._router_plan([server.client.url for server in self.servers], port)
         self._router_process = ServerProcess(plan, self._log_folder / "router.log")
-        self.router = ServerConnection(self._session, f"http://127.0.0.1:{port}")
+        self.router = ServerConnection(self._session, f"http://127.0.0.1:{port}", is_gateway=True)
         deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
         while True:
             if self._router_process.exit_status is not None:

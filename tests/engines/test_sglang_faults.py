@@ -32,7 +32,7 @@ NUM_SAMPLES, NUM_TOKENS = 32, 300
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Two servers behind a router; both hold the second model."""
-    settings = WatchSettings(start_timeout_s=300.0, health_interval_s=1.0, health_timeout_s=15.0, max_restarts=5)
+    settings = WatchSettings(start_timeout_s=300.0, health_interval_s=1.0, health_timeout_s=45.0, max_restarts=5)
     serving = Serving(tmp_path_factory.mktemp("faults"), num_servers=2, router=True, stop=(), settings=settings)
     serving.hold(model=1, version=1)
     yield serving

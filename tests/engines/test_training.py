@@ -34,7 +34,9 @@ def run(folder: Path, engine: str, *overrides: str, **keywords: object) -> None:
     )
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("sglang", marks=pytest.mark.sglang), pytest.param("vllm", marks=pytest.mark.vllm)]
+)
 def test_three_steps_of_fipo(engine: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(folder, engine, "optimizer.num_warmup_steps=1", "optimizer.learning_rate=1e-3", expected=0)
@@ -63,6 +65,7 @@ def _recorded(folder: Path) -> list[tuple[int, int, int]]:
     return [(line["round"], line["prompt_id"], line["sample_index"]) for line in lines if "prompt_id" in line]
 
 
+@pytest.mark.sglang
 def test_a_killed_run_keeps_the_responses_that_are_there(tmp_path: Path) -> None:
     """In the middle of a rollout: what is recorded stays, what is missing is generated, nothing twice."""
     folder = tmp_path / "run"

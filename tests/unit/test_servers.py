@@ -19,12 +19,14 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+import torch
 
 from megatron_fipo.config import ConfigError, load_config, validate
 from megatron_fipo.rollout import process_guard
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, check_request
 from megatron_fipo.rollout.event_loop import EventLoopThread
 from megatron_fipo.rollout.server_api import LaunchPlan, LaunchSpec
+from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerConnection, ServerError, ServerRefusedError, ServerUnreachableError
 from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
 from megatron_fipo.rollout.server_setup import _cores
@@ -179,10 +181,11 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
-def post(url: str, route: str, timeout_s: float = 60.0) -> object:
+def post(url: str, route: str, timeout_s: float = 60.0, is_gateway: bool = False) -> object:
     async def ask() -> object:
         async with aiohttp.ClientSession() as session:
-            return await ServerConnection(session, url).post(f"/{route}", {"x": 1}, timeout_s=timeout_s)
+            connection = ServerConnection(session, url, is_gateway=is_gateway)
+            return await connection.post(f"/{route}", {"x": 1}, timeout_s=timeout_s)
 
     return asyncio.run(ask())
 
@@ -210,6 +213,13 @@ def test_refusals_are_in_the_servers_words(url: str, route: str, words: str) -> 
 def test_lost_answers_may_be_asked_for_again(url: str, route: str) -> None:
     with pytest.raises(ServerUnreachableError, match=f"{url}/{route}"):
         post(url, route)
+
+
+def test_a_routers_errors_are_those_of_reaching_a_worker(url: str) -> None:
+    with pytest.raises(ServerUnreachableError, match="/failed answered 500"):
+        post(url, "failed", is_gateway=True)
+    with pytest.raises(ServerRefusedError, match="/refused answered 400"):
+        post(url, "refused", is_gateway=True)
 
 
 def test_late_answers_may_be_asked_for_again(url: str) -> None:
@@ -397,3 +407,65 @@ def test_requests_that_no_engine_could_generate(changes: dict[str, object], mess
     check_request(request, 10, {2})
     with pytest.raises(ValueError, match=f"sample 'a/1': .*{message}"):
         check_request(replace(request, **changes), 10, {2})  # type: ignore[arg-type]
+
+
+# --- ranks without servers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem_elsewhere", ["", "sglang-0 said no"])
+def test_a_rank_without_servers_drains_and_hears_of_failures_elsewhere(problem_elsewhere: str) -> None:
+    said: list[str] = []
+
+    def agree(problem: str) -> list[str]:
+        said.append(problem)
+        return [problem_elsewhere, problem]
+
+    engine = ServerEngine(
+        None,
+        None,
+        None,
+        agree=agree,
+        share=None,
+        stop_token_ids=[1],
+        vocab_size=10,
+        max_concurrent_requests=1,
+        request_timeout_s=1.0,
+        canary_tolerance=1.0,
+    )
+    stream = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    if problem_elsewhere:
+        with pytest.raises(ServerError, match=r"^sglang-0 said no$"):
+            engine.update_weights(stream, 1)
+    else:
+        engine.update_weights(stream, 1)
+        assert engine.policy_version == 1
+    assert list(stream) == []
+    assert said == [""]
+    assert engine.metrics() == {}
+    with pytest.raises(RuntimeError, match="this rank owns no servers"):
+        asyncio.run(engine.generate(GenerationRequest("a", 0, 0, (3,), SamplingParams(4), seed=1)))
+    engine.close()
+
+
+def test_an_error_here_is_told_to_everyone_and_the_stream_still_drained() -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(1)
+        raise OSError("rank 3 is gone")
+
+    said: list[str] = []
+    engine = ServerEngine(
+        None,
+        None,
+        None,
+        agree=lambda problem: (said.append(problem), [problem])[1],
+        share=None,
+        stop_token_ids=[1],
+        vocab_size=10,
+        max_concurrent_requests=1,
+        request_timeout_s=1.0,
+        canary_tolerance=1.0,
+    )
+    with pytest.raises(ServerError, match="rank 3 is gone"):
+        engine.update_weights(broken(), 1)
+    assert said == ["rank 3 is gone"]
+    assert engine.policy_version == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from megatron_fipo.config import ConfigError, load_config, validate
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.server_api import Completion, LaunchSpec
 from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError
@@ -85,6 +87,22 @@ def test_on_gpus_memory_can_be_released(spec: LaunchSpec) -> None:
     assert plan.environment["CUDA_VISIBLE_DEVICES"] == "4,6"
     with pytest.raises(ValueError, match=r"servers\.placement=colocated: vLLM cannot release its memory on the CPU"):
         VllmAdapter().launch_plan(replace(spec, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.top_p=0.9", "rollout.top_p=0.9: vLLM gives log-probs that are renormalised"),
+        ("rollout.temperature=0.005", "rollout.temperature=0.005: vLLM samples at 0, or between 0.01 and 2"),
+        ("evaluation.temperature=2.5", "evaluation.temperature=2.5: vLLM samples"),
+    ],
+)
+def test_the_configuration_refuses_sampling_that_vllm_changes(override: str, words: str) -> None:
+    sound = ["model.path=m", "data.train.a.kind=chain_arithmetic", "data.train.a.verifier=chain_arithmetic"]
+    validate(load_config(None, [*sound, "rollout.engine=vllm"]))
+    validate(load_config(None, [*sound, "rollout.engine=sglang", override]))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        validate(load_config(None, [*sound, "rollout.engine=vllm", override]))
 
 
 def test_a_continued_response_draws_other_numbers() -> None:

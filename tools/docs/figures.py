@@ -60,9 +60,13 @@ def made_up_response() -> Response:
     return Response(shift, takes_part, values, influence_weights(values, ratio, advantages, OBJECTIVE))
 
 
-def loss_curve(ratios: Tensor, advantage: float, weight: float) -> Tensor:
-    """Loss of one token at each ratio."""
-    return clipped_token_loss(ratios.log(), torch.full_like(ratios, weight * advantage), OBJECTIVE)
+def loss_curve(ratios: Tensor, advantage: float, unclipped_weight: float) -> Tensor:
+    """Loss of one token at each ratio, where exp(F) is unclipped_weight."""
+    advantages = torch.full_like(ratios, advantage)
+    sums = torch.full_like(ratios, math.log(unclipped_weight))
+    return clipped_token_loss(
+        ratios.log(), influence_weights(sums, ratios, advantages, OBJECTIVE) * advantages, OBJECTIVE
+    )
 
 
 def draw() -> Figure:
@@ -72,8 +76,10 @@ def draw() -> Figure:
     shifts = figure.add_subplot(grid[0, :])
     along = [shifts, *(figure.add_subplot(grid[row, :], sharex=shifts) for row in (1, 2))]
     _draw_response(*along, made_up_response())
-    _draw_loss(figure.add_subplot(grid[3, 0]), advantage=1.0, title="4. loss of a token, advantage +1")
-    _draw_loss(figure.add_subplot(grid[3, 1]), advantage=-1.0, title="loss of a token, advantage −1")
+    _draw_loss(
+        figure.add_subplot(grid[3, 0]), advantage=1.0, title="4. loss of a token of advantage +1: flat above 1.28"
+    )
+    _draw_loss(figure.add_subplot(grid[3, 1]), advantage=-1.0, title="of advantage −1: flat below 0.8 and above 10")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
@@ -82,10 +88,10 @@ def draw() -> Figure:
 
 def _draw_response(shifts: Axes, sums: Axes, weights: Axes, response: Response) -> None:
     tokens = torch.arange(NUM_TOKENS)
-    colours = [BLUE if value > 0 else RED for value in response.shift]
-    shown = torch.where(response.takes_part, response.shift, 0.05)
-    colours[EXTREME] = GREY
-    shifts.bar(tokens, shown, width=1.0, color=colours)
+    shown = torch.where(response.takes_part, response.shift, 0.0)
+    shifts.stairs(shown.clamp(min=0), fill=True, color=BLUE)
+    shifts.stairs(shown.clamp(max=0), fill=True, color=RED)
+    shifts.bar(EXTREME + 0.5, 0.05, width=1.0, color=GREY)
     shifts.annotate(
         "ratio 12: left out", (EXTREME, 0.05), (EXTREME + 6, 0.042), fontsize=8, color=GREY, va="center",
     )  # fmt: skip
@@ -113,25 +119,27 @@ def _draw_response(shifts: Axes, sums: Axes, weights: Axes, response: Response) 
 def _half_life(axes: Axes) -> None:
     """A ruler of one half-life that ends where the raised passage begins."""
     half_life, end = OBJECTIVE.half_life_tokens, RAISED.start
-    height = 0.13
-    axes.annotate("", (end - half_life, height), (end, height), arrowprops={"arrowstyle": "<->", "color": GREY})
-    axes.text(end - half_life / 2, height + 0.02, "one half-life", fontsize=8, color=GREY, ha="center")
+    axes.annotate("", (end - half_life, -0.07), (end, -0.07), arrowprops={"arrowstyle": "<->", "color": GREY})
+    axes.text(end - half_life / 2, -0.15, "one half-life", fontsize=8, color=GREY, ha="center")
 
 
 def _draw_loss(axes: Axes, advantage: float, title: str) -> None:
-    low, high = 1 - OBJECTIVE.clip_ratio_low, 1 + OBJECTIVE.clip_ratio_high
-    ratios = torch.logspace(math.log10(0.5), math.log10(20), 400)
+    low, high, dual_clip = 1 - OBJECTIVE.clip_ratio_low, 1 + OBJECTIVE.clip_ratio_high, OBJECTIVE.dual_clip
+    assert dual_clip is not None
+    edges = (high,) if advantage > 0 else (low, OBJECTIVE.safety_ratio, dual_clip)
+    ratios = torch.logspace(math.log10(0.5), math.log10(20), 120)
+    ratios = torch.cat([ratios, torch.tensor(edges), torch.tensor(edges) * 1.0001]).sort().values
     for weight, colour, style in ((0.8, RED, "-"), (1.0, GREY, "--"), (1.2, GREEN, "-")):
-        axes.plot(ratios, loss_curve(ratios, advantage, weight), color=colour, linestyle=style, label=f"f = {weight:g}")
-    assert OBJECTIVE.dual_clip is not None
-    for edge in (low, high) if advantage > 0 else (low, OBJECTIVE.dual_clip):
+        label = f"exp(F) = {weight:g}"
+        axes.plot(ratios, loss_curve(ratios, advantage, weight), color=colour, linestyle=style, label=label)
+    for edge in edges:
         axes.axvline(edge, color=GREY, linewidth=0.6, linestyle=":")
     axes.set_xscale("log")
-    ticks = (0.5, low, high, 2, 4, 10, 20)
+    ticks = (0.5, low, high, OBJECTIVE.safety_ratio, 5, dual_clip, 20)
     axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("ratio r = exp(s)", fontsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="upper right" if advantage > 0 else "upper left")
     _title(axes, title)
 
 

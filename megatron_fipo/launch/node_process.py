@@ -1,0 +1,69 @@
+"""Runs torchrun on one node of a job, and keeps apart the signals that are torchrun's from the one that is not.
+
+    python -m megatron_fipo.launch.node_process python -m torch.distributed.run … -m megatron_fipo.train CONFIG
+
+Slurm sends SIGUSR1 to every process of the job some time before its limit. torchrun and all below it ignore it, because
+this process has them inherit that; it takes the signal itself and sends SIGTERM to the ranks alone. They save and
+leave, and have until the limit: torchrun, had it got the SIGTERM, would kill them after 30 s.
+
+scancel, preemption and requeueing send SIGTERM to every process. torchrun and ranks then act on their own, and this
+process waits for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+EXIT_SAVED = 3
+"""Exit status of a run that was told of its time limit and left before its end; the job is to be queued again."""
+
+
+def run(command: Sequence[str]) -> int:
+    """Run torchrun. Returns its exit status, 128 + N if signal N ended it, or EXIT_SAVED."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
+    torchrun = subprocess.Popen(command)
+    was_told = False
+
+    def stop_the_ranks(number: int, frame: FrameType | None) -> None:
+        nonlocal was_told
+        was_told = True
+        ranks = children_of(torchrun.pid)
+        print(f"the time limit is near: SIGTERM to the ranks {ranks or '(none yet: to torchrun)'}", file=sys.stderr)
+        for pid in ranks or [torchrun.pid]:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:  # it has just ended
+                continue
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _leave_it_to_torchrun)
+    signal.signal(signal.SIGUSR1, stop_the_ranks)
+    status = torchrun.wait()
+    if was_told and status != 0:
+        return EXIT_SAVED
+    return 128 - status if status < 0 else status
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process has started and that have not ended."""
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children += [int(child) for child in task.read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            continue
+    return children
+
+
+def _leave_it_to_torchrun(number: int, frame: FrameType | None) -> None:
+    """It has got the signal, too."""
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
