@@ -92,12 +92,12 @@ class Trainer:
         """
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
-        self.folder, self._lock = self._prepare_folder()
         tokenizer = load_tokenizer(config.model.path)
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.prompts = PromptStream.from_config(config, tokenizer)
         held_out = evaluation_sets(config, tokenizer)
         self.actor = Actor(config, ranks)
+        self.folder, self._lock = self._prepare_folder()  # nothing is written for what cannot run
         self.engine, share = build_engine(config, ranks, tokenizer, self.folder.servers)
         self.handover = Handover(config, self.actor, self.engine)
         # Named at the start: an import that came later would count as its first response's time.

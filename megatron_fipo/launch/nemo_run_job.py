@@ -27,6 +27,10 @@ class NemoRunMissingError(ValueError):
     """NeMo-Run is not installed here."""
 
 
+class SubmissionError(ValueError):
+    """The job was not accepted."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be submitted.
@@ -77,10 +81,21 @@ def submit(job: Job) -> Submitted:
 
     Raises:
         NemoRunMissingError: if NeMo-Run is not installed.
+        SubmissionError: if sbatch refuses the job, or the cluster cannot be reached.
     """
     is_local = job.settings.is_local
     with _experiment(job) as experiment:
-        experiment.run(detach=not is_local, tail_logs=is_local)
+        import invoke  # type: ignore[import-not-found]
+        import paramiko  # type: ignore[import-untyped]
+
+        try:
+            experiment.run(detach=not is_local, tail_logs=is_local)
+        except invoke.exceptions.UnexpectedExit as error:
+            result = error.result
+            raise SubmissionError(f"`{result.command}` failed: {(result.stderr or result.stdout).strip()}") from error
+        except (paramiko.SSHException, OSError) as error:
+            where = job.settings.ssh.host or "this machine"
+            raise SubmissionError(f"{where}: {error or type(error).__name__}") from error
         submitted = experiment.jobs[0]
     if is_local:  # leaving the experiment has waited for it
         return Submitted("", submitted.executor.job_dir, succeeded=submitted.state.name == "SUCCEEDED")
@@ -89,7 +104,7 @@ def submit(job: Job) -> Submitted:
 
 def executor(job: Job) -> Any:
     """NeMo-Run's executor of the job."""
-    import nemo_run  # type: ignore[import-not-found]
+    import nemo_run
 
     settings = job.settings
     if settings.is_local:

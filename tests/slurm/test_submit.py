@@ -11,7 +11,9 @@ from tests.end_to_end.runs import differing, exported_weights, latest_checkpoint
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import SubmittedRun, Submitter
 
-NUM_STEPS = 8
+pytestmark = pytest.mark.slurm
+
+NUM_STEPS = 6
 SECRET_NAME, SECRET = "MEGATRON_FIPO_TEST_SECRET", "hunter2-5f0c"
 
 

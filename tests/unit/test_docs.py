@@ -19,6 +19,7 @@ from megatron_fipo.data.records import read_records
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import VerifierJob
 from tests.unit import documented_metrics as metrics
+from tools.docs import figures
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -149,9 +150,9 @@ def faults(words: list[str]) -> list[str]:
     found += [
         word for word in words if re.match(r"(tools|examples)/.*\.(py|sh|yaml)$", word) and not (ROOT / word).is_file()
     ]
-    if words[0].endswith("megatron-fipo"):
+    if (arguments := _arguments(words)) is not None:
         try:
-            _, rest = _parser().parse_known_args(words[1:])
+            _, rest = _parser().parse_known_args(arguments)
             found += [word for word in rest if word.startswith("-")]
         except SystemExit:
             found.append(" ".join(words))
@@ -159,6 +160,17 @@ def faults(words: list[str]) -> list[str]:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         found += [word for word in words[1:] if "=" not in word and word not in targets]
     return found
+
+
+def _arguments(words: list[str]) -> list[str] | None:
+    """What a call of the command line, or of a tool that is one of its commands, hands to its parser."""
+    if words[0].endswith("megatron-fipo"):
+        return words[1:]
+    if words[1:3] == ["-m", "megatron_fipo.cli"]:
+        return words[3:]
+    if len(words) > 1 and (tool := re.fullmatch(r"tools/convert/(\w+)\.py", words[1])):
+        return ["convert", tool[1].replace("_", "-"), *words[2:]]
+    return None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -175,6 +187,8 @@ NODE_RANK=0 torchrun -m megatron_fipo.train examples/quickstart/fipo.yaml train.
     examples/nowhere/fipo.yaml
 megatron-fipo evaluate c.yaml --modell x
 megatron-fipo preflight c.yaml train.num_steps=5 --world-size 32
+$PYTHON -m megatron_fipo.cli submit c.yaml --cluster file --drier
+python tools/convert/verify.py a b --logit
 ```"""
     assert [faults(words) for words in commands(text)] == [
         [],
@@ -182,16 +196,32 @@ megatron-fipo preflight c.yaml train.num_steps=5 --world-size 32
         ["train.num_step=5", "examples/nowhere/fipo.yaml"],
         ["--modell"],
         [],
+        ["--drier"],
+        ["python tools/convert/verify.py a b --logit"],
     ]
 
 
-def test_the_tutorials_configuration_is_valid(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+CONFIGURATIONS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
+    if re.search(r"^algorithm:", block, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("block", CONFIGURATIONS)
+def test_configurations_are_valid(block: str, tmp_path: Path) -> None:
     (tmp_path / "my_run.yaml").write_text(block)
     config = load_config(tmp_path / "my_run.yaml", [])
-    validate(config, world_size=2)
+    validate(config, world_size=2 * config.parallel.tp * config.parallel.pp * config.parallel.cp)
+
+
+def test_the_tutorials_data_fit_its_configuration(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
     (row,) = re.findall(r"^```json\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_run.yaml").write_text(block)
     (tmp_path / "sums.jsonl").write_text(row)
+    config = load_config(tmp_path / "my_run.yaml", [])
     source = replace(config.data.train["sums"], path=str(tmp_path / "sums.jsonl"))
     assert read_records(source).records[0].reference == "42"
 
@@ -328,15 +358,27 @@ def test_a_warning_without_an_explanation_is_noticed() -> None:
 
 
 def test_the_figure_is_what_the_package_computes() -> None:
-    pytest.importorskip("matplotlib")
-    from tools.docs import figures
-
     response, objective = figures.made_up_response(), figures.OBJECTIVE
     decay, following = 0.5 ** (1 / objective.half_life_tokens), 0.0
     for token in reversed(range(figures.NUM_TOKENS)):
         shift = float(response.shift[token]) if token != figures.EXTREME else 0.0
         following = shift + decay * following
         assert float(response.future_kl[token]) == pytest.approx(following, abs=1e-6)
+    assert objective.dual_clip is not None
     assert float(response.shift[figures.EXTREME].exp()) > objective.dual_clip
     assert float(response.weights.min()) == pytest.approx(objective.influence_min)
     assert float(response.weights.max()) == pytest.approx(objective.influence_max)
+
+
+def test_the_sharded_figure_is_the_same_sum() -> None:
+    response = figures.made_up_response()
+    sharded = figures.sharded_sum(response)
+    assert float((sharded.own + sharded.behind - response.future_kl).abs().max()) < 1e-6
+    assert float(sharded.behind.abs().max()) > 0.1, "without the exchange it would be another"
+    assert sharded.ranks == (0, 1, 1, 0)
+
+
+def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--output", str(tmp_path)])
+    figures.main()
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in (ROOT / "docs/figures").iterdir()}

@@ -1,7 +1,7 @@
-"""Draws docs/figures/fipo.svg: what FIPO does to one made-up response, computed by the package itself.
+"""Draws the figures of docs/fipo.md, computed by the package itself; needs matplotlib.
 
-python tools/docs/figures.py                    # write it; needs matplotlib
-python tools/docs/figures.py --output FILE      # elsewhere; the ending (svg, png) decides the format
+python tools/docs/figures.py                            # writes docs/figures/*.svg
+python tools/docs/figures.py --output DIR --format png  # to look at
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from megatron_fipo.config import FipoConfig
-from megatron_fipo.rl.future_kl import future_kl
+from megatron_fipo.parallel import cp_layout
+from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks
+from megatron_fipo.rl.future_kl import decay_to_end, future_kl, segment_heads, segment_suffix_sum
 from megatron_fipo.rl.objective import clipped_token_loss, influence_weights, participates
 
-TARGET = Path(__file__).resolve().parents[2] / "docs" / "figures" / "fipo.svg"
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "figures"
 OBJECTIVE = FipoConfig(half_life_tokens=32.0, influence_min=0.8, influence_max=1.2, safety_ratio=3.0)
 """Of the paper's 7B recipe: its range shows both ends of the weights."""
 
@@ -30,6 +32,8 @@ RAISED, LOWERED = range(104, 116), range(196, 206)
 """Tokens whose probability the updates so far have raised and lowered."""
 EXTREME = 160
 """A token with a ratio above dual_clip, which Future-KL leaves out."""
+CP_SIZE = 2
+"""Context-parallel ranks of the second figure."""
 
 BLUE, RED, GREY, GREEN = "#1f5fa8", "#b5342b", "#777777", "#2d7f3d"
 
@@ -69,13 +73,77 @@ def loss_curve(ratios: Tensor, advantage: float, unclipped_weight: float) -> Ten
     )
 
 
+@dataclass(frozen=True)
+class ShardedSum:
+    """Future-KL of the response as CP_SIZE ranks compute it; tensors are [NUM_TOKENS] in the response's order."""
+
+    own: Tensor
+    """Each chunk's own sum."""
+    behind: Tensor
+    """What lies behind the chunk adds."""
+    chunk_tokens: int
+    ranks: tuple[int, ...]
+    """Of each chunk."""
+
+
+def sharded_sum(response: Response) -> ShardedSum:
+    """`parallel.cp_suffix_sum` for all ranks in one process: the all-gather is a stack."""
+    x = torch.where(response.takes_part, response.shift, 0.0)
+    whole, half_life = torch.tensor([0, NUM_TOKENS]), OBJECTIVE.half_life_tokens
+    cu_segments = cp_layout.local_cu_segments(whole, CP_SIZE)
+    rows = [cp_layout.local_indices(whole, CP_SIZE, rank) for rank in range(CP_SIZE)]
+    sums = [segment_suffix_sum(x[own_rows], cu_segments, half_life) for own_rows in rows]
+    heads = torch.stack([segment_heads(local, cu_segments).view(1, 2) for local in sums])
+    chunk = torch.tensor([NUM_TOKENS // cp_layout.num_chunks_of(CP_SIZE)])
+    carries = carries_into_chunks(heads, chunk, half_life)
+    own, behind = torch.empty(NUM_TOKENS), torch.empty(NUM_TOKENS)
+    for rank, own_rows in enumerate(rows):
+        own[own_rows] = sums[rank]
+        carry = torch.stack([carries[rank, 0], carries[-1 - rank, 0]]).repeat_interleave(cu_segments.diff())
+        behind[own_rows] = decay_to_end(cu_segments, half_life) * carry
+    return ShardedSum(own, behind, int(chunk), (*range(CP_SIZE), *reversed(range(CP_SIZE))))
+
+
+def draw_sharded() -> Figure:
+    """A chunk's own sums, and what is added to them."""
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+    upper = figure.add_subplot(2, 1, 1)
+    lower = figure.add_subplot(2, 1, 2, sharex=upper)
+    response, sharded = made_up_response(), sharded_sum(made_up_response())
+    tokens, size = torch.arange(NUM_TOKENS), sharded.chunk_tokens
+    for chunk, rank in enumerate(sharded.ranks):
+        part = slice(chunk * size, (chunk + 1) * size)
+        colour = (BLUE, RED)[rank]
+        for axes in (upper, lower):
+            axes.axvspan(part.start, part.stop, color=("#eaf1f9", "#faeceb")[rank], zorder=0, linewidth=0)
+            axes.axvline(part.stop, color="white", linewidth=2, zorder=1)
+        upper.plot(tokens[part], sharded.own[part], color=colour)
+        upper.plot(part.start, sharded.own[part.start], "o", color=colour, markersize=5)
+        label = "from behind the chunk" if not chunk else None
+        lower.plot(tokens[part], sharded.behind[part], color=GREY, linestyle="--", linewidth=1, label=label)
+        upper.text(part.start + size / 2, 0.35, f"chunk {chunk}, rank {rank}", fontsize=8, color=colour, ha="center")
+    lower.plot(tokens, sharded.own + sharded.behind, color=GREEN, label="own sum + that")
+    lower.plot(tokens[::8], response.future_kl[::8], ".", color="black", markersize=3, label="one process")
+    lower.legend(fontsize=8, frameon=False, loc="upper right")
+    lower.set_xlabel("token of the response", fontsize=8)
+    lower.set_xlim(-2, NUM_TOKENS)
+    _title(upper, "each chunk's own sum; the dots, one number a chunk, go to the other rank")
+    _title(lower, "with what lies behind the chunk: Future-KL of the whole response")
+    for axes in (upper, lower):
+        axes.axhline(0, color=GREY, linewidth=0.6)
+        axes.set_ylim(-0.32, 0.42)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    return figure
+
+
 def draw() -> Figure:
     """Three panels along the response, two of the loss."""
     figure = Figure(figsize=(8.6, 8.4), layout="constrained")
     grid = figure.add_gridspec(4, 2, height_ratios=(1, 1, 1, 1.35))
     shifts = figure.add_subplot(grid[0, :])
-    along = [shifts, *(figure.add_subplot(grid[row, :], sharex=shifts) for row in (1, 2))]
-    _draw_response(*along, made_up_response())
+    sums, weights = figure.add_subplot(grid[1, :], sharex=shifts), figure.add_subplot(grid[2, :], sharex=shifts)
+    _draw_response(shifts, sums, weights, made_up_response())
     _draw_loss(
         figure.add_subplot(grid[3, 0]), advantage=1.0, title="4. loss of a token of advantage +1: flat above 1.28"
     )
@@ -148,14 +216,18 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def main() -> None:
-    """Write the figure."""
-    parser = argparse.ArgumentParser(description="Draw docs/figures/fipo.svg.")
-    parser.add_argument("--output", type=Path, default=TARGET, metavar="FILE", help="(default: docs/figures/fipo.svg)")
-    output: Path = parser.parse_args().output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # The same file each time: no date, no random names.
-    with mpl.rc_context({"svg.hashsalt": "megatron_fipo"}):
-        draw().savefig(output, dpi=130, metadata={"Date": None} if output.suffix == ".svg" else None)
+    """Write the figures."""
+    parser = argparse.ArgumentParser(description="Draw the figures of docs/fipo.md.")
+    parser.add_argument("--output", type=Path, default=TARGET, metavar="DIR", help="(default: docs/figures)")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg", help="(default: svg)")
+    arguments = parser.parse_args()
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in (("fipo", draw()), ("context_parallel", draw_sharded())):
+        # The same file each time: no date, no random names.
+        with mpl.rc_context({"svg.hashsalt": "megatron_fipo"}):
+            metadata = {"Date": None} if arguments.format == "svg" else None
+            figure.savefig(folder / f"{name}.{arguments.format}", dpi=130, metadata=metadata)
 
 
 if __name__ == "__main__":
