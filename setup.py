@@ -46,7 +46,7 @@ setup(
         "slurm": ["nemo-run==0.11.1", "leptonai<0.28"],
         "wandb": ["wandb>=0.19"],
         "smollm2": ["gguf>=0.17", "accelerate>=1.10"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "matplotlib>=3.9"],
     },
     entry_points={"console_scripts": ["megatron-fipo = megatron_fipo.cli:main"]},
 )

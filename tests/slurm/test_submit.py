@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.end_to_end.runs import differing, exported_weights, latest_checkpoint_name, step_lines, timeless
+from tests.engines.environments import server_python
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import SubmittedRun, Submitter
 
 pytestmark = pytest.mark.slurm
 
-NUM_STEPS = 6
+NUM_STEPS = 10
 SECRET_NAME, SECRET = "MEGATRON_FIPO_TEST_SECRET", "hunter2-5f0c"
 
 
@@ -95,6 +96,19 @@ def test_the_time_limit_saves_and_a_cancelled_run_stays_cancelled(submit: Submit
     run.wait_until(lambda: f"{saved}: " in run.log(1), "the run goes on from what was saved")
     run.cluster.run("scancel", run.number)
     run.wait_for_end("REQUEUED", "CANCELLED")
+
+
+@pytest.mark.sglang
+def test_each_node_generates_on_a_server_of_its_own(submit: Submitter) -> None:
+    overrides = ("train.num_steps=2", "rollout.engine=sglang", f"servers.python={server_python('sglang')}")
+    run = submit("served", *overrides)
+    run.wait_until(run.has_ended, "the run's end", timeout_s=480)
+    run.wait_for_end("COMPLETED")
+    assert run.num_steps() == 2
+    logs = sorted((run.folder / "servers").glob("rank-*/sglang-0.log"))
+    assert [log.parent.name for log in logs] == ["rank-0", "rank-1"]
+    for log in logs:
+        assert '"POST /generate HTTP/1.1" 200' in log.read_text()
 
 
 def files_holding(text: str, folder: Path) -> list[Path]:
