@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from megatron_fipo.launch import job_script
+from megatron_fipo.launch.node_process import children_of
 from megatron_fipo.launch.settings import Settings
 
 INSTALL_HINT = """\
@@ -84,7 +87,7 @@ def submit(job: Job) -> Submitted:
         SubmissionError: if sbatch refuses the job, or the cluster cannot be reached.
     """
     is_local = job.settings.is_local
-    with _experiment(job) as experiment:
+    with _stopped_by_signals() if is_local else nullcontext(), _experiment(job) as experiment:
         import invoke  # type: ignore[import-not-found]
         import paramiko  # type: ignore[import-untyped]
 
@@ -161,6 +164,31 @@ def _experiment(job: Job) -> Iterator[Any]:
     ) as experiment:
         experiment.add(nemo_run.Script(inline=job.node_script), executor(job), name=job.name)
         yield experiment
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM make a local run save and leave, and then end this process as they would have.
+
+    NeMo-Run starts it in a session of its own, where a terminal's Ctrl-C does not reach it, and waits on.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # The first is what Slurm sends before its limit; a second is meant in earnest.
+        forwarded = signal.SIGTERM if received else signal.SIGUSR1
+        received.append(number)
+        for pid in children_of(os.getpid()):
+            os.killpg(os.getpgid(pid), forwarded)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def _mounts(job: Job) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import Keeping, load_checkpoint, save_checkpoint
+from megatron_fipo.actor.checkpoint import Keeping, begin_checkpoint, load_checkpoint, save_checkpoint
 from megatron_fipo.actor.model import uses_transformer_engine
 from megatron_fipo.config import Config, ModelSection
 from megatron_fipo.parallel import groups as parallel_groups
@@ -186,3 +186,34 @@ def test_layers_are_transformer_engines_where_it_is_installed(folder: Path, rank
     assert any("transformer_engine" in type(module).__module__ for module in actor.models[0].modules())
     names = {name for name, _ in actor.models[0].named_parameters()}
     assert any(name.endswith("linear_qkv.layer_norm_weight") for name in names)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_lent_to_a_server_and_taken_back(folder: Path, ranks: ParallelGroups, dtype: str) -> None:
+    """Colocated servers: nothing of the actor stays on the device, and training goes on as if nothing had been lent."""
+    config, outcomes = config_for(folder, dtype), []
+    for is_lent in (False, True):
+        actor, outcome = Actor(config, ranks), Outcome()
+        train_step(actor, config, 0, outcome)
+        for _ in range(2 if is_lent else 0):  # the second time the host's memory is there already
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            actor.offload()
+            assert before - torch.cuda.memory_allocated() >= 12 * actor.num_parameters, "weights and Adam's two moments"
+            actor.onload()
+        train_step(actor, config, 1, outcome)
+        outcomes.append(outcome.grad_norms)
+        del actor
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_checkpoint_is_written_beside_training(folder: Path, ranks: ParallelGroups, tmp_path: Path) -> None:
+    config = config_for(folder)
+    actor, outcome = Actor(config, ranks), Outcome()
+    train_step(actor, config, 0, outcome)
+    kept = whole_weights(actor)
+    pending = begin_checkpoint(actor, tmp_path / "checkpoints", 1, {"next_step": 1}, Keeping(last=1))
+    train_step(actor, config, 1, outcome)
+    again = Actor(config, ranks)
+    assert load_checkpoint(again, pending.finish()) == {"next_step": 1}
+    assert all(torch.equal(kept[name], weight) for name, weight in whole_weights(again).items())
