@@ -1,6 +1,6 @@
 # make demo trains a small model with FIPO on this machine; make test checks everything. Both set themselves up first.
 
-.PHONY: help install demo demo-dapo lint test test-fast test-engines test-long clean
+.PHONY: help install demo demo-dapo lint test test-fast test-engines test-slurm test-long clean
 .DEFAULT_GOAL := help
 
 # The first of these that is Python 3.11 or 3.12 makes the environment; PYTHON=/path/to/python3.12 overrides.
@@ -61,6 +61,9 @@ test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM s
 	vllm=$$($(BIN)/python tools/engines/install.py vllm); \
 	set -x; MEGATRON_FIPO_SGLANG_PYTHON=$$sglang MEGATRON_FIPO_VLLM_PYTHON=$$vllm \
 		$(BIN)/python -m pytest -m "sglang or vllm" $(ARGS)
+
+test-slurm: $(INSTALLED) ## jobs on a real Slurm of two nodes on this host (root; its Debian packages are installed)
+	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 test-long: $(INSTALLED) ## kill the quick-start at twenty random moments and compare what it comes to
 	$(BIN)/python -m pytest -m long -s $(ARGS)

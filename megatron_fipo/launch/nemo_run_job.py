@@ -168,9 +168,9 @@ def _experiment(job: Job) -> Iterator[Any]:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM make a local run save and leave, and then end this process as they would have.
+    """Have Ctrl-C and SIGTERM make a local run save and leave.
 
-    NeMo-Run starts it in a session of its own, where a terminal's Ctrl-C does not reach it, and waits on.
+    NeMo-Run starts it in a session of its own, where a terminal's Ctrl-C does not reach it, and would wait on.
     """
     received: list[int] = []
 
@@ -178,8 +178,8 @@ def _stopped_by_signals() -> Iterator[None]:
         # The first is what Slurm sends before its limit; a second is meant in earnest.
         forwarded = signal.SIGTERM if received else signal.SIGUSR1
         received.append(number)
-        for pid in children_of(os.getpid()):
-            os.killpg(os.getpgid(pid), forwarded)
+        for group in {os.getpgid(child) for child in children_of(os.getpid())} - {os.getpgrp()}:
+            os.killpg(group, forwarded)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -187,8 +187,6 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if received:
-        raise KeyboardInterrupt
 
 
 def _mounts(job: Job) -> list[str]:

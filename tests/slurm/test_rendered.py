@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,15 +93,3 @@ def test_the_example_without_containers(nemo_run_python: str, tmp_path: Path) ->
     assert "container" not in result.stdout
     assert f"cd {ROOT} || exit 2\n" in result.stdout
     assert f"-m megatron_fipo.train {ROOT}/examples/qwen2_5_32b/dapo.yaml\n" in result.stdout
-
-
-def test_a_local_run_that_fails_says_so(nemo_run_python: str, tmp_path: Path) -> None:
-    file = tmp_path / "cluster.yaml"
-    file.write_text(f"""{{executor: local, gpus_per_node: null, processes_per_node: 2, python: {sys.executable},
-        job_dir: {tmp_path}/jobs}}""")
-    command = [nemo_run_python, "-m", "megatron_fipo.cli", "submit", "examples/quickstart/fipo.yaml"]
-    command += ["model.path=/nowhere", "--cluster", str(file)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "model.path=/nowhere" in result.stdout + result.stderr
-    assert f"logs: {tmp_path}/jobs/experiments/quickstart/" in result.stdout
