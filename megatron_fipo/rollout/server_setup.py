@@ -49,7 +49,7 @@ def build_server_engine(
         folder: for the servers' logs, and for snapshots where servers.snapshot_dir does not say otherwise.
 
     Raises:
-        ValueError: on every rank, if the model is shorter than the responses, or devices or URLs do not suffice.
+        ValueError: on every rank, if the model is shorter than the responses, or the devices do not suffice.
     """
     rollout, section = config.rollout, config.servers
     model = _read_model(config)
@@ -60,8 +60,8 @@ def build_server_engine(
         )
         if local_rank == 0
     ]
-    if section.urls and len(section.urls) < len(owners):
-        raise ValueError(f"servers.urls names {len(section.urls)} servers for {len(owners)} nodes; each needs one.")
+    if section.urls:  # with fewer servers than nodes, the other nodes' ranks wait for those that have one
+        owners = owners[: len(section.urls)]
     device = _device(config)
     colocated = section.placement == "colocated"
     dtype = config.model.dtype

@@ -161,7 +161,7 @@ class Daemons:
     def __call__(self, name: str, *command: str) -> None:
         with (self._folder / f"{name}.out").open("wb") as output:
             process = subprocess.Popen(
-                command,
+                ["setpriv", "--pdeathsig=TERM", *command],  # ends with the tests, also when they are killed
                 env=dict(self._environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -116,8 +115,7 @@ class Submitter:
         small = [text for text in SMALL if not text.startswith("checkpoint.export_huggingface")]
         command = [self.python, "-m", "megatron_fipo.cli", "submit", QUICKSTART, *small, *run, *overrides]
         command += ["--cluster", str(file), *(["--dry-run"] if dry_run else [])]
-        environment = {**self.cluster.environment, **self.environment, "PYTHONPATH": str(ROOT)}
-        environment["PATH"] = f"{os.path.dirname(self.python)}:{environment['PATH']}"
+        environment = {**self.cluster.environment, **self.environment}
         result = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180
         )

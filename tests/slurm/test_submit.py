@@ -101,8 +101,8 @@ def test_the_time_limit_saves_and_a_cancelled_run_stays_cancelled(submit: Submit
 def test_each_node_generates_on_a_server_of_its_own(submit: Submitter) -> None:
     """Skipped where tools/engines/install.py has not installed SGLang."""
     overrides = ("train.num_steps=2", "rollout.engine=sglang", f"servers.python={server_python('sglang')}")
-    run = submit("served", *overrides)
-    run.wait_until(run.has_ended, "the run's end", timeout_s=480)
+    run = submit("served", *overrides, time="20")
+    run.wait_until(run.has_ended, "the run's end", timeout_s=900)  # starting two servers takes most of it
     run.wait_for_end("COMPLETED")
     assert run.num_steps() == 2
     logs = sorted((run.folder / "servers").glob("rank-*/sglang-0.log"))
