@@ -26,9 +26,10 @@ class Handover:
 
     def __init__(self, config: Config, actor: Actor, engine: InProcessEngine | ServerEngine) -> None:
         self._config, self._actor, self._engine = config, actor, engine
+        self._version_at_rollout: int | None = None
 
     def to_rollout(self, policy_version: int) -> None:
-        """Bring the actor's weights to the engine; it can generate with them when this returns.
+        """Bring the actor's weights to the engine, if it has not these; it can generate with them when this returns.
 
         Servers prove by checksums and log-probs that they hold and use these weights. Colocated ones get the actor's
         memory.
@@ -36,6 +37,12 @@ class Handover:
         Raises:
             ServerError: on every rank, if weights did not arrive, or not these.
         """
+        if self._version_at_rollout == policy_version:
+            return
+        self._give(policy_version)
+        self._version_at_rollout = policy_version
+
+    def _give(self, policy_version: int) -> None:
         engine, num_sequences = self._engine, self._config.servers.canary_sequences
         if not isinstance(engine, ServerEngine):
             engine.update_weights(self._actor.weights(), policy_version)
@@ -52,10 +59,14 @@ class Handover:
             engine.check_log_probs(sequences, expected)
 
     def to_training(self) -> None:
-        """Colocated servers give their memory to the actor; nothing is in flight."""
-        if isinstance(self._engine, ServerEngine) and self._engine.colocated:
+        """The actor can compute and be saved when this returns: colocated servers give it their memory back.
+
+        Nothing is in flight. What they generate with next goes over anew.
+        """
+        if isinstance(self._engine, ServerEngine) and self._engine.colocated and self._version_at_rollout is not None:
             self._engine.release_memory()
             self._actor.onload()
+            self._version_at_rollout = None
 
     @property
     def metrics(self) -> Metrics:

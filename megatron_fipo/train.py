@@ -133,28 +133,26 @@ class Trainer:
             self._resume()
         if self.is_leader:
             record_config(config, self.folder)
-        self.handover.to_rollout(self.next_step)
         sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
         with sinks, self.interrupt:
             if self.next_step == 0:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
                 # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
                 is_untouched = self._half_step is None
-                sinks.write(0, self.evaluation.run("before") if is_untouched else self.evaluation.scores_before())
+                sinks.write(0, self._evaluate("before") if is_untouched else self.evaluation.scores_before())
             if self._evaluation_is_due:
-                self._evaluate(sinks)
+                self._evaluate_step(sinks)
             for step in range(self.next_step, config.train.num_steps):
                 metrics = self.train_step(step)
                 self.next_step = step + 1
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
                 if _is_due(self.next_step, config.evaluation.every_num_steps):
-                    self._evaluate(sinks)
+                    self._evaluate_step(sinks)
                 self._save_if_due()
             self._state_to_go_on_from = lambda: self._loop_state(self.next_step)
-            after = self.evaluation.run("after", compare=True)
-            sinks.write(self.next_step, after)
-            self.saved.save(self._loop_state(self.next_step))
+            sinks.write(self.next_step, self._evaluate("after", compare=True))
+            self._save(self._loop_state(self.next_step))
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
         self._say_where_things_lie()
@@ -173,6 +171,9 @@ class Trainer:
             CheckpointError: if that could not be saved.
         """
         clock = StepClock()
+        if self._half_step is None:  # otherwise all that it trains on is recorded, and these weights wrote none of it
+            with clock.phase("weight_sync"):
+                self.handover.to_rollout(step)
         with clock.phase("rollout"):
             groups, generated = self._collect_groups(step)
         state_before = self._state_to_go_on_from()
@@ -184,8 +185,6 @@ class Trainer:
             self._set_old_log_probs(minibatches)
         with clock.phase("update"):
             updates = self._update(step, minibatches, state_before)
-        with clock.phase("weight_sync"):
-            self.handover.to_rollout(step + 1)
         engine_metrics = exchange.merge_metrics(self.handover.metrics, self.ranks.world)
         more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches), **engine_metrics}
         max_response_tokens = self.config.rollout.max_response_tokens
@@ -226,7 +225,7 @@ class Trainer:
         try:
             return self.sampler.take(), generated
         except BatchNotFilledError:
-            self.saved.save(state_before)
+            self._save(state_before)
             raise
 
     def _round_size(self, is_first: bool) -> int:
@@ -295,10 +294,15 @@ class Trainer:
         received = exchanged_bytes(num_sequences, self.ranks.cp.size()) * self.config.train.num_epochs
         return {"perf/suffix_sum_exchange_bytes": Last(received)}
 
-    def _evaluate(self, sinks: SinkGroup) -> None:
+    def _evaluate(self, when: str, **options: bool) -> dict[str, float]:
+        """Evaluate the policy as it is now."""
+        self.handover.to_rollout(self.next_step)
+        return self.evaluation.run(when, **options)
+
+    def _evaluate_step(self, sinks: SinkGroup) -> None:
         """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""
         self._state_to_go_on_from = lambda: {**self._loop_state(self.next_step), "evaluation_is_due": True}
-        sinks.write(self.next_step - 1, self.evaluation.run(f"step_{self.next_step:06d}", announce=False))
+        sinks.write(self.next_step - 1, self._evaluate(f"step_{self.next_step:06d}", announce=False))
         self._evaluation_is_due = False
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -331,7 +335,11 @@ class Trainer:
         self.saved.poll()
         is_last = self.next_step >= self.config.train.num_steps
         if not is_last and _is_due(self.next_step, self.config.checkpoint.every_num_steps):
-            self.saved.save(self._loop_state(self.next_step), in_background=True)
+            self._save(self._loop_state(self.next_step), in_background=True)
+
+    def _save(self, state: Mapping[str, Any], *, in_background: bool = False) -> None:
+        self.handover.to_training()  # the actor's weights may be lent out
+        self.saved.save(state, in_background=in_background)
 
     def _resume(self) -> None:
         state = self.saved.restore()
@@ -347,7 +355,7 @@ class Trainer:
     def _leave_if_asked(self) -> None:
         """Save and leave if any rank has received a signal: after every update, around every generation. Collective."""
         if exchange.any_rank(self.interrupt.received is not None, self.ranks.world):
-            self.saved.save(self._state_to_go_on_from())
+            self._save(self._state_to_go_on_from())
             raise Interrupted
 
     def _say_where_things_lie(self) -> None:
