@@ -83,8 +83,8 @@ class GroupGenerator:
         self._leave_if_asked()
         own_prompts = self.own_share(prompts)
         finished = self._finished(step, round_index, own_prompts, num_samples)
-        num_missing = len(own_prompts) * num_samples - len(finished)
-        if only_recorded and exchange.any_rank(num_missing > 0, self._ranks.world):
+        own_missing = len(own_prompts) * num_samples - len(finished)
+        if only_recorded and (num_missing := sum(exchange.all_gather_objects(own_missing, self._ranks.world))):
             raise ValueError(
                 f"step {step}: the checkpoint was saved between this step's updates, and of the rollouts that they are "
                 f"made on {num_missing} are not recorded any more. Bring the run's folder rollouts/ back, or delete "

@@ -53,7 +53,7 @@ class Work:
     ) -> None:
         self._rank, self._size, self._name = group.rank(), group.size(), name
         self._on_failure_elsewhere, self._silence_s = on_failure_elsewhere, silence_s
-        self._prefix = f"megatron_fipo/work/{next(_numbers)}"
+        self._prefix = f"megatron_fipo/waiting/{next(_numbers)}"
         self._stopped = threading.Event()
         self._beating: threading.Thread | None = None
 

@@ -57,6 +57,20 @@ def in_update(step: int, num_done: int) -> None:
     _die_at(Actor, "update", is_due)
 
 
+def signalled_in_update(step: int, num_done: int) -> None:
+    """Get SIGTERM in a step after so many of its updates, and go on: the run saves and leaves."""
+    done = [0]
+    original = Actor.update
+
+    def signalling(self: Actor, microbatches: Any, loss_function: Any, step_now: int) -> Any:
+        done[0] += step_now == step
+        if step_now == step and done[0] == num_done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, microbatches, loss_function, step_now)
+
+    Actor.update = signalling  # type: ignore[method-assign]
+
+
 def in_save(call: int) -> None:
     """Die in the so-many-th save, when some of its files are written and it has not its name yet."""
     original, calls = dist_checkpointing.save, [0]

@@ -167,3 +167,15 @@ def test_checkpoints_can_hold_an_export_and_be_written_beside_training(tmp_path:
     assert exported.keys() == exported_weights(straight).keys()
     assert differing(exported_weights(folder), exported_weights(straight)) == []
     assert differing(exported, exported_weights(straight)), "two steps more changed the weights"
+
+
+def test_a_step_that_was_stopped_half_way_needs_its_recorded_rollouts(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stop = partial(kills.signalled_in_update, step=0, num_done=1)
+    train(folder, *RUN, "train.num_steps=1", prepare=stop, expected=train_module.EXIT_STOPPED)
+    assert latest_checkpoint_name(folder) == "step_000000_update_0001"
+    shutil.rmtree(folder / "rollouts")
+    outcomes = train(folder, *RUN, "train.num_steps=1", expected=train_module.EXIT_BAD_INPUT)
+    output = " ".join(" ".join(outcome.output.split()) for outcome in outcomes)
+    assert "made on 32 are not recorded any more" in output
+    assert "delete the checkpoint to go on from the one before" in output
