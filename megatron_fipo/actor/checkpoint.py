@@ -5,8 +5,10 @@ They are read back in any layout. See `checkpoint_folder` for how they lie on di
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import queue
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,11 @@ _FORMAT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+# From 0.19 on Megatron-Core can write through a package of NVIDIA's, and would unless told otherwise.
+_MEGATRONS_OWN_WRITER: dict[str, Any] = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 
 class CheckpointError(RuntimeError):
@@ -102,7 +109,7 @@ def begin_checkpoint(
     state["loop"] = dict(loop_state)
     _set_results_queue(asynchronous)
     try:
-        request = dist_checkpointing.save(state, str(partial), async_sharded_save=asynchronous)
+        request = dist_checkpointing.save(state, str(partial), async_sharded_save=asynchronous, **_MEGATRONS_OWN_WRITER)
         if extras is not None:
             extras(partial)
         if asynchronous:
@@ -185,9 +192,14 @@ def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
     reason = str(error)
     if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
         reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
+    try:
+        room = f" ({shutil.disk_usage(target.parent).free / 2**30:.1f} GiB are free there)"
+    except OSError:
+        room = ""
     return CheckpointError(
-        f"the checkpoint {target} could not be written: {reason}. Earlier checkpoints and the rollouts since then are "
-        "untouched. Make room or mend the folder's permissions, and start the same command again: it goes on from them."
+        f"the checkpoint {target} could not be written: {reason}{room}. Earlier checkpoints and the rollouts since "
+        "then are untouched. Make room or mend the folder's permissions, and start the same command again: it goes on "
+        "from them."
     )
 
 

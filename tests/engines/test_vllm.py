@@ -289,7 +289,7 @@ def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) ->
             asyncio.ensure_future(client.generate(request(i, max_tokens=4000), f"long{i}", [], TIMEOUT_S))
             for i in range(2)
         )
-        await wait_until_running(serving, 2)
+        await wait_until_running(serving, cancelled, aborted)
         await client.cancel("long0")
         await cancelled
         assert not aborted.done()
@@ -454,15 +454,18 @@ def worker_of(pid: int) -> int:
     return worker.pid
 
 
-async def wait_until_running(serving: Serving, num_requests: int) -> None:
-    """Return once the server decodes so many responses at a time."""
+async def wait_until_running(serving: Serving, *requests: asyncio.Future[Completion]) -> None:
+    """Return once the server decodes as many responses at a time as there are requests."""
     connection = serving.client._connection  # type: ignore[attr-defined]
-    for _ in range(2000):
-        text = await serving.loop.run_here(connection.get("/metrics", timeout_s=TIMEOUT_S))
-        running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
-        if running and float(running[0].rpartition(" ")[2]) >= num_requests:
-            return
-    raise AssertionError(f"{num_requests} requests never ran at the same time:\n{running}")
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            text = await serving.loop.run_here(connection.get("/metrics", timeout_s=TIMEOUT_S))
+            running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
+            if running and float(running[0].rpartition(" ")[2]) >= len(requests):
+                return
+            ended = [request.result() for request in requests if request.done()]
+            assert not ended, f"{ended} ended before all ran at the same time"
+            await asyncio.sleep(0.02)  # a server asked without a pause has no time for its requests
 
 
 def bucket_of(tensors: list[tuple[str, Tensor]]) -> Bucket:
