@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.config import Config, required_pad_multiple
+from megatron_fipo.config import Config, pad_multiple
 from megatron_fipo.metrics.reductions import Metrics
-from megatron_fipo.parallel.batch import shard_batch
+from megatron_fipo.parallel.batch import padded_tokens, shard_batch
 from megatron_fipo.parallel.groups import device
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs
 from megatron_fipo.rl.packing import FILLER, build_packed_batch
@@ -96,8 +96,10 @@ def actor_log_probs(actor: Actor, config: Config, sequences: Sequence[Sequence[i
         )
         for index, sequence in enumerate(sequences)
     ]
-    multiple = config.batch.pad_multiple or required_pad_multiple(config)
-    batch = shard_batch(build_packed_batch(samples, range(len(samples)), multiple, 0), ranks.cp, device())
+    indices = range(len(samples))
+    total = padded_tokens(samples, indices, config)
+    packed = build_packed_batch(samples, indices, pad_multiple(config), 0, total_tokens=total)
+    batch = shard_batch(packed, ranks.cp, device())
     count = config.parallel.pp if config.parallel.virtual_pp else 1  # the interleaved schedule takes no fewer
     found = actor.log_probs([batch] * count, temperature=1.0)
     if found:

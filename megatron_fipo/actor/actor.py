@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_fipo.actor.model import build_model, packed_sequence_params, transformer_config, unwrap
 from megatron_fipo.actor.offload import StorageOffload
+from megatron_fipo.actor.precision import check_fp8
 from megatron_fipo.config import Config
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights, weight_stream
@@ -83,8 +84,9 @@ class Actor:
         """Build the model in the config's layout and load its weights.
 
         Raises:
-            ValueError: if model.path does not hold a whole supported checkpoint.
+            ValueError: if model.path does not hold a whole supported checkpoint, or model.fp8 is not for this GPU.
         """
+        check_fp8(config.model.fp8)
         self.groups = groups
         self._config = config
         self.shape = read_model_shape(config.model.path)

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_fipo.actor.precision import fp8_options
 from megatron_fipo.config import ModelSection, ParallelSection
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.parallel.cp_attention import ContextParallelAttention
@@ -111,6 +112,7 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         **recompute,
+        **fp8_options(model.fp8),
     )
 
 

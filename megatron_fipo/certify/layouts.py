@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_fipo.config import Config, ParallelSection, required_pad_multiple, validate_model_layout
+from megatron_fipo.config import Config, ParallelSection, microbatch_token_multiple, validate_model_layout
 
 ONE_PROCESS = "one process"
 """Name of the layout that the others are compared with."""
@@ -123,7 +123,7 @@ def configure(config: Config, layout: Layout, longest_tokens: int, model_config:
         batch=replace(config.batch, pad_multiple=None),
     )
     validate_model_layout(configured, model_config)
-    multiple = required_pad_multiple(configured)
+    multiple = microbatch_token_multiple(configured)
     longest = -(-longest_tokens // multiple) * multiple
     budget = longest if layout.small_microbatches else 2 * longest
     if layout.name == ONE_PROCESS:

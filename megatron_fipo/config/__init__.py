@@ -16,6 +16,7 @@ from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_finge
 from megatron_fipo.config.schema import (
     ALGORITHMS,
     FILE_KINDS,
+    FP8_ALIGNMENT,
     PROCEDURAL_KINDS,
     SCHEMAS,
     SOURCE_KINDS,
@@ -40,11 +41,19 @@ from megatron_fipo.config.schema import (
     TrainSection,
     VerifierSection,
 )
-from megatron_fipo.config.validation import required_pad_multiple, updates_per_step, validate, warnings_for
+from megatron_fipo.config.validation import (
+    microbatch_token_multiple,
+    pad_multiple,
+    required_pad_multiple,
+    updates_per_step,
+    validate,
+    warnings_for,
+)
 
 __all__ = [
     "ALGORITHMS",
     "FILE_KINDS",
+    "FP8_ALIGNMENT",
     "PROCEDURAL_KINDS",
     "SCHEMAS",
     "SOURCE_KINDS",
@@ -72,7 +81,9 @@ __all__ = [
     "VerifierSection",
     "check_resume",
     "load_config",
+    "microbatch_token_multiple",
     "numbers_fingerprint",
+    "pad_multiple",
     "read_model_config",
     "required_pad_multiple",
     "resolved_yaml",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import Config
+from megatron_fipo.config.schema import FP8_ALIGNMENT, Config
 
 
 def read_model_config(path: str | Path) -> dict[str, Any]:
@@ -58,5 +58,18 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
     if layers % stages:
         sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
         problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
+    alignment = FP8_ALIGNMENT[config.model.fp8]
+    width = model_config.get("head_dim") or model_config.get("hidden_size", 0) // heads
+    sizes_of_a_rank = {
+        "hidden_size": model_config.get("hidden_size", 0),
+        "intermediate_size / tp": intermediate // parallel.tp,
+        "num_attention_heads x head_dim / tp": heads * width // parallel.tp,
+    }
+    for name, size in sizes_of_a_rank.items() if not problems else ():
+        if size % alignment:
+            problems.append(
+                f"model.fp8={config.model.fp8}: needs multiples of {alignment}, and the model's {name} is {size}. "
+                "Lower parallel.tp, or take another recipe (tensorwise needs multiples of 16)."
+            )
     if problems:
         raise ConfigError.of(problems, where="the layout of the model")

@@ -12,6 +12,7 @@ from megatron_fipo.config.errors import choice_problem
 from megatron_fipo.config.keys import entry_type, field_types
 from megatron_fipo.config.schema import (
     ALGORITHMS,
+    FP8_ALIGNMENT,
     SCHEMAS,
     SOURCE_KINDS,
     AdvantageSection,
@@ -37,7 +38,11 @@ from megatron_fipo.config.schema import (
 
 _CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     Config: {"algorithm": tuple(ALGORITHMS)},
-    ModelSection: {"dtype": ("float32", "bfloat16"), "recompute": ("none", "selective", "full")},
+    ModelSection: {
+        "dtype": ("float32", "bfloat16"),
+        "fp8": tuple(FP8_ALIGNMENT),
+        "recompute": ("none", "selective", "full"),
+    },
     DataSection: {"overlong_prompts": ("error", "skip")},
     DataSourceConfig: {"kind": SOURCE_KINDS, "schema": SCHEMAS},
     RolloutSection: {"engine": ("in_process", "sglang", "vllm")},

@@ -33,6 +33,10 @@ class ModelSection:
     """Folder with a Hugging Face checkpoint (config, safetensors, tokenizer); relative to the current directory."""
     dtype: str = "float32"
     """Arithmetic of the actor's forward and backward: float32 or bfloat16 (bfloat16 keeps float32 main weights)."""
+    fp8: str = "none"
+    """The layers' matrix products in FP8 through Transformer Engine, over bfloat16 weights: none, tensorwise (a scale
+    for each tensor), blockwise (for 128 numbers) or mxfp8 (for 32; Blackwell). Attention and output layer stay as they
+    are."""
     recompute: str = "none"
     """Activation recompute: none, selective (core attention only) or full (every layer)."""
     log_prob_chunk_tokens: int = 512
@@ -170,7 +174,8 @@ class ServersSection:
     canary_sequences: int = 4
     """Fixed sequences whose log-probs are compared with the actor's after each handover; 0 compares checksums only."""
     canary_tolerance: Optional[float] = None
-    """Largest mean |log-prob difference| there; null takes 1e-4 in float32 and 0.05 in bfloat16."""
+    """Largest mean |log-prob difference| there; null takes 1e-4 in float32, 0.05 in bfloat16
+    and 0.1 with model.fp8."""
 
 
 @dataclass(frozen=True)
@@ -458,3 +463,6 @@ VERIFIERS = (
 
 SCHEMAS = ("columns", "dapo_math", "aime", "gsm8k", "humaneval", "mbpp")
 """What data.*.schema may be."""
+
+FP8_ALIGNMENT = {"none": 1, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""What model.fp8 may be, and of what both sizes of a rank's matrices must be multiples: Transformer Engine's blocks."""

@@ -9,7 +9,14 @@ from typing import Any
 
 from megatron_fipo.config.errors import ConfigError, choice_problem
 from megatron_fipo.config.rules import value_problems
-from megatron_fipo.config.schema import ALGORITHMS, PROCEDURAL_KINDS, VERIFIERS, Config, DataSourceConfig
+from megatron_fipo.config.schema import (
+    ALGORITHMS,
+    FP8_ALIGNMENT,
+    PROCEDURAL_KINDS,
+    VERIFIERS,
+    Config,
+    DataSourceConfig,
+)
 
 _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
 """Keys without which an algorithm would not be what its name says, where its preset sets them."""
@@ -17,6 +24,8 @@ _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantag
 LONGEST_FOR_SEQUENCE_RATIOS = 2048
 """Tokens beyond which a whole response's probability ratio says little: a bias of 1e-3 a token is a factor of 8."""
 WIDEST_GEOMETRIC_RATIO = 1.1
+
+"""Ratios of whole responses further from 1 than this hardly mask anything."""
 
 _CUSTOM_VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|https?://[^\s/]+\S*")
 
@@ -38,6 +47,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         problems += _batch_problems(config)
         problems += _objective_problems(config)
         problems += _server_problems(config)
+        problems += _precision_problems(config)
         problems += _layout_problems(config, world_size)
     if problems:
         raise ConfigError.of(problems)
@@ -202,6 +212,15 @@ def _vllm_problems(config: Config) -> Iterator[str]:
             yield f"{section}.temperature={temperature}: vLLM samples at 0, or between 0.01 and 2."
 
 
+def _precision_problems(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.fp8 != "none" and model.dtype != "bfloat16":
+        yield (
+            f"model.fp8={model.fp8}: FP8 products are taken of bfloat16 numbers, and model.dtype={model.dtype}. Set "
+            "model.dtype=bfloat16, or model.fp8=none."
+        )
+
+
 def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:
     parallel, rollout, batch = config.parallel, config.rollout, config.batch
     if parallel.sequence_parallel and parallel.tp == 1:
@@ -215,15 +234,15 @@ def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:
             f"cp={parallel.cp} takes {model_parallel} each. Start a multiple of {model_parallel}, or lower parallel.*."
         )
     needed = required_pad_multiple(config)
-    multiple = needed if batch.pad_multiple is None else batch.pad_multiple
-    if multiple % needed:
+    if pad_multiple(config) % needed:
         yield (
-            f"batch.pad_multiple={multiple}: cp={parallel.cp}, tp={parallel.tp} and sequence_parallel="
+            f"batch.pad_multiple={batch.pad_multiple}: cp={parallel.cp}, tp={parallel.tp} and sequence_parallel="
             f"{_yaml_scalar(parallel.sequence_parallel)} need sequences padded to a multiple of {needed}. "
             f"Set it to {needed}, a multiple of that, or null."
         )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    padded = -(-longest // multiple) * multiple
+    whole = microbatch_token_multiple(config)
+    padded = -(-longest // whole) * whole
     if padded > batch.max_tokens_per_microbatch:
         yield (
             f"batch.max_tokens_per_microbatch={batch.max_tokens_per_microbatch}: one sequence of "
@@ -245,6 +264,18 @@ def required_pad_multiple(config: Config) -> int:
     parallel = config.parallel
     zigzag = 2 * parallel.cp if parallel.cp > 1 else 1
     return math.lcm(zigzag, parallel.cp * parallel.tp) if parallel.sequence_parallel else zigzag
+
+
+def pad_multiple(config: Config) -> int:
+    """Multiple to which sequences are padded: the configured one, or the least that the layout allows."""
+    return config.batch.pad_multiple or required_pad_multiple(config)
+
+
+def microbatch_token_multiple(config: Config) -> int:
+    """Multiple to which a microbatch's tokens must add up: FP8 products want whole blocks of rows on every rank."""
+    parallel = config.parallel
+    shards = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    return math.lcm(pad_multiple(config), shards * FP8_ALIGNMENT[config.model.fp8])
 
 
 def updates_per_step(config: Config) -> int:

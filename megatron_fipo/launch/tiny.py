@@ -13,6 +13,7 @@ TINY = "model=tiny"
 TINY_RANKS = 2
 _SIZES = (
     "model.dtype=float32",
+    "model.fp8=none",
     "model.recompute=none",
     "rollout.engine=in_process",
     "rollout.num_prompts=16",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_fipo.config import Config, required_pad_multiple
+from megatron_fipo.config import Config, microbatch_token_multiple, pad_multiple
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.rl.packing import build_packed_batch, pack, split_minibatches
@@ -34,7 +34,7 @@ def build_minibatches(
     Raises:
         ValueError: if a sequence alone exceeds batch.max_tokens_per_microbatch.
     """
-    multiple = config.batch.pad_multiple or required_pad_multiple(config)
+    multiple, whole = pad_multiple(config), microbatch_token_multiple(config)
     samples = [sample for group in groups for sample in group.samples]
     position = {id(sample): index for index, sample in enumerate(samples)}
     minibatches = []
@@ -43,12 +43,12 @@ def build_minibatches(
         shares = pack(
             [samples[index].num_tokens for index in indices],
             num_ranks=ranks.dp.size(),
-            max_tokens=config.batch.max_tokens_per_microbatch,
+            max_tokens=config.batch.max_tokens_per_microbatch // whole * whole,
             pad_multiple=multiple,
             microbatch_multiple=config.parallel.pp if config.parallel.virtual_pp else 1,
         )
         shares = [[[indices[place] for place in microbatch] for microbatch in share] for share in shares]
-        total_tokens = _longest(shares, samples, multiple) if config.parallel.pp > 1 else None
+        longest = max(padded_tokens(samples, microbatch, config) for share in shares for microbatch in share)
         minibatches.append(
             [
                 shard_batch(
@@ -57,7 +57,7 @@ def build_minibatches(
                         microbatch,
                         multiple,
                         pad_token_id,
-                        total_tokens=total_tokens,
+                        total_tokens=longest if config.parallel.pp > 1 else padded_tokens(samples, microbatch, config),
                         mask_truncated=config.reward.mask_truncated,
                     ),
                     ranks.cp,
@@ -69,13 +69,11 @@ def build_minibatches(
     return minibatches
 
 
-def _longest(shares: list[list[list[int]]], samples: Sequence[Sample], multiple: int) -> int:
-    """Padded tokens of the longest microbatch of any rank."""
-    return max(
-        max(sum(-(-samples[index].num_tokens // multiple) * multiple for index in microbatch), multiple)
-        for share in shares
-        for microbatch in share
-    )
+def padded_tokens(samples: Sequence[Sample], indices: Sequence[int], config: Config) -> int:
+    """Tokens of a microbatch of these samples with all padding; none make one filler sequence."""
+    multiple, whole = pad_multiple(config), microbatch_token_multiple(config)
+    tokens = sum(-(-samples[index].num_tokens // multiple) * multiple for index in indices)
+    return max(-(-tokens // whole) * whole, whole)
 
 
 def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device) -> PackedBatch:

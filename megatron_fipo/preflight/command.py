@@ -140,7 +140,8 @@ def _layout(plan: Plan) -> Table:
         "tp x pp x cp x dp",
         f"{parallel.tp} x {parallel.pp}{virtual} x {parallel.cp} x {plan.batch.data_ranks}{sequence}",
     )
-    table.add_row("dtype, recompute", f"{config.model.dtype}, {config.model.recompute}")
+    fp8 = "" if config.model.fp8 == "none" else f" with FP8 ({config.model.fp8})"
+    table.add_row("dtype, recompute", f"{config.model.dtype}{fp8}, {config.model.recompute}")
     table.add_row("optimizer state over", f"{_state_shards(plan)} rank{'s' if _state_shards(plan) > 1 else ''}")
     table.add_row("tokens of a microbatch, on one GPU", f"{config.batch.max_tokens_per_microbatch // parallel.cp:,}")
     return table

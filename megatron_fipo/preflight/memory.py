@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are exact, and activations in float32 nearly so: tests hold them against real
 actors on a CPU. In bfloat16 activations are what Transformer Engine's layers keep, by their source. The reserve stands
-for what no formula gives.
+for what no formula gives. With model.fp8 the products' inputs are kept in FP8, which these numbers do not count on.
 
 Shapes: T tokens of a microbatch on one context-parallel rank, H hidden size, F width of the MLP.
 """

@@ -123,6 +123,9 @@ def _memory_findings(
             f"training takes {worst.training:.1f} of {gpu.memory_gib:.1f} GiB on stage {worst.stage}: tight. "
             f"{_largest_part(worst)}",
         )
+    if config.model.fp8 not in ("none", *gpu.fp8_recipes):
+        known = f"it computes {' and '.join(gpu.fp8_recipes)}" if gpu.fp8_recipes else "it has no FP8"
+        yield Finding(FAILS, f"model.fp8={config.model.fp8} is not for {gpu.name}: {known}. Set another, or none.")
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if server.pool_tokens < longest:
         yield Finding(

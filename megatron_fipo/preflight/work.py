@@ -171,6 +171,8 @@ def step_cost(
     # A dedicated server's GPUs do not train; world_size counts those that do.
     rate = world_size * gpu.peak_flops * assumptions.mfu * (1 - plan.bubble)
     per_gpu, limit = _rollout_rate(config, shape, gpu, plan, assumptions, server, server_tp, rollout_gpus)
+    fp8 = _fp8_time(config, shape, gpu, prompt + response)
+    recompute_fp8 = fp8 if config.model.recompute == "full" else 1.0
     tokens_generated = plan.samples_generated * response
     generation = tokens_generated / (per_gpu * rollout_gpus)
     slowest = (
@@ -188,12 +190,22 @@ def step_cost(
         flops=flops,
         seconds={
             "generation": generation,
-            "log-probs": (flops["old log-probs"] + flops["reference log-probs"]) / rate,
-            "updates": (flops["updates"] + flops["recompute"]) / rate,
+            "log-probs": (flops["old log-probs"] + flops["reference log-probs"]) * fp8 / rate,
+            "updates": (flops["updates"] * fp8 + flops["recompute"] * recompute_fp8) / rate,
         },
         rollout_tokens_per_s=per_gpu,
         rollout_limit=limit,
     )
+
+
+def _fp8_time(config: Config, shape: ModelShape, gpu: Gpu, length: float) -> float:
+    """Time of a forward pass as a multiple of bfloat16's, at the same share of either peak."""
+    if config.model.fp8 == "none" or not gpu.fp8_flops:
+        return 1.0
+    output = 2 * shape.vocab_size * shape.hidden_size * length
+    attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * length * length
+    share = 1 - (output + attention) / forward_flops(shape, length)  # of the layers' matrix products
+    return 1 - share * (1 - gpu.peak_flops / gpu.fp8_flops)
 
 
 def _recomputed(config: Config, shape: ModelShape, length: float) -> float:

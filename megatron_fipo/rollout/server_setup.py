@@ -94,6 +94,8 @@ def build_server_engine(
             host=_own_address(specs),
         )
     tolerance = section.canary_tolerance
+    if tolerance is None:
+        tolerance = DEFAULT_TOLERANCE[dtype if config.model.fp8 == "none" else "fp8"]
     return ServerEngine(
         pool,
         loop,
@@ -104,7 +106,7 @@ def build_server_engine(
         vocab_size=model["vocab_size"],
         max_concurrent_requests=max(1, section.max_concurrent_requests * num_servers),
         request_timeout_s=section.request_timeout_s,
-        canary_tolerance=DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance,
+        canary_tolerance=tolerance,
         colocated=colocated,
     )
 

@@ -57,6 +57,14 @@ BFLOAT16_BOUND = 1.2
 """Of the mean error of log-probs against float32, as a multiple of what transformers has in bfloat16 on the CPU."""
 
 
+FP8_BOUND = 0.1
+"""Mean, of any token's log-prob: two to three significant digits of four layers' products."""
+
+needs_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+
+
 @pytest.fixture(params=["qwen2", "llama"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tied = request.param == "qwen2"
@@ -72,9 +80,9 @@ def ranks() -> Iterator[ParallelGroups]:
     torch.set_float32_matmul_precision(precision)
 
 
-def config_for(folder: Path, dtype: str = "float32") -> Config:
+def config_for(folder: Path, dtype: str = "float32", fp8: str = "none") -> Config:
     config = config_of(Case("gpu", max_tokens=400), str(folder))
-    return replace(config, model=ModelSection(path=str(folder), dtype=dtype, log_prob_chunk_tokens=48))
+    return replace(config, model=ModelSection(path=str(folder), dtype=dtype, fp8=fp8, log_prob_chunk_tokens=48))
 
 
 def actor_log_probs(actor: Actor, config: Config, ranks: ParallelGroups) -> dict[int, Tensor]:
@@ -176,9 +184,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder: Path, ranks: ParallelGroups, 
         assert abs(ours - theirs) / theirs <= (1e-4 if dtype == "float32" else 2e-2)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
+@needs_transformer_engine
 def test_layers_are_transformer_engines_where_it_is_installed(folder: Path, ranks: ParallelGroups) -> None:
     assert uses_transformer_engine(torch.bfloat16)
     assert not uses_transformer_engine(torch.float32)
@@ -186,6 +192,26 @@ def test_layers_are_transformer_engines_where_it_is_installed(folder: Path, rank
     assert any("transformer_engine" in type(module).__module__ for module in actor.models[0].modules())
     names = {name for name, _ in actor.models[0].named_parameters()}
     assert any(name.endswith("linear_qkv.layer_norm_weight") for name in names)
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_fp8_is_close_to_bfloat16_and_the_same_each_time(folder: Path, ranks: ParallelGroups, recipe: str) -> None:
+    plain, rounded = config_for(folder, "bfloat16"), config_for(folder, "bfloat16", recipe)
+    expected = actor_log_probs(Actor(plain, ranks), plain, ranks)
+    actor = Actor(rounded, ranks)
+    first, again = (actor_log_probs(actor, rounded, ranks) for _ in range(2))
+    errors = torch.cat([(first[index] - log_probs).abs() for index, log_probs in expected.items()])
+    assert 0 < float(errors.mean()) <= FP8_BOUND
+    # No history in the scales: what is computed again, as old log-probs and in the update, is the same.
+    assert all(torch.equal(first[index], again[index]) for index in first)
+    outcomes = []
+    for config in (plain, rounded):
+        outcome = Outcome()
+        train_step(Actor(config, ranks), config, 0, outcome)
+        outcomes.append(outcome.grad_norms)
+    assert outcomes[1][0] == pytest.approx(outcomes[0][0], rel=0.1)
+    assert outcomes[1][0] != outcomes[0][0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -80,6 +80,8 @@ class Case:
     max_tokens: int = 160
     aggregation: str = "token_mean"
     num_steps: int = 3
+    padded_for: str = "none"
+    """Microbatches are as long as this FP8 recipe wants them. FP8 itself needs a GPU."""
 
 
 def save_models(folder: Path) -> dict[str, str]:
@@ -293,6 +295,7 @@ def train_actor(case: Case, folder: str, ranks: ParallelGroups, breakage: Breaka
         actor = Actor(config, ranks)
         breakage.actor(actor)
         outcome = Outcome()
+        config = replace(config, model=replace(config.model, fp8=case.padded_for))
         for step in range(case.num_steps):
             train_step(actor, config, step, outcome, breakage)
         outcome.weights = whole_weights(actor)

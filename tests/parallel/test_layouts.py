@@ -48,6 +48,7 @@ CASES: dict[int, list[Case]] = {
         Case("cp2", "llama", P(cp=2), aggregation="sequence_mean", max_tokens=400),
         Case("dp2", distributed=False, max_tokens=80),
         Case("dp2", "llama", aggregation="sequence_sum"),
+        Case("pp2, padded for FP8", "llama", P(pp=2), padded_for="blockwise", max_tokens=400),
     ],
     4: [
         Case("pp2 vpp2", parallel=P(pp=2, virtual_pp=2), distributed=False),
@@ -58,6 +59,12 @@ CASES: dict[int, list[Case]] = {
         Case("dp2 cp2", "llama", P(cp=2), distributed=False, aggregation="sequence_mean"),
         Case("tp2 cp2 sp", parallel=P(tp=2, cp=2, sequence_parallel=True), distributed=False),
         Case("tp4", "llama", P(tp=4), distributed=False),
+        Case(
+            "tp2 cp2 sp, padded for FP8",
+            parallel=P(tp=2, cp=2, sequence_parallel=True),
+            distributed=False,
+            padded_for="tensorwise",
+        ),
     ],
     8: [
         Case("tp2 pp2 cp2", parallel=TP2_PP2_CP2, distributed=False),

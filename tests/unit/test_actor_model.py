@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 
+from megatron_fipo.actor import precision
 from megatron_fipo.actor.model import packed_sequence_params, transformer_config, uses_transformer_engine
-from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.config import FP8_ALIGNMENT, ModelSection, ParallelSection
 from megatron_fipo.convert.hf_config import ModelShape
 
 SHAPE = ModelShape("llama", 2, 64, 128, 4, 2, 16, 20, 512, 10000.0, 1e-6, False, False)
@@ -61,6 +63,45 @@ def test_the_layout_and_the_dtype_are_those_of_the_configuration() -> None:
     assert config.sequence_parallel
     assert config.add_qkv_bias
     assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "number_format"),
+    [("none", None), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")],
+)
+def test_fp8_settings(recipe: str, number_format: str | None) -> None:
+    config = transformer_config(SHAPE, ModelSection(dtype="bfloat16", fp8=recipe), ParallelSection())
+    assert config.fp8 == number_format
+    assert config.fp8 is None or config.fp8_recipe == recipe
+    assert not config.fp8_param, "weights and the optimizer's state stay what they are"
+
+
+def test_every_recipe_that_the_configuration_knows_is_known_to_the_actor() -> None:
+    assert set(FP8_ALIGNMENT) - {"none"} == precision._RECIPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_installed", "recipe", "words"),
+    [
+        (None, True, "tensorwise", "there is no GPU here. Set model.fp8=none"),
+        ((9, 0), False, "tensorwise", r"not installed \(pip install 'megatron_fipo\[gpu\]'\)"),
+        ((8, 0), True, "tensorwise", "has compute capability 8.0. Set model.fp8=none"),
+        ((9, 0), True, "mxfp8", "needs Blackwell .* has compute capability 9.0. Set model.fp8=blockwise"),
+        ((9, 0), True, "blockwise", ""),
+        (None, False, "none", ""),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_be_computed(
+    capability: tuple[int, int] | None, is_installed: bool, recipe: str, words: str
+) -> None:
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=capability is not None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="some GPU"),
+        mock.patch.object(importlib.util, "find_spec", return_value=mock.sentinel.spec if is_installed else None),
+        pytest.raises(ValueError, match=words) if words else nullcontext(),
+    ):
+        precision.check_fp8(recipe)
 
 
 def test_packed_sequences_are_described_with_and_without_their_padding() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_fipo.config import (
     ConfigError,
     DataSourceConfig,
     load_config,
+    microbatch_token_multiple,
     read_model_config,
     required_pad_multiple,
     save_resolved,
@@ -286,6 +288,8 @@ REFUSED = {
     "optimizer.num_warmup_steps=-1": "optimizer.num_warmup_steps=-1: must be at least 0.",
     "optimizer.adam_beta2=1": "optimizer.adam_beta2=1.0: must be at least 0 and below 1.",
     "parallel.sequence_parallel=true": "parallel.sequence_parallel=true: needs parallel.tp above 1.",
+    "model.fp8=delayed": "model.fp8=delayed: must be one of none, tensorwise, blockwise, mxfp8.",
+    "model.fp8=tensorwise": "FP8 products are taken of bfloat16 numbers, and model.dtype=float32. Set model.dtype=bf",
     "parallel.virtual_pp=2": "parallel.virtual_pp=2: needs parallel.pp above 1.",
     "parallel.virtual_pp=1": "parallel.virtual_pp=1: must be at least 2, or null for the plain schedule.",
     "parallel.cp=3": "4 processes cannot hold whole copies of the model: tp=1 x pp=1 x cp=3 takes 3 each.",
@@ -376,6 +380,29 @@ def test_required_pad_multiple(tp: int, cp: int, sequence_parallel: bool, expect
     assert required_pad_multiple(load_config(None, overrides)) == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 1),
+        (["parallel.cp=2"], 4),
+        (["model.fp8=tensorwise"], 16),
+        (["model.fp8=mxfp8", "parallel.tp=4"], 32),
+        (["model.fp8=tensorwise", "parallel.cp=4"], 64),
+        (["model.fp8=blockwise", "parallel.tp=8", "parallel.cp=4", "parallel.sequence_parallel=true"], 4096),
+        (["model.fp8=tensorwise", "batch.pad_multiple=24"], 48),
+    ],
+)
+def test_fp8_wants_whole_blocks_of_rows_on_every_rank(overrides: list[str], expected: int) -> None:
+    assert microbatch_token_multiple(load_config(None, overrides)) == expected
+
+
+def test_a_microbatch_must_hold_the_longest_sequence_in_whole_blocks(sound: Path) -> None:
+    precise = ("model.dtype=bfloat16", "model.fp8=blockwise")
+    validate(load_config(sound, [*precise, "batch.max_tokens_per_microbatch=256"]))
+    message = message_of(sound, *precise, "batch.max_tokens_per_microbatch=255")
+    assert "takes 256 tokens with padding" in message
+
+
 def test_pad_multiple_must_suit_the_layout(sound: Path) -> None:
     message = message_of(sound, "parallel.cp=2", "batch.pad_multiple=6")
     assert message.startswith("batch.pad_multiple=6: cp=2, tp=1 and sequence_parallel=false need")
@@ -438,6 +465,28 @@ def test_layouts_that_the_model_does_not_divide_into(overrides: list[str], fragm
 @pytest.mark.parametrize("overrides", [[], ["parallel.tp=2"], ["parallel.tp=4", "parallel.pp=3"], ["parallel.pp=6"]])
 def test_layouts_that_the_model_divides_into(overrides: list[str]) -> None:
     validate_model_layout(load_config(None, overrides), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["model.fp8=tensorwise"], ""),
+        (["model.fp8=blockwise", "parallel.tp=4"], ""),
+        (
+            ["model.fp8=blockwise", "parallel.tp=8"],
+            "model.fp8=blockwise: needs multiples of 128, and the model's intermediate_size / tp is 2368. Lower",
+        ),
+    ],
+)
+def test_fp8_wants_whole_blocks_of_columns(overrides: list[str], fragment: str) -> None:
+    """Qwen2.5-7B, with 32 heads so that 8 divide them."""
+    model = {"num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 28, "hidden_size": 4096}
+    config = load_config(None, overrides)
+    if not fragment:
+        validate_model_layout(config, model | {"intermediate_size": 18944})
+        return
+    with pytest.raises(ConfigError, match=re.escape(fragment)):
+        validate_model_layout(config, model | {"intermediate_size": 18944})
 
 
 def test_a_model_without_grouped_queries_has_as_many_groups_as_heads() -> None:

@@ -241,6 +241,42 @@ def test_seconds_follow_the_assumptions() -> None:
     assert slower.cost.seconds["updates"] == pytest.approx(2 * plan.cost.seconds["updates"])
 
 
+def test_fp8_halves_the_time_of_the_layers_products() -> None:
+    config = with_servers(replace(RECIPE, model=replace(RECIPE.model, fp8="tensorwise")))
+    assumptions = Assumptions(response_tokens=10_000, prompt_tokens=500)
+    plans = [
+        make_plan(some, QWEN_32B, GPUS["h100-80gb"], 128, assumptions, check_files=False)
+        for some in (with_servers(RECIPE), config)
+    ]
+    layers = 2 * 64 * 5120 * (2 * (40 + 8) * 128 + 3 * 27648) * 10_500
+    share = layers / forward_flops(SHAPE_32B, 10_500)
+    assert 0.7 < share < 0.95
+    expected = 1 - share * (1 - 989 / 1979)
+    without, with_fp8 = (plan.cost.seconds for plan in plans)
+    assert with_fp8["log-probs"] / without["log-probs"] == pytest.approx(expected)
+    # What is recomputed for the updates is the output layer, which stays in bfloat16.
+    updates, recomputed = plans[0].cost.flops["updates"], plans[0].cost.flops["recompute"]
+    ratio = (updates * expected + recomputed) / (updates + recomputed)
+    assert with_fp8["updates"] / without["updates"] == pytest.approx(ratio)
+    assert with_fp8["generation"] == without["generation"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "recipe", "words"),
+    [
+        ("a100-80gb", "tensorwise", "not for a100-80gb: it has no FP8"),
+        ("h100-80gb", "mxfp8", "not for h100-80gb: it computes tensorwise and blockwise"),
+        ("b200", "mxfp8", ""),
+    ],
+)
+def test_fp8_that_the_gpu_does_not_compute_fails(gpu: str, recipe: str, words: str) -> None:
+    config = with_servers(replace(RECIPE, model=replace(RECIPE.model, fp8=recipe)))
+    plan = make_plan(config, QWEN_32B, GPUS[gpu], 128, Assumptions(), check_files=False)
+    found = [finding.text for finding in plan.findings if finding.level == FAILS and "fp8" in finding.text]
+    assert len(found) == bool(words)
+    assert all(words in text for text in found)
+
+
 def test_one_long_response_bounds_generation() -> None:
     few = with_servers(replace(RECIPE, rollout=replace(RECIPE.rollout, num_prompts=8, num_samples_per_prompt=2)))
     plan = make_plan(few, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
