@@ -166,7 +166,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_fipo.standalone_evaluation import run
 
     config = load_config(args.config, args.overrides)
-    validate(config)
+    validate(config, is_for_training=False)
     return run(config, args.model or config.model.path, args.output or f"{config.run.output_dir}/evaluation")
 
 

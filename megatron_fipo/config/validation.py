@@ -30,12 +30,13 @@ WIDEST_GEOMETRIC_RATIO = 1.1
 _CUSTOM_VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|https?://[^\s/]+\S*")
 
 
-def validate(config: Config, world_size: int | None = None) -> None:
+def validate(config: Config, world_size: int | None = None, *, is_for_training: bool = True) -> None:
     """Refuse what cannot run, before any model is built.
 
     Args:
         config: as `load_config` returned it.
         world_size: number of processes; None leaves out what depends on it.
+        is_for_training: needs data to train on; evaluation alone does not.
 
     Raises:
         ConfigError: naming for every problem the key, its value, the rule and what to do.
@@ -43,7 +44,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     problems = list(value_problems(config, ""))
     if not problems:  # combinations divide by values that must be sound first
         problems += _algorithm_problems(config)
-        problems += _data_problems(config)
+        problems += _data_problems(config, is_for_training)
         problems += _batch_problems(config)
         problems += _objective_problems(config)
         problems += _server_problems(config)
@@ -71,8 +72,8 @@ def _algorithm_problems(config: Config) -> Iterator[str]:
             )
 
 
-def _data_problems(config: Config) -> Iterator[str]:
-    if not config.data.train:
+def _data_problems(config: Config, is_for_training: bool) -> Iterator[str]:
+    if is_for_training and not config.data.train:
         yield "data.train is empty: a run needs at least one source of prompts, such as data.train.<name>.kind=jsonl."
     for part in ("train", "evaluation"):
         for name, source in getattr(config.data, part).items():

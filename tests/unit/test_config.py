@@ -380,6 +380,15 @@ def test_required_pad_multiple(tp: int, cp: int, sequence_parallel: bool, expect
     assert required_pad_multiple(load_config(None, overrides)) == expected
 
 
+def test_evaluation_alone_needs_no_data_to_train_on(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.yaml"
+    training = "  train:\n    chain: {kind: chain_arithmetic, verifier: chain_arithmetic, params: {num_steps: 3}}\n"
+    assert training in SOUND
+    path.write_text(SOUND.replace(training, ""))
+    validate(load_config(path), is_for_training=False)
+    assert message_of(path).startswith("data.train is empty: a run needs at least one source")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
