@@ -1,9 +1,10 @@
-"""Rollout engines side by side: throughput, start, handover of weights, and log-probs against transformers.
+"""Rollout engines side by side: throughput, start, handover of weights, and log-probs against the actor's.
 
     python benchmarks/rollout_engines.py MODEL --engine in_process --engine sglang=/path/to/its/python
 
 One process, one server. Every engine gets the same requests: prompts of random tokens, several samples each, all of the
-same length (no token ends a response). Log-probs are compared with a forward pass by transformers in float32.
+same length (no token ends a response). Weights come from a Megatron-Core actor in float32, which then gives the
+log-probs of all tokens that the engines have sampled.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.config import load_config
+from megatron_fipo.actor.actor import Actor
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.handover import actor_log_probs
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
+from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.in_process import InProcessEngine
@@ -38,7 +41,7 @@ class Result:
 
     name: str
     start_s: float
-    sync_s: float
+    sync_s: list[float]
     generate_s: list[float]
     num_tokens: int
     max_difference: float
@@ -57,17 +60,22 @@ def main() -> None:
     parser.add_argument("--checked", type=int, default=None, help="samples whose log-probs are compared; default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    reference = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    requests = _requests(arguments, reference.config.vocab_size)
-    results = [_measure(engine, arguments, requests, reference) for engine in arguments.engine]
+    cpu.install()
+    config = load_config(None, [f"model.path={arguments.model}"])
+    ranks = parallel_groups.initialize(config.parallel, seed=0)
+    actor = Actor(config, ranks)
+    requests = _requests(arguments, actor.shape.vocab_size)
+    results = [_measure(engine, arguments, requests, actor, config) for engine in arguments.engine]
+    parallel_groups.shut_down()
     print(f"\n{arguments.prompts} prompts x {arguments.samples} samples x {arguments.tokens} tokens, {arguments.model}")
-    print("| engine | tokens/s (best, worst) | start s | weights s | max log-prob difference | peak GiB |")
+    print("| engine | tokens/s: best, worst | start s | weights s: first, best | log-prob difference | peak GiB |")
     print("|---|---|---|---|---|---|")
     for result in results:
         rates = [result.num_tokens / seconds for seconds in result.generate_s]
+        first_s, *later_s = result.sync_s
         print(
-            f"| {result.name} | {max(rates):,.0f}, {min(rates):,.0f} | {result.start_s:.1f} | {result.sync_s:.2f} "
-            f"| {result.max_difference:.1e} | {result.peak_gib:.2f} |"
+            f"| {result.name} | {max(rates):,.0f}, {min(rates):,.0f} | {result.start_s:.1f} "
+            f"| {first_s:.2f}, {min(later_s):.2f} | {result.max_difference:.1e} | {result.peak_gib:.2f} |"
         )
 
 
@@ -83,19 +91,19 @@ def _requests(arguments: argparse.Namespace, vocab_size: int) -> list[Generation
 
 
 def _measure(
-    choice: str, arguments: argparse.Namespace, requests: list[GenerationRequest], reference: PreTrainedModel
+    choice: str, arguments: argparse.Namespace, requests: list[GenerationRequest], actor: Actor, config: Config
 ) -> Result:
     name, _, python = choice.partition("=")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        engine = _build(name, python, arguments, Path(folder))
+        engine = _build(name, python, arguments, Path(folder), actor.groups)
         start_s = time.perf_counter() - start
         try:
-            # Tied weights come once, as the actor gives them.
-            weights = list(reference.named_parameters())
-            start = time.perf_counter()
-            engine.update_weights(weights, 1)
-            sync_s = time.perf_counter() - start
+            sync_s = []
+            for version in (1, 2, 3):
+                start = time.perf_counter()
+                engine.update_weights(actor.weights(), version)
+                sync_s.append(time.perf_counter() - start)
             seconds, samples = [], []
             for _ in range(arguments.rounds):
                 start = time.perf_counter()
@@ -105,12 +113,12 @@ def _measure(
         finally:
             engine.close()
     checked = samples if arguments.checked is None else samples[: arguments.checked]
-    difference = max(_difference(reference, sample) for sample in checked)
+    difference = max(_difference(actor, config, checked[start : start + 16]) for start in range(0, len(checked), 16))
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     return Result(name, start_s, sync_s, seconds, num_tokens, difference, peak)
 
 
-def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path) -> RolloutEngine:
+def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path, ranks: ParallelGroups) -> RolloutEngine:
     if name == "in_process":
         # No token ends a response: one outside the vocabulary is refused, so none is named.
         return InProcessEngine(arguments.model, stop_token_ids=())
@@ -125,8 +133,6 @@ def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path) 
             f"run.output_dir={folder}",
         ],
     )
-    cpu.install()
-    ranks = parallel_groups.initialize(config.parallel, seed=0)
     engine: ServerEngine = build_server_engine(config, ranks, stop_token_ids=(), folder=folder)
     engine.start()
     return engine
@@ -136,17 +142,14 @@ async def _generate(engine: RolloutEngine, requests: list[GenerationRequest]) ->
     return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
 
 
-@torch.no_grad()
-def _difference(reference: PreTrainedModel, sample: Sample) -> float:
-    ids = torch.cat([sample.prompt_ids, sample.response_ids])
-    hidden = reference.model(ids[None]).last_hidden_state[0, len(sample.prompt_ids) - 1 : -1]
+def _difference(actor: Actor, config: Config, samples: list[Sample]) -> float:
+    """Largest |difference| of a sampled token's log-prob."""
+    sequences = [[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()] for sample in samples]
+    found = actor_log_probs(actor, config, sequences)
     largest = 0.0
-    # In pieces: the logits of a long response over the whole vocabulary would not fit.
-    for start in range(0, len(hidden), 1024):
-        labels = sample.response_ids[start : start + 1024]
-        log_probs = torch.log_softmax(reference.lm_head(hidden[start : start + 1024]), dim=-1)
-        ours = log_probs.gather(1, labels[:, None]).squeeze(1)
-        largest = max(largest, float((ours - sample.rollout_log_probs[start : start + 1024]).abs().max()))
+    for sample, log_probs in zip(samples, found, strict=True):
+        response = torch.tensor(log_probs[len(sample.prompt_ids) - 1 :])
+        largest = max(largest, float((response - sample.rollout_log_probs).abs().max()))
     return largest
 
 

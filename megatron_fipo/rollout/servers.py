@@ -11,12 +11,13 @@ import asyncio
 import enum
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 
+from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.server_api import InferenceServer, LaunchPlan, LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.server_http import ServerConnection, ServerError, ServerUnreachableError
 from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
@@ -279,35 +280,47 @@ class ServerPool:
         return self.adapter.connect(ServerConnection(self._session, f"http://{spec.host}:{spec.port}"), spec)
 
     async def _bring_up(self, server: Server, spec: LaunchSpec) -> None:
-        """Launch with a spec (or just look for what is attached) and wait until it generates, with its weights."""
+        """Launch with a spec (or attach) and wait until it can take weights and requests."""
         server.incarnation += 1
-        if server.log is not None:
-            if not is_free(spec.host, spec.port):
-                raise ServerError(
-                    f"port {spec.port} of {spec.host}, where {server.name} was to listen, is taken. End what listens "
-                    "there, or set servers.base_port to another one (null takes ports that are free)."
-                )
-            server.process = ServerProcess(self.adapter.launch_plan(spec), server.log)
+        if server.log is None:
+            await self._attach(server)
+            return
+        if not is_free(spec.host, spec.port):
+            raise ServerError(
+                f"port {spec.port} of {spec.host}, where {server.name} was to listen, is taken. End what listens "
+                "there, or set servers.base_port to another one (null takes ports that are free)."
+            )
+        server.process = ServerProcess(self.adapter.launch_plan(spec), server.log)
         await self._wait_until_healthy(server)
-        if server.is_ours:
-            info = await server.client.info()
-            if info.weight_version != spec.weight_version:
-                raise ServerError(
-                    f"{server.name} reports weight version {info.weight_version!r} and was started with "
-                    f"{spec.weight_version!r}: another server answers at {server.client.url}"
-                )
+        info = await server.client.info()
+        if info.weight_version != spec.weight_version:
+            raise ServerError(
+                f"{server.name} reports weight version {info.weight_version!r} and was started with "
+                f"{spec.weight_version!r}: another server answers at {server.client.url}"
+            )
+        await self._set(server, State.READY, "")
+
+    async def _attach(self, server: Server) -> None:
+        # It need not generate yet: a run that was killed in an update has left it paused, the update open. The update
+        # that comes before any response closes that, and proves that this one arrived.
+        info = await self._wait_until_up(server, server.client.info)
+        _expect_same_shape(server, info.model_path)
         await self._set(server, State.READY, "")
 
     async def _wait_until_healthy(self, server: Server) -> None:
+        await self._wait_until_up(server, lambda: server.client.health(_PROBE_TIMEOUT_S))
+
+    async def _wait_until_up(self, server: Server, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask until it answers, and return the answer."""
         deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
         while True:
             if server.process is not None and server.process.exit_status is not None:
                 raise ServerError(self._obituary(server))
             try:
-                await server.client.health(_PROBE_TIMEOUT_S)
+                answer = await ask()
             except ServerError as error:
                 if asyncio.get_running_loop().time() > deadline:
-                    place = f"; its log is {server.log}" if server.log else ""
+                    place = f"; its log is {server.log}" if server.log else " (one of servers.urls)"
                     raise ServerError(
                         f"{server.name} was not ready after {self.settings.start_timeout_s:g} s "
                         f"(servers.start_timeout_s): {error}{place}"
@@ -317,7 +330,7 @@ class ServerPool:
                 # Whoever listens at the port answers; ours must still be there.
                 if server.process is not None and server.process.exit_status is not None:
                     raise ServerError(self._obituary(server))
-                return
+                return answer
 
     def _obituary(self, server: Server) -> str:
         process = server.process
@@ -447,6 +460,30 @@ class ServerPool:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _expect_same_shape(server: Server, folder: str) -> None:
+    """Refuse a server of another model before anything is written to it: SGLang dies of weights of other sizes.
+
+    A folder that cannot be read from here (on another host, or removed meanwhile) is left to the checksums.
+
+    Raises:
+        ServerError: naming the first difference.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        return
+    place = f"{server.name} ({server.client.url}, one of servers.urls) serves {folder}"
+    try:
+        theirs = asdict(read_model_shape(folder))
+    except ValueError as error:
+        raise ServerError(f"{place}, which is no model that can be trained here: {error}") from error
+    ours = asdict(read_model_shape(server.spec.model_path))
+    for key in ours:
+        if theirs[key] != ours[key] and key != "max_position_embeddings":
+            raise ServerError(
+                f"{place}, whose {key} is {theirs[key]}; that of model.path={server.spec.model_path} is {ours[key]}. "
+                "Start it with a model of this shape, or take another one."
+            )
 
 
 async def _all(awaitables: Iterable[Awaitable[None]]) -> None:

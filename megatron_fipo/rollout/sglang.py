@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch.multiprocessing import reductions
 
+from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout import server_plugins
+from megatron_fipo.rollout.completions import join_completion
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
     Bucket,
@@ -246,7 +248,8 @@ class SglangServer:
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def ledger(self) -> SglangLedger:
-        return SglangLedger(self._spec.model_path, self._spec.tp, hashes_on_gpu=self._spec.device == "cuda")
+        shape = read_model_shape(self._spec.model_path)
+        return SglangLedger(shape, self._spec.tp, hashes_on_gpu=self._spec.device == "cuda")
 
     async def checksums(self, timeout_s: float) -> dict[str, str]:
         answer = await self._connection.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
@@ -280,19 +283,10 @@ def _completion(answer: Any, url: str) -> Completion:
     meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
     if not isinstance(meta, Mapping) or "output_ids" not in answer:
         raise ServerUnreachableError(f"{url}/generate gave no response: {str(answer)[:200]}")
-    token_ids = answer["output_ids"]
-    log_probs = [entry[0] for entry in meta.get("output_token_logprobs", [])]
+    scored = [(token_id, log_prob) for log_prob, token_id, *_ in meta.get("output_token_logprobs", [])]
     reason = (meta["finish_reason"] or {}).get("type")
     spans = [(span["version"], span["start"], span["end"]) for span in meta.get("weight_versions", [])]
-    spans = [span for span in spans if span[2] > span[1]]
-    covered = [span[1] for span in spans] + [len(token_ids)] == [0] + [span[2] for span in spans]
-    if len(log_probs) != len(token_ids) or not covered or reason not in ("stop", "length", "abort"):
-        raise ServerRefusedError(
-            f"{url}/generate gave {len(token_ids)} tokens, {len(log_probs)} log-probs, finish_reason {reason!r} and "
-            f"weight versions {spans}, which do not belong together",
-            200,
-        )
-    return Completion(token_ids, log_probs, reason, spans, meta.get("cached_tokens", 0))
+    return join_completion(url, answer["output_ids"], scored, reason, spans, meta.get("cached_tokens", 0))
 
 
 class _CudaHandle:
@@ -321,5 +315,6 @@ def _serialize(bucket: Bucket) -> str:
         )
         for spec in bucket.specs
     ]
-    flat = _CudaHandle(bucket.flat) if bucket.flat.is_cuda else bucket.flat
+    # A bucket that is not full is the beginning of a larger one, all of which pickle would write.
+    flat = _CudaHandle(bucket.flat) if bucket.flat.is_cuda else bucket.flat.clone()
     return base64.b64encode(pickle.dumps({"flattened_tensor": flat, "metadata": metadata})).decode()

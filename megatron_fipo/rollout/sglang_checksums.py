@@ -1,48 +1,35 @@
 """What SGLang's /weights_checker must answer for given weights, computed from the weights themselves.
 
-It hashes every parameter as a tensor-parallel rank holds it: q, k and v in one tensor, gate and up in one, the
-vocabulary padded with zero rows. On the CPU the hash is the beginning of SHA-256; on a GPU it is SGLang's own, written
-anew here in PyTorch.
+It hashes every parameter as a tensor-parallel rank holds it, as a whole: parts are kept until the others have come. On
+the CPU the hash is the beginning of SHA-256; on a GPU it is SGLang's own, written anew here in PyTorch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_FUSED = {
-    "q_proj": ("qkv_proj", 0, 3),
-    "k_proj": ("qkv_proj", 1, 3),
-    "v_proj": ("qkv_proj", 2, 3),
-    "gate_proj": ("gate_up_proj", 0, 2),
-    "up_proj": ("gate_up_proj", 1, 2),
-}
-"""Linear layer -> the one that it is part of, its place in it, and how many parts that has."""
-_SPLIT_BY_COLUMNS = ("o_proj", "down_proj")
-_VOCABULARY = ("embed_tokens", "lm_head")
-_VOCABULARY_MULTIPLE = 64
+from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.rollout.fused_layout import FusedLayout
 
 
 class SglangLedger:
-    """A `ChecksumLedger` for dense decoders (Qwen2, Llama) without quantization.
+    """A `ChecksumLedger` for dense decoders without quantization.
 
     Args:
-        model_path: folder whose config.json tells the number of key-value heads.
+        shape: of the model.
         tp: tensor-parallel size of the server.
         hashes_on_gpu: whether the server holds its weights on a GPU, where it uses another hash.
     """
 
-    def __init__(self, model_path: str | Path, tp: int, *, hashes_on_gpu: bool) -> None:
-        config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
-        self._num_kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        self._tp = tp
+    def __init__(self, shape: ModelShape, tp: int, *, hashes_on_gpu: bool) -> None:
+        self._layout = FusedLayout(shape, tp)
         self._hash = gpu_hash if hashes_on_gpu else sha_hash
         self._checksums: dict[str, str] = {}
-        self._parts: dict[str, dict[int, Tensor]] = {}
+        self._parts: dict[tuple[str, int], dict[int, Tensor]] = {}
+        """Rows by the first one's place, of each rank's parameters that are not whole yet."""
 
     @staticmethod
     def key(name: str, rank: int, tp: int) -> str:
@@ -50,49 +37,20 @@ class SglangLedger:
         return name if tp == 1 else f"{name} (rank {rank})"
 
     def add(self, name: str, tensor: Tensor) -> None:
-        layer = name.split(".")[-2] if "." in name else ""
-        if layer not in _FUSED:
-            self._note(name, [self._shard(tensor, layer, rank) for rank in range(self._tp)])
-            return
-        whole, place, num_parts = _FUSED[layer]
-        fused_name = name.replace(layer, whole)
-        parts = self._parts.setdefault(fused_name, {})
-        parts[place] = tensor.clone()  # the stream may reuse its memory before the other parts come
-        if len(parts) == num_parts:
-            del self._parts[fused_name]
-            shards = []
-            for rank in range(self._tp):
-                shards.append(torch.cat([self._part(parts[i], whole, i, rank) for i in range(num_parts)]))
-            self._note(fused_name, shards)
+        parameter, pieces = self._layout.place(name, tensor)
+        for rank, piece in enumerate(pieces):
+            if not self._layout.is_whole(parameter):
+                # The stream may reuse its memory before the other parts come.
+                self._parts.setdefault((parameter, rank), {})[piece.first_row] = piece.rows.clone()
+                continue
+            parts = self._parts.pop((parameter, rank), {}) | {piece.first_row: piece.rows}
+            padding = piece.rows.new_zeros(piece.num_padding_rows, *piece.rows.shape[1:])
+            whole = torch.cat([*(parts[first_row] for first_row in sorted(parts)), padding])
+            self._checksums[self.key(parameter, rank, self._layout.tp)] = self._hash(whole)
 
     def expected(self) -> dict[str, str]:
-        if self._parts:
-            raise ValueError(f"parts of {', '.join(sorted(self._parts)[:3])} were not among the weights")
+        self._layout.check_whole()
         return self._checksums
-
-    def _note(self, name: str, shards: list[Tensor]) -> None:
-        for rank, shard in enumerate(shards):
-            self._checksums[self.key(name, rank, self._tp)] = self._hash(shard)
-
-    def _part(self, tensor: Tensor, whole: str, place: int, rank: int) -> Tensor:
-        if whole == "qkv_proj" and place > 0 and self._num_kv_heads < self._tp:
-            copies = self._tp // self._num_kv_heads  # key-value heads are repeated where there are fewer than ranks
-            return tensor.chunk(self._num_kv_heads)[rank // copies]
-        return tensor.chunk(self._tp)[rank]
-
-    def _shard(self, tensor: Tensor, layer: str, rank: int) -> Tensor:
-        if layer in _SPLIT_BY_COLUMNS:
-            return tensor.chunk(self._tp, dim=1)[rank]
-        if layer in _VOCABULARY:
-            multiple = _VOCABULARY_MULTIPLE
-            padded = -(-len(tensor) // multiple) * multiple
-            if padded % self._tp:
-                multiple *= self._tp
-                padded = -(-len(tensor) // multiple) * multiple
-            rows = padded // self._tp
-            shard = tensor[rank * rows : (rank + 1) * rows]
-            return torch.cat([shard, shard.new_zeros(rows - len(shard), *shard.shape[1:])])
-        return tensor
 
 
 def sha_hash(tensor: Tensor) -> str:

@@ -24,6 +24,7 @@ import torch
 
 from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
 from megatron_fipo.rollout import server_plugins
+from megatron_fipo.rollout.completions import join_completion
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
     Bucket,
@@ -300,25 +301,17 @@ class VllmServer:
         if not choices or len(choices) != 1:
             raise ServerRefusedError(f"{self.url} gave no response: {str(answer)[:200]}", 200)
         choice = choices[0]
-        token_ids = choice["token_ids"] or []
         content = (choice["logprobs"] or {}).get("content") or []
-        reason = choice["finish_reason"]
+        scored = [(entry["token_id"], self._finite(entry["logprob"])) for entry in content]
         spans = [
             (self._version(span["version"], answer["model"]), span["start"], span["end"])
             for span in choice["weight_versions"] or []
-            if span["end"] > span["start"]
         ]
-        covered = [span[1] for span in spans] + [len(token_ids)] == [0] + [span[2] for span in spans]
-        same_tokens = [entry["token_id"] for entry in content] == token_ids
-        if not same_tokens or not covered or reason not in ("stop", "length", "abort"):
-            raise ServerRefusedError(
-                f"{self.url} gave {len(token_ids)} tokens, {len(content)} log-probs, finish_reason {reason!r} and "
-                f"weight versions {spans}, which do not belong together",
-                200,
-            )
-        log_probs = [self._finite(entry["logprob"]) for entry in content]
         details = answer["usage"].get("prompt_tokens_details") or {}
-        return Completion(token_ids, log_probs, reason, spans, details.get("cached_tokens") or 0)
+        num_cached_tokens = details.get("cached_tokens") or 0
+        return join_completion(
+            self.url, choice["token_ids"] or [], scored, choice["finish_reason"], spans, num_cached_tokens
+        )
 
     def _finite(self, log_prob: float) -> float:
         if log_prob <= _LOWEST_LOG_PROB:

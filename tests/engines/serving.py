@@ -1,12 +1,13 @@
-"""SGLang servers under test: a pool, an engine over it, and the models that it may be given."""
+"""Servers under test: a pool, an engine over it, and the models that it may be given."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from megatron_fipo.rollout.event_loop import EventLoopThread
 from megatron_fipo.rollout.server_api import InferenceServer, LaunchSpec
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_process import free_port
+from megatron_fipo.rollout.server_setup import ADAPTERS
 from megatron_fipo.rollout.servers import ServerPool, WatchSettings
-from megatron_fipo.rollout.sglang import SglangAdapter, router_plan
+from megatron_fipo.rollout.sglang import router_plan
 from megatron_fipo.rollout.weight_buckets import SnapshotWriter
 from megatron_fipo.rollout.weight_sync import Method, WeightSync
 from tests.engines.environments import server_python
@@ -27,23 +29,28 @@ from tests.models import load, save_random_model
 
 VOCABULARY = 1000
 """No multiple of 64: the server pads it."""
-SIZES = {
+CONTEXT_TOKENS = 4096
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": CONTEXT_TOKENS,
 }
 STOP = 1
 TOLERANCE = 1e-4
 TIMEOUT_S = 120.0
+GROUP_SIZE = 4
+PROMPT_TOKENS = 12
 
 
-def launch_spec(model: Path, tp: int = 1, dtype: torch.dtype = torch.float32, index: int = 0) -> LaunchSpec:
+def launch_spec(
+    engine: str, model: Path, tp: int = 1, dtype: torch.dtype = torch.float32, index: int = 0
+) -> LaunchSpec:
     """A small server on the CPU, on a free port."""
     num_cores = os.cpu_count() or 1
     return LaunchSpec(
-        python=str(server_python("sglang")),
+        python=str(server_python(engine)),
         model_path=model,
         host="127.0.0.1",
         port=free_port(),
@@ -54,24 +61,25 @@ def launch_spec(model: Path, tp: int = 1, dtype: torch.dtype = torch.float32, in
         max_total_tokens=32768,
         memory_fraction=0.3,
         max_running_requests=64,
+        context_tokens=CONTEXT_TOKENS,
     )
 
 
 def request(
     index: int,
-    num_tokens: int,
+    num_tokens: int = 24,
     prefix: tuple[int, ...] = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> GenerationRequest:
     """Sample `index`, four to a group; groups differ in their prompts."""
-    group, sample_index = divmod(index, 4)
+    group, sample_index = divmod(index, GROUP_SIZE)
     return GenerationRequest(
         sample_id=f"sample-{index}",
         group_id=group,
         sample_index=sample_index,
-        prompt_ids=tuple(2 + (group + position) % (VOCABULARY - 2) for position in range(12)),
+        prompt_ids=tuple(2 + (group + position) % (VOCABULARY - 2) for position in range(PROMPT_TOKENS)),
         sampling=SamplingParams(num_tokens, temperature, top_p),
         seed=index if seed is None else seed,
         prefix=prefix,
@@ -83,8 +91,11 @@ class Serving:
 
     def __init__(
         self,
+        engine: str,
         folder: Path,
         *,
+        family: str = "qwen2",
+        dtype: torch.dtype = torch.float32,
         num_servers: int = 1,
         tp: int = 1,
         router: bool = False,
@@ -92,12 +103,15 @@ class Serving:
         settings: WatchSettings | None = None,
         **changes: object,
     ) -> None:
-        self.folders = [save_random_model(folder / f"model{seed}", seed=seed, **(SIZES | changes)) for seed in (0, 1)]
-        self.models: list[PreTrainedModel] = [load(path) for path in self.folders]
+        self.dtype = dtype
+        self.folders = [
+            save_random_model(folder / f"model{seed}", family, seed, **(SIZES | changes)) for seed in (0, 1)
+        ]
+        self.models: list[PreTrainedModel] = [load(path).to(dtype) for path in self.folders]
         self.loop = EventLoopThread()
-        specs = [launch_spec(self.folders[0], tp, index=index) for index in range(num_servers)]
+        specs = [launch_spec(engine, self.folders[0], tp, dtype, index) for index in range(num_servers)]
         self.pool = ServerPool(
-            SglangAdapter(),
+            ADAPTERS[engine](),
             specs,
             log_folder=folder / "logs",
             settings=settings or WatchSettings(start_timeout_s=300.0, health_timeout_s=20.0),
@@ -124,7 +138,7 @@ class Serving:
             self.loop,
             method=method,
             bucket_bytes=100_000,
-            dtype=torch.float32,
+            dtype=self.dtype,
             device=torch.device("cpu"),
             timeout_s=TIMEOUT_S,
             snapshots=self.snapshots,
@@ -134,9 +148,17 @@ class Serving:
     def clients(self) -> list[InferenceServer]:
         return [server.client for server in self.pool.servers]
 
+    @property
+    def client(self) -> InferenceServer:
+        """The only server's."""
+        (client,) = self.clients
+        return client
+
     def weights(self, model: int) -> list[tuple[str, Tensor]]:
-        """What the actor would send."""
-        return list(self.models[model].state_dict().items())
+        """What the actor would send: output weights that are the embedding's are not sent."""
+        tied = self.models[model].config.tie_word_embeddings
+        state = self.models[model].state_dict()
+        return [(name, tensor) for name, tensor in state.items() if not (tied and name == "lm_head.weight")]
 
     def hold(self, model: int, version: int) -> None:
         """Give all servers the weights of a model."""
@@ -167,17 +189,27 @@ class Serving:
 
     def expect_log_probs(self, sample: Sample, model: int, temperature: float = 1.0) -> None:
         """The sample's log-probs must be the model's."""
-        expected = log_probs(self.models[model], sample, temperature)
         assert len(sample.response_ids) > 0
+        expected = log_probs(self.models[model], sample, temperature)
         torch.testing.assert_close(sample.rollout_log_probs, expected, atol=TOLERANCE, rtol=0)
+
+    def difference(self, sample: Sample, model: int, temperature: float = 1.0) -> Tensor:
+        """float32 [R], |log-probs of the sample - the model's|."""
+        return (sample.rollout_log_probs - log_probs(self.models[model], sample, temperature)).abs()
 
     def close(self) -> None:
         self.engine.close()
 
 
-@torch.no_grad()
 def log_probs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> Tensor:
     """float32 [R], of a sample's response by transformers."""
     ids = torch.cat([sample.prompt_ids, sample.response_ids])
-    logits = model(ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
-    return torch.log_softmax(logits, dim=-1).gather(1, sample.response_ids[:, None]).squeeze(1)
+    return scores(model, ids.tolist(), temperature)[len(sample.prompt_ids) - 1 :]
+
+
+@torch.no_grad()
+def scores(model: PreTrainedModel, sequence: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """float32 [L - 1], log-probs of a sequence's tokens from the second on, by transformers."""
+    ids = torch.tensor(sequence)
+    logits = model(ids[None]).logits[0, :-1].float() / temperature
+    return torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None]).squeeze(1)

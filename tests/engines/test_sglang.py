@@ -18,15 +18,16 @@ from megatron_fipo.rollout.servers import State
 from megatron_fipo.rollout.sglang_checksums import gpu_hash
 from megatron_fipo.rollout.weight_buckets import pack
 from megatron_fipo.rollout.weight_sync import Method
+from tests.engines.attaching import expect_two_nodes_to_share
 from tests.engines.environments import server_python
-from tests.engines.serving import STOP, VOCABULARY, Serving, log_probs, request
+from tests.engines.serving import CONTEXT_TOKENS, STOP, TOLERANCE, VOCABULARY, Serving, request, scores
 
 pytestmark = pytest.mark.sglang
 
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    serving = Serving(tmp_path_factory.mktemp("sglang"), tp=2)
+    serving = Serving("sglang", tmp_path_factory.mktemp("sglang"), tp=2)
     yield serving
     serving.close()
 
@@ -102,23 +103,16 @@ def test_groups_share_their_prompts_cache(serving: Serving) -> None:
 def test_scores_are_the_models_log_probs(serving: Serving) -> None:
     serving.hold(model=1, version=9)
     sequences = canary_sequences(VOCABULARY, 3, num_tokens=30)
-    expected = [_scores(serving.models[1], sequence) for sequence in sequences]
+    expected = [scores(serving.models[1], sequence).tolist() for sequence in sequences]
     serving.engine.check_log_probs(sequences, expected)
     serving.engine.check_log_probs(sequences, expected)  # once more, now that prompts are in the cache
-    wrong = [_scores(serving.models[0], sequence) for sequence in sequences]
+    wrong = [scores(serving.models[0], sequence).tolist() for sequence in sequences]
     with pytest.raises(ServerError, match="other log-probs than the actor"):
         serving.engine.check_log_probs(sequences, wrong)
     with pytest.raises(RuntimeError, match=r"(?s)no server can generate.*other log-probs"):
         serving.generate(request(0, 4))
     serving.hold(model=1, version=10)
     serving.generate(request(0, 4))
-
-
-@torch.no_grad()
-def _scores(model: torch.nn.Module, sequence: list[int]) -> list[float]:
-    ids = torch.tensor(sequence)
-    log_probs = torch.log_softmax(model(ids[None]).logits[0, :-1], dim=-1)
-    return log_probs.gather(1, ids[1:, None]).squeeze(1).tolist()
 
 
 def test_aborted_and_cancelled_requests(serving: Serving) -> None:
@@ -162,7 +156,7 @@ async def _until_tokens_flow(serving: Serving) -> None:
         ({"top_p": 0.0}, ValueError, "top_p must lie in"),
         ({"num_tokens": 0}, ValueError, "leaves nothing after a prefix of 0"),
         ({"seed": 2**63}, ServerRefusedError, "(?i)sampling_seed"),
-        ({"num_tokens": 4000}, ServerRefusedError, "(?i)context"),
+        ({"num_tokens": CONTEXT_TOKENS}, ServerRefusedError, "(?i)context"),
     ],
 )
 def test_what_cannot_be_sampled_is_an_error(
@@ -204,11 +198,9 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
         (_, zero, first), (_, second, length) = sample.policy_versions
         assert [span[0] for span in sample.policy_versions] == [30, 31]
         assert (zero, second, length) == (0, first, 900)
-        old, new = sample.rollout_log_probs[:first], sample.rollout_log_probs[first + 1 :]
-        serving_old, serving_new = (log_probs(model, sample) for model in serving.models)
-        torch.testing.assert_close(old, serving_old[:first], atol=1e-4, rtol=0)
+        assert serving.difference(sample, 0)[:first].max() < TOLERANCE
         # The cache was computed anew, so that everything after the update is the new model's.
-        torch.testing.assert_close(new, serving_new[first + 1 :], atol=1e-4, rtol=0)
+        assert serving.difference(sample, 1)[first + 1 :].max() < TOLERANCE
 
     try:
         asyncio.run(run())
@@ -247,7 +239,7 @@ def test_checksums_catch_what_goes_wrong_on_the_way(
 ) -> None:
     """What is sent differs from what the ledger saw; the server cannot tell, the canary must."""
     serving.hold(model=0, version=40)
-    client = serving.clients[0]
+    client = serving.client
     real = type(client).load_bucket
     layer = "model.layers."
 
@@ -285,7 +277,7 @@ def test_a_stream_without_a_tensor_is_caught_and_drained(serving: Serving) -> No
                 yield name, tensor
         drained.append(True)
 
-    with pytest.raises(ServerError, match=r"parts of model\.layers\.1\.mlp\.gate_up_proj\.weight were not among"):
+    with pytest.raises(ServerError, match=r"weights lack gate_proj of model\.layers\.1\.mlp\.gate_up_proj\.weight"):
         serving.engine.update_weights(stream(), 50)
     assert drained
     serving.hold(model=0, version=51)
@@ -326,6 +318,10 @@ def test_memory_is_released_and_resumed_around_an_update(serving: Serving) -> No
     (sample,) = serving.generate(request(0, 16))
     assert sample.policy_versions[0][0] == 66
     serving.expect_log_probs(sample, model=1)
+
+
+def test_a_trainer_elsewhere_attaches_and_leaves_the_server_running(serving: Serving, tmp_path: Path) -> None:
+    expect_two_nodes_to_share("sglang", serving, tmp_path)
 
 
 def test_a_wrong_shape_stops_generation(serving: Serving) -> None:

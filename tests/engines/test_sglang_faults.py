@@ -33,7 +33,8 @@ NUM_SAMPLES, NUM_TOKENS = 32, 300
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Two servers behind a router; both hold the second model."""
     settings = WatchSettings(start_timeout_s=300.0, health_interval_s=1.0, health_timeout_s=45.0, max_restarts=5)
-    serving = Serving(tmp_path_factory.mktemp("faults"), num_servers=2, router=True, stop=(), settings=settings)
+    folder = tmp_path_factory.mktemp("faults")
+    serving = Serving("sglang", folder, num_servers=2, router=True, stop=(), settings=settings)
     serving.hold(model=1, version=1)
     yield serving
     serving.close()
@@ -285,7 +286,7 @@ def failing_start(spec: LaunchSpec, folder: Path) -> str:
 
 def test_a_taken_port(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", **SIZES)
-    spec = launch_spec(model)
+    spec = launch_spec("sglang", model)
     with socket.create_server(("127.0.0.1", spec.port)):
         assert f"port {spec.port} of 127.0.0.1, where sglang-0 was to listen, is taken" in failing_start(spec, tmp_path)
 
@@ -294,11 +295,11 @@ def test_a_wrong_model(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", **SIZES)
     config = model / "config.json"
     config.write_text(config.read_text().replace("Qwen2ForCausalLM", "Qwen2ForCausalTypos"))
-    words = failing_start(launch_spec(model), tmp_path)
+    words = failing_start(launch_spec("sglang", model), tmp_path)
     assert "Qwen2ForCausalTypos" in words
 
 
 def test_too_little_memory(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", **SIZES)
-    spec = replace(launch_spec(model), max_total_tokens=None, memory_fraction=0.0001)
+    spec = replace(launch_spec("sglang", model), max_total_tokens=None, memory_fraction=0.0001)
     assert "--mem-fraction-static" in failing_start(spec, tmp_path)

@@ -15,124 +15,36 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.canary import CanaryError
-from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.server_api import Bucket, Completion, InferenceServer, LaunchSpec, TensorSpec
-from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.server_api import Bucket, Completion, LaunchSpec, TensorSpec
 from megatron_fipo.rollout.server_http import ServerRefusedError
-from megatron_fipo.rollout.server_process import ServerProcess, free_port
-from megatron_fipo.rollout.servers import ServerPool, WatchSettings
+from megatron_fipo.rollout.server_process import ServerProcess
 from megatron_fipo.rollout.vllm import VllmAdapter
-from megatron_fipo.rollout.weight_buckets import SnapshotWriter
-from megatron_fipo.rollout.weight_sync import WeightSync
-from tests.engines.environments import server_python
-from tests.models import load, save_random_model
+from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from tests.engines.attaching import expect_two_nodes_to_share
+from tests.engines.serving import (
+    CONTEXT_TOKENS,
+    GROUP_SIZE,
+    PROMPT_TOKENS,
+    SIZES,
+    TIMEOUT_S,
+    TOLERANCE,
+    Serving,
+    launch_spec,
+    request,
+    scores,
+)
+from tests.models import save_random_model
 
 pytestmark = pytest.mark.vllm
-
-VOCABULARY = 1000
-"""No multiple of 64: the server pads it."""
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 4096,
-}
-STOP = 1
-TOLERANCE = 1e-4
-TIMEOUT_S = 120.0
-
-
-def launch_spec(model: Path, tp: int = 1, dtype: torch.dtype = torch.float32) -> LaunchSpec:
-    return LaunchSpec(
-        python=str(server_python("vllm")),
-        model_path=model,
-        host="127.0.0.1",
-        port=free_port(),
-        dtype=str(dtype).removeprefix("torch."),
-        weight_version="0",
-        tp=tp,
-        cpu_cores=tuple((rank % (os.cpu_count() or 1),) for rank in range(tp)),
-        max_total_tokens=16384,
-        max_running_requests=64,
-        context_tokens=4096,
-    )
-
-
-class Serving:
-    """One server in a pool of its own, with the models that it may hold."""
-
-    def __init__(self, folder: Path, family: str, tp: int, dtype: torch.dtype, **changes: object) -> None:
-        self.dtype = dtype
-        self.folders = [
-            save_random_model(folder / f"model{seed}", family, seed, **(SIZES | changes)) for seed in (0, 1)
-        ]
-        self.models = [load(path).to(dtype) for path in self.folders]
-        self.spec = launch_spec(self.folders[0], tp, dtype)
-        self.loop = EventLoopThread()
-        settings = WatchSettings(start_timeout_s=300.0, health_timeout_s=20.0)
-        self.pool = ServerPool(VllmAdapter(), [self.spec], log_folder=folder / "logs", settings=settings)
-        self.snapshots = SnapshotWriter(folder / "snapshots", self.folders[0])
-        self.engine = ServerEngine(
-            self.pool,
-            self.loop,
-            self.sync("tensor"),
-            agree=lambda problem: [problem],
-            share=(0, 1),
-            stop_token_ids=[STOP],
-            vocab_size=VOCABULARY,
-            max_concurrent_requests=64,
-            request_timeout_s=TIMEOUT_S,
-            canary_tolerance=TOLERANCE,
-        )
-        self.engine.start()
-
-    def sync(self, method: str) -> WeightSync:
-        """A way to bring weights into the pool, in buckets so small that layers lie across their ends."""
-        assert method in ("tensor", "distributed", "disk")
-        return WeightSync(
-            self.pool,
-            self.loop,
-            method=method,  # type: ignore[arg-type]
-            bucket_bytes=100_000,
-            dtype=self.dtype,
-            device=torch.device("cpu"),
-            timeout_s=TIMEOUT_S,
-            snapshots=self.snapshots,
-        )
-
-    @property
-    def client(self) -> InferenceServer:
-        return self.pool.servers[0].client
-
-    def weights(self, model: int) -> list[tuple[str, Tensor]]:
-        """What the actor would send: tied output weights are not sent."""
-        tied = self.models[model].config.tie_word_embeddings
-        state = self.models[model].state_dict()
-        return [(name, tensor) for name, tensor in state.items() if not (tied and name == "lm_head.weight")]
-
-    def hold(self, model: int, version: int) -> None:
-        """Give the server the weights of a model."""
-        self.engine.update_weights(self.weights(model), version)
-
-    def generate(self, *requests: GenerationRequest) -> list[Sample]:
-        async def gather() -> list[Sample]:
-            return list(await asyncio.gather(*(self.engine.generate(request) for request in requests)))
-
-        return asyncio.run(gather())
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    serving = Serving(tmp_path_factory.mktemp("vllm"), "qwen2", tp=1, dtype=torch.float32)
+    serving = Serving("vllm", tmp_path_factory.mktemp("vllm"))
     yield serving
     serving.close()
 
@@ -141,8 +53,9 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Over two tensor-parallel ranks, in bfloat16, with one key-value head for both and a tied output layer."""
     serving = Serving(
+        "vllm",
         tmp_path_factory.mktemp("vllm-tp2"),
-        "qwen3",
+        family="qwen3",
         tp=2,
         dtype=torch.bfloat16,
         num_key_value_heads=1,
@@ -153,42 +66,16 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     serving.close()
 
 
-def request(index: int, max_tokens: int = 24, prefix: tuple[int, ...] = (), **sampling: float) -> GenerationRequest:
-    return GenerationRequest(
-        sample_id=f"sample{index}",
-        group_id=index // 2,
-        sample_index=index % 2,
-        prompt_ids=tuple(5 + (index // 2 * 7 + position * 3) % 900 for position in range(8)),
-        sampling=SamplingParams(max_tokens, **sampling),
-        seed=1000 + index,
-        prefix=prefix,
-    )
-
-
-def reference(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> Tensor:
-    """transformers' log-probs of a sample's response."""
-    tokens = torch.cat([sample.prompt_ids, sample.response_ids])
-    with torch.no_grad():
-        logits = model(tokens[None]).logits[0].float()
-    log_probs = torch.log_softmax(logits[len(sample.prompt_ids) - 1 : -1] / temperature, dim=-1)
-    return log_probs.gather(1, sample.response_ids[:, None])[:, 0]
-
-
-def difference(serving: Serving, model: int, sample: Sample, temperature: float = 1.0) -> float:
-    expected = reference(serving.models[model], sample, temperature)
-    return float((expected - sample.rollout_log_probs).abs().max())
-
-
 def test_log_probs_are_those_of_the_model(serving: Serving) -> None:
     serving.hold(0, version=1)
     temperatures = [1.0, 0.7, 0.0] * 4
     samples = serving.generate(*(request(i, temperature=t) for i, t in enumerate(temperatures)))
     for sample, temperature in zip(samples, temperatures, strict=True):
         assert sample.finish_reason in ("stop", "length")
-        assert difference(serving, 0, sample, temperature or 1.0) < TOLERANCE
+        serving.expect_log_probs(sample, 0, temperature or 1.0)
         assert sample.policy_versions == [(1, 0, len(sample.response_ids))]
-    assert difference(serving, 1, samples[0]) > 100 * TOLERANCE, "the comparison tells models apart"
-    assert difference(serving, 0, samples[1], 1.0) > 100 * TOLERANCE, "and temperatures"
+    assert serving.difference(samples[0], 1).max() > 100 * TOLERANCE, "the comparison tells models apart"
+    assert serving.difference(samples[1], 0, 1.0).max() > 100 * TOLERANCE, "and temperatures"
 
 
 def test_a_seed_makes_a_response_whatever_else_runs(serving: Serving) -> None:
@@ -220,9 +107,9 @@ def test_a_prefix_is_continued(serving: Serving) -> None:
 def test_more_prompt_tokens_than_one_forward_pass_takes(serving: Serving) -> None:
     """Prompts that do not fit into a pass wait for the next; a worker on the CPU dies of one that is cut in two."""
     prompts = [tuple(5 + (index + position) % 900 for position in range(1000)) for index in range(24)]
-    requests = [replace(request(i, max_tokens=2), prompt_ids=prompt) for i, prompt in enumerate(prompts)]
+    requests = [replace(request(i, 2), prompt_ids=prompt) for i, prompt in enumerate(prompts)]
     for sample in serving.generate(*requests):
-        assert difference(serving, 0, sample) < TOLERANCE
+        serving.expect_log_probs(sample, 0)
 
 
 def test_nucleus_sampling_gives_no_log_probs_that_mean_something_else(serving: Serving) -> None:
@@ -233,24 +120,21 @@ def test_nucleus_sampling_gives_no_log_probs_that_mean_something_else(serving: S
 
 def test_scores_are_the_models_log_probs(serving: Serving) -> None:
     sequences = [[5, 900, 17, 4, 4, 4, 33], [7, 8]] * 3
-    scores = serving.loop.run(serving.client.score(sequences, TIMEOUT_S))
-    for sequence, score in zip(sequences, scores, strict=True):
-        with torch.no_grad():
-            log_probs = torch.log_softmax(serving.models[0](torch.tensor([sequence])).logits[0].float(), dim=-1)
-        expected = [log_probs[i, token].item() for i, token in enumerate(sequence[1:])]
-        assert score == pytest.approx(expected, abs=TOLERANCE)
+    found = serving.loop.run(serving.client.score(sequences, TIMEOUT_S))
+    for sequence, score in zip(sequences, found, strict=True):
+        assert score == pytest.approx(scores(serving.models[0], sequence).tolist(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("method", ["tensor", "distributed", "disk"])
-def test_weights_arrive(serving: Serving, method: str) -> None:
+def test_weights_arrive(serving: Serving, method: Method) -> None:
     sync = serving.sync(method)
     for version, model in ((21, 1), (22, 0), (23, 1)):
         report = sync.run(serving.weights(model), str(version))
         assert report.num_buckets > 4
         sample = serving.generate(request(4))[0]
         assert sample.policy_versions == [(version, 0, len(sample.response_ids))]
-        assert difference(serving, model, sample) < TOLERANCE
-        assert difference(serving, 1 - model, sample) > 100 * TOLERANCE
+        serving.expect_log_probs(sample, model)
+        assert serving.difference(sample, 1 - model).max() > 100 * TOLERANCE
     sync.close()
 
 
@@ -266,7 +150,7 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
         await client.resume()
 
     async def both() -> list[Sample]:
-        tasks = [asyncio.ensure_future(serving.engine.generate(request(i, max_tokens=800))) for i in range(4)]
+        tasks = [asyncio.ensure_future(serving.engine.generate(request(i, 800))) for i in range(4)]
         await wait_until_running(serving, 2, tasks)
         await serving.loop.run_here(update_meanwhile())
         return list(await asyncio.gather(*tasks))
@@ -278,8 +162,7 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
         (old, start, change), (new, again, stop) = sample.policy_versions
         assert (old, new, start, again, stop) == (31, 32, 0, change, len(sample.response_ids))
         for model, span in ((0, slice(0, change)), (1, slice(change, stop))):
-            expected = reference(serving.models[model], sample)[span]
-            assert torch.allclose(expected, sample.rollout_log_probs[span], atol=TOLERANCE)
+            assert serving.difference(sample, model)[span].max() < TOLERANCE
 
 
 def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) -> None:
@@ -287,8 +170,7 @@ def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) ->
 
     async def run() -> list[Completion]:
         cancelled, aborted = (
-            asyncio.ensure_future(client.generate(request(i, max_tokens=4000), f"long{i}", [], TIMEOUT_S))
-            for i in range(2)
+            asyncio.ensure_future(client.generate(request(i, 4000), f"long{i}", [], TIMEOUT_S)) for i in range(2)
         )
         await wait_until_running(serving, 2, [cancelled, aborted])
         await client.cancel("long0")
@@ -310,7 +192,11 @@ def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) ->
     [
         ({"temperature": 5.0}, ServerRefusedError, r"temperature must be in \[0, 2\], got 5"),
         ({"temperature": 0.001}, ValueError, "temperature of 0 or at least 0.01"),
-        ({"max_tokens": 5000}, ServerRefusedError, r"4088 of up to 5000 tokens after 8: its context is full"),
+        (
+            {"max_tokens": 5000},
+            ServerRefusedError,
+            f"{CONTEXT_TOKENS - PROMPT_TOKENS} of up to 5000 tokens after {PROMPT_TOKENS}: its context is full",
+        ),
     ],
 )
 def test_what_the_server_would_change_or_reject_is_an_error(
@@ -337,19 +223,17 @@ def test_an_incomplete_update_is_refused_and_a_whole_one_repairs_it(serving: Ser
     serving.hold(1, version=42)
     sample = serving.generate(request(0))[0]
     assert sample.policy_versions == [(42, 0, len(sample.response_ids))]
-    assert difference(serving, 1, sample) < TOLERANCE
+    serving.expect_log_probs(sample, 1)
 
 
 @pytest.mark.parametrize("method", ["tensor", "distributed", "disk"])
-def test_weights_arrive_over_two_ranks(sharded: Serving, method: str) -> None:
+def test_weights_arrive_over_two_ranks(sharded: Serving, method: Method) -> None:
     sync = sharded.sync(method)
     for version, model in ((1, 1), (2, 0)):
         sync.run(sharded.weights(model), str(version))  # compares every checksum
         sample = sharded.generate(request(0))[0]
         assert sample.policy_versions == [(version, 0, len(sample.response_ids))]
-        mean = (reference(sharded.models[model], sample) - sample.rollout_log_probs).abs().mean()
-        other = (reference(sharded.models[1 - model], sample) - sample.rollout_log_probs).abs().mean()
-        assert mean < 0.05 < other
+        assert sharded.difference(sample, model).mean() < 0.05 < sharded.difference(sample, 1 - model).mean()
     sync.close()
 
 
@@ -391,10 +275,14 @@ def test_checksums_catch_what_goes_wrong_on_the_way(
     sync.run(sharded.weights(1), "6")
 
 
+def test_a_trainer_elsewhere_attaches_and_leaves_the_server_running(serving: Serving, tmp_path: Path) -> None:
+    expect_two_nodes_to_share("vllm", serving, tmp_path)
+
+
 @pytest.mark.parametrize("victim", ["server", "worker"])
 def test_a_killed_server_comes_back_with_its_weights_and_no_response_is_lost(serving: Serving, victim: str) -> None:
     serving.hold(1, version=51)
-    requests = [request(i, max_tokens=400) for i in range(16)]
+    requests = [request(i, 400) for i in range(16)]
 
     async def kill_meanwhile() -> list[Sample]:
         tasks = [asyncio.ensure_future(serving.engine.generate(one)) for one in requests]
@@ -408,22 +296,22 @@ def test_a_killed_server_comes_back_with_its_weights_and_no_response_is_lost(ser
     restarts = serving.pool.num_restarts
     samples = asyncio.run(kill_meanwhile())
     assert serving.pool.num_restarts == restarts + 1
-    assert [(sample.prompt_id, sample.sample_index) for sample in samples] == [(i // 2, i % 2) for i in range(16)]
+    assert [(sample.prompt_id, sample.sample_index) for sample in samples] == [divmod(i, GROUP_SIZE) for i in range(16)]
     for sample in samples:
         assert sample.policy_versions == [(51, 0, len(sample.response_ids))]
-        assert difference(serving, 1, sample) < TOLERANCE
+        serving.expect_log_probs(sample, 1)
 
 
 def test_a_wrong_model_is_told_in_the_servers_words(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"], "model_type": "qwen2"}')
-    words = words_of_death(replace(launch_spec(folder), max_total_tokens=None), tmp_path)
+    words = words_of_death(replace(launch_spec("vllm", folder), max_total_tokens=None), tmp_path)
     assert "Model architectures ['NoSuchForCausalLM'] are not supported" in words
 
 
 def test_a_taken_port_is_told_in_the_servers_words(tmp_path: Path) -> None:
-    spec = launch_spec(save_random_model(tmp_path / "model", "qwen2", **SIZES))
+    spec = launch_spec("vllm", save_random_model(tmp_path / "model", **SIZES))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -432,7 +320,7 @@ def test_a_taken_port_is_told_in_the_servers_words(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_told_in_the_servers_words(tmp_path: Path) -> None:
-    spec = launch_spec(save_random_model(tmp_path / "model", "qwen2", **SIZES))
+    spec = launch_spec("vllm", save_random_model(tmp_path / "model", **SIZES))
     words = words_of_death(replace(spec, max_total_tokens=10**12), tmp_path)
     assert words.startswith("ValueError: Available memory on node 0")
     assert "Decrease --kv-cache-memory-bytes" in words

