@@ -20,6 +20,7 @@ from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rollout.canary import canary_sequences
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.rollout.server_api import InferenceServer
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.rollout.server_setup import build_server_engine
@@ -158,12 +159,22 @@ def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url
 # --- where the server was started ------------------------------------------------------------------------------------
 
 
+async def _load(client: InferenceServer, folder: Path) -> None:
+    """Weights from a folder that can be read: SGLang names the last one, which another test may have removed."""
+    await client.pause()
+    await client.begin_update()
+    await client.load_folder(folder, timeout_s=60.0)
+    await client.end_update("109")
+    await client.resume()
+
+
 def expect_two_nodes_to_share(engine: str, serving: Serving, folder: Path) -> None:
     """A trainer elsewhere uses a server that was started here, which runs on afterwards."""
     (server,) = serving.pool.servers
     assert server.process is not None
     restarts = serving.pool.num_restarts
     arguments = (engine, serving.folders, folder, server.client.url, server.spec.tp)
+    serving.loop.run(_load(server.client, serving.folders[0]))
     other = save_random_model(folder / "other", **(SIZES | {"hidden_size": 64}))
     run_ranks(expect_other_model_refused, 1, engine, other, *arguments[2:])
     first, second = run_ranks(roll_out_on_two_nodes, 2, *arguments)
