@@ -31,6 +31,7 @@ from megatron_fipo.config import (
     ParallelSection,
     RolloutSection,
     TrainSection,
+    microbatch_token_multiple,
 )
 from megatron_fipo.convert.stream import weight_stream
 from megatron_fipo.metrics.reductions import Distribution, Histogram, Metrics, merge
@@ -309,6 +310,8 @@ def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breaka
         [breakage.batches(batch) for batch in microbatches]
         for microbatches in build_minibatches(groups_of_step(step), config, ranks, PAD_TOKEN)
     ]
+    lengths = [int(batch.cu_seqlens_padded[-1]) for microbatches in minibatches for batch in microbatches]
+    assert not any(length % microbatch_token_multiple(config) for length in lengths)
     for microbatches in minibatches:
         for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=ranks.is_last_stage):
             batch.old_log_probs = log_probs - batch.rollout_log_probs
