@@ -24,8 +24,7 @@ _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantag
 LONGEST_FOR_SEQUENCE_RATIOS = 2048
 """Tokens beyond which a whole response's probability ratio says little: a bias of 1e-3 a token is a factor of 8."""
 WIDEST_GEOMETRIC_RATIO = 1.1
-
-"""Ratios of whole responses further from 1 than this hardly mask anything."""
+"""rollout_ratio_max beyond which the mean ratio of a response is hardly ever masked."""
 
 _CUSTOM_VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|https?://[^\s/]+\S*")
 
