@@ -41,6 +41,9 @@ from tests.models import save_random_model
 
 pytestmark = pytest.mark.vllm
 
+MANY_TOKENS = 4000
+"""Seconds of decoding: whatever a test does to running requests happens before all have ended, also on a busy machine."""
+
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
@@ -150,8 +153,8 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
         await client.resume()
 
     async def both() -> list[Sample]:
-        tasks = [asyncio.ensure_future(serving.engine.generate(request(i, 800))) for i in range(4)]
-        await wait_until_running(serving, 2, tasks)
+        tasks = [asyncio.ensure_future(serving.engine.generate(request(i, MANY_TOKENS))) for i in range(4)]
+        await wait_until_running(serving, 1, tasks)
         await serving.loop.run_here(update_meanwhile())
         return list(await asyncio.gather(*tasks))
 
@@ -170,7 +173,7 @@ def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) ->
 
     async def run() -> list[Completion]:
         cancelled, aborted = (
-            asyncio.ensure_future(client.generate(request(i, 4000), f"long{i}", [], TIMEOUT_S)) for i in range(2)
+            asyncio.ensure_future(client.generate(request(i, MANY_TOKENS), f"long{i}", [], TIMEOUT_S)) for i in range(2)
         )
         await wait_until_running(serving, 2, [cancelled, aborted])
         await client.cancel("long0")
@@ -182,7 +185,7 @@ def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) ->
     completions = serving.loop.run(run())
     for completion in completions:
         assert completion.finish_reason == "abort"
-        assert 0 < len(completion.token_ids) == len(completion.log_probs) < 4000
+        assert 0 < len(completion.token_ids) == len(completion.log_probs) < MANY_TOKENS
         assert [span[1:] for span in completion.version_spans] == [(0, len(completion.token_ids))]
     serving.loop.run(client.cancel("never heard of"))
 
@@ -282,11 +285,11 @@ def test_a_trainer_elsewhere_attaches_and_leaves_the_server_running(serving: Ser
 @pytest.mark.parametrize("victim", ["server", "worker"])
 def test_a_killed_server_comes_back_with_its_weights_and_no_response_is_lost(serving: Serving, victim: str) -> None:
     serving.hold(1, version=51)
-    requests = [request(i, 400) for i in range(16)]
+    requests = [request(i, MANY_TOKENS) for i in range(8)]
 
     async def kill_meanwhile() -> list[Sample]:
         tasks = [asyncio.ensure_future(serving.engine.generate(one)) for one in requests]
-        await wait_until_running(serving, 4, tasks)
+        await wait_until_running(serving, 1, tasks)
         process = serving.pool.servers[0].process
         assert process is not None
         assert process.pid is not None
@@ -296,7 +299,7 @@ def test_a_killed_server_comes_back_with_its_weights_and_no_response_is_lost(ser
     restarts = serving.pool.num_restarts
     samples = asyncio.run(kill_meanwhile())
     assert serving.pool.num_restarts == restarts + 1
-    assert [(sample.prompt_id, sample.sample_index) for sample in samples] == [divmod(i, GROUP_SIZE) for i in range(16)]
+    assert [(sample.prompt_id, sample.sample_index) for sample in samples] == [divmod(i, GROUP_SIZE) for i in range(8)]
     for sample in samples:
         assert sample.policy_versions == [(51, 0, len(sample.response_ids))]
         serving.expect_log_probs(sample, 1)
@@ -344,7 +347,10 @@ def worker_of(pid: int) -> int:
 
 
 async def wait_until_running(serving: Serving, number: int, requests: Sequence[asyncio.Future[Any]]) -> None:
-    """Return once the server decodes so many of these requests at a time."""
+    """Return once the server decodes so many of these requests at a time, or more.
+
+    The server answers between two of its steps: ask it for requests so long that some still run when the answer comes.
+    """
     connection = serving.client._connection  # type: ignore[attr-defined]
     async with asyncio.timeout(TIMEOUT_S):
         while True:
@@ -352,9 +358,9 @@ async def wait_until_running(serving: Serving, number: int, requests: Sequence[a
             running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
             if running and float(running[0].rpartition(" ")[2]) >= number:
                 return
-            ended = [request.result() for request in requests if request.done()]
-            assert not ended, f"{ended} ended before {number} ran at the same time"
-            await asyncio.sleep(0.02)  # a server asked without a pause has no time for its requests
+            num_ended = len([request.result() for request in requests if request.done()])
+            assert num_ended <= len(requests) - number, f"{num_ended} of {len(requests)} requests have ended before"
+            await asyncio.sleep(0.1)  # a server asked without a pause has no time for its requests
 
 
 def bucket_of(tensors: list[tuple[str, Tensor]]) -> Bucket:
