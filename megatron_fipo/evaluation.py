@@ -66,14 +66,37 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def ci95_half_width(values: Sequence[float]) -> float:
-    """Half the width of the normal 95% confidence interval of a mean over n problems, 1.96 s / sqrt(n); NaN for n < 2.
+def confidence_interval(averages: Sequence[float], num_samples: int) -> tuple[float, float]:
+    """95% confidence interval of the mean of avg@k over problems: of their choice and of the samples' noise.
 
-    It covers both the choice of problems and the noise of k samples each.
+    Wilson's score interval ("Probable Inference", JASA 22, 1927), for as many independent verdicts as have the variance
+    that is found between problems, p (1 - p) n / s^2: at least one a problem, at most one a response (effective sample
+    size of Korn and Graubard, Survey Methodology 24, 1998). Unlike mean +- 1.96 s / sqrt(n), it stays in [0, 1] and has
+    a width where all responses are wrong: there nothing is known of the variance, and a problem counts as one verdict.
+
+    Args:
+        averages: n values of avg@k, one a problem.
+        num_samples: k.
+
+    Returns:
+        Its lower and upper end.
+
+    Raises:
+        ValueError: if there are no problems.
     """
-    if len(values) < 2:
-        return math.nan
-    return 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if not averages:
+        raise ValueError("a confidence interval over problems needs at least one problem")
+    num_problems, mean = len(averages), float(np.mean(averages))
+    verdicts = float(num_problems)
+    if 0.0 < mean < 1.0 and num_problems > 1:
+        variance = float(np.var(averages, ddof=1)) / num_problems
+        most = num_problems * num_samples
+        verdicts = min(max(mean * (1.0 - mean) / variance, verdicts), most) if variance > 0.0 else most
+    z = 1.96
+    centre = mean + z**2 / (2.0 * verdicts)
+    spread = z * math.sqrt(mean * (1.0 - mean) / verdicts + (z / (2.0 * verdicts)) ** 2)
+    scale = 1.0 + z**2 / verdicts
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,7 @@ class EvaluationResult:
         num_problems: problems.
         num_samples: k, responses to each.
         avg, cons, pass_all: means over problems of avg@k, cons@k and pass@k.
-        avg_ci95: half width of the 95% confidence interval of avg.
+        avg_ci95: lower and upper end of the 95% confidence interval of avg; see `confidence_interval`.
         metrics: everything as flat names, evaluation/<source>/….
     """
 
@@ -139,7 +162,7 @@ class EvaluationResult:
     avg: float
     cons: float
     pass_all: float
-    avg_ci95: float
+    avg_ci95: tuple[float, float]
     metrics: dict[str, float]
 
 
@@ -168,7 +191,7 @@ def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationRe
         )
     (k,) = counts
     averages = [avg_at_k(problem.correct) for problem in problems]
-    avg, ci95 = float(np.mean(averages)), ci95_half_width(averages)
+    avg, ci95 = float(np.mean(averages)), confidence_interval(averages, k)
     cons = float(np.mean([cons_at_k(problem.answers, problem.correct) for problem in problems]))
     passes = {
         size: float(np.mean([pass_at_k(k, sum(problem.correct), size) for problem in problems]))
@@ -178,7 +201,8 @@ def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationRe
     reasons = [reason for problem in problems for reason in problem.finish_reasons]
     metrics = {
         f"avg@{k}": avg,
-        f"avg@{k}_ci95": ci95,
+        f"avg@{k}_ci95_low": ci95[0],
+        f"avg@{k}_ci95_high": ci95[1],
         f"cons@{k}": cons,
         **{f"pass@{size}": value for size, value in passes.items()},
         "score/mean": float(np.mean([score for problem in problems for score in problem.scores])),

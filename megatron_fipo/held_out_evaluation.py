@@ -106,7 +106,7 @@ def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
     return {
         name: value
         for name, value in short.items()
-        if name.split("/", 1)[1].startswith(_HEADLINE) and not name.endswith("_ci95")
+        if name.split("/", 1)[1].startswith(_HEADLINE) and "_ci95_" not in name
     }
 
 

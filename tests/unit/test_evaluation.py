@@ -7,13 +7,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_fipo.evaluation import (
     ProblemResult,
     avg_at_k,
-    ci95_half_width,
+    confidence_interval,
     cons_at_k,
     evaluate_problems,
     evaluate_samples,
@@ -91,10 +92,28 @@ def test_pass_at_k_by_hand_and_refusals() -> None:
 
 
 def test_confidence_interval_over_problems() -> None:
-    # Values 0, 1, 1, 0: s = sqrt(4 * 0.25 / 3) = 0.57735; 1.96 * 0.57735 / 2 = 0.56580.
-    assert ci95_half_width([0.0, 1.0, 1.0, 0.0]) == pytest.approx(0.56580, abs=1e-5)
-    assert ci95_half_width([0.5, 0.5]) == 0.0
-    assert math.isnan(ci95_half_width([0.5]))
+    # 1, 0, 0, 0 of one response each: s^2 / n = 0.25 / 4 and p (1 - p) = 0.1875 would make 3 verdicts, but 4 problems
+    # are at least 4. Wilson's for 1 of 4, by hand: (0.25 + 0.4802 +- 1.96 sqrt(0.046875 + 0.060025)) / 1.9604.
+    assert confidence_interval([1.0, 0.0, 0.0, 0.0], 1) == pytest.approx((0.04559, 0.69936), abs=1e-5)
+    # Problems that agree give as many verdicts as there are responses: Wilson's for 16 of 32.
+    assert confidence_interval([0.5] * 4, 8) == pytest.approx((0.33630, 0.66370), abs=1e-4)
+    # Nothing right says nothing of how alike responses to one problem are: Wilson's for 0 of 5, not 0 of 20.
+    assert confidence_interval([0.0] * 5, 4) == pytest.approx((0.0, 3.8416 / 8.8416), abs=1e-6)
+    assert confidence_interval([1.0], 32) == pytest.approx((1 / 4.8416, 1.0), abs=1e-6)
+    with pytest.raises(ValueError, match="needs at least one problem"):
+        confidence_interval([], 4)
+
+
+def test_the_confidence_interval_holds_the_true_mean_where_the_normal_one_does_not() -> None:
+    """30 problems whose true rates are spread around 2%, as a weak model's on AIME; 1,000 evaluations of 4 samples."""
+    random = np.random.default_rng(0)
+    rates = random.beta(0.1, 4.9, size=(1000, 30))
+    averages = random.binomial(4, rates) / 4
+    intervals = [confidence_interval(row.tolist(), 4) for row in averages]
+    held = np.mean([low <= 0.02 <= high for low, high in intervals])
+    assert 0.93 < held < 0.99
+    half_widths = 1.96 * averages.std(axis=1, ddof=1) / math.sqrt(30)
+    assert np.mean(abs(averages.mean(axis=1) - 0.02) <= half_widths) < 0.9
 
 
 def test_metrics_of_two_sources() -> None:
@@ -116,7 +135,7 @@ def test_metrics_of_two_sources() -> None:
     assert (aime.num_problems, aime.num_samples) == (2, 4)
     # avg: (2/4 + 1/4)/2; cons: problem 0 votes 3 (right), problem 1 votes 1 (wrong).
     assert (aime.avg, aime.cons, aime.pass_all) == (0.375, 0.5, 1.0)
-    assert aime.avg_ci95 == pytest.approx(1.96 * 0.1767767 / math.sqrt(2), abs=1e-6)
+    assert aime.avg_ci95 == confidence_interval([0.5, 0.25], 4)
     expected = {
         "avg@4": 0.375,
         "cons@4": 0.5,
@@ -136,11 +155,11 @@ def test_metrics_of_two_sources() -> None:
         "problems/count": 2.0,
     }
     measured = {name.removeprefix("evaluation/aime/"): value for name, value in aime.metrics.items()}
-    assert measured.pop("avg@4_ci95") == aime.avg_ci95
+    assert (measured.pop("avg@4_ci95_low"), measured.pop("avg@4_ci95_high")) == aime.avg_ci95
     assert measured == pytest.approx(expected)
     gsm = results["gsm"].metrics
     assert gsm["evaluation/gsm/avg@1"] == gsm["evaluation/gsm/cons@1"] == gsm["evaluation/gsm/pass@1"] == 1.0
-    assert math.isnan(gsm["evaluation/gsm/avg@1_ci95"])
+    assert gsm["evaluation/gsm/avg@1_ci95_low"] == pytest.approx(1 / 4.8416)
 
 
 def test_what_could_not_be_judged_is_wrong_and_counted() -> None:
