@@ -42,7 +42,7 @@ from tests.models import save_random_model
 pytestmark = pytest.mark.vllm
 
 MANY_TOKENS = 4000
-"""Seconds of decoding: whatever a test does to running requests happens before all have ended, also on a busy machine."""
+"""Seconds of decoding: what a test does to running requests happens before all have ended, on a busy machine too."""
 
 
 @pytest.fixture(scope="module")
