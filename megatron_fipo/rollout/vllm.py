@@ -63,6 +63,7 @@ _LAST_WORDS = re.compile(
     re.MULTILINE,
 )
 _LINE_LIMIT = 500
+_CPU_LAUNCHER = str(Path(server_plugins.__file__).resolve().parent / "vllm_cpu_launcher.py")
 _SECONDHAND = ("Engine core initialization failed", "See root cause above", "Worker failed with error")
 """In lines by which one process reports the death of another."""
 
@@ -123,8 +124,8 @@ class VllmAdapter:
             context_tokens = context_tokens or min(shape.max_position_embeddings, spec.max_total_tokens)
         if context_tokens is not None:
             arguments += ["--max-model-len", str(context_tokens)]
-        command = (spec.python, "-m", "vllm.entrypoints.openai.api_server", *arguments, *spec.extra_args)
-        return LaunchPlan(command, environment)
+        server = (_CPU_LAUNCHER,) if spec.device == "cpu" else ("-m", "vllm.entrypoints.openai.api_server")
+        return LaunchPlan((spec.python, *server, *arguments, *spec.extra_args), environment)
 
     def connect(self, connection: ServerConnection, spec: LaunchSpec) -> VllmServer:
         """The client of one server."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from megatron_fipo.config import ConfigError, load_config, validate
+from megatron_fipo.rollout import server_plugins
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.server_api import Completion, LaunchSpec
 from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError
@@ -62,7 +66,9 @@ def option(command: tuple[str, ...], name: str) -> str:
 
 def test_the_command_line_follows_the_spec(spec: LaunchSpec) -> None:
     plan = VllmAdapter().launch_plan(replace(spec, extra_args=("--max-num-seqs", "3")))
-    assert plan.command[:3] == ("/env/bin/python", "-m", "vllm.entrypoints.openai.api_server")
+    assert plan.command[0] == "/env/bin/python"
+    assert Path(plan.command[1]).name == "vllm_cpu_launcher.py"
+    assert Path(plan.command[1]).exists()
     assert plan.command[-2:] == ("--max-num-seqs", "3"), "the user has the last word"
     # Eight blocks of 128 tokens for 1,000, one empty; keys and values of one head each of 32 in two bytes, four layers.
     assert option(plan.command, "--kv-cache-memory-bytes") == str(9 * 128 * 2 * 4 * 32 * 2)
@@ -80,6 +86,7 @@ def test_the_command_line_follows_the_spec(spec: LaunchSpec) -> None:
 def test_on_gpus_memory_can_be_released(spec: LaunchSpec) -> None:
     spec = replace(spec, device="cuda", gpus=(4, 6), max_total_tokens=None, releases_memory=True, memory_fraction=0.4)
     plan = VllmAdapter().launch_plan(spec)
+    assert plan.command[:3] == ("/env/bin/python", "-m", "vllm.entrypoints.openai.api_server")
     assert "--enable-sleep-mode" in plan.command
     assert "--enforce-eager" not in plan.command
     assert "--max-model-len" not in plan.command
@@ -217,3 +224,44 @@ def test_a_score_that_lacks_tokens_is_refused(spec: LaunchSpec) -> None:
     assert ask(spec, "/inference/v1/generate", answer, "score", [[5, 6]], 10.0) == [[-1.5]]
     with pytest.raises(ServerRefusedError, match="scored 1 of 2 tokens"):
         ask(spec, "/inference/v1/generate", answer, "score", [[5, 6, 7]], 10.0)
+
+
+FAKE_SERVER = """
+import multiprocessing, sys
+import vllm.distributed.utils as utilities
+
+def report():
+    import vllm.distributed.utils as utilities
+    print("child", utilities.USE_SCHED_YIELD, flush=True)
+
+if __name__ == "__main__":
+    print("server", utilities.USE_SCHED_YIELD, *sys.argv[1:], flush=True)
+    from vllm.entrypoints.openai.api_server import report
+    child = multiprocessing.get_context("spawn").Process(target=report)
+    child.start()
+    child.join()
+"""
+
+
+@pytest.mark.parametrize("flag", ["USE_SCHED_YIELD = True", ""])
+def test_the_launcher_for_cpus_leaves_time_to_others_in_every_process(tmp_path: Path, flag: str) -> None:
+    for file, text in {
+        "__init__.py": "",
+        "distributed/__init__.py": "",
+        "distributed/utils.py": flag,
+        "entrypoints/__init__.py": "",
+        "entrypoints/openai/__init__.py": "",
+        "entrypoints/openai/api_server.py": FAKE_SERVER,
+    }.items():
+        path = tmp_path / "vllm" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    launcher = Path(server_plugins.__file__).with_name("vllm_cpu_launcher.py")
+    command = [sys.executable, str(launcher), "--port", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    if flag:
+        assert result.stdout.splitlines() == ["server False --port 1", "child False"], result.stderr
+    else:
+        assert result.returncode == 1
+        assert "has no USE_SCHED_YIELD" in result.stderr
