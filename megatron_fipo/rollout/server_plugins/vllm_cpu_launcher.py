@@ -13,7 +13,7 @@ from typing import Any
 # The engine waits for its workers by calling sched_yield in a loop. On Linux 6.18 with two cores, that kept every other
 # process of the host from running for seconds: requests to the server's own health among them, so that it would have
 # been killed for a hang. Without this flag it calls sleep(0) instead, which is as fast and lets the others run.
-utilities: Any = importlib.import_module("vllm.distributed.utils")  # by name: vLLM is not installed where this is checked
+utilities: Any = importlib.import_module("vllm.distributed.utils")  # by name: no vLLM where this file is type-checked
 if not hasattr(utilities, "USE_SCHED_YIELD"):
     raise ImportError(
         "vllm.distributed.utils has no USE_SCHED_YIELD, so that this launcher cannot keep vLLM's processes from "
