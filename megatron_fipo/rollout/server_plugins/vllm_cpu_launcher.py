@@ -12,7 +12,7 @@ from typing import Any
 
 # The engine waits for its workers by calling sched_yield in a loop. On Linux 6.18 with two cores, that kept every other
 # process of the host from running for seconds: the server's own answers about its health among them, and a server that
-# does not answer is killed. Without this flag it calls sleep(0): at most a tenth slower, and the others run.
+# does not answer is killed. Without this flag it calls sleep(0): about a tenth slower, and the others run.
 utilities: Any = importlib.import_module("vllm.distributed.utils")  # by name: no vLLM where this file is type-checked
 if not hasattr(utilities, "USE_SCHED_YIELD"):
     raise ImportError(
