@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fipo.actor import checkpoint_folder, optimizer_state
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.forked_writers import ended_with_their_parent
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
@@ -109,11 +110,15 @@ def begin_checkpoint(
     state["loop"] = dict(loop_state)
     _set_results_queue(asynchronous)
     try:
-        request = dist_checkpointing.save(state, str(partial), async_sharded_save=asynchronous, **_MEGATRONS_OWN_WRITER)
+        with ended_with_their_parent():
+            request = dist_checkpointing.save(
+                state, str(partial), async_sharded_save=asynchronous, **_MEGATRONS_OWN_WRITER
+            )
         if extras is not None:
             extras(partial)
         if asynchronous:
-            pending.queue.schedule_async_request(request)
+            with ended_with_their_parent():
+                pending.queue.schedule_async_request(request)
     except (OSError, CheckpointException, RuntimeError) as error:
         raise _could_not_write(target, error) from error
     return pending

@@ -1,0 +1,52 @@
+"""Forked processes that end with the process that forked them.
+
+Megatron-Core forks the processes that write checkpoints. One whose rank is killed can wait for ever for the other side
+of its queue, and it holds all that the rank had open: memory of the GPU, files, and the pipes by whose end the rank's
+other children learn that it is gone. On Linux the kernel kills it instead; elsewhere nothing changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+_is_tying = False
+_parent = 0
+
+
+@contextmanager
+def ended_with_their_parent() -> Iterator[None]:
+    """What the calling thread forks in here, and what that forks, is killed when the thread that forked it ends.
+
+    Processes that are started by exec, as `subprocess` does, are not affected.
+    """
+    global _is_tying
+    before, _is_tying = _is_tying, True
+    try:
+        yield
+    finally:
+        _is_tying = before
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getpid()
+
+
+def _tie() -> None:
+    if not _is_tying:
+        return
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG failed")
+    if os.getppid() != _parent:  # it was killed before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if sys.platform == "linux":
+    os.register_at_fork(before=_note_parent, after_in_child=_tie)
