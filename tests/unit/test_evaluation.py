@@ -95,6 +95,10 @@ def test_confidence_interval_over_problems() -> None:
     # 1, 0, 0, 0 of one response each: s^2 / n = 0.25 / 4 and p (1 - p) = 0.1875 would make 3 verdicts, but 4 problems
     # are at least 4. Wilson's for 1 of 4, by hand: (0.25 + 0.4802 +- 1.96 sqrt(0.046875 + 0.060025)) / 1.9604.
     assert confidence_interval([1.0, 0.0, 0.0, 0.0], 1) == pytest.approx((0.04559, 0.69936), abs=1e-5)
+    # s^2 = 1/12 between four problems: 0.25 / (1/48) = 12 verdicts of the 32. 1.96 sqrt(1/48 + (1.96/24)^2) / 1.32013.
+    assert confidence_interval([0.75, 0.25, 0.75, 0.25], 8) == pytest.approx((0.25378, 0.74622), abs=1e-5)
+    # Responses to a problem that are all alike are one verdict: Wilson's for 2 of 4.
+    assert confidence_interval([1.0, 1.0, 0.0, 0.0], 8) == pytest.approx((0.15004, 0.84996), abs=1e-5)
     # Problems that agree give as many verdicts as there are responses: Wilson's for 16 of 32.
     assert confidence_interval([0.5] * 4, 8) == pytest.approx((0.33630, 0.66370), abs=1e-4)
     # Nothing right says nothing of how alike responses to one problem are: Wilson's for 0 of 5, not 0 of 20.
