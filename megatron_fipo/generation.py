@@ -178,7 +178,9 @@ def in_process_engine(config: Config, tokenizer: Any) -> InProcessEngine:
 def build_engine(
     config: Config, ranks: ParallelGroups, tokenizer: Any, folder: Path
 ) -> tuple[InProcessEngine | ServerEngine, tuple[int, int] | None]:
-    """The run's rollout engine, its servers started, and this rank's share of the prompts. Collective over all ranks.
+    """The run's rollout engine, its servers not started yet, and this rank's share of the prompts.
+
+    Collective over all ranks.
 
     Args:
         folder: for what servers log and keep.
@@ -188,15 +190,9 @@ def build_engine(
 
     Raises:
         ValueError: if the model, the devices or the configuration do not fit together.
-        ServerError: if a server does not come up, in its own words.
     """
     if config.rollout.engine == "in_process":
         return in_process_engine(config, tokenizer), (ranks.rank, ranks.world.size())
     stop_token_ids = find_stop_token_ids(config.model.path, tokenizer)
     servers = build_server_engine(config, ranks, stop_token_ids, folder)
-    try:
-        servers.start()
-    except BaseException:
-        servers.close()
-        raise
     return servers, servers.share

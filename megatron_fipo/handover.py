@@ -10,6 +10,7 @@ from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import Config, pad_multiple
 from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.parallel.batch import padded_tokens, shard_batch
+from megatron_fipo.parallel.device_memory import give_back_caches
 from megatron_fipo.parallel.groups import device
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs
 from megatron_fipo.rl.packing import FILLER, build_packed_batch
@@ -27,6 +28,26 @@ class Handover:
     def __init__(self, config: Config, actor: Actor, engine: InProcessEngine | ServerEngine) -> None:
         self._config, self._actor, self._engine = config, actor, engine
         self._version_at_rollout: int | None = None
+
+    def start(self) -> None:
+        """Start the engine's servers.
+
+        They take for their caches what memory is free when they start. So colocated ones start while the actor's is
+        lent, as it is whenever they generate, and give theirs back before the actor takes its own again.
+
+        Raises:
+            ServerError: on every rank, in the server's words, if one does not come up.
+        """
+        engine = self._engine
+        if not isinstance(engine, ServerEngine):
+            return
+        if engine.colocated:
+            self._actor.offload()
+            give_back_caches()
+        engine.start()
+        if engine.colocated:
+            engine.release_memory()
+            self._actor.onload()
 
     def to_rollout(self, policy_version: int) -> None:
         """Bring the actor's weights to the engine, if it has not these; it can generate with them when this returns.
@@ -51,9 +72,12 @@ class Handover:
         sequences = canary_sequences(self._actor.shape.vocab_size, num_sequences, self._canary_tokens)
         if sequences:
             expected = actor_log_probs(self._actor, self._config, sequences)
+        if engine.colocated:
+            give_back_caches()  # an update's activations, which the servers' weights come in the place of
         engine.update_weights(self._actor.weights(), policy_version)
         if engine.colocated:
             self._actor.offload()
+            give_back_caches()  # the buckets, too, before the servers take memory for their caches
             engine.resume_memory()
         if sequences:
             engine.check_log_probs(sequences, expected)

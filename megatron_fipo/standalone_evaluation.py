@@ -36,6 +36,7 @@ from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.rollout.server_engine import ServerEngine
 
 EXIT_STOPPED = 3
 
@@ -148,6 +149,8 @@ def _engine(config: Config, tokenizer: Any, folder: Path) -> Iterator[RolloutEng
     try:
         engine, _ = build_engine(config, ranks, tokenizer, folder)
         try:
+            if isinstance(engine, ServerEngine):
+                engine.start()
             yield engine
         finally:
             engine.close()

@@ -44,6 +44,7 @@ from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
+from megatron_fipo.parallel.device_memory import prefer_expandable_segments
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
@@ -100,6 +101,11 @@ class Trainer:
         self.folder, self._lock = self._prepare_folder()  # nothing is written for what cannot run
         self.engine, share = build_engine(config, ranks, tokenizer, self.folder.servers)
         self.handover = Handover(config, self.actor, self.engine)
+        try:
+            self.handover.start()
+        except BaseException:
+            self.engine.close()
+            raise
         # Named at the start: an import that came later would count as its first response's time.
         in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
         self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
@@ -409,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: Config, warnings: Sequence[str]) -> int:
     cpu.install()
+    prefer_expandable_segments()
     ranks = parallel_groups.initialize(config.parallel, config.run.seed)
     console = Console(config, enabled=ranks.rank == 0 and config.metrics.console)
     trainer = None

@@ -188,15 +188,39 @@ def _server_problems(config: Config) -> Iterator[str]:
             "servers.weight_sync=distributed: NCCL joins no two processes on one GPU, and placement=colocated puts "
             "server and actor there. Set weight_sync=tensor."
         )
-    if servers.gpus and len(servers.gpus) != servers.num_per_node * servers.tp:
+    if servers.gpus and not servers.urls and len(servers.gpus) != servers.num_per_node * servers.tp:
         yield (
             f"servers.gpus={servers.gpus}: servers.num_per_node={servers.num_per_node} x servers.tp={servers.tp} take "
             f"{servers.num_per_node * servers.tp}."
         )
     if servers.device == "cuda" and servers.placement == "dedicated" and not (servers.gpus or servers.urls):
         yield "servers.gpus is empty: placement=dedicated needs GPUs of its own. Name them, or set placement=colocated."
+    yield from server_device_problems(config, servers.device)
     if config.rollout.engine == "vllm":
         yield from _vllm_problems(config)
+
+
+def server_device_problems(config: Config, device: str) -> Iterator[str]:
+    """What servers.* demand of each other where the servers' device is known; validation knows it if it is named.
+
+    Args:
+        device: cpu, cuda, or auto where nothing can be said yet.
+    """
+    servers = config.servers
+    if config.rollout.engine == "in_process" or device != "cuda" or servers.weight_sync != "tensor":
+        return
+    if servers.placement == "dedicated":
+        yield (
+            "servers.weight_sync=tensor: hands each server memory of its own GPU (CUDA IPC), and placement=dedicated "
+            "means GPUs that no rank of the trainer is on. Set servers.weight_sync=distributed (NCCL), or "
+            "placement=colocated."
+        )
+    elif servers.urls and not servers.gpus:
+        yield (
+            "servers.gpus is empty: weight_sync=tensor hands each server memory of its own GPU (CUDA IPC), and which "
+            "GPUs the servers of servers.urls run on cannot be seen. Name them in the servers' order, or set "
+            "placement=dedicated and weight_sync=distributed."
+        )
 
 
 def _vllm_problems(config: Config) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,6 +37,7 @@ class ExternalGroup:
         self._daemon = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self.port: int = self._daemon.port
         self._group: dist.ProcessGroup | None = None
+        self._is_being_connected = False
 
     def meet(self) -> None:
         """Wait until all members are there. They must be told of `port` before, and join meanwhile.
@@ -70,7 +72,7 @@ class ExternalGroup:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        work = self._group.broadcast([tensor], options)
+        work = self._issue(lambda group: group.broadcast([tensor], options), tensor.device, check)
         while not work.is_completed():
             check()
             time.sleep(_POLL_S)
@@ -80,7 +82,36 @@ class ExternalGroup:
 
     def leave(self) -> None:
         """Give up the group, whether or not the others still are in it."""
-        if self._group is not None:
+        if self._group is not None and not self._is_being_connected:  # NCCL cannot give up what it is still forming
             self._group.abort()
             dist.destroy_process_group(self._group)
-            self._group = None
+        self._group = None
+
+    def _issue(
+        self, call: Callable[[dist.ProcessGroup], dist.Work], device: torch.device, check: Callable[[], object]
+    ) -> dist.Work:
+        """Begin a collective. NCCL connects all members within the first one and waits for the last of them there, so
+        it is begun in a thread of its own: `check` goes on being asked."""
+        group = self._group
+        assert group is not None, "the caller looked"
+        done: list[dist.Work | RuntimeError] = []
+
+        def begin() -> None:
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)  # each thread has its own
+                done.append(call(group))
+            except RuntimeError as error:  # the backend's
+                done.append(error)
+
+        self._is_being_connected = True
+        thread = threading.Thread(target=begin, name="weights", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            check()
+            time.sleep(_POLL_S)
+        self._is_being_connected = False
+        (outcome,) = done
+        if isinstance(outcome, RuntimeError):
+            raise outcome
+        return outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -104,6 +105,20 @@ def _start_distributed(timeout_s: float) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def subgroup(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
+    """A group of some ranks for Python objects and CPU tensors, beside Megatron's. Collective over these ranks alone.
+
+    Args:
+        ranks: ascending, the caller's among them; the same on each.
+        timeout_s: longest wait inside one collective.
+    """
+    group = dist.new_group(
+        list(ranks), timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
+    )
+    assert isinstance(group, ProcessGroup), "the caller is one of its ranks"
+    return group
 
 
 def destroy_model_parallel() -> None:

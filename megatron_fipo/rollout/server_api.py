@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from megatron_fipo.rollout.cuda_handles import CudaHandle
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_http import ServerConnection
 
@@ -32,7 +33,8 @@ class LaunchSpec:
         dtype: float32 or bfloat16, the actor's.
         tp: tensor-parallel size.
         device: cpu or cuda.
-        gpus: CUDA devices that it may see, in order, tp of them; empty on the CPU.
+        gpus: CUDA devices that it may see, in order, tp of them, by number or UUID as CUDA_VISIBLE_DEVICES takes them;
+            empty on the CPU, and for a server attached to whose GPUs are not known.
         cpu_cores: on the CPU, the cores of each tensor-parallel rank; empty on CUDA.
         memory_fraction: share of the device's memory for weights and cache, in (0, 1).
         max_total_tokens: size of the key-value cache in tokens; None lets the engine choose from memory_fraction.
@@ -54,7 +56,7 @@ class LaunchSpec:
     weight_version: str
     tp: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
     cpu_cores: tuple[tuple[int, ...], ...] = ()
     memory_fraction: float = 0.8
     max_total_tokens: int | None = None
@@ -64,6 +66,11 @@ class LaunchSpec:
     reproducible: bool = False
     seed: int = 0
     extra_args: tuple[str, ...] = ()
+
+
+NO_ALLOCATOR_SETTINGS: Mapping[str, str | None] = {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": None}
+"""For a server's environment: memory that it can release lies in pools that bear no expandable segments, which the
+trainer's own allocator has."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,23 @@ class Bucket:
     """Several tensors one behind the other in one buffer."""
 
     flat: Tensor
-    """uint8 [bytes], contiguous, on the CPU or on the trainer's CUDA device."""
+    """uint8 [bytes], contiguous, on the CPU or on this rank's CUDA device."""
     specs: tuple[TensorSpec, ...]
+    handles: Mapping[str, CudaHandle] = field(default_factory=dict)
+    """Where the same bytes lie on the GPUs that servers use, by the GPU's name; empty where nobody opens them there."""
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """(name, view into the buffer) in order."""
         for spec in self.specs:
             yield spec.name, self.flat[spec.start : spec.stop].view(spec.dtype).view(spec.shape)
+
+    def handles_on(self, spec: LaunchSpec) -> list[CudaHandle | None]:
+        """For each tensor-parallel rank of a server the handle on its own GPU, or None: it gets the values."""
+        if not self.handles:
+            assert not self.flat.is_cuda, "a server is handed memory of its own GPU"
+            return [None] * spec.tp
+        assert len(spec.gpus) == spec.tp, "set-up looked for a rank of the trainer on each of the server's GPUs"
+        return [self.handles[gpu] for gpu in spec.gpus]
 
 
 @dataclass(frozen=True)
@@ -240,7 +257,7 @@ class InferenceServer(Protocol):
         ...
 
     async def load_bucket(self, bucket: Bucket, timeout_s: float) -> None:
-        """Take tensors over: by value from the CPU, by CUDA IPC handle from a GPU of this host.
+        """Take tensors over: by value from the CPU, or by CUDA IPC handle, each rank from its own GPU.
 
         The buffer may be overwritten after this returns.
         """
@@ -277,11 +294,14 @@ class InferenceServer(Protocol):
     # --- memory, for placement beside the actor ----------------------------------------------------------------------
 
     async def release_memory(self) -> None:
-        """Give the memory of weights and cache back. Nothing is in flight."""
+        """Give the memory of weights and cache back. Generation is paused, and stays so until `resume`."""
         ...
 
     async def resume_memory(self, part: Literal["weights", "cache"]) -> None:
-        """Take memory for the weights (whose values are then undefined until an update) or for the cache."""
+        """Take memory for the weights (whose values are then undefined until an update) or for the cache.
+
+        Generation is paused: with one part alone a server that computed anything would touch memory that is not there.
+        """
         ...
 
 

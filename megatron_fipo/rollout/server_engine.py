@@ -19,7 +19,8 @@ from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.canary import CanaryError, LogProbDifference, compare_log_probs
 from megatron_fipo.rollout.engine import GenerationRequest, check_request
 from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.server_api import Completion
+from megatron_fipo.rollout.packers import Packers
+from megatron_fipo.rollout.server_api import Completion, InferenceServer
 from megatron_fipo.rollout.server_http import ServerError, ServerUnreachableError
 from megatron_fipo.rollout.servers import Server, ServerPool, State
 from megatron_fipo.rollout.weight_sync import SyncReport, WeightSync
@@ -57,6 +58,9 @@ class ServerEngine:
         pool: the servers, not started yet.
         loop: where the pool is to live.
         sync: brings weights in.
+        packers: on a rank that owns no servers, what it packs along for those on its GPU; None where there are none.
+        check_before_start: what must hold before servers are started, such as that both sides have the same NCCL;
+            raises ServerError.
         agree: exchanges a problem ("" for none) with all ranks and returns everyone's, so that a failure on one stops
             all of them, with the same words. Collective.
         share: (index, count) of this rank among those that own servers, None where it owns none: it generates for
@@ -85,8 +89,11 @@ class ServerEngine:
         request_timeout_s: float,
         canary_tolerance: float,
         colocated: bool = False,
+        packers: Packers | None = None,
+        check_before_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.pool, self.sync, self._loop, self._agree = pool, sync, loop, agree
+        self._packers, self._check_before_start = packers, check_before_start
         self.share, self.colocated = share, colocated
         self.policy_version = 0
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -112,6 +119,7 @@ class ServerEngine:
         """
         with self._collectively():
             if self.pool is not None:
+                self._check_before_start()
                 self._run(self.pool.start())
 
     def close(self) -> None:
@@ -267,22 +275,42 @@ class ServerEngine:
         """
         with self._collectively():
             if self.sync is None or self.pool is None:
-                for _ in tensors:
-                    pass
+                self._pack_along(iter(tensors))
             else:
-                if self._memory == "released":
-                    self._run(self.pool.on_held(lambda client: client.resume_memory("weights")))
-                self._last_sync = self.sync.run(tensors, str(policy_version), keep_held=self._memory != "resident")
+                self._last_sync = self.sync.run(
+                    tensors,
+                    str(policy_version),
+                    keep_held=self._memory != "resident",
+                    beforehand=partial(self._take_memory_of_weights, self.pool),
+                )
+        if self.sync is not None:
+            self.sync.forget_older_snapshots()  # no rank reads them any more
         if self._memory == "released":
             self._memory = "weights only"
         self.policy_version = policy_version
 
+    def _pack_along(self, stream: Iterator[tuple[str, Tensor]]) -> None:
+        try:
+            if self._packers is not None:
+                self._packers.follow(stream)
+        finally:
+            for _ in stream:
+                pass
+
+    def _take_memory_of_weights(self, pool: ServerPool) -> None:
+        if self._memory == "released":
+            self._run(pool.on_held(lambda client: client.resume_memory("weights")))
+
     def release_memory(self) -> None:
-        """Give the servers' memory, weights and caches, to the actor beside them. Nothing is in flight. Collective."""
+        """Give the servers' memory, weights and caches, to the actor beside them. Nothing is in flight. Collective.
+
+        Generation is paused first: a request that came in meanwhile, if only a question after a server's health, would
+        be computed in memory that is gone, and SGLang's scheduler dies of being asked for its memory while it works.
+        """
         with self._collectively():
             if self.pool is not None:
                 self._run(self.pool.hold())
-                self._run(self.pool.on_held(lambda client: client.release_memory()))
+                self._run(self.pool.on_held(_pause_and_release))
         self._memory = "released"
 
     def resume_memory(self) -> None:
@@ -290,7 +318,7 @@ class ServerEngine:
         assert self._memory != "released", "the weights come first: update_weights()"
         with self._collectively():
             if self.pool is not None and self._memory == "weights only":
-                self._run(self.pool.on_held(lambda client: client.resume_memory("cache")))
+                self._run(self.pool.on_held(_resume_cache_and_go_on))
                 self._run(self.pool.let_go_all())
         self._memory = "resident"
 
@@ -328,7 +356,8 @@ class ServerEngine:
         problem = ""
         try:
             yield
-        except (ServerError, CanaryError, ValueError, OSError) as error:
+        # A server's error, another rank's and a GPU out of memory are all of the last kind.
+        except (CanaryError, ValueError, OSError, RuntimeError) as error:
             problem = str(error) or type(error).__name__
             cause: BaseException | None = error
         else:
@@ -367,6 +396,16 @@ class ServerEngine:
             metrics["canary/log_prob_difference/mean"] = Max(self._last_canary.mean)
             metrics["canary/log_prob_difference/max"] = Max(self._last_canary.max)
         return metrics
+
+
+async def _pause_and_release(client: InferenceServer) -> None:
+    await client.pause()
+    await client.release_memory()
+
+
+async def _resume_cache_and_go_on(client: InferenceServer) -> None:
+    await client.resume_memory("cache")
+    await client.resume()
 
 
 def _sample(request: GenerationRequest, completion: Completion) -> Sample:

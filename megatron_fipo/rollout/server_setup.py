@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,18 +14,29 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, server_device_problems
 from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.announcements import Announcements
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rollout.canary import DEFAULT_TOLERANCE
 from megatron_fipo.rollout.event_loop import EventLoopThread
+from megatron_fipo.rollout.nccl_version import check_same_nccl
+from megatron_fipo.rollout.node_layout import (
+    TrainerGpu,
+    node_group,
+    node_of,
+    own_gpu,
+    packers_of_node,
+    visible_gpus,
+)
+from megatron_fipo.rollout.packers import NodeGroup, Packers
 from megatron_fipo.rollout.server_api import LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_process import free_port
 from megatron_fipo.rollout.servers import ServerPool, WatchSettings
 from megatron_fipo.rollout.sglang import SglangAdapter, router_plan
+from megatron_fipo.rollout.snapshots import SnapshotFollower, Snapshots, SnapshotWriter
 from megatron_fipo.rollout.vllm import VllmAdapter
-from megatron_fipo.rollout.weight_buckets import SnapshotWriter
 from megatron_fipo.rollout.weight_sync import Method, WeightSync
 
 ADAPTERS: dict[str, type[ServerAdapter]] = {"sglang": SglangAdapter, "vllm": VllmAdapter}
@@ -37,7 +48,11 @@ _CPU_CACHE_TOKENS = 2**18
 
 
 def build_server_engine(
-    config: Config, ranks: ParallelGroups, stop_token_ids: Collection[int], folder: Path
+    config: Config,
+    ranks: ParallelGroups,
+    stop_token_ids: Collection[int],
+    folder: Path,
+    gpu: TrainerGpu | None = None,
 ) -> ServerEngine:
     """The engine of rollout.engine=sglang or vllm; its servers are started by its `start()`. Collective over all ranks.
 
@@ -47,68 +62,130 @@ def build_server_engine(
         config: validated.
         stop_token_ids: tokens that end a response.
         folder: for the servers' logs, and for snapshots where servers.snapshot_dir does not say otherwise.
+        gpu: that this rank trains on; None looks.
 
     Raises:
-        ValueError: on every rank, if the model is shorter than the responses, or the devices do not suffice.
+        ValueError: on every rank, if the model is shorter than the responses, the devices do not suffice, or no rank is
+            on a GPU that a server is to be handed weights on.
     """
-    rollout, section = config.rollout, config.servers
+    section, device = config.servers, _device(config)
+    gpu = own_gpu() if gpu is None else gpu
     model = _read_model(config)
-    owners = [
-        rank
-        for rank, local_rank in enumerate(
-            exchange.all_gather_objects(int(os.environ.get("LOCAL_RANK", "0")), ranks.world)
-        )
-        if local_rank == 0
-    ]
+    if problems := list(server_device_problems(config, device)):
+        raise ValueError("\n".join(problems))
+    places = exchange.all_gather_objects((int(os.environ.get("LOCAL_RANK", "0")), gpu.name), ranks.world)
+    owners = [rank for rank, (local_rank, _) in enumerate(places) if local_rank == 0]
     if section.urls:  # with fewer servers than nodes, the other nodes' ranks wait for those that have one
         owners = owners[: len(section.urls)]
-    device = _device(config)
-    colocated = section.placement == "colocated"
-    dtype = config.model.dtype
+    is_owner = ranks.rank in owners
+    specs, server_gpus = _specs_of_all(config, device, owners, ranks)
+    node = None
+    if gpu.name and device == "cuda" and section.weight_sync == "tensor":
+        node = _node_group(config, owners, places, server_gpus, ranks.rank, gpu)
+    packers = Packers(
+        section.bucket_mib * _MIB,
+        getattr(torch, config.model.dtype),
+        None if device == "cuda" and section.weight_sync != "disk" else torch.device("cpu"),
+        node,
+    )
     pool = loop = sync = None
-    num_servers = 0
-    if ranks.rank in owners:
-        specs = _launch_specs(config, device, section.urls[owners.index(ranks.rank) :: len(owners)])
-        num_servers = len(specs)
-        adapter = ADAPTERS[rollout.engine]()
-        pool = ServerPool(
-            adapter,
-            specs,
-            log_folder=None if section.urls else folder / f"rank-{ranks.rank}",
-            settings=WatchSettings(
-                section.start_timeout_s, section.health_interval_s, section.health_timeout_s, section.max_restarts
-            ),
-            router=partial(router_plan, specs[0]) if section.router else None,
-        )
+    if is_owner:
         loop = EventLoopThread()
-        snapshots = Path(section.snapshot_dir or folder) / f"rank-{ranks.rank}" / "snapshots"
+        pool = _build_pool(config, specs, None if section.urls else folder / f"rank-{ranks.rank}")
         sync = WeightSync(
             pool,
             loop,
             method=_method(section.weight_sync),
-            bucket_bytes=section.bucket_mib * _MIB,
-            dtype=getattr(torch, dtype),
-            device=None if device == "cuda" and section.weight_sync != "disk" else torch.device("cpu"),
+            packers=packers,
             timeout_s=section.sync_timeout_s,
-            snapshots=SnapshotWriter(snapshots.resolve(), config.model.path) if section.keep_snapshot else None,
+            snapshots=_snapshots(config, folder, owners, ranks.rank) if section.keep_snapshot else None,
             host=_own_address(specs),
         )
     tolerance = section.canary_tolerance
     if tolerance is None:
-        tolerance = DEFAULT_TOLERANCE[dtype if config.model.fp8 == "none" else "fp8"]
+        tolerance = DEFAULT_TOLERANCE[config.model.dtype if config.model.fp8 == "none" else "fp8"]
     return ServerEngine(
         pool,
         loop,
         sync,
         agree=lambda problem: exchange.all_gather_objects(problem, ranks.world),
-        share=(owners.index(ranks.rank), len(owners)) if ranks.rank in owners else None,
+        share=(owners.index(ranks.rank), len(owners)) if is_owner else None,
         stop_token_ids=stop_token_ids,
         vocab_size=model["vocab_size"],
-        max_concurrent_requests=max(1, section.max_concurrent_requests * num_servers),
+        max_concurrent_requests=max(1, section.max_concurrent_requests * len(specs)),
         request_timeout_s=section.request_timeout_s,
         canary_tolerance=tolerance,
-        colocated=colocated,
+        colocated=section.placement == "colocated",
+        packers=packers if node is not None and not is_owner else None,
+        check_before_start=partial(_check_nccl, config, device),
     )
+
+
+def _specs_of_all(
+    config: Config, device: Literal["cpu", "cuda"], owners: Sequence[int], ranks: ParallelGroups
+) -> tuple[list[LaunchSpec], dict[int, list[tuple[str, ...]]]]:
+    """(servers that this rank owns, GPUs of each server by its owner). Collective; an error is raised on every rank."""
+    specs: list[LaunchSpec] = []
+    problem = ""
+    if ranks.rank in owners:
+        try:
+            specs = _launch_specs(config, device, config.servers.urls[owners.index(ranks.rank) :: len(owners)])
+        except ValueError as error:
+            problem = str(error)
+    shared = exchange.all_gather_objects((problem, [spec.gpus for spec in specs]), ranks.world)
+    if problems := [text for text, _ in shared if text]:
+        raise ValueError(problems[0])
+    return specs, {owner: shared[owner][1] for owner in owners}
+
+
+def _node_group(
+    config: Config,
+    owners: Sequence[int],
+    places: Sequence[tuple[int, str]],
+    server_gpus: Mapping[int, Sequence[Sequence[str]]],
+    rank: int,
+    gpu: TrainerGpu,
+) -> NodeGroup | None:
+    """The ranks that pack for this rank's node, where it is one of them.
+
+    Raises:
+        ValueError: on every rank, if a server of any node is on a GPU that no rank is on.
+    """
+    local_ranks, gpu_of = [local for local, _ in places], [name for _, name in places]
+    nodes = [packers_of_node(node_of(owner, local_ranks), gpu_of, server_gpus[owner]) for owner in owners]
+    own = next((packers for packers in nodes if rank in packers), None)
+    timeout_s = config.parallel.timeout_s + config.servers.sync_timeout_s
+    return None if own is None else node_group(own, rank, gpu, timeout_s)
+
+
+def _build_pool(config: Config, specs: Sequence[LaunchSpec], log_folder: Path | None) -> ServerPool:
+    section = config.servers
+    return ServerPool(
+        ADAPTERS[config.rollout.engine](),
+        specs,
+        log_folder=log_folder,
+        settings=WatchSettings(
+            section.start_timeout_s, section.health_interval_s, section.health_timeout_s, section.max_restarts
+        ),
+        router=partial(router_plan, specs[0]) if section.router else None,
+    )
+
+
+def _snapshots(config: Config, folder: Path, owners: Sequence[int], rank: int) -> Snapshots:
+    """Written by the first owner, for the servers of all."""
+    announcements = Announcements("snapshot of the weights") if len(owners) > 1 else None
+    if rank == owners[0]:
+        place = Path(config.servers.snapshot_dir or folder) / "snapshots"
+        return SnapshotWriter(place.resolve(), config.model.path, announcements)
+    assert announcements is not None, "there is another owner"
+    return SnapshotFollower(announcements, config.parallel.timeout_s)
+
+
+def _check_nccl(config: Config, device: str) -> None:
+    """Of servers that are started here: those attached to cannot be asked."""
+    section = config.servers
+    if device == "cuda" and section.weight_sync == "distributed" and not section.urls:
+        check_same_nccl(sys.executable, section.python or sys.executable)
 
 
 def _read_model(config: Config) -> dict[str, int]:
@@ -145,7 +222,9 @@ def _launch_specs(config: Config, device: Literal["cpu", "cuda"], urls: Sequence
     """One for each server that this rank owns."""
     section, colocated = config.servers, config.servers.placement == "colocated"
     num_servers = len(urls) or section.num_per_node
-    gpus = _gpus(config, num_servers * section.tp) if device == "cuda" and not urls else []
+    # Where a server that somebody else started runs is known only if servers.gpus says so.
+    needs_gpus = device == "cuda" and (section.gpus or not urls)
+    gpus = _gpus(config, num_servers * section.tp) if needs_gpus else []
     cores = _cores(num_servers * section.tp)
     max_total_tokens = section.max_total_tokens
     if max_total_tokens is None and device == "cpu":
@@ -186,12 +265,9 @@ def _launch_specs(config: Config, device: Literal["cpu", "cuda"], urls: Sequence
     return specs
 
 
-def _gpus(config: Config, num_needed: int) -> list[int]:
-    """GPUs of this node for servers, by the numbers that a process without CUDA_VISIBLE_DEVICES sees."""
-    gpus = list(config.servers.gpus)
-    if not gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = list(range(torch.cuda.device_count())) if visible is None else [int(gpu) for gpu in visible.split(",")]
+def _gpus(config: Config, num_needed: int) -> list[str]:
+    """GPUs of this node for servers, by names that a process without CUDA_VISIBLE_DEVICES knows."""
+    gpus = [str(gpu) for gpu in config.servers.gpus] or visible_gpus()
     if len(gpus) < num_needed:
         raise ValueError(
             f"servers.num_per_node={config.servers.num_per_node} x servers.tp={config.servers.tp} need {num_needed} "

@@ -86,6 +86,8 @@ class Server:
         """Counts its processes; a group that an earlier one had joined is gone."""
         self.num_restarts = 0
         self.in_flight: set[asyncio.Task[Any]] = set()
+        self.probe: asyncio.Task[None] | None = None
+        """A question after its health that is under way; it may be a real request."""
 
     @property
     def is_ours(self) -> bool:
@@ -126,6 +128,8 @@ class ServerPool:
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._affinity: OrderedDict[int, Server] = OrderedDict()
+        self._waiting_for_memory: list[tuple[Server, str]] = []
+        """Died while the actor had the memory, and why."""
 
     @property
     def usable_router(self) -> ServerConnection | None:
@@ -228,6 +232,9 @@ class ServerPool:
     async def hold(self) -> list[Server]:
         """Take all servers that live out of use, after pending restarts have ended, and return them.
 
+        Nothing asks after their health any more when this returns: SGLang dies of a request that meets the release of
+        its memory.
+
         Raises:
             ServerError: if none lives.
         """
@@ -237,18 +244,42 @@ class ServerPool:
             for server in self.servers:
                 if server.state is State.READY:
                     server.state = State.HELD
-        held = [server for server in self.servers if server.state in (State.HELD, State.STALE)]
+        if probes := [server.probe for server in self.servers if server.probe is not None]:
+            await asyncio.wait(probes)
+        held = self._held()
         if not held:
             raise ServerError(f"no server is left: {self.reasons()}")
         return held
 
     async def on_held(self, action: Callable[[InferenceServer], Awaitable[None]]) -> None:
-        """Do something with every held server at the same time."""
-        await _all(action(server.client) for server in self.servers if server.state in (State.HELD, State.STALE))
+        """Do something with every held server at the same time.
+
+        One that does not answer is given up for now, see `restart_when_there_is_memory`, while others are left.
+
+        Raises:
+            ServerError: if a server refuses, or none is left.
+        """
+        held = self._held()
+
+        async def act(server: Server) -> None:
+            try:
+                await action(server.client)
+            except ServerUnreachableError as error:
+                await self.restart_when_there_is_memory(server, str(error))
+
+        await _all(act(server) for server in held)
+        if held and not self._held():
+            raise ServerError(f"no server is left: {self.reasons()}")
 
     async def let_go_all(self) -> None:
-        """Give what is held back to generation; what is stale stays so."""
+        """Give what is held back to generation, now that there is memory for all; what is stale stays so."""
         await self.let_go([server for server in self.servers if server.state is State.HELD])
+        waiting, self._waiting_for_memory = self._waiting_for_memory, []
+        for server, reason in waiting:
+            await self.restart(server, reason)
+
+    def _held(self) -> list[Server]:
+        return [server for server in self.servers if server.state in (State.HELD, State.STALE)]
 
     async def let_go(self, servers: Sequence[Server]) -> None:
         """Give servers that hold sound weights back to generation."""
@@ -264,6 +295,15 @@ class ServerPool:
         """Bring a server back that has died. Returns at once."""
         await self._set(server, State.RESTARTING, reason)
         self._spawn(self._look_after(server))
+
+    async def restart_when_there_is_memory(self, server: Server, reason: str) -> None:
+        """Bring a server back that has died, but not before `let_go_all`.
+
+        It sizes its cache by the memory that is free when it starts, and until then the actor has that.
+        """
+        self._drop_requests(server)
+        await self._set(server, State.LOST, reason)
+        self._waiting_for_memory.append((server, reason))
 
     def reasons(self) -> str:
         """Why which server is not ready."""
@@ -374,11 +414,14 @@ class ServerPool:
         if server.state is not State.READY:
             return
         incarnation = server.incarnation
+        server.probe = asyncio.ensure_future(server.client.health(_PROBE_TIMEOUT_S))
         try:
-            await server.client.health(_PROBE_TIMEOUT_S)
+            await server.probe
         except ServerError as error:
             if server.state is State.READY and server.incarnation == incarnation:
                 self.suspect(server, error)
+        finally:
+            server.probe = None
 
     async def _look_after(self, server: Server) -> None:
         """Back to READY with the current weights if that can be had; else STALE or LOST."""

@@ -16,8 +16,10 @@ from torch.multiprocessing import reductions
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout import server_plugins
 from megatron_fipo.rollout.completions import join_completion
+from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT, CudaHandle
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
+    NO_ALLOCATOR_SETTINGS,
     Bucket,
     Completion,
     GroupAddress,
@@ -80,9 +82,12 @@ class SglangAdapter:
             environment |= {"SGLANG_CPU_OMP_THREADS_BIND": cores, "OMP_NUM_THREADS": threads}
         else:
             launcher = ["-m", "sglang.launch_server"]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NO_ALLOCATOR_SETTINGS}
             if spec.releases_memory:
                 arguments.append("--enable-memory-saver")
+            if spec.dtype == "bfloat16":
+                # Logits as the actor has them: float32 sums of bfloat16 products, not rounded to bfloat16 again.
+                arguments.append("--enable-fp32-lm-head")
         return LaunchPlan((spec.python, *launcher, *arguments, *spec.extra_args), environment)
 
     def connect(self, connection: ServerConnection, spec: LaunchSpec) -> SglangServer:
@@ -207,7 +212,7 @@ class SglangServer:
     async def load_bucket(self, bucket: Bucket, timeout_s: float) -> None:
         # The version is set by end_update alone: a server that is half written must not report the new one.
         body = {
-            "serialized_named_tensors": [_serialize(bucket) for _ in range(self._spec.tp)],
+            "serialized_named_tensors": [_serialize(bucket, handle) for handle in bucket.handles_on(self._spec)],
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
@@ -289,21 +294,19 @@ def _completion(answer: Any, url: str) -> Completion:
     return join_completion(url, answer["output_ids"], scored, reason, spans, meta.get("cached_tokens", 0))
 
 
-class _CudaHandle:
-    """Pickles as the CUDA IPC handle of a tensor, its device named by UUID: device numbers differ by process."""
+class _SharedTensor:
+    """Pickles as SGLang's servers want a tensor in shared GPU memory: the UUID in the device's place."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+    def __init__(self, handle: CudaHandle) -> None:
+        self._handle = handle
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        rebuild, arguments = reductions.reduce_tensor(self._tensor)
-        device = 6  # position of the device's number among the arguments of rebuild_cuda_tensor
-        uuid = str(torch.cuda.get_device_properties(self._tensor.device).uuid)
-        return rebuild, (*arguments[:device], uuid, *arguments[device + 1 :])
+        before, after = self._handle.arguments[:DEVICE_ARGUMENT], self._handle.arguments[DEVICE_ARGUMENT + 1 :]
+        return reductions.rebuild_cuda_tensor, (*before, self._handle.device_uuid, *after)
 
 
-def _serialize(bucket: Bucket) -> str:
-    """A bucket for one tensor-parallel rank: values on the CPU, a handle on CUDA (each rank must get its own)."""
+def _serialize(bucket: Bucket, handle: CudaHandle | None) -> str:
+    """A bucket for one tensor-parallel rank: the handle on that rank's GPU, or the values."""
     metadata = [
         SimpleNamespace(
             name=spec.name,
@@ -316,5 +319,5 @@ def _serialize(bucket: Bucket) -> str:
         for spec in bucket.specs
     ]
     # A bucket that is not full is the beginning of a larger one, all of which pickle would write.
-    flat = _CudaHandle(bucket.flat) if bucket.flat.is_cuda else bucket.flat.clone()
+    flat = bucket.flat.clone() if handle is None else _SharedTensor(handle)
     return base64.b64encode(pickle.dumps({"flattened_tensor": flat, "metadata": metadata})).decode()

@@ -26,8 +26,10 @@ class SglangLedger:
 
     def __init__(self, shape: ModelShape, tp: int, *, hashes_on_gpu: bool) -> None:
         self._layout = FusedLayout(shape, tp)
-        self._hash = gpu_hash if hashes_on_gpu else sha_hash
+        self._hashes_on_gpu = hashes_on_gpu
         self._checksums: dict[str, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        """Hashes that still lie on the device: reading each by itself would wait for it thousands of times."""
         self._parts: dict[tuple[str, int], dict[int, Tensor]] = {}
         """Rows by the first one's place, of each rank's parameters that are not whole yet."""
 
@@ -46,10 +48,18 @@ class SglangLedger:
             parts = self._parts.pop((parameter, rank), {}) | {piece.first_row: piece.rows}
             padding = piece.rows.new_zeros(piece.num_padding_rows, *piece.rows.shape[1:])
             whole = torch.cat([*(parts[first_row] for first_row in sorted(parts)), padding])
-            self._checksums[self.key(parameter, rank, self._layout.tp)] = self._hash(whole)
+            key = self.key(parameter, rank, self._layout.tp)
+            if self._hashes_on_gpu:
+                self._sums[key] = gpu_hash_sum(whole)
+            else:
+                self._checksums[key] = sha_hash(whole)
 
     def expected(self) -> dict[str, str]:
         self._layout.check_whole()
+        if self._sums:
+            sums = torch.stack(list(self._sums.values())).tolist()
+            self._checksums |= {key: _finish(value) for key, value in zip(self._sums, sums, strict=True)}
+            self._sums = {}
         return self._checksums
 
 
@@ -69,19 +79,27 @@ _TILES_AT_A_TIME = 128
 
 
 def gpu_hash(tensor: Tensor) -> str:
-    """SGLang's 64-bit hash of a tensor on a GPU, in hexadecimal; computed on the tensor's own device.
+    """SGLang's 64-bit hash of a tensor on a GPU, in hexadecimal."""
+    return _finish(int(gpu_hash_sum(tensor)))
+
+
+def gpu_hash_sum(tensor: Tensor) -> Tensor:
+    """The sum that SGLang's hash of a tensor on a GPU ends with; computed on the tensor's own device, never read here.
 
     Each 32-bit word is mixed with its position (murmur3's finalizer), words are summed within tiles of 8,192, tiles are
     mixed again and summed. Follows `sglang.kernels.ops.memory.gpu_tensor_hash` (0.5.23).
+
+    Returns:
+        0-d int64, modulo 2**64 in its 64 bits.
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
     if not raw.numel():
-        return f"{0:016x}"
+        return total
     if missing := -raw.numel() % 4:
         raw = torch.cat([raw, raw.new_zeros(missing)])
     words = raw.view(torch.int32)
     num_bytes = raw.numel() & _MASK
-    total = 0
     step = _TILE_WORDS * _TILES_AT_A_TIME
     for start in range(0, len(words), step):
         chunk = words[start : start + step].long() & _MASK
@@ -92,9 +110,9 @@ def gpu_hash(tensor: Tensor) -> str:
             mixed = _mix(chunk ^ ((index * factor + seed) & _MASK) ^ rotated)
             padding = -len(mixed) % _TILE_WORDS
             tiles = torch.cat([mixed, mixed.new_zeros(padding)]).view(-1, _TILE_WORDS).sum(dim=1) & _MASK
-            halves.append(int(_mix(tiles ^ num_bytes).sum()))
+            halves.append(_mix(tiles ^ num_bytes).sum())
         total += (halves[0] << 32) + halves[1]
-    return f"{_finish(total):016x}"
+    return total
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -106,10 +124,10 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _finish(x: int) -> int:
-    """splitmix64's finalizer."""
+def _finish(x: int) -> str:
+    """splitmix64's finalizer of a sum, in hexadecimal."""
     mask = 2**64 - 1
     x &= mask
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return x ^ (x >> 31)
+    return f"{x ^ (x >> 31):016x}"

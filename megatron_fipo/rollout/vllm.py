@@ -27,6 +27,7 @@ from megatron_fipo.rollout import server_plugins
 from megatron_fipo.rollout.completions import join_completion
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
+    NO_ALLOCATOR_SETTINGS,
     Bucket,
     Completion,
     GroupAddress,
@@ -36,7 +37,7 @@ from megatron_fipo.rollout.server_api import (
     TensorSpec,
 )
 from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError, ServerUnreachableError
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.transport import pack
+from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.transport import pack, pack_handle
 from megatron_fipo.rollout.vllm_checksums import VllmLedger
 
 _CONTROL_TIMEOUT_S = 60.0
@@ -111,7 +112,7 @@ class VllmAdapter:
             # Without Dynamo the first request does not wait for a C++ compiler.
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
         else:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NO_ALLOCATOR_SETTINGS}
             if spec.releases_memory:
                 arguments.append("--enable-sleep-mode")
         context_tokens = spec.context_tokens
@@ -232,7 +233,12 @@ class VllmServer:
         await self._call("fipo_begin_update", timeout_s=_CONTROL_TIMEOUT_S)
 
     async def load_bucket(self, bucket: Bucket, timeout_s: float) -> None:
-        messages = [await asyncio.to_thread(pack, bucket.flat) for _ in range(self._spec.tp)]
+        messages = [
+            await asyncio.to_thread(pack, bucket.flat)
+            if handle is None
+            else pack_handle(handle.device_uuid, handle.arguments)
+            for handle in bucket.handles_on(self._spec)
+        ]
         await self._call("fipo_load_bucket", messages, _wire(bucket.specs), timeout_s=timeout_s)
 
     async def join_group(self, address: GroupAddress, timeout_s: float) -> None:

@@ -1,15 +1,17 @@
 """What vLLM's workers must answer to `fipo_checksums` for given weights, computed from the weights themselves.
 
-Digests add up, so a piece is noted when it comes, and nothing is kept.
+Digests add up, so a piece is noted when it comes, and nothing is kept. Sums stay on the weights' device until all have
+come: reading each would wait for the device thousands of times.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.rollout.fused_layout import FusedLayout
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest, label
+from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest_sum, label
 
 
 class VllmLedger:
@@ -22,18 +24,20 @@ class VllmLedger:
 
     def __init__(self, shape: ModelShape, tp: int) -> None:
         self._layout = FusedLayout(shape, tp)
-        self._digests: dict[tuple[str, int], int] = {}
+        self._sums: dict[tuple[str, int], Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         parameter, pieces = self._layout.place(name, tensor)
         for rank, piece in enumerate(pieces):
             start = piece.first_row * (piece.rows.shape[1] if piece.rows.dim() == 2 else 1)
-            sum_before = self._digests.get((parameter, rank), 0)
-            self._digests[parameter, rank] = (sum_before + digest(piece.rows, start)) % 2**64
+            found = digest_sum(piece.rows, start)
+            before = self._sums.get((parameter, rank))
+            self._sums[parameter, rank] = found if before is None else before + found
 
     def expected(self) -> dict[str, str]:
         self._layout.check_whole()
+        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         return {
-            f"{name} (rank {rank})": label(value, self._layout.dtypes[name])
-            for (name, rank), value in self._digests.items()
+            f"{name} (rank {rank})": label(value % 2**64, self._layout.dtypes[name])
+            for (name, rank), value in zip(self._sums, sums, strict=True)
         }

@@ -1,19 +1,14 @@
-"""Weights on their way to servers: packed into buckets, and kept on disk for servers that have to start anew."""
+"""Weights on their way to servers, packed into buckets."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_fipo.parallel.device_memory import shareable_allocations
 from megatron_fipo.rollout.server_api import Bucket, TensorSpec
-
-_NOT_CONFIGURATION = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
 def pack(
@@ -49,7 +44,9 @@ def pack(
         buffer = buffers[turn]
         size = max(bucket_bytes, num_bytes)
         if buffer is None or (not specs and len(buffer) != size):
-            buffer = buffers[turn] = torch.empty(size, dtype=torch.uint8, device=place)
+            buffers[turn] = None  # what it held goes before the larger one comes
+            with shareable_allocations():
+                buffer = buffers[turn] = torch.empty(size, dtype=torch.uint8, device=place)
         flat = buffer[used : used + num_bytes].view(dtype)
         flat.copy_(tensor.detach().reshape(-1))
         specs.append(TensorSpec(name, dtype, tuple(tensor.shape), used, used + num_bytes))
@@ -63,51 +60,3 @@ def _bucket(buffer: Tensor | None, specs: list[TensorSpec], used: int) -> Bucket
     if buffer.is_cuda:
         torch.cuda.current_stream(buffer.device).synchronize()  # others read it, on streams of their own
     return Bucket(buffer[:used], tuple(specs))
-
-
-class SnapshotWriter:
-    """The newest weights as a Hugging Face folder, one file for each bucket.
-
-    Args:
-        folder: where snapshots lie, each in a folder of its own.
-        base_folder: model folder whose configuration and tokenizer go along.
-    """
-
-    def __init__(self, folder: Path, base_folder: str | Path) -> None:
-        self._folder, self._base = folder, Path(base_folder)
-        self._partial = folder / "partial"
-        self._files: dict[str, str] = {}
-        self._num_bytes = 0
-
-    def begin(self) -> None:
-        """Begin anew; what an unfinished one has written goes."""
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        self._files, self._num_bytes = {}, 0
-        for file in self._base.iterdir():
-            if file.is_file() and file.suffix not in _NOT_CONFIGURATION and not file.name.endswith(".index.json"):
-                shutil.copy2(file, self._partial / file.name)
-
-    def add(self, bucket: Bucket) -> None:
-        """Write a bucket."""
-        file = f"model-{len(set(self._files.values())) + 1:05d}.safetensors"
-        tensors = {name: tensor.cpu().clone() for name, tensor in bucket.tensors()}
-        save_file(tensors, self._partial / file, metadata={"format": "pt"})
-        self._files.update(dict.fromkeys(tensors, file))
-        self._num_bytes += len(bucket.flat)
-
-    def commit(self, version: str) -> Path:
-        """Finish it; the folder appears whole or not at all, and is the only one then."""
-        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._files}
-        (self._partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-        target = self._folder / f"version-{version}"
-        if target.exists():  # the same version once more, after a failure
-            shutil.rmtree(target)
-        self._partial.rename(target)
-        return target
-
-    def keep_only(self, snapshot: Path) -> None:
-        """Delete every other one."""
-        for folder in self._folder.iterdir():
-            if folder != snapshot:
-                shutil.rmtree(folder)

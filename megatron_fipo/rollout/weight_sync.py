@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_fipo.parallel.external_group import ExternalGroup
 from megatron_fipo.rollout.canary import CanaryError, compare_checksums
 from megatron_fipo.rollout.event_loop import EventLoopThread
+from megatron_fipo.rollout.packers import Packers
 from megatron_fipo.rollout.server_api import Bucket, GroupAddress, InferenceServer
 from megatron_fipo.rollout.server_http import ServerError, ServerUnreachableError
 from megatron_fipo.rollout.servers import ArrivedWeights, Server, ServerPool
-from megatron_fipo.rollout.weight_buckets import SnapshotWriter, pack
+from megatron_fipo.rollout.snapshots import Snapshots
 
 Method = Literal["tensor", "distributed", "disk"]
 
@@ -57,9 +57,7 @@ class WeightSync:
         pool: the servers.
         loop: where the pool lives.
         method: the way.
-        bucket_bytes: size of a bucket; two are held at a time.
-        dtype: of the servers' weights. Tensors of another dtype are converted first.
-        device: where buckets lie; None leaves them where the tensors are (needed for CUDA IPC).
+        packers: makes the buckets, in step with the node's other ranks where servers open them on their own GPUs.
         timeout_s: longest wait for one bucket, or for all checksums.
         snapshots: keeps the newest weights on disk, for servers that have to start anew; required by `disk`.
         host: address of this process that servers can reach (distributed).
@@ -71,16 +69,14 @@ class WeightSync:
         loop: EventLoopThread,
         *,
         method: Method,
-        bucket_bytes: int,
-        dtype: torch.dtype,
-        device: torch.device | None,
+        packers: Packers,
         timeout_s: float,
-        snapshots: SnapshotWriter | None,
+        snapshots: Snapshots | None,
         host: str = "127.0.0.1",
     ) -> None:
         assert method != "disk" or snapshots is not None, "disk updates go over snapshots"
         self._pool, self._loop, self._snapshots = pool, loop, snapshots
-        self._bucket_bytes, self._dtype, self._device, self._timeout_s = bucket_bytes, dtype, device, timeout_s
+        self._packers, self._timeout_s = packers, timeout_s
         self._transfer: _Transfer
         if method == "tensor":
             self._transfer = _TensorTransfer(loop, timeout_s)
@@ -89,13 +85,22 @@ class WeightSync:
         else:
             self._transfer = _DiskTransfer(loop, timeout_s)
 
-    def run(self, tensors: Iterable[tuple[str, Tensor]], version: str, *, keep_held: bool = False) -> SyncReport:
+    def run(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        version: str,
+        *,
+        keep_held: bool = False,
+        beforehand: Callable[[], None] = lambda: None,
+    ) -> SyncReport:
         """Update all servers that live. Requests in flight wait meanwhile and go on with the new weights.
 
         Args:
             tensors: all weights under their Hugging Face names. Drained to its end, also past an error.
             version: what servers report from now on.
-            keep_held: leave the servers out of use, because their caches have no memory yet.
+            keep_held: leave the servers paused and out of use, because their caches have no memory yet. One that dies
+                waits for `let_go_all` too: what it would size its cache by is the actor's yet.
+            beforehand: what readies the servers; where it fails the node's other packers hear of it.
 
         Raises:
             ServerError: if a server refuses, or none is left. All are STALE then.
@@ -103,11 +108,25 @@ class WeightSync:
             ValueError: if the stream of weights lacks or repeats a tensor.
         """
         stream = iter(tensors)
+        self._packers.begin()
         try:
+            if self._snapshots is not None:
+                self._snapshots.begin()
+            beforehand()
             return self._run(stream, version, keep_held)
+        except BaseException as error:
+            self._packers.fail(str(error) or type(error).__name__)
+            if self._snapshots is not None:
+                self._snapshots.abandon(str(error) or type(error).__name__)
+            raise
         finally:
             for _ in stream:  # other ranks send into it
                 pass
+
+    def forget_older_snapshots(self) -> None:
+        """Delete all snapshots but the newest. No rank is in an update: servers start from them there."""
+        if self._snapshots is not None and self._pool.arrived is not None and self._pool.arrived.folder is not None:
+            self._snapshots.keep_only(self._pool.arrived.folder)
 
     def close(self) -> None:
         """Leave what groups there are."""
@@ -119,10 +138,8 @@ class WeightSync:
         try:
             ledger = session.servers[0].client.ledger()  # servers of a pool are alike
             num_bytes = num_buckets = 0
-            if self._snapshots is not None:
-                self._snapshots.begin()
             self._transfer.open(session)
-            for bucket in pack(stream, self._bucket_bytes, self._dtype, self._device):
+            for bucket in self._packers.buckets(stream, self._transfer.settle):
                 self._transfer.send(session, bucket)
                 for name, tensor in bucket.tensors():
                     ledger.add(name, tensor)
@@ -134,19 +151,19 @@ class WeightSync:
             transferred = time.perf_counter()
             expected = ledger.expected()
             session.each(lambda server: _check(server, expected, self._timeout_s))
-            # Only now: no token is generated with weights that are not proven.
-            session.each(lambda server: server.client.resume())
+            # Only now: no token is generated with weights that are not proven, nor into a cache without memory.
+            if not keep_held:
+                session.each(lambda server: server.client.resume())
         except BaseException as error:
             for server in session.all:
                 self._loop.run(self._pool.set_stale(server, f"the update to weights {version} failed: {error}"))
             raise
         self._pool.arrived = ArrivedWeights(version, folder, expected)
-        if folder is not None and self._snapshots is not None:
-            self._snapshots.keep_only(folder)
         if not keep_held:
             self._loop.run(self._pool.let_go(session.servers))
+        bring_back = self._pool.restart_when_there_is_memory if keep_held else self._pool.restart
         for server, reason in session.died:
-            self._loop.run(self._pool.restart(server, reason))
+            self._loop.run(bring_back(server, reason))
         return SyncReport(
             num_bytes, num_buckets, len(session.servers), transferred - start, time.perf_counter() - transferred
         )
@@ -201,7 +218,11 @@ class _Transfer(Protocol):
         ...
 
     def send(self, session: _Session, bucket: Bucket) -> None:
-        """Send a bucket; may return before it has arrived, but not before the one before it has."""
+        """Send a bucket; may return before it has arrived. The one before has, see `settle`."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until what was sent has arrived."""
         ...
 
     def finish(self, session: _Session, version: str, folder: Path | None) -> None:
@@ -228,19 +249,18 @@ class _TensorTransfer:
         session.each(lambda server: _open_update(server.client))
 
     def send(self, session: _Session, bucket: Bucket) -> None:
-        self._wait()
         self._sending = session.start(lambda server: server.client.load_bucket(bucket, self._timeout_s))
 
+    def settle(self) -> None:
+        if self._sending is not None:
+            self._sending.result()
+
     def finish(self, session: _Session, version: str, folder: Path | None) -> None:
-        self._wait()
+        self.settle()
         session.each(lambda server: server.client.end_update(version))
 
     def close(self) -> None:
         pass
-
-    def _wait(self) -> None:
-        if self._sending is not None:
-            self._sending.result()
 
 
 class _DiskTransfer:
@@ -253,6 +273,9 @@ class _DiskTransfer:
         pass
 
     def send(self, session: _Session, bucket: Bucket) -> None:
+        pass
+
+    def settle(self) -> None:
         pass
 
     def finish(self, session: _Session, version: str, folder: Path | None) -> None:
@@ -309,6 +332,9 @@ class _DistributedTransfer:
             self.close()
             raise ServerError(f"broadcasting weights to {len(session.servers)} servers failed: {error}") from error
         check()
+
+    def settle(self) -> None:
+        pass
 
     def finish(self, session: _Session, version: str, folder: Path | None) -> None:
         session.each(lambda server: server.client.end_update(version))

@@ -82,8 +82,11 @@ def expect_no_server(model: Path, folder: Path, url: str) -> None:
         for engine in ("sglang", "vllm"):
             config = attached_config(engine, model, [url], "servers.start_timeout_s=0.5")
             words = rf"^{engine}-0 was not ready after 0\.5 s \(servers\.start_timeout_s\): {url}/.*Cannot connect"
+            servers, _ = build_engine(config, ranks, None, folder)
+            assert isinstance(servers, ServerEngine)
             with pytest.raises(ServerError, match=words):
-                build_engine(config, ranks, None, folder)
+                servers.start()
+            servers.close()
 
 
 class NumberTokenizer:
@@ -105,8 +108,11 @@ def expect_other_model_refused(engine: str, model: Path, folder: Path, url: str,
     with rank_of_node([0]) as ranks:
         config = attached_config(engine, model, [url], f"servers.tp={tp}")
         words = rf"{engine}-0 \({url}, .* whose hidden_size is 128; that of model\.path={model} is 64\."
+        servers, _ = build_engine(config, ranks, None, folder)
+        assert isinstance(servers, ServerEngine)
         with pytest.raises(ServerError, match=words):
-            build_engine(config, ranks, None, folder)
+            servers.start()
+        servers.close()
 
 
 def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url: str, tp: int) -> list[list[int]]:
@@ -127,6 +133,7 @@ def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url
             config = attached_config(engine, models[0], [url], f"servers.tp={tp}", f"servers.weight_sync={method}")
             servers, share = build_engine(config, ranks, None, folder)
             assert isinstance(servers, ServerEngine)
+            servers.start()
             generator = GroupGenerator(servers, verifiers, tokenizer, ranks, 0, ledger, share, lambda: None)
             try:
                 policy = policies[(number + 1) % 2]

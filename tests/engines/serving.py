@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.event_loop import EventLoopThread
+from megatron_fipo.rollout.packers import Packers
 from megatron_fipo.rollout.server_api import InferenceServer, LaunchSpec
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_process import free_port
 from megatron_fipo.rollout.server_setup import ADAPTERS
 from megatron_fipo.rollout.servers import ServerPool, WatchSettings
 from megatron_fipo.rollout.sglang import router_plan
-from megatron_fipo.rollout.weight_buckets import SnapshotWriter
+from megatron_fipo.rollout.snapshots import SnapshotWriter
 from megatron_fipo.rollout.weight_sync import Method, WeightSync
 from tests.engines.environments import server_python
 from tests.models import load, save_random_model
@@ -137,9 +138,7 @@ class Serving:
             self.pool,
             self.loop,
             method=method,
-            bucket_bytes=100_000,
-            dtype=self.dtype,
-            device=torch.device("cpu"),
+            packers=Packers(100_000, self.dtype, torch.device("cpu")),
             timeout_s=TIMEOUT_S,
             snapshots=self.snapshots,
         )

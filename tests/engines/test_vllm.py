@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.canary import CanaryError
 from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.packers import Packers
 from megatron_fipo.rollout.server_api import Bucket, Completion, LaunchSpec, TensorSpec
 from megatron_fipo.rollout.server_http import ServerRefusedError
 from megatron_fipo.rollout.server_process import ServerProcess
@@ -265,9 +266,7 @@ def test_checksums_catch_what_goes_wrong_on_the_way(
         sharded.pool,
         sharded.loop,
         method="tensor",
-        bucket_bytes=10**9,  # all in one
-        dtype=sharded.dtype,
-        device=None,
+        packers=Packers(10**9, sharded.dtype, None),  # all in one bucket
         timeout_s=TIMEOUT_S,
         snapshots=None,
     )

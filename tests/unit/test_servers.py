@@ -283,7 +283,7 @@ def test_the_command_on_the_cpu() -> None:
 
 
 def test_the_command_on_gpus() -> None:
-    spec = replace(SPEC, device="cuda", gpus=(4, 5), releases_memory=True, reproducible=True)
+    spec = replace(SPEC, device="cuda", gpus=("4", "5"), releases_memory=True, reproducible=True)
     plan = SglangAdapter().launch_plan(spec)
     assert plan.command[1:3] == ("-m", "sglang.launch_server")
     assert {"--enable-memory-saver", "--enable-deterministic-inference"} <= set(plan.command)
@@ -345,7 +345,7 @@ def test_the_last_words_are_the_errors_in_a_log() -> None:
 def test_a_pool_whose_server_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     """The real path through process, log and error, with a Python that has no SGLang."""
     loop = EventLoopThread()
-    spec = replace(SPEC, python=sys.executable, port=free_port(), device="cuda", gpus=(0,))
+    spec = replace(SPEC, python=sys.executable, port=free_port(), device="cuda", gpus=("0",))
     pool = ServerPool(SglangAdapter(), [spec], log_folder=tmp_path, settings=WatchSettings(start_timeout_s=60.0))
     with pytest.raises(
         ServerError, match=r"(?s)sglang-0 exited with 1 \(log: .*No module named 'sglang'|ModuleNotFound"

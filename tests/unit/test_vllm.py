@@ -84,7 +84,9 @@ def test_the_command_line_follows_the_spec(spec: LaunchSpec) -> None:
 
 
 def test_on_gpus_memory_can_be_released(spec: LaunchSpec) -> None:
-    spec = replace(spec, device="cuda", gpus=(4, 6), max_total_tokens=None, releases_memory=True, memory_fraction=0.4)
+    spec = replace(
+        spec, device="cuda", gpus=("4", "6"), max_total_tokens=None, releases_memory=True, memory_fraction=0.4
+    )
     plan = VllmAdapter().launch_plan(spec)
     assert plan.command[:3] == ("/env/bin/python", "-m", "vllm.entrypoints.openai.api_server")
     assert "--enable-sleep-mode" in plan.command

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_fipo.parallel.external_group import ExternalGroup
 from megatron_fipo.rollout import sglang
-from megatron_fipo.rollout.weight_buckets import SnapshotWriter, pack
+from megatron_fipo.rollout.snapshots import SnapshotWriter
+from megatron_fipo.rollout.weight_buckets import pack
 from tests.models import TINY, load, save_random_model
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_a_bucket_stays_until_the_one_after_the_next_is_asked_for() -> None:
 def test_a_bucket_that_is_not_full_is_sent_without_the_rest() -> None:
     (bucket,) = pack(iter(weights(4, 4)), 2**20, torch.float32, CPU)
     assert bucket.flat.untyped_storage().nbytes() == 2**20
-    sent = base64.b64decode(sglang._serialize(bucket))
+    sent = base64.b64decode(sglang._serialize(bucket, None))
     assert len(sent) < 4096
     assert torch.equal(pickle.loads(sent)["flattened_tensor"], bucket.flat)
 

@@ -12,8 +12,13 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer of the same size, by element size in bytes."""
 
 
-@torch.no_grad()
 def digest(tensor: Tensor, start: int = 0) -> int:
+    """`digest_sum` as 0 … 2**64 - 1; waits for the tensor's device."""
+    return int(digest_sum(tensor, start)) % 2**64
+
+
+@torch.no_grad()
+def digest_sum(tensor: Tensor, start: int = 0) -> Tensor:
     """Sum over elements of (bit pattern × odd factor that the position alone decides), modulo 2**64.
 
     A factor is odd, so changing one element always changes the sum; other changes, such as exchanging elements, leave
@@ -25,7 +30,7 @@ def digest(tensor: Tensor, start: int = 0) -> int:
         start: position of its first element in the whole that it is a piece of.
 
     Returns:
-        0 … 2**64 - 1.
+        0-d int64 on the tensor's device, modulo 2**64 in its 64 bits.
     """
     flat = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
@@ -33,7 +38,7 @@ def digest(tensor: Tensor, start: int = 0) -> int:
         bits = flat[offset : offset + _CHUNK_ELEMENTS].long()
         first = start + offset
         total += (bits * _factors(first, first + bits.numel(), flat.device)).sum()
-    return int(total) % 2**64
+    return total
 
 
 def label(value: int, dtype: torch.dtype) -> str:

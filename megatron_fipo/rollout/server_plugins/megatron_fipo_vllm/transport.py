@@ -15,19 +15,21 @@ _DEVICE_ARGUMENT = 6
 
 
 def pack(flat: Tensor) -> dict[str, str]:
-    """What goes into the request for one worker; a CUDA buffer must live until that worker has answered.
+    """The values, as they go into the request for one worker.
 
     Args:
-        flat: uint8 [bytes], contiguous.
+        flat: uint8 [bytes] on the CPU, contiguous.
     """
-    if not flat.is_cuda:
-        return {"bytes": base64.b64encode(flat.numpy().data).decode()}
-    torch.cuda.current_stream(flat.device).synchronize()  # what filled the buffer is done before others read it
-    arguments = list(reductions.reduce_tensor(flat)[1])
-    # Numbers of devices differ between processes that see different ones; the UUID does not.
-    arguments[_DEVICE_ARGUMENT] = None
-    uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
-    return {"cuda_ipc": base64.b64encode(pickle.dumps(tuple(arguments))).decode(), "device": uuid}
+    return {"bytes": base64.b64encode(flat.numpy().data).decode()}
+
+
+def pack_handle(device_uuid: str, arguments: tuple[Any, ...]) -> dict[str, str]:
+    """A handle to a buffer on the worker's GPU; the buffer must live until that worker has answered.
+
+    Args:
+        arguments: of torch's rebuild_cuda_tensor, None in the device's place.
+    """
+    return {"cuda_ipc": base64.b64encode(pickle.dumps(arguments)).decode(), "device": device_uuid}
 
 
 def unpack(message: dict[str, str], device: torch.device) -> Tensor:
