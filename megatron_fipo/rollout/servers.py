@@ -281,6 +281,11 @@ class ServerPool:
     def _held(self) -> list[Server]:
         return [server for server in self.servers if server.state in (State.HELD, State.STALE)]
 
+    async def keep(self, servers: Sequence[Server]) -> None:
+        """Keep servers that hold sound weights out of use until `let_go_all`."""
+        for server in servers:
+            await self._set(server, State.HELD, "")
+
     async def let_go(self, servers: Sequence[Server]) -> None:
         """Give servers that hold sound weights back to generation."""
         for server in servers:

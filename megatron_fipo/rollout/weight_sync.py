@@ -159,8 +159,8 @@ class WeightSync:
                 self._loop.run(self._pool.set_stale(server, f"the update to weights {version} failed: {error}"))
             raise
         self._pool.arrived = ArrivedWeights(version, folder, expected)
-        if not keep_held:
-            self._loop.run(self._pool.let_go(session.servers))
+        # Also what was stale is sound now.
+        self._loop.run((self._pool.keep if keep_held else self._pool.let_go)(session.servers))
         bring_back = self._pool.restart_when_there_is_memory if keep_held else self._pool.restart
         for server, reason in session.died:
             self._loop.run(bring_back(server, reason))

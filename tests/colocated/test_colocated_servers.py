@@ -1,0 +1,132 @@
+"""Servers that share GPUs with the trainer: who packs for whom, and who has which memory when.
+
+The trainer's ranks and the servers are processes; GPUs and SGLang are fakes that refuse what the real ones refuse. Each
+test of what holds has a twin in which it is broken, and fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.colocated.fake_gpus import FakeGpus
+from tests.colocated.training import CAPACITY_IN_MODELS, STATE, WEIGHTS, Case, model_bytes, run
+from tests.models import save_random_model
+from tests.parallel.ranks import RankError, run_ranks
+
+MEMORY_FRACTION = 0.8
+"""The default of servers.memory_fraction."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 9 MiB, so that there are several buckets of one MiB."""
+    return save_random_model(
+        tmp_path_factory.mktemp("models") / "qwen2", hidden_size=256, intermediate_size=512, tie_word_embeddings=True
+    )
+
+
+class Runs:
+    """Runs of one test, each with GPUs of its own."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self._folder = model, folder
+        self.gpus: FakeGpus
+
+    def run(self, case: Case) -> list[dict[str, Any]]:
+        names = [str(gpu) for gpu in range(max(case.num_ranks, case.num_servers * case.tp))]
+        self.gpus = FakeGpus.create(
+            self._folder / "gpus.json", names, int(CAPACITY_IN_MODELS * model_bytes(self.model))
+        )
+        return run_ranks(run, case.num_ranks, case, str(self.model), str(self._folder), timeout_s=150)
+
+    def cache_beside(self, held: int) -> int:
+        """What a server of one GPU sizes its cache to where so many bytes are held already: SGLang's rule."""
+        weights = model_bytes(self.model)
+        free = int(CAPACITY_IN_MODELS * weights) - held
+        return int(free - weights - (1 - MEMORY_FRACTION) * free)
+
+
+@pytest.fixture
+def runs(model: Path, tmp_path: Path) -> Runs:
+    return Runs(model, tmp_path)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_servers", "tp"), [(2, 2, 1), (4, 2, 2), (2, 1, 2), (2, 1, 1)])
+def test_every_server_rank_is_handed_memory_of_its_own_gpu(
+    runs: Runs, num_ranks: int, num_servers: int, tp: int
+) -> None:
+    results = runs.run(Case(num_ranks=num_ranks, num_servers=num_servers, tp=tp))
+    assert results[0]["versions"] == [["0"] * num_servers, ["1"] * num_servers]
+    assert results[0]["restarts"] == [0] * num_servers
+    assert all(result["versions"] == [[], []] for result in results[1:]), "the node's first rank owns the servers"
+    opened = Counter((event["by"], event["on"]) for event in runs.gpus.events("opened"))
+    assert {by for by, _ in opened} == {str(gpu) for gpu in range(num_servers * tp)}
+    assert all(by == on for by, on in opened)
+    assert len(set(opened.values())) == 1, "every rank gets every bucket once"
+    assert min(opened.values()) >= 2 * 8, "two updates of eight buckets or more"
+
+
+def test_a_handle_of_the_owners_gpu_ends_the_other_server(runs: Runs) -> None:
+    """What a trainer does that packs on its first rank's GPU alone."""
+    results = runs.run(Case(breaks="own_gpu", num_steps=1))
+    assert results[0]["versions"] == [["0"]], "one of two servers is left"
+
+
+def test_servers_size_their_caches_by_what_is_free_while_they_generate(runs: Runs) -> None:
+    runs.run(Case(num_steps=1))
+    assert [event["cache"] for event in runs.gpus.events("sized")] == [runs.cache_beside(0)] * 2
+
+
+def test_a_cache_sized_beside_the_actor_is_smaller(runs: Runs) -> None:
+    runs.run(Case(num_steps=1, breaks="lending"))
+    held = sum(int(models * model_bytes(runs.model)) for models in (WEIGHTS, STATE))
+    assert [event["cache"] for event in runs.gpus.events("sized")] == [runs.cache_beside(held)] * 2
+    assert runs.cache_beside(held) < 0.65 * runs.cache_beside(0)
+
+
+def test_an_updates_caches_go_back_before_servers_take_memory(runs: Runs) -> None:
+    with pytest.raises(RankError, match="no server is left"):
+        runs.run(Case(breaks="caches"))
+    log = (runs.gpus.path.parent / "servers/rank-0/sglang-0.log").read_text()
+    assert "CUDA out of memory: server" in log
+    assert "'actor:activations'" in log
+
+
+PROBED: dict[str, Any] = {"health_interval_s": 0.05, "environment": {"FAKE_PROBE_S": "1"}, "waits_for_probe": True}
+"""A question after the servers' health is under way whenever they are asked for their memory."""
+
+
+def test_no_question_after_a_servers_health_meets_the_release_of_its_memory(runs: Runs) -> None:
+    results = runs.run(Case(num_steps=3, **PROBED))
+    assert results[0]["versions"] == [[str(step)] * 2 for step in range(3)]
+    assert results[0]["restarts"] == [0, 0]
+    assert len(runs.gpus.events("released")) == 2 * 4
+
+
+def test_a_server_that_is_asked_for_its_memory_while_it_works_dies(runs: Runs) -> None:
+    with contextlib.suppress(RankError):  # raised where both die
+        runs.run(Case(num_steps=1, breaks="idle", **PROBED))
+    logs = "".join(log.read_text() for log in (runs.gpus.path.parent / "servers/rank-0").glob("*.log"))
+    assert "release_memory_occupation should be called only when server is idle" in logs
+
+
+def test_generation_that_goes_on_before_its_cache_has_memory_ends_a_server(runs: Runs) -> None:
+    with pytest.raises(RankError, match="no server is left"):
+        runs.run(Case(num_steps=1, breaks="order"))
+    logs = "".join(log.read_text() for log in (runs.gpus.path.parent / "servers/rank-0").glob("*.log"))
+    assert "generation goes on while the memory of ['kv_cache'] is unmapped" in logs
+
+
+@pytest.mark.parametrize("keeps_snapshot", [True, False])
+def test_a_server_that_dies_in_an_update_starts_again_when_there_is_memory(runs: Runs, keeps_snapshot: bool) -> None:
+    """It would size its cache by what the actor leaves, were it started at once."""
+    results = runs.run(Case(num_steps=3, keeps_snapshot=keeps_snapshot, environment={"FAKE_DIES_AT_BUCKET": "3"}))
+    assert sorted(results[0]["restarts"]) == [0, 1]
+    assert results[0]["versions"][-1] == ["2", "2"], "both generate in the end"
+    sized = runs.gpus.events("sized")
+    assert [event["cache"] for event in sized] == [runs.cache_beside(0)] * 3

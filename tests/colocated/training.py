@@ -1,0 +1,219 @@
+"""A trainer of several ranks on fake GPUs, whose colocated servers are real processes of the fake SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_fipo import handover
+from megatron_fipo.config import Config, ParallelSection, load_config
+from megatron_fipo.convert.hf_config import read_model_shape
+from megatron_fipo.handover import Handover
+from megatron_fipo.rollout import server_engine
+from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT, CudaHandle
+from megatron_fipo.rollout.node_layout import TrainerGpu
+from megatron_fipo.rollout.server_api import InferenceServer
+from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.rollout.server_setup import build_server_engine
+from tests.colocated.fake_gpus import FakeGpus
+from tests.models import load
+from tests.parallel.layouts import layout
+
+FAKE_SGLANG = Path(__file__).with_name("fake_sglang")
+REPOSITORY = Path(__file__).parents[2]
+UUID = "GPU-fake-"
+CAPACITY_IN_MODELS = 11.5
+"""Of a GPU, in units of the model's bytes, which a server of one GPU holds."""
+WEIGHTS, STATE, ACTIVATIONS = 1.0, 3.0, 7.0
+"""What the actor holds of a GPU: weights, gradients with optimizer state, what an update leaves in torch's cache."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run does, and what of it is broken on purpose."""
+
+    num_ranks: int = 2
+    tp: int = 1
+    num_servers: int = 2
+    num_steps: int = 2
+    keeps_snapshot: bool = False
+    breaks: str = ""
+    """What is done wrong: caches, lending, idle, own_gpu, order; "" for nothing."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    health_interval_s: float = 60.0
+    waits_for_probe: bool = False
+    """Give the memory back while a server works on a question after its health."""
+
+
+class FakeActor:
+    """What of an actor a handover asks for, its memory held on a fake GPU."""
+
+    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str) -> None:
+        self.shape = read_model_shape(folder)
+        self._model = load(folder)
+        self._gpus, self._gpu = gpus, gpu
+        self._unit = model_bytes(folder)
+        self.onload()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        is_tied = self._model.config.tie_word_embeddings
+        for name, tensor in self._model.state_dict().items():
+            if not (is_tied and name == "lm_head.weight"):
+                yield name, tensor
+
+    def train(self) -> None:
+        """An update: its activations stay in the allocator's cache."""
+        self._hold("activations", ACTIVATIONS)
+        for tensor in self._model.state_dict().values():
+            tensor.add_(1.0)
+
+    def offload(self) -> None:
+        self._hold("weights", 0)
+        self._hold("state", 0)
+        self._gpus.note(kind="actor lent", gpu=self._gpu)
+
+    def onload(self) -> None:
+        self._hold("weights", WEIGHTS)
+        self._hold("state", STATE)
+
+    def give_back_caches(self) -> None:
+        self._hold("activations", 0)
+
+    def _hold(self, what: str, models: float) -> None:
+        self._gpus.hold(self._gpu, f"actor:{what}", int(models * self._unit))
+
+
+def model_bytes(folder: Path) -> int:
+    """Of the model's weights."""
+    return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+
+
+def config_of(case: Case, folder: Path) -> Config:
+    gpus = ",".join(map(str, range(case.num_servers * case.tp)))
+    return load_config(
+        None,
+        [
+            f"model.path={folder}",
+            "data.train.a.kind=chain_arithmetic",
+            "data.train.a.verifier=chain_arithmetic",
+            "rollout.engine=sglang",
+            "rollout.max_prompt_tokens=4",
+            "rollout.max_response_tokens=4",
+            "servers.device=cuda",
+            "servers.placement=colocated",
+            f"servers.gpus=[{gpus}]",
+            f"servers.num_per_node={case.num_servers}",
+            f"servers.tp={case.tp}",
+            "servers.canary_sequences=0",
+            f"servers.keep_snapshot={str(case.keeps_snapshot).lower()}",
+            f"servers.health_interval_s={case.health_interval_s}",
+            "servers.start_timeout_s=120",
+            "servers.sync_timeout_s=60",
+            "servers.bucket_mib=1",
+        ],
+    )
+
+
+def run(case: Case, model: str, folder: str) -> dict[str, Any]:
+    """One rank: some steps of generation and training, as the trainer makes them.
+
+    Returns:
+        policy versions that this rank's servers report at the end of each rollout, and each server's restarts.
+    """
+    rank = int(os.environ["RANK"])
+    gpus = FakeGpus(Path(folder) / "gpus.json")
+    os.environ |= {
+        "FAKE_GPUS": str(gpus.path),
+        "PYTHONPATH": os.pathsep.join([str(FAKE_SGLANG), str(REPOSITORY)]),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        **case.environment,
+    }
+
+    def handle(flat: Tensor) -> CudaHandle:
+        gpu = "0" if case.breaks == "own_gpu" else str(rank)
+        file = Path(folder) / f"bucket-{rank}-{flat.data_ptr()}.pt"
+        torch.save(flat.clone(), file)
+        arguments: list[Any] = [None] * 15
+        arguments[DEVICE_ARGUMENT + 1] = str(file)
+        return CudaHandle(UUID + gpu, tuple(arguments))
+
+    config = config_of(case, Path(model))
+    actor = FakeActor(Path(model), gpus, str(rank))
+    with layout(ParallelSection()) as ranks, _broken(case.breaks, actor):
+        engine = build_server_engine(config, ranks, [1], Path(folder) / "servers", TrainerGpu(str(rank), handle))
+        try:
+            return _steps(case, engine, Handover(config, actor, engine), actor)  # type: ignore[arg-type]
+        finally:
+            engine.close()
+
+
+def _steps(case: Case, engine: ServerEngine, passing: Handover, actor: FakeActor) -> dict[str, Any]:
+    if case.breaks == "lending":
+        engine.start()
+        engine.release_memory()
+    else:
+        passing.start()
+    versions: list[list[str]] = []
+    for step in range(case.num_steps):
+        passing.to_rollout(step)
+        versions.append(_versions(engine))
+        while case.waits_for_probe and engine.pool is not None and not _num_running(engine):
+            pass
+        passing.to_training()
+        actor.train()
+    restarts = [] if engine.pool is None else [server.num_restarts for server in engine.pool.servers]
+    return {"versions": versions, "restarts": restarts}
+
+
+def _num_running(engine: ServerEngine) -> int:
+    """Requests that the servers work on."""
+    assert engine.pool is not None
+    connections = [server.client._connection for server in engine.pool.servers]  # type: ignore[attr-defined]
+    return sum(engine._run(each.get("/model_info", timeout_s=60))["num_running"] for each in connections)
+
+
+@contextmanager
+def _broken(what: str, actor: FakeActor) -> Iterator[None]:
+    """The handover with one thing done wrong."""
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        put(handover, "give_back_caches", (lambda: None) if what == "caches" else actor.give_back_caches)
+        if what == "idle":
+            put(server_engine, "_pause_and_release", lambda client: client.release_memory())
+            put(asyncio, "wait", _no_wait)
+        if what == "order":
+            put(server_engine, "_resume_cache_and_go_on", _go_on_and_resume_cache)
+        yield
+
+
+async def _no_wait(tasks: object) -> None:
+    """In place of waiting for questions after servers' health."""
+
+
+async def _go_on_and_resume_cache(client: InferenceServer) -> None:
+    await client.resume()
+    await client.resume_memory("cache")
+
+
+def _versions(engine: ServerEngine) -> Sequence[str]:
+    """What the servers that may generate report."""
+    if engine.pool is None:
+        return []
+    return [
+        engine._run(server.client.info()).weight_version
+        for server in engine.pool.servers
+        if server.state.value == "ready"
+    ]
