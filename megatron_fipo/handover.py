@@ -42,8 +42,7 @@ class Handover:
         if not isinstance(engine, ServerEngine):
             return
         if engine.colocated:
-            self._actor.offload()
-            give_back_caches()
+            self._lend(engine)
         engine.start()
         if engine.colocated:
             engine.release_memory()
@@ -73,14 +72,20 @@ class Handover:
         if sequences:
             expected = actor_log_probs(self._actor, self._config, sequences)
         if engine.colocated:
-            give_back_caches()  # an update's activations, which the servers' weights come in the place of
+            with engine.collectively():
+                give_back_caches()  # an update's activations, which the servers' weights come in the place of
         engine.update_weights(self._actor.weights(), policy_version)
         if engine.colocated:
-            self._actor.offload()
-            give_back_caches()  # the buckets, too, before the servers take memory for their caches
+            self._lend(engine)
             engine.resume_memory()
         if sequences:
             engine.check_log_probs(sequences, expected)
+
+    def _lend(self, engine: ServerEngine) -> None:
+        """Give all memory away, on every rank before any server takes it: one rank owns the servers of all."""
+        with engine.collectively():
+            self._actor.offload()
+            give_back_caches()  # also the buckets that weights went over in
 
     def to_training(self) -> None:
         """The actor can compute and be saved when this returns: colocated servers give it their memory back.

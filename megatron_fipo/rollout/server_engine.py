@@ -117,7 +117,7 @@ class ServerEngine:
         Raises:
             ServerError: on every rank, with the server's own words, if one does not come up.
         """
-        with self._collectively():
+        with self.collectively():
             if self.pool is not None:
                 self._check_before_start()
                 self._run(self.pool.start())
@@ -273,7 +273,7 @@ class ServerEngine:
             ServerError: on every rank, if servers refuse, or one rank has none left. No server generates then before
                 an update has succeeded.
         """
-        with self._collectively():
+        with self.collectively():
             if self.sync is None or self.pool is None:
                 self._pack_along(iter(tensors))
             else:
@@ -307,7 +307,7 @@ class ServerEngine:
         Generation is paused first: a request that came in meanwhile, if only a question after a server's health, would
         be computed in memory that is gone, and SGLang's scheduler dies of being asked for its memory while it works.
         """
-        with self._collectively():
+        with self.collectively():
             if self.pool is not None:
                 self._run(self.pool.hold())
                 self._run(self.pool.on_held(_pause_and_release))
@@ -316,7 +316,7 @@ class ServerEngine:
     def resume_memory(self) -> None:
         """Take memory for the caches again, after `update_weights`; the servers can generate then. Collective."""
         assert self._memory != "released", "the weights come first: update_weights()"
-        with self._collectively():
+        with self.collectively():
             if self.pool is not None and self._memory == "weights only":
                 self._run(self.pool.on_held(_resume_cache_and_go_on))
                 self._run(self.pool.let_go_all())
@@ -332,7 +332,7 @@ class ServerEngine:
         Raises:
             ServerError: on every rank, if one server's differ by more than the tolerance.
         """
-        with self._collectively():
+        with self.collectively():
             if self.pool is not None:
                 self._last_canary = self._run(self._compare(self.pool, sequences, actor))
 
@@ -351,8 +351,8 @@ class ServerEngine:
         return worst
 
     @contextmanager
-    def _collectively(self) -> Iterator[None]:
-        """Let an error on one rank be raised on all of them."""
+    def collectively(self) -> Iterator[None]:
+        """Let an error on one rank be raised on all of them, and nobody go on before all are done. Collective."""
         problem = ""
         try:
             yield

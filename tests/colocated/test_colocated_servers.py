@@ -97,6 +97,19 @@ def test_an_updates_caches_go_back_before_servers_take_memory(runs: Runs) -> Non
     assert "'actor:activations'" in log
 
 
+def test_no_server_takes_memory_before_every_rank_has_given_it(runs: Runs) -> None:
+    """The rank that owns the servers is ahead of the one beside it."""
+    results = runs.run(Case(slow_rank=1))
+    assert results[0]["restarts"] == [0, 0]
+    assert [event["cache"] for event in runs.gpus.events("sized")] == [runs.cache_beside(0)] * 2
+
+
+def test_a_server_that_does_not_wait_for_the_ranks_takes_less(runs: Runs) -> None:
+    with contextlib.suppress(RankError):
+        runs.run(Case(slow_rank=1, num_steps=1, breaks="together"))
+    assert min(event["cache"] for event in runs.gpus.events("sized")) < runs.cache_beside(0)
+
+
 PROBED: dict[str, Any] = {"health_interval_s": 0.05, "environment": {"FAKE_PROBE_S": "1"}, "waits_for_probe": True}
 """A question after the servers' health is under way whenever they are asked for their memory."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,11 @@ class Case:
     num_steps: int = 2
     keeps_snapshot: bool = False
     breaks: str = ""
-    """What is done wrong: caches, lending, idle, own_gpu, order; "" for nothing."""
+    """What is done wrong: caches, lending, idle, own_gpu, order, together; "" for nothing."""
     environment: Mapping[str, str] = field(default_factory=dict)
     health_interval_s: float = 60.0
+    slow_rank: int | None = None
+    """This one takes its time to lend its memory."""
     waits_for_probe: bool = False
     """Give the memory back while a server works on a question after its health."""
 
@@ -58,10 +61,10 @@ class Case:
 class FakeActor:
     """What of an actor a handover asks for, its memory held on a fake GPU."""
 
-    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str) -> None:
+    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str, lends_after_s: float) -> None:
         self.shape = read_model_shape(folder)
         self._model = load(folder)
-        self._gpus, self._gpu = gpus, gpu
+        self._gpus, self._gpu, self._lends_after_s = gpus, gpu, lends_after_s
         self._unit = model_bytes(folder)
         self.onload()
 
@@ -78,6 +81,7 @@ class FakeActor:
             tensor.add_(1.0)
 
     def offload(self) -> None:
+        time.sleep(self._lends_after_s)
         self._hold("weights", 0)
         self._hold("state", 0)
         self._gpus.note(kind="actor lent", gpu=self._gpu)
@@ -148,7 +152,7 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
         return CudaHandle(UUID + gpu, tuple(arguments))
 
     config = config_of(case, Path(model))
-    actor = FakeActor(Path(model), gpus, str(rank))
+    actor = FakeActor(Path(model), gpus, str(rank), lends_after_s=2.0 if rank == case.slow_rank else 0.0)
     with layout(ParallelSection()) as ranks, _broken(case.breaks, actor):
         engine = build_server_engine(config, ranks, [1], Path(folder) / "servers", TrainerGpu(str(rank), handle))
         try:
@@ -194,6 +198,8 @@ def _broken(what: str, actor: FakeActor) -> Iterator[None]:
         if what == "idle":
             put(server_engine, "_pause_and_release", lambda client: client.release_memory())
             put(asyncio, "wait", _no_wait)
+        if what == "together":
+            put(ServerEngine, "collectively", nullcontext)
         if what == "order":
             put(server_engine, "_resume_cache_and_go_on", _go_on_and_resume_cache)
         yield
