@@ -44,7 +44,7 @@ def pack(
         buffer = buffers[turn]
         size = max(bucket_bytes, num_bytes)
         if buffer is None or (not specs and len(buffer) != size):
-            buffers[turn] = None  # what it held goes before the larger one comes
+            buffer = buffers[turn] = None  # what it held goes before the larger one comes
             with shareable_allocations():
                 buffer = buffers[turn] = torch.empty(size, dtype=torch.uint8, device=place)
         flat = buffer[used : used + num_bytes].view(dtype)

@@ -135,6 +135,19 @@ def test_generation_that_goes_on_before_its_cache_has_memory_ends_a_server(runs:
     assert "generation goes on while the memory of ['kv_cache'] is unmapped" in logs
 
 
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        ("handle", "failed on another rank of this node: GPU 1: no memory is left"),
+        ("refuse", "wants no weights"),
+    ],
+)
+def test_whoever_fails_in_an_update_ends_it_for_all_at_once(runs: Runs, breaks: str, words: str) -> None:
+    """The rank that packs along, and the one that owns the servers."""
+    with pytest.raises(RankError, match=words):
+        runs.run(Case(breaks=breaks, num_steps=1))
+
+
 @pytest.mark.parametrize("keeps_snapshot", [True, False])
 def test_a_server_that_dies_in_an_update_starts_again_when_there_is_memory(runs: Runs, keeps_snapshot: bool) -> None:
     """It would size its cache by what the actor leaves, were it started at once."""

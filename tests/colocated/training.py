@@ -25,7 +25,9 @@ from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT, CudaHandle
 from megatron_fipo.rollout.node_layout import TrainerGpu
 from megatron_fipo.rollout.server_api import InferenceServer
 from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.rollout.server_http import ServerRefusedError
 from megatron_fipo.rollout.server_setup import build_server_engine
+from megatron_fipo.rollout.sglang import SglangServer
 from tests.colocated.fake_gpus import FakeGpus
 from tests.models import load
 from tests.parallel.layouts import layout
@@ -49,7 +51,7 @@ class Case:
     num_steps: int = 2
     keeps_snapshot: bool = False
     breaks: str = ""
-    """What is done wrong: caches, lending, idle, own_gpu, order, together; "" for nothing."""
+    """What is done wrong: caches, lending, idle, own_gpu, order, together, handle, refuse; "" for nothing."""
     environment: Mapping[str, str] = field(default_factory=dict)
     health_interval_s: float = 60.0
     slow_rank: int | None = None
@@ -145,6 +147,8 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
 
     def handle(flat: Tensor) -> CudaHandle:
         gpu = "0" if case.breaks == "own_gpu" else str(rank)
+        if case.breaks == "handle" and rank == 1:
+            raise RuntimeError("no memory is left")
         file = Path(folder) / f"bucket-{rank}-{flat.data_ptr()}.pt"
         torch.save(flat.clone(), file)
         arguments: list[Any] = [None] * 15
@@ -198,11 +202,17 @@ def _broken(what: str, actor: FakeActor) -> Iterator[None]:
         if what == "idle":
             put(server_engine, "_pause_and_release", lambda client: client.release_memory())
             put(asyncio, "wait", _no_wait)
+        if what == "refuse":
+            put(SglangServer, "begin_update", _refuse)
         if what == "together":
             put(ServerEngine, "collectively", nullcontext)
         if what == "order":
             put(server_engine, "_resume_cache_and_go_on", _go_on_and_resume_cache)
         yield
+
+
+async def _refuse(server: SglangServer) -> None:
+    raise ServerRefusedError(f"{server.url} wants no weights", 400)
 
 
 async def _no_wait(tasks: object) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.canary import CanaryError, canary_sequences, compare_checksums, compare_log_probs
-from megatron_fipo.rollout.sglang_checksums import gpu_hash, sha_hash
+from megatron_fipo.rollout.sglang_checksums import SglangLedger, gpu_hash, sha_hash
+from megatron_fipo.rollout.vllm_checksums import VllmLedger
+from tests.models import load, save_random_model
 
 
 def test_equal_checksums_pass() -> None:
@@ -100,6 +106,34 @@ def plain_gpu_hash(raw: bytes) -> str:
 def test_gpu_hash_equals_plain_integers(num_bytes: int) -> None:
     raw = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(num_bytes))
     assert gpu_hash(raw) == plain_gpu_hash(bytes(raw.tolist()))
+
+
+class Reads(TorchDispatchMode):
+    """Counts where a number is read from a tensor: on a GPU each waits for all that was asked for before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_a_ledger_reads_nothing_before_its_end(engine: str, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "model")
+    shape = read_model_shape(folder)
+    ledger = SglangLedger(shape, 2, hashes_on_gpu=True) if engine == "sglang" else VllmLedger(shape, 2)
+    with Reads() as reads:
+        for name, tensor in load(folder).state_dict().items():
+            ledger.add(name, tensor.detach())
+        assert reads.count == 0
+        checksums = ledger.expected()
+    assert len(set(checksums.values())) > 20
+    with Reads() as reads:
+        gpu_hash(torch.ones(3))
+    assert reads.count == 1, "what counts notices a read"
 
 
 def test_gpu_hash_sees_one_bit_and_an_exchange() -> None:

@@ -287,6 +287,9 @@ def test_the_command_on_gpus() -> None:
     plan = SglangAdapter().launch_plan(spec)
     assert plan.command[1:3] == ("-m", "sglang.launch_server")
     assert {"--enable-memory-saver", "--enable-deterministic-inference"} <= set(plan.command)
+    assert "--enable-fp32-lm-head" in plan.command, "logits as the actor has them"
+    assert "--enable-fp32-lm-head" not in SglangAdapter().launch_plan(replace(spec, dtype="float32")).command
+    assert plan.environment["PYTORCH_ALLOC_CONF"] is None, "memory that is released bears no expandable segments"
     assert plan.environment["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert router_plan(spec, ["http://a:1"], 9).command[1:3] == ("-m", "sglang_router.launch_router")
 
@@ -374,6 +377,11 @@ SOUND = ["model.path=m", "data.train.a.kind=chain_arithmetic", "data.train.a.ver
         (["servers.gpus=[1]", "servers.tp=2"], r"servers.gpus=\[1\]: .* take 2"),
         (["servers.gpus=[1,1]", "servers.tp=2"], "must be different numbers"),
         (["servers.device=cuda"], "servers.gpus is empty: placement=dedicated needs GPUs of its own"),
+        (["servers.device=cuda", "servers.gpus=[1]"], "weight_sync=tensor: .* means GPUs that no rank of the trainer"),
+        (
+            ["servers.device=cuda", "servers.placement=colocated", "servers.urls=[http://a:1]"],
+            "servers.gpus is empty: weight_sync=tensor .* Name them in the servers' order",
+        ),
         (["servers.placement=shared"], "must be one of dedicated, colocated"),
         (["servers.base_port=80"], "must be between 1024 and 65535"),
     ],
@@ -386,6 +394,9 @@ def test_settings_that_contradict_each_other(overrides: list[str], message: str)
 def test_sound_settings() -> None:
     for engine in ("sglang", "vllm", "in_process"):
         validate(load_config(None, [*SOUND, f"rollout.engine={engine}"]))
+        on_gpus = [*SOUND, f"rollout.engine={engine}", "servers.device=cuda"]
+        validate(load_config(None, [*on_gpus, "servers.placement=colocated"]))
+        validate(load_config(None, [*on_gpus, "servers.gpus=[1]", "servers.weight_sync=distributed"]))
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

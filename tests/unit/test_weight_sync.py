@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,32 @@ def test_a_member_that_is_gone_is_an_error_and_the_name_is_free_again() -> None:
     join(group, num_bytes=0).communicate()
     with pytest.raises(RuntimeError):
         group.broadcast(torch.zeros(2**24, dtype=torch.uint8), lambda: None)
+    group.leave()
+
+
+def test_what_a_member_says_ends_the_wait_for_all_to_be_connected() -> None:
+    """NCCL connects within the first broadcast, which does not return before the last member is there."""
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    member = join(group, num_bytes=40)
+    connected = threading.Event()
+
+    def connect(group: object) -> torch.distributed.Work:
+        connected.wait()
+        raise RuntimeError("never connected")
+
+    def refuse() -> None:
+        raise ValueError("it said no")
+
+    kept = group._group
+    with pytest.raises(ValueError, match="it said no"):
+        group._issue(connect, CPU, refuse)
+    group.leave()  # must not wait for what is never connected
+    connected.set()
+    group._group = kept
+    with pytest.raises(RuntimeError, match="never connected"):
+        group._issue(connect, CPU, lambda: None)
+    member.kill()
+    member.communicate()
     group.leave()
 
 
