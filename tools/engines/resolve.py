@@ -37,13 +37,15 @@ class Environment:
         file: where its versions are pinned.
         requirements: what was asked for; everything else follows from it.
         is_trainers: whether constraints.txt holds as well, and its packages are left out of the file.
-        header: the file's comment.
+        title: first line of the file.
+        installer: which of the tools installs it.
     """
 
     file: Path
     requirements: tuple[str, ...]
     is_trainers: bool
-    header: str
+    title: str
+    installer: str
 
 
 ENVIRONMENTS = {
@@ -57,22 +59,22 @@ ENVIRONMENTS = {
             *("setuptools", "wheel", "packaging", "ninja"),
         ),
         is_trainers=True,
-        header="# The trainer on GPUs, beside constraints.txt: what the CUDA build of torch and Transformer Engine need.\n"
-        "# CPython 3.12, Linux x86-64. Written by tools/engines/resolve.py; installed by tools/engines/trainer_gpu.py.\n",
+        title="The trainer on GPUs, beside constraints.txt: what the CUDA build of torch and Transformer Engine need.",
+        installer="trainer_gpu.py",
     ),
     "sglang-gpu": Environment(
         ROOT / "tools/engines/sglang-gpu.txt",
         ("sglang==0.5.23", "sglang-router==0.3.2"),
         is_trainers=False,
-        header="# SGLang server on GPUs: every package that its environment holds.\n"
-        "# CPython 3.12, Linux x86-64. Written by tools/engines/resolve.py; installed by tools/engines/install.py.\n",
+        title="SGLang server on GPUs: every package that its environment holds.",
+        installer="install.py",
     ),
     "vllm-gpu": Environment(
         ROOT / "tools/engines/vllm-gpu.txt",
         ("vllm==0.32.0",),
         is_trainers=False,
-        header="# vLLM server on GPUs: every package that its environment holds.\n"
-        "# CPython 3.12, Linux x86-64. Written by tools/engines/resolve.py; installed by tools/engines/install.py.\n",
+        title="vLLM server on GPUs: every package that its environment holds.",
+        installer="install.py",
     ),
 }
 
@@ -123,8 +125,13 @@ def pinned_elsewhere(environment: Environment) -> dict[str, str]:
 def write(environment: Environment) -> None:
     found = resolve(environment, [CONSTRAINTS] if environment.is_trainers else [])
     elsewhere = pinned_elsewhere(environment)
-    lines = [f"{name}=={version}\n" for name, version in sorted(found.items()) if name not in elsewhere]
-    environment.file.write_text(environment.header + "".join(lines), encoding="utf-8")
+    lines = [
+        f"# {environment.title}",
+        "# CPython 3.12, Linux x86-64, glibc 2.34 or later. Written by tools/engines/resolve.py, which checks it too;",
+        f"# installed by tools/engines/{environment.installer}.",
+        *(f"{name}=={version}" for name, version in sorted(found.items()) if name not in elsewhere),
+    ]
+    environment.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def problems(environment: Environment) -> list[str]:

@@ -1,8 +1,8 @@
-"""Installs the trainer for GPUs into the environment of the Python that runs this: torch, this project, Transformer Engine.
+"""Installs the trainer for GPUs into the environment that runs this: torch, this project, Transformer Engine.
 
     python3.12 -m venv .venv
-    .venv/bin/python tools/engines/trainer_gpu.py                       # all of it; --dry-run only prints the commands
-    python3 tools/engines/trainer_gpu.py --offline packed/wheels        # Transformer Engine alone, beside the torch there is
+    .venv/bin/python tools/engines/trainer_gpu.py                     # all of it; --dry-run only prints the commands
+    python3 tools/engines/trainer_gpu.py --offline packed/wheels      # Transformer Engine alone, for the torch there is
 
 Versions are those of constraints.txt and constraints-gpu.txt. Transformer Engine's torch part is published as source
 only and is compiled here, by a C++ compiler; nvcc is not needed. It must be compiled against the torch that it will run
@@ -137,7 +137,9 @@ def check_build() -> None:
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise SystemExit(f"Transformer Engine needs a C++ compiler, and {compiler} is not on PATH: install it or set CXX.")
+        raise SystemExit(
+            f"Transformer Engine needs a C++ compiler, and {compiler} is not on PATH: install it or set CXX."
+        )
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         raise SystemExit(
             f"Transformer Engine needs Python's headers, and {sysconfig.get_path('include')} has no Python.h "
@@ -154,8 +156,8 @@ def check_build() -> None:
     missing = {name: owner for name, owner in HEADERS.items() if not any((path / name).exists() for path in folders)}
     if missing:
         raise SystemExit(
-            f"Transformer Engine needs the headers {', '.join(missing)}, and no nvidia/*/include of {sys.executable} has "
-            f"them. They are in {', '.join(missing.values())}: pip install them in the versions of constraints-gpu.txt."
+            f"Transformer Engine needs the headers {', '.join(missing)}, and no nvidia/*/include of {sys.executable} "
+            f"has them. They are in {', '.join(missing.values())}: pip install them as constraints-gpu.txt pins them."
         )
 
 
@@ -193,7 +195,7 @@ def run(step: Step) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--offline", type=Path, metavar="FOLDER", help="Transformer Engine alone, from files carried there")
+    parser.add_argument("--offline", type=Path, metavar="FOLDER", help="Transformer Engine alone, from carried files")
     parser.add_argument("--jobs", type=int, default=default_num_jobs(), help="compiler processes at a time")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     arguments = parser.parse_args()
