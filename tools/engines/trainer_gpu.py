@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PINS = (ROOT / "constraints.txt", ROOT / "constraints-gpu.txt")
 TRANSFORMER_ENGINE = "transformer-engine[pytorch,core_cu13]==2.20.2"
+TORCH_PART = "transformer-engine-torch"
 CUDA_MAJOR = 13
 HEADERS = {
     "cuda_runtime.h": "nvidia-cuda-runtime",
@@ -53,8 +54,8 @@ class Step:
         return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
 
-def pip_install(*arguments: str, constraints: tuple[Path, ...] = PINS) -> list[str]:
-    pins = [word for file in constraints for word in ("--constraint", str(file))]
+def pip_install(*arguments: str) -> list[str]:
+    pins = [word for file in PINS for word in ("--constraint", str(file))]
     return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *pins, *arguments]
 
 
@@ -68,15 +69,20 @@ def project_step() -> Step:
     return Step("this project", pip_install("--editable", str(ROOT)))
 
 
-def transformer_engine_step(offline: Path | None, num_jobs: int) -> Step:
-    """Transformer Engine, compiled against the torch of this environment."""
-    arguments = ["--no-build-isolation", TRANSFORMER_ENGINE]
+def transformer_engine_steps(offline: Path | None, num_jobs: int) -> list[Step]:
+    """Transformer Engine, compiled against the torch of this environment.
+
+    Offline, its torch part becomes a wheel beside the carried files first: brought back and carried to the next machine
+    of this kind, it is taken as it is.
+    """
+    variables, purpose = build_variables(num_jobs), "Transformer Engine, compiled for this torch"
     if offline is None:
-        command = pip_install(*arguments)
-    else:
-        command = pip_install("--no-index", "--find-links", str(offline), "--no-deps", constraints=())
-        command += ["--no-build-isolation", "transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"]
-    return Step("Transformer Engine, compiled for this torch", command, build_variables(num_jobs))
+        return [Step(purpose, pip_install("--no-build-isolation", TRANSFORMER_ENGINE), variables)]
+    carried = ["--no-index", "--find-links", str(offline), "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", *carried, "--no-build-isolation", "--wheel-dir", str(offline), TORCH_PART]
+    install = [*pip, "install", *carried, "transformer-engine", "transformer-engine-cu13", TORCH_PART]
+    return [Step(purpose, build, variables), Step("Transformer Engine", install)]
 
 
 def build_variables(num_jobs: int) -> dict[str, str]:
@@ -201,15 +207,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.dry_run:
         before = [] if arguments.offline else [torch_step(), project_step()]
-        steps = [*before, transformer_engine_step(arguments.offline, arguments.jobs), verify_step()]
+        steps = [*before, *transformer_engine_steps(arguments.offline, arguments.jobs), verify_step()]
         print(*(f"# {step.purpose}\n{step}" for step in steps), sep="\n")
         return
     if arguments.offline is None:
         check_python()
         run(torch_step())
         run(project_step())
-    check_build()
-    run(transformer_engine_step(arguments.offline, arguments.jobs))
+    if arguments.offline is None or not any(arguments.offline.glob(f"{TORCH_PART.replace('-', '_')}-*.whl")):
+        check_build()
+    for step in transformer_engine_steps(arguments.offline, arguments.jobs):
+        run(step)
     run(verify_step())
 
 
