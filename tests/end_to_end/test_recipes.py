@@ -134,7 +134,7 @@ def test_the_papers_ablations_are_all_there() -> None:
         "objective.filter_extreme_ratios=false",
         "train.num_minibatches=16",
         "objective.clip_ratio_high=0.4",
-        "rollout.max_response_tokens=25600 reward.overlong_buffer_tokens=5120",
+        "rollout.max_response_tokens=25600 reward.overlong_buffer_tokens=5120 batch.max_tokens_per_microbatch=27648",
         "reward.overlong_buffer_tokens=0",
     ):
         assert line in lines
