@@ -159,8 +159,8 @@ def _largest_part(stage: StageMemory) -> str:
         "weights": "raise parallel.tp or pp",
         "gradients": "raise parallel.tp or pp",
         "optimizer": "set optimizer.distributed=true, or use more data-parallel ranks",
-        "activations": "raise parallel.cp, set parallel.sequence_parallel=true or model.recompute=selective or full, or "
-        "lower batch.max_tokens_per_microbatch",
+        "activations": "raise parallel.cp, set parallel.sequence_parallel=true or model.recompute=selective or full, "
+        "or lower batch.max_tokens_per_microbatch",
         "fp8_weights": "set model.recompute=selective or full, or raise parallel.tp or pp",
         "log_probs": "lower model.log_prob_chunk_tokens",
         "rollout_engine": "generate with servers (rollout.engine)",

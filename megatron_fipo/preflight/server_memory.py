@@ -68,8 +68,8 @@ def free_at_start_gib(gpu: Gpu, rollout: RolloutPlan) -> float:
 
 
 def _pool_gib(config: Config, gpu: Gpu, rollout: RolloutPlan, weights: float) -> float:
-    """SGLang leaves 1 - memory_fraction of what was free before it loaded its weights; vLLM takes memory_fraction of the
-    whole GPU, graphs and activations included, its context not.
+    """SGLang leaves 1 - memory_fraction of what was free before it loaded its weights, for graphs and activations; vLLM
+    takes memory_fraction of the whole GPU, graphs and activations included.
 
     Where memory is not to be released (dedicated servers), SGLang sizes the pool once more when its CUDA graphs have
     been captured, and they come out of it. Sources: SGLang 0.5.23, `_profile_available_bytes` in

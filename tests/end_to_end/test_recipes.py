@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -11,7 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_fipo.config import Config, load_config, updates_per_step, validate
+from megatron_fipo.config import (
+    FP8_ALIGNMENT,
+    Config,
+    load_config,
+    microbatch_token_multiple,
+    updates_per_step,
+    validate,
+    validate_model_layout,
+)
 from megatron_fipo.preflight.command import Options, plan_of
 from tests.end_to_end.runs import ROOT, step_lines
 
@@ -105,6 +114,21 @@ def test_a_recipe_fits_sixteen_nodes(script: str) -> None:
     assert plan.fits, [finding.text for finding in plan.findings]
     assert plan.batch.data_ranks * config.parallel.tp * config.parallel.pp * config.parallel.cp == NUM_GPUS
     assert max(stage.training for stage in plan.stages) < plan.gpu.memory_gib
+
+
+@pytest.mark.parametrize("fp8", FP8_ALIGNMENT)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_microbatches_are_whole_blocks_of_every_fp8_recipe(script: str, fp8: str) -> None:
+    """The longest sequence fits, however it is padded, and no token of the budget lies beyond the last block."""
+    config = load_config(ROOT / recipe_of(script), [f"model.fp8={fp8}"])
+    validate(config, NUM_GPUS)
+    assert config.batch.max_tokens_per_microbatch % microbatch_token_multiple(config) == 0
+    validate_model_layout(config, json.loads((ROOT / Path(script).parent / "model_config.json").read_text()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_node_writes_weights_at_every_step(script: str) -> None:
+    assert not load_config(ROOT / recipe_of(script)).servers.keep_snapshot
 
 
 def ablations() -> list[tuple[str, str, str, list[str]]]:
