@@ -130,6 +130,15 @@ def test_stages_and_ranks_add_up(shape: Any, tied: bool) -> None:
     assert held == whole_parameters(shape) - own + vocabulary + norms
 
 
+def test_memory_of_the_32b_recipe_by_hand() -> None:
+    """What tests/unit/test_preflight_32b.py leaves out."""
+    (stage,) = training_memory(with_servers(RECIPE), SHAPE_32B, 128)
+    logits = 512 * 19_072 * 10 + 19_072 * 5120 * 6 + 11_264 * (4 * 5120 + 20)
+    assert stage.log_probs * GIB == pytest.approx(logits)
+    parts = stage.weights + stage.gradients + stage.optimizer + stage.activations + stage.log_probs
+    assert stage.training == pytest.approx(parts + RESERVE_GIB + SERVER_RESIDUE_GIB)
+
+
 def with_servers(config: Config) -> Config:
     """Generation elsewhere: no whole model on the trainer's GPUs."""
     servers = ServersSection(tp=4, num_per_node=2, placement="colocated")
