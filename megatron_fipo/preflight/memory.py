@@ -18,7 +18,7 @@ from megatron_fipo.preflight.hardware import GIB, GPUS, Gpu
 from megatron_fipo.preflight.parameters import StageParameters, layer_matrices, stage_parameters, whole_parameters
 
 CONTEXT_GIB = 0.5
-"""A process's CUDA context: all that a trainer holds of its GPU before its model is built."""
+"""A process's CUDA context: all that a trainer holds of its GPU when its model's memory is lent for the first time."""
 RESIDUE_GIB = 3.0
 """What stays on the GPU of a trainer whose model is in host memory: its context, NCCL's buffers, rotary tables."""
 RESERVE_GIB = 6.0

@@ -45,7 +45,10 @@ class Peak:
 def peaks(
     config: Config, shape: ModelShape, stages: Sequence[StageMemory], rollout: RolloutPlan, server: ServerMemory
 ) -> list[Peak]:
-    """Of the trainer's GPUs, and of a dedicated server's, in the order in which a run comes to them."""
+    """Of the trainer's GPUs, and of a dedicated server's, in the order in which a run comes to them.
+
+    Colocated servers start while the actor's memory is lent, and release theirs before it takes its own again.
+    """
 
     def worst(peak_of: Callable[[StageMemory], Peak]) -> Peak:
         return max(map(peak_of, stages), key=lambda peak: peak.total)
@@ -53,21 +56,20 @@ def peaks(
     in_process = config.rollout.engine == "in_process"
     residue = SERVER_RESIDUE_GIB if rollout.is_colocated else 0.0
     on_the_way = on_the_way_gib(config, shape)
-    found = []
-    if not in_process and not config.servers.urls:
-        context = CONTEXT_GIB if rollout.is_colocated else 0.0
-        moment = "a server starts" if rollout.is_colocated else "a server generates on GPUs of its own"
-        found.append(_serving(moment, server, context))
-    found.append(
+    found = [
         worst(
             lambda stage: Peak(
                 "the actor is built",
                 "Raise parallel.tp or pp.",
                 actor=stage.lasting + stage.weights,  # moved into the buffer that the optimizer shards
-                rest=RESIDUE_GIB + residue,
+                rest=RESIDUE_GIB,
             )
         )
-    )
+    ]
+    if rollout.is_colocated:
+        found.append(_serving("a server starts", server, CONTEXT_GIB))
+    elif not in_process and not config.servers.urls:
+        found.append(_serving("a server generates on GPUs of its own", server, 0.0))
     found.append(worst(lambda stage: _update(stage, in_process)))
     if not in_process:
         found.append(

@@ -1,7 +1,8 @@
 """What a rollout server makes of a GPU: its weights, and the pool of keys and values that it sizes when it starts.
 
-SGLang and vLLM size the pool by what is free then. Colocated servers are started before the actor is built, so that it
-is all but the trainer's CUDA context.
+SGLang and vLLM size the pool by what is free then. Colocated servers start while the actor's memory is lent, before the
+first collective makes NCCL take its buffers, so that it is all but the trainer's CUDA context. One that starts again
+later finds less by those.
 """
 
 from __future__ import annotations

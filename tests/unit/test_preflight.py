@@ -375,15 +375,15 @@ def fails_of(plan: Plan) -> list[str]:
 
 
 def test_moments_of_each_placement() -> None:
-    """Colocated servers start first and generate on the trainer's GPUs; dedicated ones never hold the actor."""
+    """Colocated servers start and generate on the trainer's GPUs; dedicated ones never hold the actor."""
+    built, *later = ["the actor is built", "an update", "weights go over"]
     colocated = [peak.moment for peak in plan_of(served()).peaks]
-    built = ["the actor is built", "an update", "weights go over"]
-    assert colocated == ["a server starts", *built, "responses are generated"]
+    assert colocated == [built, "a server starts", *later, "responses are generated"]
     apart = plan_of(served(placement="dedicated", num_per_node=1, gpus=[4, 5, 6, 7]))
-    assert [peak.moment for peak in apart.peaks] == ["a server generates on GPUs of its own", *built]
+    assert [peak.moment for peak in apart.peaks] == [built, "a server generates on GPUs of its own", *later]
     assert peak_of(apart, "weights go over").server_weights == 0
     in_process = plan_of(RECIPE, QWEN_7B)
-    assert [peak.moment for peak in in_process.peaks] == built[:2]
+    assert [peak.moment for peak in in_process.peaks] == [built, "an update"]
     assert peak_of(in_process, "an update").server_weights == pytest.approx(2 * 7_615_616_512 / GIB)
 
 
