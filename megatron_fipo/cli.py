@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     preflight.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb (default), h200 or b200")
     preflight.add_argument("--model-config", metavar="FILE", help="config.json of a model whose folder is not here")
     preflight.add_argument("--sizes-only", action="store_true", help="do not look for model, tokenizer and data files")
-    preflight.add_argument("--mfu", type=float, default=0.35, help="share of the peak in training (default: 0.35)")
+    preflight.add_argument("--mfu", type=float, help="share of the peak in training (default: estimated)")
     preflight.add_argument(
         "--rollout-tokens-per-s", type=float, metavar="N", help="of each GPU (default: estimated from its bandwidth)"
     )

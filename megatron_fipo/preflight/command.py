@@ -101,7 +101,7 @@ def _model_config(config: Config, options: Options) -> dict[str, Any]:
 
 def show(plan: Plan, console: Console) -> None:
     """Print the tables, the findings and the verdict."""
-    for table in (_layout(plan), _memory(plan), _rollout(plan), _batch(plan), _cost(plan)):
+    for table in (_layout(plan), _memory(plan), _peaks(plan), _rollout(plan), _batch(plan), _cost(plan)):
         console.print(table)
         console.print()
     for level, mark in ((WARNS, "warning"), (MISSING, "missing"), (FAILS, "FAILS")):
@@ -168,10 +168,30 @@ def _memory(plan: Plan) -> Table:
     )
     for stage in plan.stages:
         values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.log_probs)
-        other = stage.reference + stage.rollout_engine
+        other = stage.reference + stage.rollout_engine + stage.fp8_weights
         free = plan.gpu.memory_gib - stage.training
         numbers = (*values, other, stage.reserve, stage.training, free)
         table.add_row(str(stage.stage), f"{stage.parameters / 1e6:,.1f} M", *(f"{value:.2f}" for value in numbers))
+    return table
+
+
+def _peaks(plan: Plan) -> Table:
+    table = _table(
+        "When a GPU is fullest, GiB",
+        "when",
+        "actor",
+        "activations",
+        "server's weights",
+        "keys, values",
+        "on the way",
+        "rest",
+        "total",
+        "free",
+    )
+    for peak in plan.peaks:
+        parts = (peak.actor, peak.passing, peak.server_weights, peak.pool, peak.on_the_way, peak.rest)
+        cells = [f"{part:.2f}" if part else "" for part in parts]
+        table.add_row(peak.moment, *cells, f"{peak.total:.2f}", f"{plan.gpu.memory_gib - peak.total:.2f}")
     return table
 
 
@@ -180,9 +200,9 @@ def _rollout(plan: Plan) -> Table:
     rollout, server = plan.rollout, plan.server
     table.add_row("engine", f"{plan.config.rollout.engine}, {rollout.label}")
     table.add_row("GPUs of a server, servers", f"{rollout.tp}, {rollout.num_gpus // rollout.tp}")
-    table.add_row("trainer's memory meanwhile, GiB a GPU", f"{plan.resident:.2f}")
-    if rollout.is_colocated:
-        table.add_row("the actor in host memory, GiB a node", f"{plan.host:.1f}")
+    if plan.host is not None:
+        pinned = f"{plan.host.kept:.1f}, in pinned blocks {plan.host.pinned:.1f}"
+        table.add_row("the actor in host memory, GiB a node", pinned)
     table.add_row("server's weights, GiB a GPU", f"{server.weights:.2f}")
     table.add_row("room for keys and values, GiB a GPU", f"{server.pool:.2f}")
     longest = plan.config.rollout.max_prompt_tokens + plan.config.rollout.max_response_tokens
@@ -223,10 +243,19 @@ def _cost(plan: Plan) -> Table:
         if flops:
             table.add_row(f"FLOPs, {phase}", f"{flops:.3e}", "")
     basis = f"{cost.rollout_tokens_per_s:,.0f} tokens/s a GPU; bound by {cost.rollout_limit}"
-    share = f"MFU {assumptions.mfu:.0%}, bubble {plan.batch.bubble:.1%}"
+    share = f"MFU {assumptions.mfu:.0%}" if assumptions.mfu else f"kernels at {assumptions.training_efficiency:.0%}"
+    share += f" of the peak, bubble {plan.batch.bubble:.1%}"
     assumed = {"generation": basis, "log-probs": share, "updates": share}
     for phase, seconds in cost.seconds.items():
         table.add_row(f"seconds, {phase}", f"{seconds:,.0f}", assumed[phase])
+    if cost.waiting_seconds:
+        links = plan.gpu.link_bandwidth * assumptions.link_efficiency / 1e9
+        table.add_row(
+            "seconds of these, GPUs waiting for each other",
+            f"{cost.waiting_seconds:,.0f}",
+            f"{links:.0f} GB/s within a node, {assumptions.network_bytes_per_s / 1e9:.0f} between nodes",
+        )
+    table.add_row("MFU of log-probs and updates", f"{cost.mfu:.1%}", "recomputation does not count as work")
     gpus = plan.world_size + (plan.rollout.num_gpus if plan.rollout.is_dedicated else 0)
     hours = cost.step_seconds / 3600
     table.add_row("seconds of a step", f"{cost.step_seconds:,.0f}", "phases one after the other")

@@ -1,10 +1,11 @@
-"""Memory of one GPU while it trains and while it generates, by pipeline stage.
+"""Memory of one training GPU at the peak of an update, by pipeline stage.
 
 Weights, gradients and optimizer state are exact, and activations in float32 nearly so: tests hold them against real
-actors on a CPU. In bfloat16 activations are what Transformer Engine's layers keep, by their source. The reserve stands
-for what no formula gives. With model.fp8 the products' inputs are kept in FP8, which these numbers do not count on.
+actors on a CPU. In bfloat16 activations are what Transformer Engine's layers keep, by their source (2.20). The reserve
+stands for what no formula gives. With model.fp8 the products' inputs are kept in FP8, which these numbers do not count
+on; the FP8 copies of the weights they do count.
 
-Shapes: T tokens of a microbatch on one context-parallel rank, H hidden size, F width of the MLP.
+Shapes: T tokens of a microbatch on one context-parallel rank, H hidden size, F width of the MLP, and of a head d.
 """
 
 from __future__ import annotations
@@ -13,20 +14,27 @@ from dataclasses import dataclass
 
 from megatron_fipo.config import Config
 from megatron_fipo.convert.hf_config import ModelShape
-from megatron_fipo.preflight.hardware import GIB
-from megatron_fipo.preflight.parameters import StageParameters, stage_parameters, whole_parameters
+from megatron_fipo.preflight.hardware import GIB, GPUS, Gpu
+from megatron_fipo.preflight.parameters import StageParameters, layer_matrices, stage_parameters, whole_parameters
 
+CONTEXT_GIB = 0.5
+"""A process's CUDA context: all that a trainer holds of its GPU when its model's memory is lent for the first time."""
+RESIDUE_GIB = 3.0
+"""What stays on the GPU of a trainer whose model is in host memory: its context, NCCL's buffers, rotary tables."""
 RESERVE_GIB = 6.0
-"""CUDA context, NCCL buffers, kernels' workspace, and what the allocator loses to fragmentation."""
+"""The residue in training, the kernels' workspace, and what the allocator loses to fragmentation."""
 GRADIENT_BYTES = 4
 """Gradients are summed and reduced in float32."""
 STATE_BYTES = {"float32": 8, "bfloat16": 12}
 """Adam's two moments; in bfloat16 also the float32 main weights."""
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-SERVER_RESERVE_GIB = 3.0
-"""What a server takes beyond weights and cache: its CUDA context, graphs and activations."""
-SERVER_RESIDUE_GIB = 2.0
-"""What of that stays on the GPU when a colocated server has released its memory for an update."""
+SERVER_CONTEXT_GIB = 1.0
+"""A rollout server's CUDA context and NCCL's buffers, which are there before it loads its weights."""
+SERVER_GRAPHS_GIB = 1.0
+"""A server's CUDA graphs: SGLang counts 2 MiB for each sequence that it decodes at a time and 8 MiB for each of its
+sizes of prefill, about 60."""
+SERVER_RESIDUE_GIB = SERVER_CONTEXT_GIB + SERVER_GRAPHS_GIB
+"""What stays on the GPU when a colocated server has released weights and cache."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class StageMemory:
     """The frozen policy of a KL penalty."""
     activations: float
     """Kept for backward, of all microbatches in flight, with one layer's working set."""
+    fp8_weights: float
+    """The weights' FP8 copies, which are made in forward and kept for backward, of all microbatches in flight."""
     log_probs: float
     """Logits of a chunk, the output layer's gradient, gathered hidden states: where the pipeline ends."""
     rollout_engine: float
@@ -49,14 +59,21 @@ class StageMemory:
     reserve: float = RESERVE_GIB
 
     @property
+    def lasting(self) -> float:
+        """Of the actor from one update to the next."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
     def training(self) -> float:
         """All of it, at the peak of an update."""
-        held = self.weights + self.gradients + self.optimizer + self.reference + self.rollout_engine
-        return held + self.activations + self.log_probs + self.reserve
+        passing = self.activations + self.fp8_weights + self.log_probs
+        return self.lasting + passing + self.rollout_engine + self.reserve
 
 
-def training_memory(config: Config, shape: ModelShape, world_size: int) -> list[StageMemory]:
-    """At the peak of an update, for every pipeline stage."""
+def training_memory(
+    config: Config, shape: ModelShape, world_size: int, gpu: Gpu = GPUS["h100-80gb"]
+) -> list[StageMemory]:
+    """At the peak of an update, for every pipeline stage. The GPU decides how many FP8 copies a weight needs."""
     parallel, dtype = config.parallel, config.model.dtype
     data_ranks = world_size // (parallel.tp * parallel.pp)  # data and context parallel: those with the same weights
     shards = data_ranks if config.optimizer.distributed else 1
@@ -76,6 +93,7 @@ def training_memory(config: Config, shape: ModelShape, world_size: int) -> list[
                 optimizer=part.parameters * STATE_BYTES[dtype] / shards / GIB,
                 reference=part.parameters * WEIGHT_BYTES[dtype] / GIB if config.objective.kl_coefficient else 0.0,
                 activations=_activations(config, shape, part) / GIB,
+                fp8_weights=_fp8_weights(config, shape, part, gpu) / GIB,
                 log_probs=_log_probs(config, shape, part) / GIB,
                 rollout_engine=engine,
             )
@@ -83,26 +101,54 @@ def training_memory(config: Config, shape: ModelShape, world_size: int) -> list[
     return stages
 
 
-def layer_activation_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
-    """(all that one layer keeps for the backward pass, its input alone), bytes per token on one tensor-parallel rank.
+def recomputes_mlp(config: Config) -> bool:
+    """Whether model.recompute=selective drops the MLP's activations, as with Transformer Engine, whose attention keeps
+    no scores. In float32 it drops the attention's."""
+    return config.model.recompute == "selective" and config.model.dtype == "bfloat16"
 
-    Kept of a layer, in units of one number per token: the inputs of both norms and their outputs (4 H; sharded by
-    sequence parallelism alone), the projection's queries, keys and values, the rotated queries and keys with the
-    cosines and sines of both, the attention's output, both halves of the MLP's first product (2 F) and what it makes of
-    them (F); float32 statistics of the attention, one a head. In float32, where layers are not Transformer Engine's
-    fused ones, also the normalised inputs (2 H), one half of the MLP's after its activation (F), a copy of the values,
-    and keys and values repeated for each query head.
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What the backward pass of one layer needs, bytes per token of a context-parallel rank on one GPU.
+
+    Attributes:
+        needed: all of it.
+        kept: what of it is kept since forward; the rest is recomputed.
     """
-    size, tp = WEIGHT_BYTES[config.model.dtype], config.parallel.tp
-    sequence_shards = tp if config.parallel.sequence_parallel else 1
-    heads, groups, width = shape.num_attention_heads, shape.num_query_groups, shape.head_dim
-    replicated = 4 * shape.hidden_size / sequence_shards + 4 * width
-    attention = (heads + 2 * groups) * width + (heads + groups) * width + heads * width
-    inner = (attention + 3 * shape.ffn_hidden_size) / tp
-    if config.model.dtype == "float32":
-        replicated += 2 * shape.hidden_size / sequence_shards
-        inner += (shape.ffn_hidden_size + (2 * heads + groups) * width) / tp
-    return size * (replicated + inner) + 4 * heads / tp, size * shape.hidden_size / sequence_shards
+
+    needed: float
+    kept: float
+
+
+def layer_activations(config: Config, shape: ModelShape) -> LayerActivations:
+    """Of one layer under model.recompute.
+
+    In numbers per token. Of both norms, sharded by sequence parallelism alone: input and output (4 H). Of the
+    attention: rotated queries and keys, values, and the output, with a float32 statistic for each head. Of the MLP: its
+    first product (2 F) and what it makes of it (F). Rotating is one kernel that keeps nothing.
+
+    In float32 layers are Megatron's own. Also kept are the normalised inputs (2 H), cosines and sines for queries and
+    keys (4 d), and of the MLP the activated half and a copy of the other (2 F). Their attention keeps its output twice,
+    before and after it is brought into order, and keys and values of all context-parallel ranks; recomputed, instead of
+    all that its inputs: the values with the whole product that they are a part of.
+    """
+    parallel, recompute = config.parallel, config.model.recompute
+    size, tp = WEIGHT_BYTES[config.model.dtype], parallel.tp
+    hidden = shape.hidden_size / (tp if parallel.sequence_parallel else 1)
+    queries = shape.num_attention_heads * shape.head_dim / tp
+    keys = shape.num_query_groups * shape.head_dim / tp
+    width = shape.ffn_hidden_size / tp
+    statistics = 4 * shape.num_attention_heads / tp
+    if config.model.dtype == "bfloat16":
+        needed = size * (4 * hidden + 2 * queries + 2 * keys + 3 * width) + statistics
+        dropped = size * (hidden + 3 * width)  # Transformer Engine's MLP begins with its norm
+    else:
+        around = 6 * hidden + 4 * shape.head_dim + 5 * width
+        attention = size * (3 * queries + 2 * parallel.cp * keys) + statistics
+        needed = size * around + attention
+        dropped = attention - size * (3 * queries + 3 * keys)
+    kept = {"none": needed, "selective": needed - dropped, "full": size * hidden}
+    return LayerActivations(needed, kept[recompute])
 
 
 def microbatches_in_flight(config: Config, stage: int) -> float:
@@ -120,13 +166,35 @@ def microbatches_in_flight(config: Config, stage: int) -> float:
 
 def _activations(config: Config, shape: ModelShape, part: StageParameters) -> float:
     tokens = config.batch.max_tokens_per_microbatch / config.parallel.cp
-    kept, layer_input = layer_activation_bytes(config, shape)
-    # Selective recompute drops the attention's scores, which flash attention never keeps.
-    per_layer = layer_input if config.model.recompute == "full" else kept
-    # In one layer's backward: what is kept of it (recomputed), and gradients of the MLP's three widest tensors.
-    gradients = WEIGHT_BYTES[config.model.dtype] * (3 * shape.ffn_hidden_size / config.parallel.tp)
-    working = gradients + 2 * layer_input + (kept if config.model.recompute == "full" else 0)
-    return tokens * (per_layer * part.num_layers * microbatches_in_flight(config, part.stage) + working)
+    layer, size = layer_activations(config, shape), WEIGHT_BYTES[config.model.dtype]
+    # In one layer's backward: what is recomputed of it, gradients of the MLP's three widest tensors, and at a matrix's
+    # edge the input that is gathered over sequence shards with the gradient before it is scattered.
+    recomputed = max(layer.needed - layer.kept, 0)
+    working = recomputed + size * (3 * shape.ffn_hidden_size / config.parallel.tp + 2 * shape.hidden_size)
+    return tokens * (layer.kept * part.num_layers * microbatches_in_flight(config, part.stage) + working)
+
+
+def _fp8_weights(config: Config, shape: ModelShape, part: StageParameters, gpu: Gpu) -> float:
+    """Bytes of the layers' matrices in FP8, cast in each forward pass and saved for the gradient of its input.
+
+    Forward reads a matrix by rows and backward by columns: two copies of one byte, each with its scales, unless the GPU
+    reads the one copy of model.fp8=tensorwise both ways. Layers that are recomputed cast anew. Source: Transformer
+    Engine 2.20, `quantize_weight` and `wt_save` in pytorch/module/linear.py and layernorm_linear.py;
+    `is_non_tn_fp8_gemm_supported` in pytorch/utils.py.
+    """
+    copies = {
+        "none": 0.0,
+        "tensorwise": 1.0 if gpu.reads_fp8_both_ways else 2.0,  # one scale a tensor
+        "blockwise": 2.0,  # a float32 scale for 128 x 128 numbers
+        "mxfp8": 2 * (1 + 1 / 32),  # a byte for 32 numbers
+    }[config.model.fp8]
+    attention, mlp = (number * copies / config.parallel.tp for number in layer_matrices(shape))
+    layers = part.num_layers * microbatches_in_flight(config, part.stage)
+    if config.model.recompute == "full":
+        return attention + mlp
+    if recomputes_mlp(config):
+        return attention * layers + mlp
+    return (attention + mlp) * layers
 
 
 def _log_probs(config: Config, shape: ModelShape, part: StageParameters) -> float:
@@ -140,38 +208,3 @@ def _log_probs(config: Config, shape: ModelShape, part: StageParameters) -> floa
     logits = chunk * part.output_rows * (8 if size == 4 else 10)
     gradient = part.output_rows * shape.hidden_size * (4 if size == 4 else 6)
     return logits + gradient + tokens * (2 * size * shape.hidden_size + 5 * 4)
-
-
-@dataclass(frozen=True)
-class ServerMemory:
-    """A rollout server's share of one GPU.
-
-    Attributes:
-        weights: GiB on each of its GPUs.
-        pool: GiB left for keys and values.
-        bytes_per_token: of keys and values on one GPU.
-    """
-
-    weights: float
-    pool: float
-    bytes_per_token: int
-
-    @property
-    def pool_tokens(self) -> int:
-        """Tokens whose keys and values fit at a time."""
-        return max(int(self.pool * GIB / self.bytes_per_token), 0)
-
-
-def on_the_way_gib(config: Config, shape: ModelShape) -> float:
-    """Of a handover of weights: two buckets, and the largest tensor, whole and in its parts."""
-    largest = shape.vocab_size * shape.hidden_size * WEIGHT_BYTES[config.model.dtype] / GIB
-    return 2 * config.servers.bucket_mib / 1024 + 2 * largest
-
-
-def server_memory(shape: ModelShape, dtype: str, tp: int, available_gib: float) -> ServerMemory:
-    """What a server of tensor-parallel size `tp` makes of `available_gib` for weights and cache on each of its GPUs."""
-    size = WEIGHT_BYTES[dtype]
-    groups = max(shape.num_query_groups // tp, 1)
-    per_token = 2 * shape.num_layers * groups * shape.head_dim * size
-    weights = whole_parameters(shape) * size / tp / GIB
-    return ServerMemory(weights, available_gib - weights, per_token)

@@ -21,7 +21,7 @@ def whole_parameters(shape: ModelShape) -> int:
 
 def matmul_parameters(shape: ModelShape) -> int:
     """Parameters that a token is multiplied with: every matrix but the embedding, the output layer included."""
-    return shape.num_layers * _layer_matrices(shape) + shape.vocab_size * shape.hidden_size
+    return shape.num_layers * sum(layer_matrices(shape)) + shape.vocab_size * shape.hidden_size
 
 
 def layer_parameters(shape: ModelShape) -> tuple[int, int]:
@@ -32,12 +32,13 @@ def layer_parameters(shape: ModelShape) -> tuple[int, int]:
         replicated += shape.hidden_size
     if shape.qk_norm:
         replicated += 2 * shape.head_dim
-    return _layer_matrices(shape) + biases, replicated
+    return sum(layer_matrices(shape)) + biases, replicated
 
 
-def _layer_matrices(shape: ModelShape) -> int:
+def layer_matrices(shape: ModelShape) -> tuple[int, int]:
+    """(the attention's, the MLP's) parameters in matrices of one layer."""
     heads = 2 * shape.num_attention_heads + 2 * shape.num_query_groups  # queries and output; keys and values
-    return shape.hidden_size * (heads * shape.head_dim + 3 * shape.ffn_hidden_size)
+    return shape.hidden_size * heads * shape.head_dim, shape.hidden_size * 3 * shape.ffn_hidden_size
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,11 @@ from megatron_fipo.preflight.findings import (
     objective_findings,
 )
 from megatron_fipo.preflight.hardware import Gpu
-from megatron_fipo.preflight.memory import (
-    SERVER_RESERVE_GIB,
-    ServerMemory,
-    StageMemory,
-    on_the_way_gib,
-    server_memory,
-    training_memory,
-)
+from megatron_fipo.preflight.host_memory import HostMemory, host_memory
+from megatron_fipo.preflight.memory import StageMemory, training_memory
+from megatron_fipo.preflight.peaks import Peak, peaks, start_problems
 from megatron_fipo.preflight.rollout_plan import RolloutPlan, placement_problems, rollout_plan
+from megatron_fipo.preflight.server_memory import ServerMemory, server_memory
 from megatron_fipo.preflight.work import Assumptions, BatchPlan, StepCost, batch_plan, step_cost
 
 TIGHT = 0.92
@@ -37,8 +33,8 @@ class Plan:
     """A run as preflight sees it.
 
     Attributes:
-        resident: GiB of the trainer's that stay on the GPU while servers generate.
-        host: GiB that colocated servers push out of one node's GPUs into its memory.
+        stages: memory at the peak of an update. peaks: of a GPU, when it is fullest, in the run's order.
+        host: what colocated servers push out of one node's GPUs into its memory; None where they push nothing.
         rollout: where responses are generated. server: memory of one server's GPU.
     """
 
@@ -48,8 +44,8 @@ class Plan:
     world_size: int
     assumptions: Assumptions
     stages: list[StageMemory]
-    resident: float
-    host: float
+    peaks: list[Peak]
+    host: HostMemory | None
     rollout: RolloutPlan
     server: ServerMemory
     batch: BatchPlan
@@ -77,28 +73,24 @@ def make_plan(
         ValueError: if the model is of a kind that is not supported.
     """
     shape = model_shape(dict(model_config), "config.json")
-    stages = training_memory(config, shape, world_size)
+    stages = training_memory(config, shape, world_size, gpu)
     rollout = rollout_plan(config, world_size, gpus_per_node)
-    # Between updates the actor takes what it holds for good; colocated servers get that too, but for the reserve.
-    idle = max(stage.training - stage.activations - stage.log_probs - stage.rollout_engine for stage in stages)
-    resident = 0.0 if rollout.is_dedicated else stages[0].reserve if rollout.is_colocated else idle
-    available = min(gpu.memory_gib - SERVER_RESERVE_GIB - resident, rollout.memory_fraction * gpu.memory_gib)
-    server = server_memory(shape, config.model.dtype, rollout.tp, available)
-    # Weights and optimizer state are kept in host memory meanwhile; gradients are dropped.
-    kept = max(stage.weights + stage.optimizer + stage.reference for stage in stages)
-    host = kept * min(gpus_per_node, world_size) if rollout.is_colocated else 0.0
+    server = server_memory(config, shape, gpu, rollout, max(stage.lasting for stage in stages))
+    moments = peaks(config, shape, stages, rollout, server)
+    host = host_memory(config, shape, stages, min(gpus_per_node, world_size)) if rollout.is_colocated else None
     batch = batch_plan(config, world_size, assumptions)
-    cost = step_cost(config, shape, gpu, world_size, batch, assumptions, server, rollout.tp, rollout.num_gpus)
+    cost = step_cost(config, shape, gpu, world_size, gpus_per_node, batch, assumptions, server, rollout)
     findings = [
         *_memory_findings(config, shape, gpu, stages, server, rollout),
-        *_handover_findings(config, shape, gpu, idle, server, rollout),
+        *_peak_findings(gpu, moments),
+        *(Finding(FAILS, text) for text in start_problems(config, gpu, rollout)),
         *(Finding(WARNS, text) for text in placement_problems(config, rollout, world_size, gpus_per_node)),
         *batch_findings(config, batch),
         *objective_findings(config, model_config),
         *(file_findings(config) if check_files else ()),
     ]
     return Plan(
-        config, shape, gpu, world_size, assumptions, stages, resident, host, rollout, server, batch, cost, findings
+        config, shape, gpu, world_size, assumptions, stages, moments, host, rollout, server, batch, cost, findings
     )
 
 
@@ -142,20 +134,23 @@ def _memory_findings(
         )
 
 
-def _handover_findings(
-    config: Config, shape: ModelShape, gpu: Gpu, idle: float, server: ServerMemory, rollout: RolloutPlan
-) -> Iterator[Finding]:
-    """While weights go over, a GPU holds the idle actor, the server's weights, and what is on its way."""
-    if not rollout.is_colocated:
-        return
-    needed = idle + server.weights + SERVER_RESERVE_GIB + on_the_way_gib(config, shape)
-    if needed > gpu.memory_gib:
-        yield Finding(
-            FAILS,
-            f"handing weights over takes {needed:.1f} GiB on each GPU, and {gpu.name} has {gpu.memory_gib:.1f}: "
-            f"{idle:.1f} of the actor, {server.weights:.1f} of the server's weights, and what is on its way. Raise "
-            "servers.tp or parallel.tp, or lower servers.bucket_mib.",
-        )
+def _peak_findings(gpu: Gpu, moments: list[Peak]) -> Iterator[Finding]:
+    """Other moments than an update at which a GPU would be too full."""
+    for peak in moments:
+        if peak.remedy and peak.total > gpu.memory_gib:
+            parts = {
+                "of the actor": peak.actor,
+                "of the server's weights": peak.server_weights,
+                "of keys and values": peak.pool,
+                "on the way": peak.on_the_way,
+                "of contexts, buffers and workspace": peak.rest,
+            }
+            listed = ", ".join(f"{value:.1f} {name}" for name, value in parts.items() if value)
+            yield Finding(
+                FAILS,
+                f"when {peak.moment} each GPU holds {peak.total:.1f} GiB, and {gpu.name} has {gpu.memory_gib:.1f}: "
+                f"{listed}. {peak.remedy}",
+            )
 
 
 def _largest_part(stage: StageMemory) -> str:
@@ -164,8 +159,9 @@ def _largest_part(stage: StageMemory) -> str:
         "weights": "raise parallel.tp or pp",
         "gradients": "raise parallel.tp or pp",
         "optimizer": "set optimizer.distributed=true, or use more data-parallel ranks",
-        "activations": "raise parallel.cp, set parallel.sequence_parallel=true or model.recompute=full, or lower "
-        "batch.max_tokens_per_microbatch",
+        "activations": "raise parallel.cp, set parallel.sequence_parallel=true or model.recompute=selective or full, "
+        "or lower batch.max_tokens_per_microbatch",
+        "fp8_weights": "set model.recompute=selective or full, or raise parallel.tp or pp",
         "log_probs": "lower model.log_prob_chunk_tokens",
         "rollout_engine": "generate with servers (rollout.engine)",
     }

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from megatron_fipo.config import Config, updates_per_step
 from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.preflight.communication import layer_waits, links_of
 from megatron_fipo.preflight.hardware import Gpu
-from megatron_fipo.preflight.memory import WEIGHT_BYTES, ServerMemory
-from megatron_fipo.preflight.parameters import matmul_parameters, whole_parameters
+from megatron_fipo.preflight.memory import WEIGHT_BYTES, recomputes_mlp
+from megatron_fipo.preflight.parameters import layer_matrices, matmul_parameters, whole_parameters
+from megatron_fipo.preflight.rollout_plan import RolloutPlan
+from megatron_fipo.preflight.server_memory import ServerMemory
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,11 @@ class Assumptions:
     """What no configuration says; None takes the default that `resolve` gives.
 
     Attributes:
-        mfu: share of the GPU's peak that training reaches.
+        training_efficiency: share of the GPU's peak that training's kernels reach while they wait for no other GPU:
+            matrix products come to two thirds on an H100, and what is no product takes its time beside them.
+        link_efficiency: share of the bandwidth within a node that collectives reach.
+        network_bytes_per_s: that each GPU reaches to other nodes; 45 GB/s is nine tenths of 400 Gbit/s.
+        mfu: share of the peak that training reaches, waiting included, instead of the estimate by these three.
         rollout_efficiency: share of the memory's bandwidth, or of the peak, that decoding reaches.
         rollout_tokens_per_s: of each GPU, instead of the estimate by bandwidth.
         response_tokens: mean length of a response.
@@ -25,7 +32,10 @@ class Assumptions:
         kept_share: share of the groups that dynamic sampling keeps.
     """
 
-    mfu: float = 0.35
+    training_efficiency: float = 0.5
+    link_efficiency: float = 0.78
+    network_bytes_per_s: float = 45e9
+    mfu: float | None = None
     rollout_efficiency: float = 0.5
     rollout_tokens_per_s: float | None = None
     response_tokens: float | None = None
@@ -34,10 +44,11 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is no share or no number above 0."""
-        for name in ("mfu", "rollout_efficiency", "kept_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0 and at most 1.")
-        for name in ("rollout_tokens_per_s", "response_tokens", "prompt_tokens"):
+        for name in ("training_efficiency", "link_efficiency", "mfu", "rollout_efficiency", "kept_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value}: must be above 0 and at most 1.")
+        for name in ("network_bytes_per_s", "rollout_tokens_per_s", "response_tokens", "prompt_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: must be above 0 and finite.")
@@ -122,6 +133,8 @@ class StepCost:
         tokens_generated, tokens_trained: prompts left out, and counted; the latter once for each epoch.
         flops: by phase: generation, old log-probs, reference log-probs, updates, recompute.
         seconds: by phase: generation, log-probs, updates.
+        waiting_seconds: of log-probs and updates, for other GPUs of the same copy; 0 where mfu is given.
+        mfu: share of the peak that log-probs and updates come to; what is recomputed does not count as work.
         rollout_tokens_per_s: of each GPU.
         rollout_limit: what bounds it: "given", "memory bandwidth", "arithmetic" or "the longest response".
     """
@@ -130,6 +143,8 @@ class StepCost:
     tokens_trained: float
     flops: dict[str, float]
     seconds: dict[str, float]
+    waiting_seconds: float
+    mfu: float
     rollout_tokens_per_s: float
     rollout_limit: str
 
@@ -144,88 +159,137 @@ def step_cost(
     shape: ModelShape,
     gpu: Gpu,
     world_size: int,
+    gpus_per_node: int,
     plan: BatchPlan,
     assumptions: Assumptions,
     server: ServerMemory,
-    server_tp: int,
-    rollout_gpus: int,
+    rollout: RolloutPlan,
 ) -> StepCost:
     """Estimate one step.
 
     Lengths enter by their mean, which leaves out that attention grows with the mean square; the time of a phase is its
-    operations over all GPUs' peak times the assumed share, lengthened by the pipeline's bubble.
-
-    Args:
-        server: memory of a rollout server; server_tp: its GPUs. rollout_gpus: all that generate.
+    operations over all GPUs' peak times the share that kernels reach, with what they wait for other GPUs, lengthened by
+    the pipeline's bubble.
     """
     prompt, response = assumptions.resolve(config)
-    sequence = forward_flops(shape, prompt + response)
-    epochs = config.train.num_epochs
+    length = prompt + response
+    sequence = forward_flops(shape, length)
+    trained = plan.samples * config.train.num_epochs
     flops = {
         "generation": plan.samples_generated * sequence,
         "old log-probs": plan.samples * sequence if config.objective.old_log_probs == "actor" else 0.0,
         "reference log-probs": plan.samples * sequence if config.objective.kl_coefficient else 0.0,
-        "updates": 3 * plan.samples * epochs * sequence,
-        "recompute": _recomputed(config, shape, prompt + response) * plan.samples * epochs,
+        "updates": 3 * trained * sequence,
+        "recompute": _recomputed_parts(config, shape, length).total * trained,
     }
-    # A dedicated server's GPUs do not train; world_size counts those that do.
-    rate = world_size * gpu.peak_flops * assumptions.mfu * (1 - plan.bubble)
-    per_gpu, limit = _rollout_rate(config, shape, gpu, plan, assumptions, server, server_tp, rollout_gpus)
-    fp8 = _fp8_time(config, shape, gpu, prompt + response)
-    recompute_fp8 = fp8 if config.model.recompute == "full" else 1.0
+    seconds, waiting = _training_seconds(config, shape, gpu, world_size, gpus_per_node, plan, assumptions, flops)
     tokens_generated = plan.samples_generated * response
-    generation = tokens_generated / (per_gpu * rollout_gpus)
-    slowest = (
-        plan.rounds
-        * config.rollout.max_response_tokens
-        * _decode_seconds(
-            shape, gpu, assumptions, server, server_tp, 1, prompt + config.rollout.max_response_tokens / 2, config
-        )
-    )
+    per_gpu, limit = _rollout_rate(config, shape, gpu, plan, assumptions, server, rollout)
+    generation = tokens_generated / (per_gpu * rollout.num_gpus)
+    middle = prompt + config.rollout.max_response_tokens / 2
+    alone = _decode_seconds(config, shape, gpu, assumptions, server, rollout.tp, concurrency=1, context=middle)
+    slowest = plan.rounds * config.rollout.max_response_tokens * alone
     if slowest > generation:
         generation, limit = slowest, "the longest response"
+    work = flops["old log-probs"] + flops["reference log-probs"] + flops["updates"]
     return StepCost(
         tokens_generated=tokens_generated,
-        tokens_trained=plan.samples * epochs * (prompt + response),
+        tokens_trained=trained * length,
         flops=flops,
-        seconds={
-            "generation": generation,
-            "log-probs": (flops["old log-probs"] + flops["reference log-probs"]) * fp8 / rate,
-            "updates": (flops["updates"] * fp8 + flops["recompute"] * recompute_fp8) / rate,
-        },
+        seconds={"generation": generation, **seconds},
+        waiting_seconds=waiting,
+        mfu=work / (sum(seconds.values()) * world_size * gpu.peak_flops),
         rollout_tokens_per_s=per_gpu,
         rollout_limit=limit,
     )
 
 
-def _fp8_time(config: Config, shape: ModelShape, gpu: Gpu, length: float) -> float:
-    """Time of a forward pass as a multiple of bfloat16's, at the same share of either peak."""
+def _training_seconds(
+    config: Config,
+    shape: ModelShape,
+    gpu: Gpu,
+    world_size: int,
+    gpus_per_node: int,
+    plan: BatchPlan,
+    assumptions: Assumptions,
+    flops: dict[str, float],
+) -> tuple[dict[str, float], float]:
+    """(seconds of log-probs and of updates, seconds that they wait for other GPUs)."""
+    length = sum(assumptions.resolve(config))
+    fp8 = _fp8_time(config, gpu, _forward_parts(shape, length))
+    fp8_recompute = _fp8_time(config, gpu, _recomputed_parts(config, shape, length))
+    log_probs = (flops["old log-probs"] + flops["reference log-probs"]) * fp8
+    updates = flops["updates"] * fp8 + flops["recompute"] * fp8_recompute
+    # A dedicated server's GPUs do not train; world_size counts those that do.
+    rate = world_size * gpu.peak_flops * (assumptions.mfu or assumptions.training_efficiency)
+    log_prob_wait = update_wait = 0.0
+    if assumptions.mfu is None:
+        links = links_of(
+            config,
+            gpu,
+            gpus_per_node,
+            assumptions.link_efficiency,
+            assumptions.network_bytes_per_s,
+            assumptions.training_efficiency,
+        )
+        waits = layer_waits(config, shape, links, length)
+        layers = shape.num_layers / config.parallel.pp
+        passing = plan.samples * length / plan.data_ranks / config.parallel.cp * layers
+        passes = (flops["old log-probs"] > 0) + (flops["reference log-probs"] > 0)
+        log_prob_wait = passes * passing * waits.forward
+        update_wait = config.train.num_epochs * passing * (waits.forward + waits.backward + waits.recompute)
+    busy = 1 - plan.bubble
+    seconds = {"log-probs": (log_probs / rate + log_prob_wait) / busy, "updates": (updates / rate + update_wait) / busy}
+    return seconds, (log_prob_wait + update_wait) / busy
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """FLOPs of one sequence: the layers' matrix products, which model.fp8 takes in FP8, and all else."""
+
+    products: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.rest
+
+
+def _forward_parts(shape: ModelShape, length: float) -> _Parts:
+    products = 2 * shape.num_layers * sum(layer_matrices(shape)) * length
+    return _Parts(products, forward_flops(shape, length) - products)
+
+
+def _recomputed_parts(config: Config, shape: ModelShape, length: float) -> _Parts:
+    """What backward recomputes of forward. Logits always are, from the hidden states that are kept."""
+    logits = 2 * shape.vocab_size * shape.hidden_size * length
+    if config.model.recompute == "full":
+        return _forward_parts(shape, length)
+    if recomputes_mlp(config):
+        _, mlp = layer_matrices(shape)
+        return _Parts(2 * shape.num_layers * mlp * length, logits)
+    if config.model.recompute == "selective":
+        return _Parts(0.0, logits + 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * length**2)
+    return _Parts(0.0, logits)
+
+
+def _fp8_time(config: Config, gpu: Gpu, parts: _Parts) -> float:
+    """Time of these operations as a multiple of bfloat16's, at the same share of either peak."""
     if config.model.fp8 == "none" or not gpu.fp8_flops:
         return 1.0
-    output = 2 * shape.vocab_size * shape.hidden_size * length
-    attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * length * length
-    share = 1 - (output + attention) / forward_flops(shape, length)  # of the layers' matrix products
-    return 1 - share * (1 - gpu.peak_flops / gpu.fp8_flops)
-
-
-def _recomputed(config: Config, shape: ModelShape, length: float) -> float:
-    """FLOPs that backward spends on recomputing forward, of one sequence; the output layer's logits always are."""
-    output = 2 * shape.vocab_size * shape.hidden_size * length
-    attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * length * length
-    if config.model.recompute == "full":
-        return forward_flops(shape, length)
-    return output + (attention if config.model.recompute == "selective" else 0.0)
+    return 1 - parts.products / parts.total * (1 - gpu.peak_flops / gpu.fp8_flops)
 
 
 def _decode_seconds(
+    config: Config,
     shape: ModelShape,
     gpu: Gpu,
     assumptions: Assumptions,
     server: ServerMemory,
     server_tp: int,
+    *,
     concurrency: float,
     context: float,
-    config: Config,
 ) -> float:
     """Of one decoding step of a server: it reads all weights and all keys and values, and multiplies."""
     size = WEIGHT_BYTES[config.model.dtype]
@@ -241,21 +305,22 @@ def _rollout_rate(
     plan: BatchPlan,
     assumptions: Assumptions,
     server: ServerMemory,
-    server_tp: int,
-    rollout_gpus: int,
+    rollout: RolloutPlan,
 ) -> tuple[float, str]:
     """(tokens a second of each GPU, what bounds it), with as many responses at a time as fit or as there are."""
     if assumptions.rollout_tokens_per_s:
         return assumptions.rollout_tokens_per_s, "given"
     prompt, response = assumptions.resolve(config)
     context = prompt + response / 2
-    num_servers = max(rollout_gpus // server_tp, 1)
+    num_servers = max(rollout.num_gpus // rollout.tp, 1)
     waiting = plan.samples_generated / plan.rounds / num_servers
     fitting = max(server.pool_tokens / context, 1)
     in_process = config.rollout.engine == "in_process"
     fitting = min(fitting, config.rollout.max_batch_size if in_process else config.servers.max_concurrent_requests)
     concurrency = max(min(waiting, fitting), 1)
-    seconds = _decode_seconds(shape, gpu, assumptions, server, server_tp, concurrency, context, config)
-    operations = 2 * matmul_parameters(shape) * concurrency / server_tp / gpu.peak_flops
+    seconds = _decode_seconds(
+        config, shape, gpu, assumptions, server, rollout.tp, concurrency=concurrency, context=context
+    )
+    operations = 2 * matmul_parameters(shape) * concurrency / rollout.tp / gpu.peak_flops
     limit = "arithmetic" if operations / assumptions.rollout_efficiency >= seconds else "memory bandwidth"
-    return concurrency / seconds / server_tp, limit
+    return concurrency / seconds / rollout.tp, limit

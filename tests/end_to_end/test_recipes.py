@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -11,8 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_fipo.config import Config, load_config, updates_per_step, validate
+from megatron_fipo.config import (
+    FP8_ALIGNMENT,
+    Config,
+    load_config,
+    microbatch_token_multiple,
+    updates_per_step,
+    validate,
+    validate_model_layout,
+)
 from megatron_fipo.preflight.command import Options, plan_of
+from megatron_fipo.preflight.plan import Plan
 from tests.end_to_end.runs import ROOT, step_lines
 
 FOLDERS = ("examples/qwen2_5_32b", "examples/qwen2_5_7b_math")
@@ -107,6 +117,78 @@ def test_a_recipe_fits_sixteen_nodes(script: str) -> None:
     assert max(stage.training for stage in plan.stages) < plan.gpu.memory_gib
 
 
+@pytest.mark.parametrize("fp8", FP8_ALIGNMENT)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_microbatches_are_whole_blocks_of_every_fp8_recipe(script: str, fp8: str) -> None:
+    """The longest sequence fits, however it is padded, and no token of the budget lies beyond the last block."""
+    config = load_config(ROOT / recipe_of(script), [f"model.fp8={fp8}"])
+    validate(config, NUM_GPUS)
+    assert config.batch.max_tokens_per_microbatch % microbatch_token_multiple(config) == 0
+    validate_model_layout(config, json.loads((ROOT / Path(script).parent / "model_config.json").read_text()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_node_writes_weights_at_every_step(script: str) -> None:
+    assert not load_config(ROOT / recipe_of(script)).servers.keep_snapshot
+
+
+def rows_of(folder: str, header: str) -> list[list[str]]:
+    """Cells of the README's table whose header begins so, without marks of emphasis."""
+    lines = (ROOT / folder / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(header)) + 2
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip(" *") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def seconds_of_training(plan: Plan) -> float:
+    return plan.cost.seconds["log-probs"] + plan.cost.seconds["updates"]
+
+
+def test_the_readmes_moments_are_preflights() -> None:
+    config = load_config(ROOT / "examples/qwen2_5_32b/fipo.yaml")
+    plan = plan_of(config, plain_sizes(config, "examples/qwen2_5_32b"))
+    expected = []
+    for peak in plan.peaks:
+        parts = (peak.actor, peak.passing, peak.server_weights, peak.pool, peak.on_the_way, peak.rest, peak.total)
+        expected.append([peak.moment, *(f"{part:.1f}" if part else "" for part in parts)])
+    assert rows_of("examples/qwen2_5_32b", "| when |") == expected
+
+
+def test_the_readmes_layouts_are_preflights() -> None:
+    rows = rows_of("examples/qwen2_5_32b", "| tp × pp × cp × dp |")
+    assert len(rows) == 8
+    for layout, tokens, recompute, *numbers in rows:
+        tp, pp, cp, dp = (int(size) for size in layout.split(" × "))
+        config = load_config(
+            ROOT / "examples/qwen2_5_32b/fipo.yaml",
+            [
+                *(f"parallel.{name}={size}" for name, size in (("tp", tp), ("pp", pp), ("cp", cp))),
+                f"batch.max_tokens_per_microbatch={tokens.replace(',', '')}",
+                f"model.recompute={recompute}",
+            ],
+        )
+        plan = plan_of(config, plain_sizes(config, "examples/qwen2_5_32b"))
+        assert plan.batch.data_ranks == dp
+        totals = {peak.moment: peak.total for peak in plan.peaks}
+        found = (totals["an update"], totals["weights go over"])
+        assert numbers == [*(f"{gib:.1f}" for gib in found), f"{seconds_of_training(plan):.0f}"], layout
+
+
+def test_the_smaller_readmes_recipes_are_preflights() -> None:
+    folder = "examples/qwen2_5_7b_math"
+    for name, *numbers in rows_of(folder, "| recipe |"):
+        config = load_config(ROOT / folder / name)
+        plan = plan_of(config, plain_sizes(config, folder))
+        totals = {peak.moment: peak.total for peak in plan.peaks}
+        memory = (totals["an update"], totals["weights go over"], plan.server.pool)
+        time = (seconds_of_training(plan), plan.cost.step_seconds)
+        assert numbers == [*(f"{gib:.1f}" for gib in memory), *(f"{seconds:.0f}" for seconds in time)], name
+
+
 def ablations() -> list[tuple[str, str, str, list[str]]]:
     """(folder, name, recipe, overrides) of every line of the sweep files."""
     return [
@@ -134,7 +216,7 @@ def test_the_papers_ablations_are_all_there() -> None:
         "objective.filter_extreme_ratios=false",
         "train.num_minibatches=16",
         "objective.clip_ratio_high=0.4",
-        "rollout.max_response_tokens=25600 reward.overlong_buffer_tokens=5120",
+        "rollout.max_response_tokens=25600 reward.overlong_buffer_tokens=5120 batch.max_tokens_per_microbatch=27648",
         "reward.overlong_buffer_tokens=0",
     ):
         assert line in lines

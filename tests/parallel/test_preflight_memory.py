@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.preflight.hardware import GIB
-from megatron_fipo.preflight.memory import layer_activation_bytes, training_memory
+from megatron_fipo.preflight.memory import layer_activations, training_memory
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.types import Group, PackedBatch, Prompt, Sample
 from tests.models import save_random_model
@@ -187,30 +187,52 @@ def saved_of_depths(folders: list[str], recompute: str, parallel: ParallelSectio
     return [saved_bytes(folder, recompute, parallel) for folder in folders]
 
 
+LAYERS = [
+    ("none", ParallelSection()),
+    ("selective", ParallelSection()),
+    ("full", ParallelSection()),
+    ("none", ParallelSection(tp=2)),
+    ("none", ParallelSection(tp=2, sequence_parallel=True)),
+    ("selective", ParallelSection(tp=2, sequence_parallel=True)),
+    ("none", ParallelSection(cp=2)),
+    ("selective", ParallelSection(cp=2)),
+]
+ODD_SIZES = SMOLLM2 | {
+    "vocab_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+}
+"""No part of a layer is as wide as another, or one that is counted twice would stand in for one that is left out."""
+
+
 @pytest.mark.parametrize(
     ("recompute", "parallel"),
-    [
-        ("none", ParallelSection()),
-        ("full", ParallelSection()),
-        ("none", ParallelSection(tp=2)),
-        ("none", ParallelSection(tp=2, sequence_parallel=True)),
-    ],
-    ids=["none", "full", "tp2", "tp2 sp"],
+    LAYERS,
+    ids=[f"{recompute} tp{layout.tp} cp{layout.cp} sp{int(layout.sequence_parallel)}" for recompute, layout in LAYERS],
 )
 def test_activations_of_a_layer_are_those_of_the_actor(
     recompute: str, parallel: ParallelSection, tmp_path: Path
 ) -> None:
     """What two layers add to a model of two, so that everything outside of layers drops out."""
-    sizes = SMOLLM2 | {"vocab_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512}
     folders = [
-        str(save_random_model(tmp_path / str(depth), "llama", **(sizes | {"num_hidden_layers": depth})))
+        str(save_random_model(tmp_path / str(depth), "llama", **(ODD_SIZES | {"num_hidden_layers": depth})))
         for depth in (2, 4)
     ]
-    shallow, deep = run_ranks(saved_of_depths, parallel.tp, folders, recompute, parallel, timeout_s=180)[0]
+    shape = read_model_shape(folders[0])
+    (shallow, deep), *_ = run_ranks(
+        saved_of_depths, parallel.tp * parallel.cp, folders, recompute, parallel, timeout_s=180
+    )
     config = Config(model=ModelSection(path=folders[0], recompute=recompute), parallel=parallel)
-    kept, layer_input = layer_activation_bytes(config, read_model_shape(folders[0]))
-    expected = layer_input if recompute == "full" else kept
-    assert (deep - shallow) / 2 == pytest.approx(expected, rel=ACTIVATION_TOLERANCE)
+    # Where ranks share short sequences, each query also has a float32 mask over its sequence's 258 keys, padded to 260.
+    mask = 4 * 260 if parallel.cp > 1 and recompute == "none" else 0
+    kept = layer_activations(config, shape).kept + mask
+    assert (deep - shallow) / 2 == pytest.approx(kept, rel=ACTIVATION_TOLERANCE)
+    for other in {"none", "selective", "full"} - {recompute}:
+        differently = replace(config, model=replace(config.model, recompute=other))
+        wrong = layer_activations(differently, shape).kept
+        assert (deep - shallow) / 2 != pytest.approx(wrong, rel=ACTIVATION_TOLERANCE), f"cannot be told from {other}"
 
 
 def test_a_wrong_plan_is_noticed(folders: dict[str, str]) -> None:

@@ -39,18 +39,20 @@ from megatron_fipo.preflight.findings import (
     update_noise,
 )
 from megatron_fipo.preflight.hardware import GIB, GPUS
+from megatron_fipo.preflight.host_memory import host_memory
 from megatron_fipo.preflight.memory import (
     RESERVE_GIB,
-    SERVER_RESERVE_GIB,
+    RESIDUE_GIB,
     SERVER_RESIDUE_GIB,
-    layer_activation_bytes,
+    layer_activations,
     microbatches_in_flight,
-    server_memory,
     training_memory,
 )
 from megatron_fipo.preflight.parameters import matmul_parameters, stage_parameters, whole_parameters
-from megatron_fipo.preflight.plan import make_plan
+from megatron_fipo.preflight.peaks import Peak
+from megatron_fipo.preflight.plan import Plan, make_plan
 from megatron_fipo.preflight.rollout_plan import placement_problems, rollout_plan
+from megatron_fipo.preflight.server_memory import server_memory
 from megatron_fipo.preflight.work import Assumptions, batch_plan, forward_flops
 
 
@@ -80,9 +82,10 @@ RECIPE = Config(
         num_prompts=512, num_samples_per_prompt=16, max_prompt_tokens=2048, max_response_tokens=20480
     ),
     train=TrainSection(num_minibatches=8),
-    parallel=ParallelSection(tp=8, cp=4, sequence_parallel=True),
-    batch=BatchSection(max_tokens_per_microbatch=45056),
+    parallel=ParallelSection(tp=8, cp=2, sequence_parallel=True),
+    batch=BatchSection(max_tokens_per_microbatch=22528),
 )
+"""Of examples/qwen2_5_32b, but for the servers."""
 
 
 def test_parameters_of_the_published_models() -> None:
@@ -128,17 +131,8 @@ def test_stages_and_ranks_add_up(shape: Any, tied: bool) -> None:
 
 
 def test_memory_of_the_32b_recipe_by_hand() -> None:
+    """What tests/unit/test_preflight_32b.py leaves out."""
     (stage,) = training_memory(with_servers(RECIPE), SHAPE_32B, 128)
-    assert stage.weights * GIB == 2 * 4_096_717_824
-    assert stage.gradients * GIB == 4 * 4_096_717_824
-    assert stage.optimizer * GIB == 12 * 4_096_717_824 / 16  # 16 ranks hold the same weights
-    # A layer and token: norms 4 * 5120 / 8; queries, keys, values, rotated ones, output (3 * 40 + 3 * 8) * 128 and the
-    # MLP 3 * 27648, over 8; cosines and sines 4 * 128; two bytes each. Statistics of 5 heads in float32.
-    kept = 2 * (2560 + 512 + (18_432 + 82_944) / 8) + 4 * 5
-    layer_input = 2 * 5120 / 8
-    assert layer_activation_bytes(RECIPE, SHAPE_32B) == (kept, layer_input) == (31_508, 1_280)
-    working = 2 * 3 * 27648 / 8 + 2 * layer_input
-    assert stage.activations * GIB == pytest.approx(11_264 * (64 * kept + working))
     logits = 512 * 19_072 * 10 + 19_072 * 5120 * 6 + 11_264 * (4 * 5120 + 20)
     assert stage.log_probs * GIB == pytest.approx(logits)
     parts = stage.weights + stage.gradients + stage.optimizer + stage.activations + stage.log_probs
@@ -151,17 +145,9 @@ def with_servers(config: Config) -> Config:
     return replace(config, rollout=replace(config.rollout, engine="sglang"), servers=servers)
 
 
-def test_full_recompute_keeps_inputs_only() -> None:
-    full = with_servers(replace(RECIPE, model=replace(RECIPE.model, recompute="full")))
-    (stage,) = training_memory(full, SHAPE_32B, 128)
-    kept, layer_input = layer_activation_bytes(full, SHAPE_32B)
-    working = 2 * 3 * 27648 / 8 + 2 * layer_input + kept
-    assert stage.activations * GIB == pytest.approx(11_264 * (64 * layer_input + working))
-
-
 def test_without_sequence_parallelism_norms_are_kept_whole() -> None:
     whole = replace(RECIPE, parallel=replace(RECIPE.parallel, sequence_parallel=False))
-    difference = layer_activation_bytes(whole, SHAPE_32B)[0] - layer_activation_bytes(RECIPE, SHAPE_32B)[0]
+    difference = layer_activations(whole, SHAPE_32B).kept - layer_activations(RECIPE, SHAPE_32B).kept
     assert difference == 2 * 4 * 5120 * 7 / 8
 
 
@@ -181,14 +167,38 @@ def test_the_in_process_engine_and_a_reference_policy_cost_their_weights() -> No
     assert (reference.training - plain.training) * GIB == pytest.approx(2 * 4_096_717_824)
 
 
+def server_of(config: Config, shape: Any = SHAPE_32B, lasting: float = 0.0) -> Any:
+    return server_memory(config, shape, GPUS["h100-80gb"], rollout_plan(config, 128, 8), lasting)
+
+
+def served(engine: str = "sglang", **section: Any) -> Config:
+    """The recipe with other servers."""
+    servers = replace(with_servers(RECIPE).servers, **section)
+    return replace(with_servers(RECIPE), rollout=replace(RECIPE.rollout, engine=engine), servers=servers)
+
+
 def test_keys_and_values_of_a_server() -> None:
     """64 layers x 8 heads x 128 x 2 (keys, values) x 2 bytes, over 4 GPUs."""
-    server = server_memory(SHAPE_32B, "bfloat16", 4, available_gib=60.0)
+    server = server_of(served())
     assert server.bytes_per_token == 64 * 8 * 128 * 2 * 2 // 4 == 65_536
     assert server.weights * GIB == 2 * 32_763_876_352 / 4
-    assert server.pool == pytest.approx(60 - server.weights)
     assert server.pool_tokens == int(server.pool * GIB / 65_536)
-    assert server_memory(SHAPE_7B, "bfloat16", 8, 60.0).bytes_per_token == 28 * 128 * 2 * 2, "heads are not split"
+    assert server_of(served(tp=8, num_per_node=1), SHAPE_7B).bytes_per_token == 28 * 128 * 2 * 2, "heads are not split"
+
+
+def test_what_engines_make_of_a_gpu() -> None:
+    """SGLang counts memory_fraction from what is free before it loads, vLLM from the whole GPU."""
+    weights = 2 * 32_763_876_352 / 4 / GIB
+    # 79.6 GiB without the contexts of trainer (0.5) and server (1.0).
+    assert server_of(served()).pool == pytest.approx(0.8 * 78.1 - weights, rel=1e-9)
+    assert server_of(served(memory_fraction=0.7)).pool == pytest.approx(0.7 * 78.1 - weights, rel=1e-9)
+    # On GPUs of its own no trainer's context, but CUDA graphs (1.0) are captured before the pool is sized.
+    apart = served(placement="dedicated", num_per_node=1, gpus=[4, 5, 6, 7])
+    assert server_of(apart).pool == pytest.approx(0.8 * 78.6 - weights - 1.0, rel=1e-9)
+    # vLLM takes graphs (1.0) and activations (3.0) out of its share.
+    assert server_of(served("vllm")).pool == pytest.approx(0.8 * 79.6 - weights - 4.0, rel=1e-9)
+    assert server_of(served(max_total_tokens=100_000)).pool_tokens == 100_000
+    assert server_of(RECIPE, lasting=20.0).pool == pytest.approx(79.6 - 20.0 - RESERVE_GIB - 4 * weights, rel=1e-9)
 
 
 def test_flops_of_a_forward_pass() -> None:
@@ -203,8 +213,8 @@ def test_batch_arithmetic_of_the_recipe() -> None:
     plan = batch_plan(replace(RECIPE, rollout=rollout), 128, Assumptions(response_tokens=8000, prompt_tokens=200))
     assert (plan.prompts_generated, plan.rounds) == (2048, 1)
     assert (plan.samples, plan.samples_generated) == (8192, 32_768)
-    assert (plan.updates, plan.samples_per_update, plan.data_ranks) == (8, 1024, 4)
-    assert plan.microbatches == -(-256 * 8200 // 45_056) == 47
+    assert (plan.updates, plan.samples_per_update, plan.data_ranks) == (8, 1024, 8)
+    assert plan.microbatches == -(-128 * 8200 // 22_528) == 47
     assert plan.bubble == 0
     scarce = batch_plan(replace(RECIPE, rollout=rollout), 128, Assumptions(kept_share=0.2))
     assert (scarce.prompts_generated, scarce.rounds) == (4096, 2)
@@ -243,7 +253,7 @@ def test_seconds_follow_the_assumptions() -> None:
 
 def test_fp8_halves_the_time_of_the_layers_products() -> None:
     config = with_servers(replace(RECIPE, model=replace(RECIPE.model, fp8="tensorwise")))
-    assumptions = Assumptions(response_tokens=10_000, prompt_tokens=500)
+    assumptions = Assumptions(mfu=0.4, response_tokens=10_000, prompt_tokens=500)
     plans = [
         make_plan(some, QWEN_32B, GPUS["h100-80gb"], 128, assumptions, check_files=False)
         for some in (with_servers(RECIPE), config)
@@ -351,30 +361,75 @@ def test_placement_of_servers() -> None:
         assert words in problem
 
 
-def test_a_colocated_server_gets_what_the_actor_leaves() -> None:
-    plan = make_plan(with_servers(RECIPE), QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
-    assert plan.resident == RESERVE_GIB, "the actor is in host memory"
-    assert plan.host == pytest.approx(8 * (2 + 12 / 16) * 4_096_717_824 / GIB)
-    assert plan.server.weights + plan.server.pool == pytest.approx(0.8 * 79.6)
-    greedy = replace(with_servers(RECIPE), servers=replace(with_servers(RECIPE).servers, memory_fraction=0.95))
-    plan = make_plan(greedy, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
-    assert plan.server.weights + plan.server.pool == pytest.approx(79.6 - SERVER_RESERVE_GIB - RESERVE_GIB)
-    apart = replace(with_servers(RECIPE), servers=ServersSection(tp=4, placement="dedicated", gpus=[4, 5, 6, 7]))
-    plan = make_plan(apart, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
-    assert plan.server.weights + plan.server.pool == pytest.approx(0.8 * 79.6)
+def plan_of(config: Config, model: dict[str, Any] = QWEN_32B, **assumptions: Any) -> Plan:
+    return make_plan(config, model, GPUS["h100-80gb"], 128, Assumptions(**assumptions), check_files=False)
+
+
+def peak_of(plan: Plan, moment: str) -> Peak:
+    (found,) = [peak for peak in plan.peaks if peak.moment == moment]
+    return found
+
+
+def fails_of(plan: Plan) -> list[str]:
+    return [finding.text for finding in plan.findings if finding.level == FAILS]
+
+
+def test_moments_of_each_placement() -> None:
+    """Colocated servers start and generate on the trainer's GPUs; dedicated ones never hold the actor."""
+    built, *later = ["the actor is built", "an update", "weights go over"]
+    colocated = [peak.moment for peak in plan_of(served()).peaks]
+    assert colocated == [built, "a server starts", *later, "responses are generated"]
+    apart = plan_of(served(placement="dedicated", num_per_node=1, gpus=[4, 5, 6, 7]))
+    assert [peak.moment for peak in apart.peaks] == [built, "a server generates on GPUs of its own", *later]
+    assert peak_of(apart, "weights go over").server_weights == 0
+    in_process = plan_of(RECIPE, QWEN_7B)
+    assert [peak.moment for peak in in_process.peaks] == [built, "an update"]
+    assert peak_of(in_process, "an update").server_weights == pytest.approx(2 * 7_615_616_512 / GIB)
+
+
+def test_a_servers_share_that_leaves_the_trainer_no_room_fails() -> None:
+    greedy = plan_of(served(memory_fraction=0.95))
+    # Its own 0.95 of 78.1, context, graphs and activations, beside the trainer's context and NCCL.
+    assert peak_of(greedy, "responses are generated").total == pytest.approx(0.95 * 78.1 + 1 + 1 + 3 + RESIDUE_GIB)
+    texts = fails_of(greedy)
+    assert any("when responses are generated" in text and "Lower servers.memory_fraction" in text for text in texts)
+    assert not fails_of(plan_of(served()))
+
+
+def test_vllm_does_not_start_on_less_than_its_share() -> None:
+    (text, *_) = [text for text in fails_of(plan_of(served("vllm", memory_fraction=0.99))) if "vLLM does not" in text]
+    assert "Lower it to 0.98" in text  # 78.1 of 79.6 GiB are free
+    assert not any("vLLM does not" in text for text in fails_of(plan_of(served("vllm", memory_fraction=0.98))))
+    assert not any("vLLM does not" in text for text in fails_of(plan_of(served(memory_fraction=0.99))))
 
 
 def test_both_policies_are_there_while_weights_go_over() -> None:
     """Two copies of 72B on 8 GPUs each: neither alone is too much, both together are."""
-    config = replace(with_servers(RECIPE), servers=ServersSection(tp=4, num_per_node=2, placement="colocated"))
+    config = replace(with_servers(RECIPE), servers=ServersSection(tp=2, num_per_node=4, placement="colocated"))
     config = replace(config, model=replace(config.model, recompute="full"))
-    plan = make_plan(config, QWEN_72B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
-    idle = (2 + 4 + 12 / 16) * stage_parameters(SHAPE_72B, config.parallel)[0].parameters / GIB + RESERVE_GIB
-    server = 2 * 72_706_203_648 / 4 / GIB + SERVER_RESERVE_GIB
-    assert idle + server + 1 + 2 * 2 * 152064 * 8192 / GIB > 79.6
+    plan = plan_of(config, QWEN_72B)
+    lasting = (2 + 4 + 12 / 16) * stage_parameters(SHAPE_72B, config.parallel)[0].parameters / GIB
+    server = 2 * 72_706_203_648 / 2 / GIB
+    largest = 2 * 152064 * 8192 / GIB
+    peak = peak_of(plan, "weights go over")
+    assert peak.total == pytest.approx(lasting + server + RESIDUE_GIB + SERVER_RESIDUE_GIB + 0.5 + 3 * largest)
+    assert peak.total > 79.6
     assert max(stage.training for stage in plan.stages) < 79.6
-    (finding,) = [finding for finding in plan.findings if finding.level == FAILS]
-    assert "handing weights over takes" in finding.text
+    assert any("when weights go over" in text and "servers.tp" in text for text in fails_of(plan))
+
+
+def test_host_memory_by_hand() -> None:
+    """Each rank's weights are one buffer of 7.63 GiB, which takes 8; Adam's state is one block a parameter and part."""
+    config = with_servers(RECIPE)
+    host = host_memory(config, SHAPE_32B, training_memory(config, SHAPE_32B, 128), 8)
+    assert host.kept == pytest.approx(8 * (2 + 12 / 16) * 4_096_717_824 / GIB, rel=1e-9)
+    # In MiB of float32: queries, keys and values 17.5, output 12.5, the MLP's two 135 and 67.5; the vocabulary's two
+    # 372.5 (19,072 rows).
+    sizes, blocks = 64 * (17.5 + 12.5 + 135 + 67.5) + 2 * 372.5, 64 * (32 + 16 + 256 + 128) + 2 * 512
+    optimizer = 12 * 4_096_717_824 / 16 / GIB * blocks / sizes
+    assert host.pinned == pytest.approx(8 * (8 + optimizer), rel=1e-9)
+    assert host.pinned == pytest.approx(106, rel=0.005)
+    assert plan_of(RECIPE, QWEN_7B).host is None
 
 
 @pytest.fixture
