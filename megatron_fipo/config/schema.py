@@ -136,7 +136,8 @@ class ServersSection:
     placement: str = "dedicated"
     """dedicated: servers have devices of their own; colocated: they share the actor's, memory goes to and fro."""
     gpus: List[int] = field(default_factory=list)
-    """Each node's GPUs for servers, in order; empty takes the trainer's (colocated)."""
+    """Each node's GPUs for servers, in order; empty takes the trainer's (colocated). For attached servers: where they
+    run, which weight_sync=tensor must know."""
     memory_fraction: float = 0.8
     """Share of a GPU's memory for a server's weights and cache."""
     max_total_tokens: Optional[int] = None
@@ -152,13 +153,15 @@ class ServersSection:
     extra_args: List[str] = field(default_factory=list)
     """Appended to each server's command line."""
     weight_sync: str = "tensor"
-    """How weights get in: tensor (CUDA IPC on a GPU, else by value), distributed (NCCL, gloo) or disk."""
+    """How weights get in: tensor (on GPUs by CUDA IPC, each server's rank from the trainer's rank on its own GPU; by
+    value on a CPU), distributed (NCCL, gloo) or disk."""
     bucket_mib: int = 512
-    """Weights are sent in buckets of so many MiB; two are held at a time."""
+    """Weights are sent in buckets of so many MiB; two are held at a time, with tensor on every GPU."""
     keep_snapshot: bool = True
-    """Keep the newest weights on disk, so that a server that died comes back with them; disk needs it."""
+    """Keep the newest weights on disk, so that a server that died comes back with them; disk needs it. One process of
+    the run writes them, for all nodes."""
     snapshot_dir: Optional[str] = None
-    """Folder of those snapshots, which servers must see; null takes the run's."""
+    """Folder of those snapshots, which all nodes must see; null takes the run's."""
     request_timeout_s: float = 3600.0
     """Longest wait for one response; it is then asked for again."""
     sync_timeout_s: float = 600.0
