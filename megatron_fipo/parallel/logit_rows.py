@@ -34,9 +34,7 @@ def row_sums(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return torch.stack([maximum, total, exponentials.mul_(differences).sum(dim=-1), at_label])
 
 
-def logit_gradient(
-    logits: Tensor, labels: Tensor, per_token: Tensor, temperature: float, dtype: torch.dtype
-) -> Tensor:
+def logit_gradient(logits: Tensor, labels: Tensor, per_token: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """Gradient of the logits before the temperature, from those of log-probs and entropy.
 
     d log_prob / d logit_j = [j = label] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy).

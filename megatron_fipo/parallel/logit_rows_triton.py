@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 SUMS_BLOCK, SUMS_WARPS = 1024, 4
-"""Columns that a program of the forward kernel takes at a time, and its warps: two 16-byte loads a thread are under way,
-and an H100 has room for all programs of a chunk of some 1,000 tokens at once."""
+"""Columns that a program of the forward kernel takes at a time, and its warps: each thread has two 16-byte loads under
+way, and an H100 has room for all programs of a chunk of some 1,000 tokens at once."""
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 """Columns of a program of the backward kernel, and its warps."""
 
@@ -132,7 +132,8 @@ def triton_logit_gradient(
     Columns of the logits, and tokens of `per_token`, must be adjacent.
     """
     num_tokens, num_columns = logits.shape
-    assert (logits.stride(1) == 1 or num_columns == 1) and (per_token.stride(1) == 1 or num_tokens == 1)
+    assert logits.stride(1) == 1 or num_columns == 1
+    assert per_token.stride(1) == 1 or num_tokens == 1
     gradient = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     _gradient_kernel[(num_tokens, triton.cdiv(num_columns, GRADIENT_BLOCK))](
         logits,

@@ -166,7 +166,7 @@ def _largest_part(stage: StageMemory) -> str:
         "optimizer": "set optimizer.distributed=true, or use more data-parallel ranks",
         "activations": "raise parallel.cp, set parallel.sequence_parallel=true or model.recompute=full, or lower "
         "batch.max_tokens_per_microbatch",
-        "log_probs": "lower model.log_prob_chunk_tokens",
+        "log_probs": "lower model.log_prob_chunk_mib",
         "rollout_engine": "generate with servers (rollout.engine)",
     }
     name = max(remedies, key=lambda part: float(getattr(stage, part)))

@@ -139,7 +139,8 @@ def test_memory_of_the_32b_recipe_by_hand() -> None:
     assert layer_activation_bytes(RECIPE, SHAPE_32B) == (kept, layer_input) == (31_508, 1_280)
     working = 2 * 3 * 27648 / 8 + 2 * layer_input
     assert stage.activations * GIB == pytest.approx(11_264 * (64 * kept + working))
-    logits = 512 * 19_072 * 10 + 19_072 * 5120 * 6 + 11_264 * (4 * 5120 + 20)
+    # 512 MiB hold 7,037 tokens of 19,072 float32 logits, in whole tiles 6,912; their gradient is in bfloat16.
+    logits = 6_912 * 19_072 * 6 + 19_072 * 5120 * 2 + 11_264 * (4 * 5120 + 20)
     assert stage.log_probs * GIB == pytest.approx(logits)
     parts = stage.weights + stage.gradients + stage.optimizer + stage.activations + stage.log_probs
     assert stage.training == pytest.approx(parts + RESERVE_GIB + SERVER_RESIDUE_GIB)
