@@ -140,7 +140,7 @@ def test_kernels_are_the_plain_formulas(
     found = problem.compute(group, temperature=temperature)
     again = problem.compute(group, temperature=temperature)
     assert all(torch.equal(found[name], again[name]) for name in ("log_probs", "entropy")), "not the same each time"
-    with mock.patch.object(module, "_row_functions", lambda on: PLAIN):
+    with mock.patch.object(module, "_row_functions", return_value=PLAIN):
         plain = problem.compute(group, temperature=temperature)
     difference = errors(found, plain)
     assert within(difference, 2e-5, 2**-8 if dtype == torch.bfloat16 else 1e-5), difference
@@ -235,5 +235,5 @@ def test_memory_is_a_chunks(group: dist.ProcessGroup) -> None:
     assert logits <= peak_of(backward=False) <= logits + slack
     weight_sums = 4 * weight.numel()
     assert peak_of(backward=True) <= weight_sums + max(1.5 * logits, 2 * weight.numel()) + slack
-    with mock.patch.object(module, "_row_functions", lambda on: PLAIN):
+    with mock.patch.object(module, "_row_functions", return_value=PLAIN):
         assert peak_of(backward=False) > logits + slack, "the bound notices no second copy"
