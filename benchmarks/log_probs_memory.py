@@ -23,14 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.config import ModelSection
+from megatron_fipo.config import ModelSection, log_prob_chunk_tokens
 from megatron_fipo.parallel.vocab_log_probs import vocab_log_probs
 
 GIB = 2**30
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def ours(chunk_tokens: int) -> LogProbs:
+def ours(chunk_mib: float) -> LogProbs:
     """This project's, on one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
@@ -43,7 +43,7 @@ def ours(chunk_tokens: int) -> LogProbs:
             labels,
             vocab_size=len(weight),
             temperature=1.0,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=log_prob_chunk_tokens(chunk_mib, len(weight)),
             tp_group=group,
             sequence_parallel=False,
         )
@@ -72,7 +72,7 @@ def measure(side: str, num_tokens: int, args: argparse.Namespace) -> tuple[float
     hidden = torch.randn(num_tokens, args.hidden_size).to(dtype).requires_grad_()
     weight = (torch.randn(args.vocab_size, args.hidden_size) / args.hidden_size**0.5).to(dtype).requires_grad_()
     labels = torch.randint(args.vocab_size, (num_tokens,))
-    compute = plain if side == "plain" else ours(args.chunk_tokens)
+    compute = plain if side == "plain" else ours(args.chunk_mib)
     for parameter in (hidden, weight):  # their gradients' libraries and threads, before the count begins
         (parameter[:2].float() @ parameter[:2].float().t()).sum().backward()
         parameter.grad = None
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=20480, help="where ours runs alone")
     parser.add_argument("--vocab-size", type=int, default=152064)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--chunk-tokens", type=int, default=ModelSection.log_prob_chunk_tokens)
+    parser.add_argument("--chunk-mib", type=float, default=ModelSection.log_prob_chunk_mib)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "TOKENS"), help=argparse.SUPPRESS)
@@ -110,9 +110,10 @@ def main() -> None:
     if args.measure:
         print(*measure(args.measure[0], int(args.measure[1]), args))
         return
+    tokens = log_prob_chunk_tokens(args.chunk_mib, args.vocab_size)
     print(
-        f"vocabulary {args.vocab_size:,}, hidden {args.hidden_size}, {args.dtype}, chunks of {args.chunk_tokens} "
-        f"tokens, {args.threads} of {os.cpu_count()} threads, torch {torch.__version__}"
+        f"vocabulary {args.vocab_size:,}, hidden {args.hidden_size}, {args.dtype}, chunks of {args.chunk_mib:g} MiB "
+        f"({tokens} tokens), {args.threads} of {os.cpu_count()} threads, torch {torch.__version__}"
     )
     print(f"{'':8} {'tokens':>8} {'peak extra, GiB':>16} {'seconds':>9} {'|d hidden|':>12}", flush=True)
     for side, num_tokens in (("plain", args.num_tokens), ("ours", args.num_tokens), ("ours", args.most_tokens)):

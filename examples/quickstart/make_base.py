@@ -96,7 +96,7 @@ def train(model_folder: Path, output: Path, num_updates: int) -> None:
     ranks = groups.initialize(parallel, SEED)
     tokenizer = load_tokenizer(BASE)
     config = Config(
-        model=ModelSection(path=str(model_folder)),
+        model=ModelSection(path=str(model_folder), log_prob_chunk_mib=0.25),
         optimizer=OptimizerSection(
             learning_rate=LEARNING_RATE, num_warmup_steps=NUM_WARMUP_UPDATES, weight_decay=0.01, adam_beta2=0.95
         ),

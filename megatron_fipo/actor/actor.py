@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_fipo.actor.model import build_model, packed_sequence_params, transformer_config, unwrap
 from megatron_fipo.actor.offload import StorageOffload
 from megatron_fipo.actor.precision import check_fp8
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, log_prob_chunk_tokens
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights, weight_stream
 from megatron_fipo.metrics.reductions import Metrics, merge
@@ -286,13 +286,14 @@ class Actor:
     def _log_probs_and_entropy(
         self, hidden: Tensor, batch: PackedBatch, model: Any, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
+        weight = model.output_weight()
         return vocab_log_probs(
             hidden.squeeze(1),
-            model.output_weight(),
+            weight,
             batch.labels,
             vocab_size=self.shape.vocab_size,
             temperature=self._config.rollout.temperature if temperature is None else temperature,
-            chunk_tokens=self._config.model.log_prob_chunk_tokens,
+            chunk_tokens=log_prob_chunk_tokens(self._config.model.log_prob_chunk_mib, len(weight)),
             tp_group=self.groups.tp,
             sequence_parallel=self._config.parallel.sequence_parallel,
         )

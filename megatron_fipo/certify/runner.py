@@ -23,8 +23,8 @@ LEARNING_RATE = 1e-4
 """Of the certified updates. The recipes' 1e-6 moves float32 weights by so few of their last bits that ||p - start||
 would measure rounding."""
 _PRELOAD = ("megatron_fipo.certify.preload",)
-_SMALL_LOG_PROB_CHUNK = 48
-"""Tokens per chunk of log-probs on the small model, so that there are several."""
+_SMALL_LOG_PROB_CHUNK_MIB = 3 / 64
+"""Of log-probs on the small model, so that there are several: 48 tokens over its 256 rows."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Runner:
         if not options.as_is:
             self._raw = shrunken_config(self._raw)
             write_random_model(folder / "model", self._raw, config.run.seed)
-            model = replace(model, path=str(folder / "model"), log_prob_chunk_tokens=_SMALL_LOG_PROB_CHUNK)
+            model = replace(model, path=str(folder / "model"), log_prob_chunk_mib=_SMALL_LOG_PROB_CHUNK_MIB)
         self.shape: ModelShape = model_shape(self._raw, f"{config.model.path}/config.json")
         self.config = replace(
             config,

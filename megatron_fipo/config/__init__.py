@@ -11,6 +11,7 @@ overrides. Nothing rewrites a value that the user wrote.
 
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
+from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
 from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
 from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_fingerprint
 from megatron_fipo.config.schema import (
@@ -82,6 +83,7 @@ __all__ = [
     "VerifierSection",
     "check_resume",
     "load_config",
+    "log_prob_chunk_tokens",
     "microbatch_token_multiple",
     "numbers_fingerprint",
     "pad_multiple",

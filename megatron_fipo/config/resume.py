@@ -23,7 +23,8 @@ _BESIDE = (
     "parallel",
     "batch",
     "model.recompute",
-    "model.log_prob_chunk_tokens",
+    "model.log_prob_chunk_mib",
+    "model.log_prob_chunk_tokens",  # of checkpoints from before chunks were measured in MiB
     "data.evaluation",
     "evaluation",
     "metrics",

@@ -81,7 +81,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
     RunSection: {"name": _NOT_EMPTY, "output_dir": _NOT_EMPTY, "seed": _SEED, "num_sample_prints": _AT_LEAST_0},
     ModelSection: {
         "path": _Rule("must name a folder with a Hugging Face checkpoint", lambda value: bool(value.strip())),
-        "log_prob_chunk_tokens": _AT_LEAST_1,
+        "log_prob_chunk_mib": _ABOVE_0,
     },
     DataSourceConfig: {
         "num_prompts": _AT_LEAST_1,

@@ -39,8 +39,10 @@ class ModelSection:
     are."""
     recompute: str = "none"
     """Activation recompute: none, selective (core attention only) or full (every layer)."""
-    log_prob_chunk_tokens: int = 512
-    """Tokens per chunk of the output layer when log-probs are computed; bounds the memory that logits take."""
+    log_prob_chunk_mib: float = 512.0
+    """MiB of float32 logits when log-probs are computed: so many tokens as this holds go through the output layer at a
+    time. Beside it an update holds their gradient: on a GPU half as much in bfloat16 and nothing in float32, on a CPU
+    as much again."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 Logits of 20,480 tokens over a vocabulary of 152,064 are 12 GB in float32, and more than twice that with their gradient.
 Here the output layer runs over chunks of tokens, forward and again in backward, on each rank's shard of the vocabulary;
-what the ranks exchange is four numbers a token.
+what the ranks exchange is four numbers a token. On CUDA, where Triton is installed, a chunk's logits are read once in
+each direction.
 
 Shapes: T tokens, H hidden size, V_local rows of the padded vocabulary on this tensor-parallel rank.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +23,14 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_fipo.parallel import logit_rows
+
 _ROWS_PER_PRODUCT = 16384
-"""Rows of the weight's gradient that one product adds to where it is summed in float32 from a lower precision."""
+"""Rows of the weight's gradient that one product adds to where float32 sums of a lower precision are taken on a CPU."""
+
+_ADDS_TO_MAIN_GRADIENT = ("cuda",)
+"""Devices on which the weight's gradient is summed in Megatron's own buffer. A sum of its own costs six bytes a weight
+there, and three passes over them; on a CPU it keeps the order, and so the last digits, that sums have always had."""
 
 
 def vocab_log_probs(
@@ -76,22 +85,17 @@ class _VocabLogProbs(torch.autograd.Function):
         first_row = tp_group.rank() * len(weight)
         rows = min(max(vocab_size - first_row, 0), len(weight))
         num_tokens = len(hidden)
-        maximum = torch.full((num_tokens,), -torch.inf, dtype=torch.float32, device=hidden.device)
-        # Rows: sum of e = exp(logit - max), sum of e * (logit - max), the label's logit. Differences from the maximum
-        # rather than logits, so that the entropy keeps its digits where logits are large.
-        sums = torch.zeros(3, num_tokens, dtype=torch.float32, device=hidden.device)
+        local_labels = labels - first_row
+        row_sums, _ = _row_functions(hidden)
+        # The rows of `row_sums`, against this rank's own maximum; moved to that of all ranks in the exchange.
+        sums = torch.zeros(4, num_tokens, dtype=torch.float32, device=hidden.device)
+        sums[0] = -torch.inf
         for start in range(0, num_tokens if rows else 0, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, num_tokens))
-            logits = _logits(hidden[chunk], weight[:rows], temperature)
-            is_here, local_labels = _local_labels(labels[chunk], first_row, rows)
-            maximum[chunk] = logits.amax(dim=-1)
-            sums[2, chunk] = torch.where(is_here, logits.gather(-1, local_labels[:, None]).squeeze(-1), 0.0)
-            # Against this rank's own maximum; moved to the maximum of all ranks in the exchange.
-            differences = logits.sub_(maximum[chunk, None])
-            exponentials = differences.exp()
-            sums[0, chunk] = exponentials.sum(dim=-1)
-            sums[1, chunk] = torch.linalg.vecdot(exponentials, differences)
-            del logits, differences, exponentials  # or they would live on beside the next chunk's
+            logits = _logits(hidden[chunk], weight[:rows])
+            sums[:, chunk] = row_sums(logits, local_labels[chunk], temperature)
+            del logits  # or it would live on beside the next chunk's
+        maximum, sums = sums[0], sums[1:]
         if tp_group.size() > 1:
             own_maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
@@ -103,58 +107,77 @@ class _VocabLogProbs(torch.autograd.Function):
         log_sum = sums[0].log()
         log_probs = sums[2] - maximum - log_sum
         entropy = log_sum - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, labels, maximum, log_sum, entropy)
-        ctx.settings = (first_row, rows, temperature, chunk_tokens)
+        ctx.save_for_backward(hidden, weight, local_labels, maximum, log_sum, entropy)
+        ctx.settings = (rows, temperature, chunk_tokens)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        log_prob_gradient, entropy_gradient = gradients
-        hidden, weight, labels, maximum, log_sum, entropy = ctx.saved_tensors
-        first_row, rows, temperature, chunk_tokens = ctx.settings
+        hidden, weight, local_labels, *of_tokens = ctx.saved_tensors
+        rows, temperature, chunk_tokens = ctx.settings
+        _, logit_gradient = _row_functions(hidden)
+        per_token = torch.stack([*of_tokens, *gradients])
         hidden_gradient = torch.zeros_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        main_gradient = _main_gradient(weight)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if main_gradient is None else main_gradient
         for start in range(0, len(hidden) if rows else 0, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, len(hidden)))
-            log_p = _logits(hidden[chunk], weight[:rows], temperature)
-            log_p.sub_(maximum[chunk, None]).sub_(log_sum[chunk, None])
-            p = log_p.exp()
-            # d log_prob / d logit_j = [j = label] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy).
-            gradient = log_p.add_(entropy[chunk, None]).mul_(-entropy_gradient[chunk, None])
-            gradient.sub_(log_prob_gradient[chunk, None]).mul_(p)
-            del p  # two copies of a chunk's logits are held, never more
-            is_here, local_labels = _local_labels(labels[chunk], first_row, rows)
-            at_label = torch.where(is_here, log_prob_gradient[chunk], 0.0)
-            gradient.scatter_add_(-1, local_labels[:, None], at_label[:, None])
-            gradient.div_(temperature)
-            in_dtype = gradient.to(hidden.dtype)
-            del log_p, gradient
-            hidden_gradient[chunk] = in_dtype @ weight[:rows]
-            _add_product(weight_gradient[:rows], in_dtype, hidden[chunk])
-            del in_dtype
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None
+            logits = _logits(hidden[chunk], weight[:rows])
+            gradient = logit_gradient(logits, local_labels[chunk], per_token[:, chunk], temperature, hidden.dtype)
+            del logits
+            hidden_gradient[chunk] = gradient @ weight[:rows]
+            _add_product(weight_gradient[:rows], gradient, hidden[chunk])
+            del gradient
+        for_autograd = weight_gradient.to(weight.dtype) if main_gradient is None else _already_added(weight)
+        return hidden_gradient, for_autograd, None, None, None, None, None
+
+
+def _row_functions(on: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """`row_sums` and `logit_gradient` for the tensor's device."""
+    if on.is_cuda and importlib.util.find_spec("triton") is not None:
+        from megatron_fipo.parallel import logit_rows_triton
+
+        return logit_rows_triton.triton_row_sums, logit_rows_triton.triton_logit_gradient
+    return logit_rows.row_sums, logit_rows.logit_gradient
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """float32 [tokens, rows]; a new tensor. On CUDA it is what the tensor cores summed up, never rounded in between."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return (hidden @ weight.t()).float()
+
+
+def _main_gradient(weight: Tensor) -> Tensor | None:
+    """float32 [V_local, H]: where Megatron's data-parallel wrapper sums this weight's gradient; None without one."""
+    main_gradient: Tensor | None = getattr(weight, "main_grad", None)
+    if main_gradient is None or weight.device.type not in _ADDS_TO_MAIN_GRADIENT:
+        return None
+    return main_gradient if main_gradient.dtype == torch.float32 else None
+
+
+def _already_added(weight: Tensor) -> Tensor | None:
+    """Tell Megatron that its buffer holds the gradient, and return what autograd is to hand on in its place.
+
+    Megatron's hook drops a gradient that is marked so, but wants one to be there where it overlaps communication. A
+    weight that is the embedding's too it marks with zero_out_wgrad, and adds whatever autograd brings: the embedding's
+    gradient, which no numbers of ours may join.
+    """
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return None if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total += gradient.T @ hidden, without a product as large as the weight.
+    """total += gradient.T @ hidden, in float32 and without a product as large as the weight.
 
     Args:
         total: float32 [rows, H]. gradient: [tokens, rows]. hidden: [tokens, H], of the gradient's dtype.
     """
     if total.dtype == hidden.dtype:
         total.addmm_(gradient.t(), hidden)
-        return
-    for start in range(0, len(total), _ROWS_PER_PRODUCT):
-        rows = slice(start, start + _ROWS_PER_PRODUCT)
-        total[rows].add_(gradient[:, rows].t() @ hidden)
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """float32 [tokens, rows]; a new tensor."""
-    return (hidden @ weight.t()).float().div_(temperature)
-
-
-def _local_labels(labels: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
-    """(whether each label is among this rank's rows, its row there or a harmless one)."""
-    local = labels - first_row
-    return (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))
+    elif total.is_cuda:
+        torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
+    else:
+        for start in range(0, len(total), _ROWS_PER_PRODUCT):
+            rows = slice(start, start + _ROWS_PER_PRODUCT)
+            total[rows].add_(gradient[:, rows].t() @ hidden)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, log_prob_chunk_tokens
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.preflight.hardware import GIB, GPUS, Gpu
 from megatron_fipo.preflight.parameters import StageParameters, layer_matrices, stage_parameters, whole_parameters
@@ -198,13 +198,14 @@ def _fp8_weights(config: Config, shape: ModelShape, part: StageParameters, gpu: 
 
 
 def _log_probs(config: Config, shape: ModelShape, part: StageParameters) -> float:
-    """Bytes that `parallel.vocab_log_probs` takes: two float32 copies of a chunk's logits and one in the model's dtype,
-    the output layer's gradient in float32 and in its dtype, hidden states and their gradient, gathered over tp."""
+    """Bytes that `parallel.vocab_log_probs` takes on a GPU: a chunk's logits in float32 and, unless that takes their
+    place, their gradient in the model's dtype; what stands for the output layer's gradient in autograd, since the
+    gradient itself is summed in Megatron's buffer; hidden states and their gradient, gathered over tp."""
     if not part.output_rows:
         return 0.0
     size = WEIGHT_BYTES[config.model.dtype]
     tokens = config.batch.max_tokens_per_microbatch / config.parallel.cp
-    chunk = min(config.model.log_prob_chunk_tokens, tokens)
-    logits = chunk * part.output_rows * (8 if size == 4 else 10)
-    gradient = part.output_rows * shape.hidden_size * (4 if size == 4 else 6)
+    chunk = min(log_prob_chunk_tokens(config.model.log_prob_chunk_mib, part.output_rows), tokens)
+    logits = chunk * part.output_rows * (4 if size == 4 else 4 + size)
+    gradient = part.output_rows * shape.hidden_size * size
     return logits + gradient + tokens * (2 * size * shape.hidden_size + 5 * 4)

@@ -162,7 +162,7 @@ def _largest_part(stage: StageMemory) -> str:
         "activations": "raise parallel.cp, set parallel.sequence_parallel=true or model.recompute=selective or full, "
         "or lower batch.max_tokens_per_microbatch",
         "fp8_weights": "set model.recompute=selective or full, or raise parallel.tp or pp",
-        "log_probs": "lower model.log_prob_chunk_tokens",
+        "log_probs": "lower model.log_prob_chunk_mib",
         "rollout_engine": "generate with servers (rollout.engine)",
     }
     name = max(remedies, key=lambda part: float(getattr(stage, part)))

@@ -28,6 +28,7 @@ from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
 from tests.models import load, save_random_model
 from tests.parallel.layouts import (
+    LOG_PROB_CHUNK_MIB,
     PAD_TOKEN,
     TEMPERATURE,
     Case,
@@ -82,7 +83,9 @@ def ranks() -> Iterator[ParallelGroups]:
 
 def config_for(folder: Path, dtype: str = "float32", fp8: str = "none") -> Config:
     config = config_of(Case("gpu", max_tokens=400), str(folder))
-    return replace(config, model=ModelSection(path=str(folder), dtype=dtype, fp8=fp8, log_prob_chunk_tokens=48))
+    return replace(
+        config, model=ModelSection(path=str(folder), dtype=dtype, fp8=fp8, log_prob_chunk_mib=LOG_PROB_CHUNK_MIB)
+    )
 
 
 def actor_log_probs(actor: Actor, config: Config, ranks: ParallelGroups) -> dict[int, Tensor]:

@@ -61,6 +61,9 @@ INFLUENCE_BOUND = 2e-5
 WEIGHT_BOUND = 1e-4
 """||difference|| / ||distance from the start||, over all weights, after all updates."""
 
+LOG_PROB_CHUNK_MIB = 3 / 128
+"""48 tokens over 128 rows, as many as a rank has of these models under any layout."""
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # Grouped-query attention, biases on q, k and v, output layer tied to the embedding.
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
@@ -95,7 +98,7 @@ def save_models(folder: Path) -> dict[str, str]:
 def config_of(case: Case, folder: str) -> Config:
     """The configuration of a case."""
     return Config(
-        model=ModelSection(path=folder, recompute=case.recompute, log_prob_chunk_tokens=48),
+        model=ModelSection(path=folder, recompute=case.recompute, log_prob_chunk_mib=LOG_PROB_CHUNK_MIB),
         rollout=RolloutSection(temperature=TEMPERATURE),
         objective=FipoConfig(
             half_life_tokens=8.0,

@@ -18,6 +18,7 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches
 from tests.models import load
 from tests.parallel.layouts import (
+    LOG_PROB_CHUNK_MIB,
     PAD_TOKEN,
     TEMPERATURE,
     Case,
@@ -46,7 +47,7 @@ def _config(folder: str, parallel: ParallelSection, *, distributed: bool, learni
     config = config_of(Case("", parallel=parallel, distributed=distributed), folder)
     return replace(
         config,
-        model=ModelSection(path=folder, dtype="bfloat16", log_prob_chunk_tokens=48),
+        model=ModelSection(path=folder, dtype="bfloat16", log_prob_chunk_mib=LOG_PROB_CHUNK_MIB),
         optimizer=replace(config.optimizer, learning_rate=learning_rate, weight_decay=0.0),
     )
 

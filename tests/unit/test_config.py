@@ -20,6 +20,7 @@ from megatron_fipo.config import (
     ConfigError,
     DataSourceConfig,
     load_config,
+    log_prob_chunk_tokens,
     microbatch_token_multiple,
     read_model_config,
     required_pad_multiple,
@@ -153,6 +154,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         ("data.train.chain.num_promts=3", "data.train.chain.num_promts", "Did you mean data.train.chain.num_prompts?"),
         ("data.evaluation.new.kin=jsonl", "data.evaluation.new.kin", "Did you mean data.evaluation.new.kind?"),
         ("train.learning_rate=1", "train.learning_rate", "Did you mean optimizer.learning_rate?"),
+        ("model.log_prob_chunk_tokens=512", "model.log_prob_chunk_tokens", "Did you mean model.log_prob_chunk_mib?"),
         ("temperatur=1", "temperatur", "Did you mean rollout.temperature or evaluation.temperature?"),
         ("train.xyzzy=1", "train.xyzzy", "Known here: num_steps, num_minibatches, num_epochs, resume."),
     ],
@@ -241,7 +243,7 @@ REFUSED = {
     "model.path=": "model.path=: must name a folder",
     "model.dtype=bfloat": "model.dtype=bfloat: must be one of float32, bfloat16. Did you mean bfloat16?",
     "model.recompute=some": "model.recompute=some: must be one of none, selective, full.",
-    "model.log_prob_chunk_tokens=0": "model.log_prob_chunk_tokens=0: must be at least 1.",
+    "model.log_prob_chunk_mib=0": "model.log_prob_chunk_mib=0.0: must be above 0 and finite.",
     "run.name=": "run.name=: must not be empty.",
     "run.seed=-1": "run.seed=-1: must be between 0 and 2**32 - 1.",
     "data.overlong_prompts=drop": "data.overlong_prompts=drop: must be one of error, skip.",
@@ -632,3 +634,20 @@ def test_every_key_has_a_docstring() -> None:
 def test_a_field_without_docstring_is_noticed() -> None:
     source = '@dataclass(frozen=True)\nclass A:\n    x: int = 1\n    """X."""\n    y: int = 2\n'
     assert undocumented_fields(source) == ["A.y"]
+
+
+@pytest.mark.parametrize(
+    ("chunk_mib", "rows", "tokens"),
+    [
+        (512.0, 152_064, 768),  # 882 fit
+        (512.0, 19_072, 6_912),  # 7,037 fit
+        (96.0, 49_152, 512),  # as many as fit
+        (0.25, 128, 512),
+        (64.0, 152_064, 96),  # 110 fit: whole tiles of 16
+        (4.0, 152_064, 6),
+        (0.1, 152_064, 1),
+    ],
+)
+def test_tokens_of_a_log_prob_chunk(chunk_mib: float, rows: int, tokens: int) -> None:
+    assert log_prob_chunk_tokens(chunk_mib, rows) == tokens
+    assert tokens == 1 or tokens * rows * 4 <= chunk_mib * 2**20

@@ -133,7 +133,8 @@ def test_stages_and_ranks_add_up(shape: Any, tied: bool) -> None:
 def test_memory_of_the_32b_recipe_by_hand() -> None:
     """What tests/unit/test_preflight_32b.py leaves out."""
     (stage,) = training_memory(with_servers(RECIPE), SHAPE_32B, 128)
-    logits = 512 * 19_072 * 10 + 19_072 * 5120 * 6 + 11_264 * (4 * 5120 + 20)
+    # 512 MiB hold 7,037 tokens of 19,072 float32 logits, in whole tiles 6,912; their gradient is in bfloat16.
+    logits = 6_912 * 19_072 * 6 + 19_072 * 5120 * 2 + 11_264 * (4 * 5120 + 20)
     assert stage.log_probs * GIB == pytest.approx(logits)
     parts = stage.weights + stage.gradients + stage.optimizer + stage.activations + stage.log_probs
     assert stage.training == pytest.approx(parts + RESERVE_GIB + SERVER_RESIDUE_GIB)

@@ -23,7 +23,8 @@ def test_nothing_changed() -> None:
 
 @pytest.mark.parametrize("override", ["parallel.cp=1", "train.num_steps=99", "run.output_dir=elsewhere",
     "batch.max_tokens_per_microbatch=99999", "evaluation.temperature=0.5", "checkpoint.keep_last=7",
-    "data.evaluation.held_out.num_prompts=3", "model.recompute=full"])  # fmt: skip
+    "data.evaluation.held_out.num_prompts=3", "model.recompute=full",
+    "model.log_prob_chunk_mib=64.0"])  # fmt: skip
 @pytest.mark.parametrize("is_mid_step", [False, True])
 def test_what_leaves_the_numbers_alone_is_shown(override: str, is_mid_step: bool) -> None:
     check = check_resume(asdict(config()), config(override), is_mid_step=is_mid_step)
@@ -80,3 +81,13 @@ def test_a_key_that_a_newer_version_adds_is_shown() -> None:
     del before["rollout"]["top_p"]
     check = check_resume(before, config(), is_mid_step=False)
     assert check.shown == ("rollout.top_p: (not there) -> 1.0",)
+
+
+def test_a_checkpoint_whose_chunks_were_counted_in_tokens_goes_on_mid_step() -> None:
+    before = asdict(config())
+    del before["model"]["log_prob_chunk_mib"]
+    before["model"]["log_prob_chunk_tokens"] = 512
+    check = check_resume(before, config(), is_mid_step=True)
+    assert check.refused == ()
+    assert check.same_numbers
+    assert len(check.shown) == 2
