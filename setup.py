@@ -40,8 +40,12 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        # Neither Transformer Engine nor servers are extras: the one must be compiled against the torch that is there,
-        # the others need a torch of their own. tools/engines/trainer_gpu.py and tools/engines/install.py install them.
+        # These three say what works; tools/engines/trainer_gpu.py and tools/engines/install.py install it. Transformer
+        # Engine must be compiled against the torch that is there (pip's --no-build-isolation, which no extra can ask
+        # for), and the servers' torch is another one than the trainer's, so each has an environment of its own.
+        "gpu": ["transformer-engine[pytorch,core_cu13]>=2.20,<3"],
+        "sglang": ["sglang>=0.5.21"],
+        "vllm": ["vllm>=0.32"],
         "slurm": ["nemo-run==0.11.1", "leptonai<0.28"],
         "wandb": ["wandb>=0.19"],
         "smollm2": ["gguf>=0.17", "accelerate>=1.10"],
