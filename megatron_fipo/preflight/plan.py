@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, server_device_problems
 from megatron_fipo.convert.hf_config import ModelShape, model_shape
 from megatron_fipo.preflight.findings import (
     FAILS,
@@ -84,6 +84,7 @@ def make_plan(
         *_memory_findings(config, shape, gpu, stages, server, rollout),
         *_peak_findings(gpu, moments),
         *(Finding(FAILS, text) for text in start_problems(config, gpu, rollout)),
+        *(Finding(FAILS, text) for text in server_device_problems(config, "cuda") if config.servers.device != "cpu"),
         *(Finding(WARNS, text) for text in placement_problems(config, rollout, world_size, gpus_per_node)),
         *batch_findings(config, batch),
         *objective_findings(config, model_config),

@@ -564,3 +564,12 @@ def test_only_warnings_leave_the_verdict_alone() -> None:
     plan = make_plan(once, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
     assert WARNS in levels(plan.findings)
     assert plan.fits
+
+
+@pytest.mark.parametrize(("method", "levels"), [("tensor", [FAILS]), ("distributed", [])])
+def test_servers_that_weights_cannot_reach_fail_where_there_are_gpus(method: str, levels: list[str]) -> None:
+    """No rank of the trainer is on a dedicated server's GPU, so none can share memory with it."""
+    servers = ServersSection(tp=4, placement="dedicated", gpus=[4, 5, 6, 7], weight_sync=method)
+    config = replace(with_servers(RECIPE), servers=servers)
+    plan = make_plan(config, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
+    assert [finding.level for finding in plan.findings if "weight_sync=tensor" in finding.text] == levels
