@@ -11,11 +11,12 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor, nn
 
 from benchmarks.evidence import machine
@@ -44,7 +45,9 @@ from megatron_fipo.rl.types import Group, PackedBatch, Prompt, Sample
 PAD_TOKEN = 0
 LOGIT_STD = 4.0
 """Of random logits: the largest of 152,064 is then about 18, as a trained model's, where bfloat16 steps by 0.125."""
-_MATRIX_STD = 0.02
+_GAIN, _RESIDUAL_GAIN = 0.6, 6.0
+"""Of matrices, as multiples of 1 / sqrt(inputs): Qwen2.5's own 0.02, and more for those that write into the residual.
+With tied embeddings a token would otherwise predict itself, for certain, and no other number would mean a thing."""
 _DRIFT = 0.02
 """Of a token's log-prob between old and current policy, so that Future-KL and clipping have something to do."""
 
@@ -85,7 +88,7 @@ class Size:
             "hidden_act": "silu",
             "eos_token_id": 1,
             "pad_token_id": PAD_TOKEN,
-            "initializer_range": _MATRIX_STD,
+            "initializer_range": 0.02,
             "torch_dtype": "bfloat16",
         }
 
@@ -157,13 +160,16 @@ def config_for(
     recompute: str = "none",
     fp8: str = "none",
     parallel: ParallelSection | None = None,
+    **model: str,
 ) -> Config:
     """The configuration of an actor that trains on one microbatch at a time, beside servers on other GPUs."""
     longest = max(packing.lengths)
     multiple = packing.pad_multiple or 1
     tokens = -(-max(packing.padded, longest) // 4096) * 4096 if fp8 != "none" else packing.padded
     return Config(
-        model=ModelSection(path=folder, dtype="bfloat16", fp8=fp8, recompute=recompute),
+        model=ModelSection(
+            path=folder, dtype="bfloat16", fp8=fp8, recompute=recompute, **(_layer_choice() | model)  # type: ignore
+        ),
         rollout=RolloutSection(engine="sglang", max_prompt_tokens=max(longest // 16, 1), max_response_tokens=longest),
         servers=ServersSection(placement="dedicated"),
         train=TrainSection(num_minibatches=1),
@@ -172,6 +178,12 @@ def config_for(
             max_tokens_per_microbatch=tokens, pad_multiple=None if multiple == 1 else multiple
         ),
     )
+
+
+def _layer_choice() -> dict[str, str]:
+    """Where Transformer Engine is not, Megatron's layers have to be asked for before they take long sequences."""
+    has_key = "transformer_engine" in {field.name for field in fields(ModelSection)}
+    return {"transformer_engine": "off"} if has_key and not HAVE_TE else {}
 
 
 @contextmanager
@@ -203,7 +215,8 @@ def _fill(parameter: nn.Parameter, name: str, seed: int, tp_rank: int) -> None:
     elif "embedding" in name or "output_layer" in name:
         parameter.normal_(0.0, LOGIT_STD / parameter.shape[1] ** 0.5, generator=generator)
     else:
-        parameter.normal_(0.0, _MATRIX_STD, generator=generator)
+        gain = _RESIDUAL_GAIN if "linear_proj" in name or "linear_fc2" in name else _GAIN
+        parameter.normal_(0.0, gain / parameter.shape[1] ** 0.5, generator=generator)
 
 
 def build_actor(config: Config, ranks: ParallelGroups) -> Actor:

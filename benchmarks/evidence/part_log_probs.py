@@ -98,12 +98,9 @@ def whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor
 
 def _verl() -> LogProbs:
     """verl's Triton kernels, which have the same contract: entropy, temperature, a tensor-parallel group."""
-    from verl.utils.kernel import linear_cross_entropy as module  # type: ignore[import-not-found]
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
-    function = getattr(module, "linear_cross_entropy", None) or module.LinearCrossEntropy.apply
-    if not callable(function):
-        function = function.linear_cross_entropy
-    return lambda hidden, weight, labels: function(hidden, weight, labels, 1.0, "none", None)
+    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, 1.0, "none", None)
 
 
 def _cut_cross_entropy() -> LogProbs:
@@ -179,7 +176,7 @@ def run_case(name: str, group: ProcessGroup, settings: Settings) -> dict[str, An
         "chunk_tokens": case.chunk,
         "forward_ms": round(forward_ms, 3),
         "backward_ms": round(both_ms - forward_ms, 3),
-        "extra_gib": gib(peak.extra_bytes - own),
+        "extra_gib": gib(max(peak.extra_bytes - own, 0)),
         "tflop_per_s": round(6 * case.tokens * rows * hidden_size / both_ms / 1e9, 4),
         **errors,
         "clock_sm_mhz": machine.sm_clock_mhz(settings.device),

@@ -138,6 +138,8 @@ PROMISED: dict[str, dict[str, str]] = {
         "equal": FLAG,
         "differing_tokens": NUMBER,
         "max_difference": NUMBER,
+        "equal_in_eval_mode": FLAG,
+        "max_difference_in_eval_mode": NUMBER,
         "equal_in_train_mode": FLAG,
         "max_difference_in_train_mode": NUMBER,
         "equal_when_repeated": FLAG,
