@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,15 @@ sys.path.insert(0, str(ROOT))  # this checkout's packages, wherever the script i
 
 from benchmarks.evidence import schema  # noqa: E402
 from benchmarks.evidence.report import (  # noqa: E402
-    DONE, FAILED, PARTS, PENDING, RUNNING, SIZES, SKIPPED, Report, Settings,
+    DONE,
+    FAILED,
+    PARTS,
+    PENDING,
+    RUNNING,
+    SIZES,
+    SKIPPED,
+    Report,
+    Settings,
 )  # fmt: skip
 from benchmarks.evidence.worker import EXIT_START_AGAIN, run_part  # noqa: E402
 
@@ -69,10 +78,16 @@ def main() -> int:
 def _set_environment(device: str) -> None:
     """For this process and all that it starts."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's advice, before CUDA starts
+    os.environ["KINETO_LOG_LEVEL"] = "5"  # its remarks at each start and stop would hide the progress
     if device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    else:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's advice, before CUDA starts
+
+
+def _has_gpu() -> bool:
+    """Asked in a process that ends: this one must not start CUDA."""
+    command = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def _run(settings: Settings) -> bool:

@@ -183,6 +183,8 @@ def profile(function: Callable[[], object], device: str) -> Profile:
         stream_synchronizes=counts.get("cudaStreamSynchronize", 0),
         device_to_host_copies=sum(event.count for event, _ in ran if event.key.startswith("Memcpy DtoH")),
         scalar_reads=counts.get("aten::_local_scalar_dense", 0),
-        attention_kernels=sorted({name[:160] for name in names if _ATTENTION.search(name)}) if device == "cuda" else None,
+        attention_kernels=sorted({name[:160] for name in names if _ATTENTION.search(name)})
+        if device == "cuda"
+        else None,
         counts=counts,
     )

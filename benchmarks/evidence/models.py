@@ -111,7 +111,7 @@ def size_of(name: str, tiny: bool) -> Size:
     if not tiny:
         return size
     built = (1, 2) if len(size.built) > 1 else (2,)
-    return replace(size, hidden=64, intermediate=128, layers=3, heads=4, groups=2, vocab=384, built=built)
+    return replace(size, hidden=64, intermediate=128, layers=3, heads=8, groups=4, vocab=384, built=built)
 
 
 @dataclass(frozen=True)
@@ -168,19 +168,21 @@ def config_for(
     tokens = -(-max(packing.padded, longest) // 4096) * 4096 if fp8 != "none" else packing.padded
     return Config(
         model=ModelSection(
-            path=folder, dtype="bfloat16", fp8=fp8, recompute=recompute, **(_layer_choice() | model)  # type: ignore
+            path=folder,
+            dtype="bfloat16",
+            fp8=fp8,
+            recompute=recompute,
+            **(layer_choice() | model),  # type: ignore
         ),
         rollout=RolloutSection(engine="sglang", max_prompt_tokens=max(longest // 16, 1), max_response_tokens=longest),
         servers=ServersSection(placement="dedicated"),
         train=TrainSection(num_minibatches=1),
         parallel=parallel or ParallelSection(),
-        batch=BatchSection(
-            max_tokens_per_microbatch=tokens, pad_multiple=None if multiple == 1 else multiple
-        ),
+        batch=BatchSection(max_tokens_per_microbatch=tokens, pad_multiple=None if multiple == 1 else multiple),
     )
 
 
-def _layer_choice() -> dict[str, str]:
+def layer_choice() -> dict[str, str]:
     """Where Transformer Engine is not, Megatron's layers have to be asked for before they take long sequences."""
     has_key = "transformer_engine" in {field.name for field in fields(ModelSection)}
     return {"transformer_engine": "off"} if has_key and not HAVE_TE else {}

@@ -123,7 +123,9 @@ VARIANTS: dict[str, Variant] = {
 
 
 def case_names(settings: Settings) -> list[str]:
-    return [f"{size}: {name}" for size in settings.sizes or ("0.5b",) for name in (BASE, SAME_MODE, *list(VARIANTS)[1:])]
+    return [
+        f"{size}: {name}" for size in settings.sizes or ("0.5b",) for name in (BASE, SAME_MODE, *list(VARIANTS)[1:])
+    ]
 
 
 def prepared(settings: Settings) -> AbstractContextManager[Workbench]:

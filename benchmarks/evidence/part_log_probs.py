@@ -86,7 +86,14 @@ def ours(group: ProcessGroup, chunk_tokens: int, hidden: Tensor, weight: Tensor,
     elif "chunk_bytes" in parameters:
         chunk = {"chunk_bytes": chunk_tokens * len(weight) * 4}
     return vocab_log_probs(
-        hidden, weight, labels, vocab_size=len(weight), temperature=1.0, tp_group=group, sequence_parallel=False, **chunk
+        hidden,
+        weight,
+        labels,
+        vocab_size=len(weight),
+        temperature=1.0,
+        tp_group=group,
+        sequence_parallel=False,
+        **chunk,
     )
 
 

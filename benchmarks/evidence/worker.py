@@ -19,15 +19,19 @@ _REASON_CHARACTERS = 3000
 
 def run_part(settings: Settings) -> None:
     """Run the cases that are pending. Ends the process with EXIT_START_AGAIN where another one has to go on."""
+    from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
+
+    # isort: split
     import torch
 
     from benchmarks.evidence import machine
-    from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
     from megatron_fipo.parallel import cpu
+    from megatron_fipo.parallel.device_memory import prefer_expandable_segments
 
     if settings.device == "cpu":
         torch.set_num_threads(1)
     cpu.install()
+    prefer_expandable_segments()  # as training does
     part = importlib.import_module(f"benchmarks.evidence.part_{settings.part}")
     report = Report.read(settings.path)
     if report.content["hardware"] is None:
