@@ -1,6 +1,6 @@
 """All the evidence that one GPU can give: speed, memory and exactness of every part, as JSON.
 
-    python benchmarks/gpu_evidence.py PART [SIZE ...] --out DIR [--device cpu --tiny]
+    python benchmarks/gpu_evidence.py PART[,PART ...] [SIZE ...] --out DIR [--device cpu --tiny]
 
 PART is one of tests, future_kl, log_probs, actor, fp8, ablate, memory, sync, cluster, or all. benchmarks/README.md says
 what each measures and in which order to run them. Each writes DIR/PART.json anew after every case. A case that fails is
@@ -42,19 +42,23 @@ _PRELOAD = ("megatron_fipo.quiet", "megatron_fipo.actor.actor", "benchmarks.evid
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=(*PARTS, "all"))
+    parser.add_argument("parts", metavar="PART", help=f"of {', '.join(PARTS)}, comma-separated, or all")
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)}: actor, fp8, ablate, memory")
     parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes that show that the script works, and nothing else")
-    parser.add_argument("--budget-s", type=float, default=440.0, help="no case begins later; default: %(default)s")
+    parser.add_argument(
+        "--budget-s", type=float, default=440.0, help="of a part; no case begins later; default: %(default)s"
+    )
     parser.add_argument("--world-size", type=int, default=0, help="ranks of cluster; default: all GPUs, or 2 on a CPU")
     parser.add_argument("--server-python", help="interpreter with SGLang, for the colocated case of cluster")
     arguments = parser.parse_args()
     if unknown := set(arguments.sizes) - set(SIZES):
         parser.error(f"size {sorted(unknown)[0]} is not known; known are {', '.join(SIZES)}")
     _set_environment(arguments.device)
-    parts = PARTS if arguments.part == "all" else (arguments.part,)
+    parts = PARTS if arguments.parts == "all" else tuple(arguments.parts.split(","))
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"part {sorted(unknown)[0]} is not known; known are {', '.join(PARTS)}, all")
     is_whole = True
     for part in parts:
         settings = Settings(

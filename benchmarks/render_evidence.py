@@ -34,9 +34,7 @@ def main() -> int:
             print(text, end="")
         else:
             if unfit := [content["name"] for content in reports if not rendering.is_evidence(content)]:
-                raise ValueError(
-                    f"{', '.join(unfit)}: measured on a CPU or at tiny shapes, which is no evidence of a GPU."
-                )
+                raise ValueError(f"{', '.join(unfit)}: measured on a CPU or at tiny shapes, no evidence of a GPU.")
             arguments.into.write_text(replaced(arguments.into.read_text(encoding="utf-8"), text), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"render_evidence.py: {error}", file=sys.stderr)

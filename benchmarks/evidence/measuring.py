@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,9 @@ class Profile:
     device_to_host_copies: int
     scalar_reads: int
     attention_kernels: list[str] | None
-    counts: dict[str, int] = field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "counts"}
+        return dict(vars(self))
 
     def kernel_ms(self, pattern: str) -> float:
         """Of the kernels among the top whose names match."""
@@ -177,14 +176,12 @@ def profile(function: Callable[[], object], device: str) -> Profile:
     ran = sorted(ran, key=lambda pair: -pair[1])
     top = [{"name": event.key[:160], "calls": event.count, "ms": round(us / 1e3, 4)} for event, us in ran[:NUM_KERNELS]]
     names = [event.key for event, _ in ran]
+    attention = sorted({name[:160] for name in names if _ATTENTION.search(name)})
     return Profile(
         top_kernels=top,
         kernels_ms=round(sum(us for _, us in ran) / 1e3, 4) if device == "cuda" else None,
         stream_synchronizes=counts.get("cudaStreamSynchronize", 0),
         device_to_host_copies=sum(event.count for event, _ in ran if event.key.startswith("Memcpy DtoH")),
         scalar_reads=counts.get("aten::_local_scalar_dense", 0),
-        attention_kernels=sorted({name[:160] for name in names if _ATTENTION.search(name)})
-        if device == "cuda"
-        else None,
-        counts=counts,
+        attention_kernels=attention if device == "cuda" else None,
     )

@@ -123,9 +123,8 @@ VARIANTS: dict[str, Variant] = {
 
 
 def case_names(settings: Settings) -> list[str]:
-    return [
-        f"{size}: {name}" for size in settings.sizes or ("0.5b",) for name in (BASE, SAME_MODE, *list(VARIANTS)[1:])
-    ]
+    names = (BASE, SAME_MODE, *(name for name in VARIANTS if name != BASE))
+    return [f"{size}: {name}" for size in settings.sizes or ("0.5b",) for name in names]
 
 
 def prepared(settings: Settings) -> AbstractContextManager[Workbench]:

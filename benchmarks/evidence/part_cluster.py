@@ -63,9 +63,8 @@ def prepared(settings: Settings) -> Iterator[Path]:
 def run_case(name: str, folder: Path, settings: Settings) -> dict[str, Any]:
     world_size = _world_size(settings)
     if settings.device == "cuda" and not 2 <= world_size <= torch.cuda.device_count():
-        raise SkipCase(
-            f"{world_size} ranks need 2 CUDA devices or more, one each; there are {torch.cuda.device_count()}"
-        )
+        there = torch.cuda.device_count()
+        raise SkipCase(f"{world_size} ranks: 2 or more are needed, each with a CUDA device, and there are {there}")
     if name == "collectives":
         parallel = _layouts(settings)[f"tp{world_size // 2} cp2"]
         rates = _run(cluster_ranks.collectives, settings, parallel)[0]

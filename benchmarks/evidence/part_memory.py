@@ -88,7 +88,7 @@ def _empty_cache() -> dict[str, float]:
 
 
 def _left_on_device() -> dict[str, float | None]:
-    """In use by tensors, held by the allocator, and taken on the whole device, contexts and other processes included."""
+    """Used by tensors, held by the allocator, and taken on the whole device, by contexts and other processes too."""
     free, total = torch.cuda.mem_get_info()
     numbers = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), total - free)
     return {name: gib(number) for name, number in zip(_LEFT, numbers, strict=True)}

@@ -27,7 +27,7 @@ _AGAINST_BASE: tuple[Column, ...] = (
     ("gradient norm × base", "grad_norm_ratio", ".4f"),
 )
 TABLES: dict[str, tuple[Column, ...]] = {
-    "test_file": (("passed", "passed", "d"), ("failed", "failed", "d"), ("errors", "errors", "d"), ("skipped", "skipped", "d")),
+    "test_file": tuple((name, name, "d") for name in ("passed", "failed", "errors", "skipped")),
     "suffix_sum": (
         ("call, ms", "call_ms", ".3f"),
         ("kernels, ms", "kernels_ms", ".3f"),

@@ -1,4 +1,4 @@
-"""What every part with an actor starts from: process groups of one rank, a temporary folder, and what was seen so far."""
+"""What every part with an actor starts from: process groups of one rank, a temporary folder, what was seen so far."""
 
 from __future__ import annotations
 
