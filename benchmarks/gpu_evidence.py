@@ -32,18 +32,18 @@ from benchmarks.evidence.report import (  # noqa: E402
     SKIPPED,
     Report,
     Settings,
-)  # fmt: skip
+)
 from benchmarks.evidence.worker import EXIT_START_AGAIN, run_part  # noqa: E402
 
 GRACE_S = 40.0
 """So long after the budget has been used up, the case that still runs is ended."""
-_PRELOAD = ("megatron_fipo.quiet", "megatron_fipo.actor.actor", "benchmarks.evidence.models")
+_PRELOAD = ("megatron_fipo.certify.preload", "benchmarks.evidence.models")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", metavar="PART", help=f"of {', '.join(PARTS)}, comma-separated, or all")
-    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)}: actor, fp8, ablate, memory")
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)}, for the parts with an actor")
     parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes that show that the script works, and nothing else")
@@ -59,6 +59,12 @@ def main() -> int:
     parts = PARTS if arguments.parts == "all" else tuple(arguments.parts.split(","))
     if unknown := set(parts) - set(PARTS):
         parser.error(f"part {sorted(unknown)[0]} is not known; known are {', '.join(PARTS)}, all")
+    if arguments.device == "cuda" and not _has_gpu():
+        print(
+            "gpu_evidence.py: there is no CUDA device. --device cpu --tiny shows that the script works.",
+            file=sys.stderr,
+        )
+        return 2
     is_whole = True
     for part in parts:
         settings = Settings(

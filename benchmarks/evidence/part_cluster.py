@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _QUICKSTART = ROOT / "examples" / "quickstart"
 _STEPS = 2
 _SERVER_LAYERS = 4
-_PRELOAD = ("megatron_fipo.quiet", "benchmarks.evidence.cluster_ranks")
+_PRELOAD = ("megatron_fipo.certify.preload", "benchmarks.evidence.cluster_ranks")
 
 
 def _world_size(settings: Settings) -> int:
