@@ -30,6 +30,7 @@ from benchmarks.evidence.report import (  # noqa: E402
     RUNNING,
     SIZES,
     SKIPPED,
+    WITH_SIZES,
     Report,
     Settings,
 )
@@ -69,7 +70,7 @@ def main() -> int:
     for part in parts:
         settings = Settings(
             part=part,
-            sizes=tuple(arguments.sizes),
+            sizes=tuple(arguments.sizes) if part in WITH_SIZES else (),
             device=arguments.device,
             tiny=arguments.tiny,
             out=arguments.out.resolve(),

@@ -208,7 +208,7 @@ def _errors(function: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) 
     return {
         "max_log_prob_error": float(apart.max()),
         "mean_log_prob_error": float(apart.mean()),
-        "max_entropy_error": None if entropy is None else float((entropy.double() - exact_entropy).abs().max()),
+        "max_entropy_error": None if entropy is None else float((entropy.detach().double() - exact_entropy).abs().max()),
         "hidden_gradient_error": relative[0],
         "weight_gradient_error": relative[1],
     }

@@ -16,7 +16,8 @@ PARTS = ("tests", "future_kl", "log_probs", "actor", "fp8", "ablate", "memory", 
 """All parts, by the module `part_NAME` that holds each."""
 
 SIZES = ("0.5b", "1.5b", "7b")
-"""Models that parts with an actor know."""
+WITH_SIZES = ("actor", "fp8", "ablate", "memory", "sync")
+"""Parts that are asked for some sizes, or take their own choice."""
 
 PENDING, RUNNING, DONE, SKIPPED, FAILED = "pending", "running", "done", "skipped", "failed"
 
