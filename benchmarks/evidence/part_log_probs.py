@@ -201,6 +201,9 @@ def _errors(function: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) 
     with torch.no_grad():  # the whole batch's rows must be those of the few
         of_whole = function(hidden, weight, labels)[0][::step]
     apart = (of_whole.double() - exact_log_probs).abs()
+    entropy_error = None
+    if entropy is not None:
+        entropy_error = float((entropy.detach().double() - exact_entropy).abs().max())
     relative = [
         float((found.double() - exact).norm() / exact.norm())
         for found, exact in zip(gradients, exact_gradients, strict=True)
@@ -208,7 +211,7 @@ def _errors(function: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) 
     return {
         "max_log_prob_error": float(apart.max()),
         "mean_log_prob_error": float(apart.mean()),
-        "max_entropy_error": None if entropy is None else float((entropy.detach().double() - exact_entropy).abs().max()),
+        "max_entropy_error": entropy_error,
         "hidden_gradient_error": relative[0],
         "weight_gradient_error": relative[1],
     }
