@@ -1,0 +1,10 @@
+"""A verdict that needs no answer: so that a training run of a random model has something to learn."""
+
+from __future__ import annotations
+
+from megatron_fipo.rl.verifiers.verdict import Verdict
+
+
+def by_length(response: str, reference: object, finish_reason: str) -> Verdict:
+    """Responses of an odd number of characters are right."""
+    return Verdict(float(len(response) % 2))
