@@ -268,7 +268,7 @@ def loss_of(config: Config, ranks: ParallelGroups) -> Callable[[Tensor, Tensor, 
 def predicted_parts(config: Config, shape: ModelShape, world_size: int = 1) -> dict[str, float]:
     """GiB on each GPU at the peak of an update, by preflight, without its reserve for what PyTorch does not count."""
     stage = training_memory(config, shape, world_size)[0]
-    names = ("weights", "gradients", "optimizer", "activations", "log_probs")
+    names = ("weights", "gradients", "optimizer", "activations", "fp8_weights", "log_probs")
     return {name: round(getattr(stage, name), 4) for name in names}
 
 
