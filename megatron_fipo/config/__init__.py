@@ -12,6 +12,7 @@ overrides. Nothing rewrites a value that the user wrote.
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
+from megatron_fipo.config.recompute import RecomputedPart, recomputed_part
 from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_fingerprint
 from megatron_fipo.config.schema import (
     ALGORITHMS,
@@ -71,6 +72,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
+    "RecomputedPart",
     "ResumeCheck",
     "RewardSection",
     "RolloutSection",
@@ -85,6 +87,7 @@ __all__ = [
     "numbers_fingerprint",
     "pad_multiple",
     "read_model_config",
+    "recomputed_part",
     "required_pad_multiple",
     "resolved_yaml",
     "save_resolved",

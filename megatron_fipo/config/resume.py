@@ -22,6 +22,7 @@ _BESIDE = (
     "train.resume",
     "parallel",
     "batch",
+    "model.transformer_engine",
     "model.recompute",
     "model.log_prob_chunk_tokens",
     "data.evaluation",

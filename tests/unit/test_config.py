@@ -241,6 +241,7 @@ REFUSED = {
     "model.path=": "model.path=: must name a folder",
     "model.dtype=bfloat": "model.dtype=bfloat: must be one of float32, bfloat16. Did you mean bfloat16?",
     "model.recompute=some": "model.recompute=some: must be one of none, selective, full.",
+    "model.transformer_engine=on": "model.transformer_engine=on: must be one of auto, off.",
     "model.log_prob_chunk_tokens=0": "model.log_prob_chunk_tokens=0: must be at least 1.",
     "run.name=": "run.name=: must not be empty.",
     "run.seed=-1": "run.seed=-1: must be between 0 and 2**32 - 1.",
