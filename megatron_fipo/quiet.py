@@ -12,7 +12,8 @@ for _message in (
     r".*torch\.distributed\.\w+` is deprecated",  # Megatron's calls; the new names are not in every supported torch
     r"The \.grad attribute of a Tensor that is not a leaf",  # Megatron's optimizer asks every parameter
     r"full scope is deprecated",  # Megatron's own default
-    r"If you are using transformer_engine as the transformer implementation",  # with recompute, used or not
+    r"fp8_autocast is deprecated",  # Megatron's call, in every block
+    r"Using deprecated internal API from Transformer Engine",  # Megatron's import
 ):
     warnings.filterwarnings("ignore", message=_message)
 # One progress bar for every load and save of a model would tear the run's own apart.

@@ -19,8 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
+from megatron_fipo import (
+    cuda_start,  # noqa: F401 - before the packages that start CUDA
+    quiet,  # noqa: F401 - before the packages that it silences
+)
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
+from megatron_fipo.actor.backend import layers_in_use
 from megatron_fipo.actor.checkpoint import CheckpointError
 from megatron_fipo.config import (
     Config,
@@ -421,7 +425,9 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
     trainer = None
     try:
         trainer = Trainer(config, ranks, console)
-        console.banner(ranks.world.size(), {"parameters": f"{trainer.actor.num_parameters / 1e6:.2f} M on each rank"})
+        facts = {"parameters": f"{trainer.actor.num_parameters / 1e6:.2f} M on each rank"}
+        facts["layers"] = layers_in_use(config.model, trainer.actor.shape.head_dim)
+        console.banner(ranks.world.size(), facts)
         for warning in warnings:
             console.warning(warning)
         trainer.run()

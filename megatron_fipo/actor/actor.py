@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_fipo.actor.backend import check_layers
+from megatron_fipo.actor.data_parallel import wrap_chunks
 from megatron_fipo.actor.model import build_model, packed_sequence_params, transformer_config, unwrap
 from megatron_fipo.actor.offload import StorageOffload
 from megatron_fipo.actor.precision import check_fp8
@@ -84,21 +85,17 @@ class Actor:
         """Build the model in the config's layout and load its weights.
 
         Raises:
-            ValueError: if model.path does not hold a whole supported checkpoint, or model.fp8 is not for this GPU.
+            ValueError: if model.path does not hold a whole supported checkpoint, model.fp8 is not for this GPU, or
+                Transformer Engine is missing where it matters.
         """
         check_fp8(config.model.fp8)
+        check_layers(config)
         self.groups = groups
         self._config = config
         self.shape = read_model_shape(config.model.path)
         chunks = self._load_chunks()
         model_config = transformer_config(self.shape, config.model, config.parallel)
-        ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=True
-        )
-        self._chunks: list[nn.Module] = [
-            DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(chunks)
-        ]
+        self._chunks = wrap_chunks(chunks, model_config, config, groups)
         self.optimizer = self._build_optimizer()
         self._scheduler = self._build_scheduler()
         self._reference = self._load_chunks() if config.objective.kl_coefficient else None
@@ -172,7 +169,7 @@ class Actor:
         """
         if torch.cuda.is_available():
             now = StorageOffload(self._lasting_tensors(), self._gradient_buffers())
-            if self._offload is None or self._offload.num_bytes != now.num_bytes:  # Adam's state came into being
+            if self._offload is None or not self._offload.is_of_same_storages(now):  # Adam's state came into being
                 self._offload = now
             self._offload.offload()
 
@@ -254,7 +251,7 @@ class Actor:
     ) -> list[Any]:
         """Megatron's schedule over the microbatches; what `on_hidden` returned for each, where the pipeline ends."""
         for chunk in chunks:
-            chunk.train(not forward_only)
+            chunk.train()  # also for log-probs: nothing is random, and only so they are sure to be the update's own
         iterators = [iter(microbatches) for _ in chunks]
         num_tokens = int(microbatches[0].cu_seqlens_padded[-1])
         return get_forward_backward_func()(

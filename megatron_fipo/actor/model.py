@@ -8,7 +8,7 @@ Shapes: T packed tokens of a microbatch, T_local = T / cp, H hidden size.
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_fipo.actor.backend import uses_transformer_engine
 from megatron_fipo.actor.precision import fp8_options
-from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.config import ModelSection, ParallelSection, RecomputedPart, recomputed_part
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.parallel.cp_attention import ContextParallelAttention
 from megatron_fipo.parallel.groups import ParallelGroups, is_stage_edge
@@ -54,22 +55,28 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
-def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Whether layers are Transformer Engine's: it needs CUDA, and half precision to attend to packed sequences."""
-    is_installed = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    return is_installed and dtype == torch.bfloat16
+_RECOMPUTE: dict[RecomputedPart, dict[str, Any]] = {
+    "nothing": {},
+    "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "layer": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def transformer_config(shape: ModelShape, model: ModelSection, parallel: ParallelSection) -> TransformerConfig:
     """Megatron's configuration of the model. Gradients are normalised per token, once, over the whole minibatch."""
+    part = recomputed_part(model, on_gpu=torch.cuda.is_available())
+    with warnings.catch_warnings():
+        if part == "core_attn":  # Megatron warns of it for fused attention, where it is never asked for here
+            warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
+        return _transformer_config(shape, model, parallel, **_RECOMPUTE[part], **fp8_options(model.fp8))
+
+
+def _transformer_config(
+    shape: ModelShape, model: ModelSection, parallel: ParallelSection, **options: Any
+) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[model.dtype]
-    choices: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
-    recompute = choices[model.recompute]
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -104,15 +111,16 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
         # gloo has no batched point-to-point, and interleaving over it corrupts outputs that are deallocated.
         batch_p2p_comm=on_gpu,
         deallocate_pipeline_outputs=on_gpu,
-        # Fused kernels are CUDA's, or need Apex or Transformer Engine.
+        # Fused kernels are CUDA's, or need Apex or Transformer Engine. The latter's RoPE is one kernel for all
+        # sequences, with angles in float32; Megatron's own reads lengths from the device and goes through sequences.
+        # Weight gradients are fused by `data_parallel`: turned on here, the output layer would ask for Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=uses_transformer_engine(model),
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
-        **recompute,
-        **fp8_options(model.fp8),
+        **options,
     )
 
 
@@ -129,9 +137,9 @@ def _with_bias(linear: type[nn.Module]) -> type[nn.Module]:
     return WithBias
 
 
-def _layer_spec(shape: ModelShape, dtype: torch.dtype) -> tuple[ModuleSpec, Any]:
+def _layer_spec(shape: ModelShape, model: ModelSection) -> tuple[ModuleSpec, Any]:
     """(specification of a layer, class of the final norm)."""
-    if uses_transformer_engine(dtype):
+    if uses_transformer_engine(model):
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -155,7 +163,7 @@ def build_model(
 ) -> list[nn.Module]:
     """This rank's model chunks, without weights: one, or one for each virtual pipeline stage."""
     config = transformer_config(shape, model, parallel)
-    layer, norm = _layer_spec(shape, config.params_dtype)
+    layer, norm = _layer_spec(shape, model)
     chunks: list[nn.Module] = []
     for stage in range(parallel.virtual_pp or 1):
         vp_stage = stage if parallel.virtual_pp else None

@@ -38,14 +38,17 @@ class StorageOffload:
         """Device memory that offloading sets free."""
         return sum(self._sizes.values())
 
+    def is_of_same_storages(self, other: StorageOffload) -> bool:
+        """Whether the other was made of these very storages, not of others that took their places at equal size."""
+        return self._identities() == other._identities()
+
     def offload(self) -> None:
         """Copy what is kept to the host and give all memory back to the device."""
         assert not self._is_offloaded, "offloaded already"
         self._is_offloaded = True
         for key, storage in self._storages.items():
             if key not in self._copies:
-                host = UntypedStorage(storage.nbytes())
-                self._copies[key] = host.pin_memory() if storage.device.type == "cuda" else host
+                self._copies[key] = _host_memory(storage.nbytes(), is_pinned=storage.device.type == "cuda")
             self._copies[key].copy_(storage, non_blocking=True)
         self._synchronize()
         for storage in (self._storages | self._dropped).values():
@@ -65,9 +68,19 @@ class StorageOffload:
                 torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         self._synchronize()
 
+    def _identities(self) -> tuple[set[int], set[int]]:
+        # Addresses of the storage objects, which this one keeps alive: their memory moves with every resize.
+        kept, dropped = ({storage._cdata for storage in part.values()} for part in (self._storages, self._dropped))
+        return kept, dropped
+
     def _synchronize(self) -> None:
         if any(storage.device.type == "cuda" for storage in self._storages.values()):
             torch.cuda.synchronize()
+
+
+def _host_memory(num_bytes: int, *, is_pinned: bool) -> UntypedStorage:
+    """Memory that is pinned from the first: pinning what is pageable would hold it twice for as long as that takes."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).untyped_storage()
 
 
 def _by_address(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:

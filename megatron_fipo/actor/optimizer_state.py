@@ -1,4 +1,9 @@
-"""Megatron's optimizers with torch's Adam underneath, saved and restored so that the next update is the right one."""
+"""Megatron's optimizers, over torch's Adam or a fused one, saved and restored so that the next update is the right one.
+
+Transformer Engine's Adam, which Megatron takes wherever it is installed, counts an integer for each parameter group;
+torch's counts a floating-point tensor for each parameter, which Megatron saves as a float of the group. A checkpoint of
+either goes on with the other, on a machine with GPUs or without.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +45,9 @@ def start_adam(optimizer: Any) -> None:
     if counts_per_parameter(optimizer):
         for state in optimizer.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+    else:
+        for group in optimizer.optimizer.param_groups:
+            group.setdefault("step", 0)
 
 
 def keep_adam_step(optimizer: Any) -> None:
@@ -60,11 +68,17 @@ def keep_adam_step(optimizer: Any) -> None:
 
 
 def separate_adam_steps(optimizer: Any) -> None:
-    """Give each parameter a step count of its own.
+    """After loading: step counts, and what else groups hold, as this Adam and not the one that was saved has them.
 
-    Megatron restores one tensor for all of them, and torch's Adam, adding 1 for every parameter, would then count as
-    many steps an update as there are parameters.
+    Megatron restores one tensor for all parameters, and torch's Adam, adding 1 for every parameter, would then count as
+    many steps an update as there are parameters. A fused Adam hands the count of a group to its kernel, which takes
+    nothing but an integer, and reads settings that torch's does not have.
     """
-    for state in optimizer.optimizer.state.values():
+    adam = optimizer.optimizer
+    for state in adam.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
+    if not counts_per_parameter(optimizer):
+        for group in adam.param_groups:
+            group.update({name: value for name, value in adam.defaults.items() if name not in group})
+            group["step"] = int(group.get("step", 0))

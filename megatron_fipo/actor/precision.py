@@ -11,11 +11,13 @@ DeepSeek-V3, arXiv 2412.19437, section 3.3, for the scaling by blocks.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine as extension
+
+from megatron_fipo.actor.backend import INSTALL, import_error
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,10 @@ def check_fp8(recipe: str) -> None:
     remedy = "Set model.fp8=none to train in bfloat16 as it is."
     if not torch.cuda.is_available():
         raise ValueError(f"model.fp8={recipe}: FP8 needs {_RECIPES[recipe].gpus}, and there is no GPU here. {remedy}")
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(
-            f"model.fp8={recipe}: FP8 is Transformer Engine's, which is not installed "
-            f"(python tools/engines/trainer_gpu.py). {remedy}"
-        )
+    if not extension.HAVE_TE:
+        broken = import_error()
+        state = f"cannot be imported ({broken})" if broken else "is not installed"
+        raise ValueError(f"model.fp8={recipe}: FP8 is Transformer Engine's, which {state}. Run {INSTALL}. {remedy}")
     capability = torch.cuda.get_device_capability()
     if capability < _RECIPES[recipe].capability:
         others = [name for name, other in _RECIPES.items() if other.capability <= capability]

@@ -13,6 +13,7 @@ from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
 from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
+from megatron_fipo.config.recompute import RecomputedPart, recomputed_part
 from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_fingerprint
 from megatron_fipo.config.schema import (
     ALGORITHMS,
@@ -73,6 +74,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
+    "RecomputedPart",
     "ResumeCheck",
     "RewardSection",
     "RolloutSection",
@@ -88,6 +90,7 @@ __all__ = [
     "numbers_fingerprint",
     "pad_multiple",
     "read_model_config",
+    "recomputed_part",
     "required_pad_multiple",
     "resolved_yaml",
     "save_resolved",

@@ -22,6 +22,7 @@ _BESIDE = (
     "train.resume",
     "parallel",
     "batch",
+    "model.transformer_engine",
     "model.recompute",
     "model.log_prob_chunk_mib",
     "model.log_prob_chunk_tokens",  # of checkpoints from before chunks were measured in MiB

@@ -41,6 +41,7 @@ _CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     ModelSection: {
         "dtype": ("float32", "bfloat16"),
         "fp8": tuple(FP8_ALIGNMENT),
+        "transformer_engine": ("auto", "off"),
         "recompute": ("none", "selective", "full"),
     },
     DataSection: {"overlong_prompts": ("error", "skip")},

@@ -37,8 +37,13 @@ class ModelSection:
     """The layers' matrix products in FP8 through Transformer Engine, over bfloat16 weights: none, tensorwise (a scale
     for each tensor), blockwise (for 128 numbers) or mxfp8 (for 32; Blackwell). Attention and output layer stay as they
     are."""
+    transformer_engine: str = "auto"
+    """Layers in bfloat16 on GPUs: auto takes Transformer Engine's, and refuses to start long sequences or context
+    parallelism where it is not installed; off takes Megatron's own. In float32 and on CPUs they are Megatron's."""
     recompute: str = "none"
-    """Activation recompute: none, selective (core attention only) or full (every layer)."""
+    """What backward computes again instead of keeping it: none; selective, which on GPUs in bfloat16 is each layer's
+    MLP (about a quarter more arithmetic in an update; attention is fused there and keeps no scores), elsewhere core
+    attention; full, every layer (a third more)."""
     log_prob_chunk_mib: float = 512.0
     """MiB of float32 logits when log-probs are computed: so many tokens as this holds go through the output layer at a
     time. Beside it an update holds their gradient: on a GPU half as much in bfloat16 and nothing in float32, on a CPU

@@ -243,6 +243,11 @@ def _precision_problems(config: Config) -> Iterator[str]:
             f"model.fp8={model.fp8}: FP8 products are taken of bfloat16 numbers, and model.dtype={model.dtype}. Set "
             "model.dtype=bfloat16, or model.fp8=none."
         )
+    if model.fp8 != "none" and model.transformer_engine == "off":
+        yield (
+            f"model.transformer_engine=off: model.fp8={model.fp8} is computed by Transformer Engine alone. Set "
+            "model.transformer_engine=auto, or model.fp8=none."
+        )
 
 
 def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:

@@ -4,7 +4,8 @@ A drop-in for Megatron-Core's `core_attention`, whose own version knows neither 
 parallelism. Keys and values are all-gathered over the context-parallel group (reduce-scattered in backward); each rank
 attends from its own zigzag chunks. The layout is worked out once a microbatch and shared by all layers.
 
-Two ways of computing the same, chosen by length:
+In half precision on a GPU one call of a flash kernel does it (`varlen_attention`). Elsewhere there are two ways of
+computing the same, chosen by length:
 - short sequences of like length are padded into batches, one scaled_dot_product_attention call each;
 - a long sequence goes chunk by chunk in blocks of queries, each against the keys up to its own end, its mask built and
   dropped inside an activation checkpoint: no mask of S x S is ever held.
@@ -24,9 +25,11 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from megatron_fipo.parallel import cp_layout
+from megatron_fipo.parallel.varlen_attention import VarlenLayout, attend_varlen, build_varlen_layout, kernel_for
 
 _LONGEST_BATCHED_LENGTH = 2048
 _QUERY_BLOCK = 1024
@@ -185,8 +188,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, scale: float) -> Tensor:
     num_queries, num_keys = len(query), len(key_rows)
     # The last query sees every key, the one before all but one, and so on.
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
-    return _sdpa(query[None], key[key_rows][None], value[key_rows][None], mask[None, None], scale)[0]
+    if kernel_for(query.is_cuda, query.dtype, query.shape[-1]) == "masked":
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+        mask = mask[None, None]
+    else:  # said in words, which a flash kernel understands: it takes no mask
+        mask = causal_lower_right(num_queries, num_keys)
+    return _sdpa(query[None], key[key_rows][None], value[key_rows][None], mask, scale)[0]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -252,24 +259,33 @@ class ContextParallelAttention(MegatronModule):
         if self.cp_group.size() > 1:
             gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
             key, value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
-        output = attend(query, key, value, layout, self.scale).flatten(1)
+        if isinstance(layout, VarlenLayout):
+            output = attend_varlen(query, key, value, layout, self.scale).flatten(1)
+        else:
+            output = attend(query, key, value, layout, self.scale).flatten(1)
         if plain_shape is None:
             return output.unsqueeze(1)
         length, batch_size = plain_shape
         return output.view(batch_size, length, -1).transpose(0, 1).contiguous()
 
-    def _layout(self, query: Tensor, packed_seq_params: Any, plain_shape: Any) -> AttentionLayout:
+    def _layout(self, query: Tensor, packed_seq_params: Any, plain_shape: Any) -> AttentionLayout | VarlenLayout:
         """The microbatch's layout, kept on its packed_seq_params so that every layer, and recompute, shares it."""
         if packed_seq_params is not None:
             layout = getattr(packed_seq_params, "attention_layout", None)
             if layout is None:
-                layout = build_layout(packed_seq_params.cu_seqlens_q_padded, self.cp_group.size(), self.cp_group.rank())
+                longest = packed_seq_params.max_seqlen_q
+                layout = self._build_layout(query, packed_seq_params.cu_seqlens_q_padded, longest)
                 packed_seq_params.attention_layout = layout
             return layout
         length, batch_size = plain_shape
         whole = length * self.cp_group.size()
-        cu_seqlens = torch.arange(batch_size + 1, device=query.device) * whole
-        return build_layout(cu_seqlens, self.cp_group.size(), self.cp_group.rank())
+        return self._build_layout(query, torch.arange(batch_size + 1, device=query.device) * whole, whole)
+
+    def _build_layout(self, query: Tensor, cu_seqlens: Tensor, longest: int) -> AttentionLayout | VarlenLayout:
+        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        if kernel_for(query.is_cuda, query.dtype, query.shape[-1]) == "varlen":
+            return build_varlen_layout(cu_seqlens, longest, cp_size, cp_rank)
+        return build_layout(cu_seqlens, cp_size, cp_rank)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """No parameters, nothing to save."""

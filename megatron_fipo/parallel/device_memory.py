@@ -16,6 +16,9 @@ _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where torch's allocator takes its settings from; the first one that is set counts. Releases before 2.9 know the
 second alone."""
 _EXPANDABLE = "expandable_segments"
+_PINNED_AS_ASKED = "pinned_max_round_threshold_mb:1"
+"""Blocks of pinned memory above this many MiB are as large as they are asked for. Otherwise each is rounded up to a
+power of two: an actor that lends its memory would take up to twice as much of the host's. Known since torch 2.13."""
 
 
 def allocator_settings() -> str:
@@ -36,13 +39,13 @@ def with_expandable(settings: str, value: bool) -> str:
 
 
 def prefer_expandable_segments() -> None:
-    """Let segments grow, unless the environment says how the allocator is to work.
+    """Let segments grow, and round no large block of pinned memory up, unless the environment says how to allocate.
 
     Microbatches are of ever new lengths. With segments of fixed size what they leave behind fits no later one, and the
     allocator holds on to far more than is ever in use.
     """
     if torch.cuda.is_available() and not allocator_settings():
-        settings = with_expandable("", True)
+        settings = with_expandable(_PINNED_AS_ASKED if _knows_pinned_threshold() else "", True)
         os.environ[_VARIABLES[0]] = os.environ[_VARIABLES[1]] = settings
         _set_allocator(settings)
 
@@ -74,6 +77,11 @@ def give_back_caches() -> None:
         gc.collect()  # a tensor in a reference cycle would keep its block
         torch.cuda.ipc_collect()  # buffers that servers had opened and have let go of
         torch.cuda.empty_cache()
+
+
+def _knows_pinned_threshold() -> bool:
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 13)
 
 
 def _key_and_value(entry: str) -> tuple[str, str]:

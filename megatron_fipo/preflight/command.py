@@ -201,8 +201,7 @@ def _rollout(plan: Plan) -> Table:
     table.add_row("engine", f"{plan.config.rollout.engine}, {rollout.label}")
     table.add_row("GPUs of a server, servers", f"{rollout.tp}, {rollout.num_gpus // rollout.tp}")
     if plan.host is not None:
-        pinned = f"{plan.host.kept:.1f}, in pinned blocks {plan.host.pinned:.1f}"
-        table.add_row("the actor in host memory, GiB a node", pinned)
+        table.add_row("the actor in host memory, GiB a node", f"{plan.host:.1f}")
     table.add_row("server's weights, GiB a GPU", f"{server.weights:.2f}")
     table.add_row("room for keys and values, GiB a GPU", f"{server.pool:.2f}")
     longest = plan.config.rollout.max_prompt_tokens + plan.config.rollout.max_response_tokens

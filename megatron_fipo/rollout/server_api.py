@@ -68,9 +68,13 @@ class LaunchSpec:
     extra_args: tuple[str, ...] = ()
 
 
-NO_ALLOCATOR_SETTINGS: Mapping[str, str | None] = {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": None}
-"""For a server's environment: memory that it can release lies in pools that bear no expandable segments, which the
-trainer's own allocator has."""
+NOT_THE_TRAINERS: Mapping[str, str | None] = {
+    "PYTORCH_ALLOC_CONF": None,
+    "PYTORCH_CUDA_ALLOC_CONF": None,
+    "CUDA_DEVICE_MAX_CONNECTIONS": None,
+}
+"""For a server's environment on GPUs, without what the trainer set for itself: memory that can be released lies in
+pools that bear no expandable segments, and the one hardware queue is for training's communication."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_fipo.rollout.completions import join_completion
 from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT, CudaHandle
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
-    NO_ALLOCATOR_SETTINGS,
+    NOT_THE_TRAINERS,
     Bucket,
     Completion,
     GroupAddress,
@@ -82,7 +82,7 @@ class SglangAdapter:
             environment |= {"SGLANG_CPU_OMP_THREADS_BIND": cores, "OMP_NUM_THREADS": threads}
         else:
             launcher = ["-m", "sglang.launch_server"]
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NO_ALLOCATOR_SETTINGS}
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NOT_THE_TRAINERS}
             if spec.releases_memory:
                 arguments.append("--enable-memory-saver")
             if spec.dtype == "bfloat16":

@@ -27,7 +27,7 @@ from megatron_fipo.rollout import server_plugins
 from megatron_fipo.rollout.completions import join_completion
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
-    NO_ALLOCATOR_SETTINGS,
+    NOT_THE_TRAINERS,
     Bucket,
     Completion,
     GroupAddress,
@@ -112,7 +112,7 @@ class VllmAdapter:
             # Without Dynamo the first request does not wait for a C++ compiler.
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
         else:
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NO_ALLOCATOR_SETTINGS}
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NOT_THE_TRAINERS}
             if spec.releases_memory:
                 arguments.append("--enable-sleep-mode")
         context_tokens = spec.context_tokens

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,10 +18,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from megatron_fipo.actor.model import packed_sequence_params
 from megatron_fipo.config import ParallelSection
-from megatron_fipo.parallel import cp_attention, cp_layout
+from megatron_fipo.parallel import cp_attention, cp_layout, varlen_attention
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.cp_attention import ContextParallelAttention
 from tests.parallel.ranks import run_ranks
@@ -142,6 +144,188 @@ def _check_all(cp_size: int) -> int:
             assert plain_error(batch_size, length, group) <= BOUND
         count += 2
     return count
+
+
+# --- by a flash kernel, as in half precision on a GPU ----------------------------------------------------------------
+
+
+def plain_varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.attention.varlen.varlen_attn as documented, pair by pair, which runs on a CPU and in float64."""
+    assert window_size == (-1, 0), "not causal"
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert int(cu_seq_q.diff().max()) <= max_q
+    assert int(cu_seq_k.diff().max()) <= max_k
+    assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key))
+    assert enable_gqa is (query.shape[1] != key.shape[1])
+    return _pairwise(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+
+def _pairwise(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None) -> Tensor:
+    outputs = []
+    for index in range(len(cu_q) - 1):
+        q = query[cu_q[index] : cu_q[index + 1]].transpose(0, 1)
+        k, v = (tensor[cu_k[index] : cu_k[index + 1]].transpose(0, 1) for tensor in (key, value))
+        k, v = (tensor.repeat_interleave(len(q) // max(len(tensor), 1), dim=0) for tensor in (k, v))
+        future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
+        scores = (q @ k.transpose(-1, -2) * (scale or 1.0)).masked_fill(future, -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def varlen_attn_of_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """The signature of torch 2.11, which says nothing of shared heads."""
+    assert query.shape[1] == key.shape[1]
+    assert window_size == (-1, 0)
+    return _pairwise(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+
+def varlen_attn_of_2_10(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+) -> Tensor:
+    """The first signature."""
+    raise AssertionError("it takes no scale")
+
+
+def real_kernel_for(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> varlen_attention.Kernel:
+    """The real choice, as if this were a GPU and float64 half precision."""
+    return varlen_attention.kernel_for(True, torch.bfloat16, head_dim)
+
+
+@contextmanager
+def on_a_gpu(kernel: Callable[..., Tensor] | None) -> Iterator[None]:
+    """The path that half precision takes on a GPU, with this as torch's kernel."""
+    with (
+        mock.patch.object(varlen_attention, "_varlen_attn", kernel),
+        mock.patch.object(cp_attention, "kernel_for", real_kernel_for),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "head_dim", "kernel", "expected"),
+    [
+        (True, torch.bfloat16, 128, plain_varlen_attn, "varlen"),
+        (True, torch.float16, 64, varlen_attn_of_2_11, "varlen"),
+        (True, torch.bfloat16, 128, varlen_attn_of_2_10, "flash"),
+        (True, torch.bfloat16, 128, None, "flash"),
+        (True, torch.bfloat16, 100, plain_varlen_attn, "flash"),  # flash kernels want heads of multiples of 8
+        (True, torch.bfloat16, 512, plain_varlen_attn, "flash"),
+        (True, torch.float32, 128, plain_varlen_attn, "masked"),
+        (False, torch.bfloat16, 128, plain_varlen_attn, "masked"),
+    ],
+)
+def test_which_kernel_attends(
+    is_cuda: bool, dtype: torch.dtype, head_dim: int, kernel: Callable[..., Tensor] | None, expected: str
+) -> None:
+    with mock.patch.object(varlen_attention, "_varlen_attn", kernel):
+        assert varlen_attention.kernel_for(is_cuda, dtype, head_dim) == expected
+        assert varlen_attention.kernel_in_words(is_cuda, dtype, head_dim).startswith("torch's")
+
+
+def test_the_installed_torch_has_the_kernel() -> None:
+    assert varlen_attention.kernel_for(True, torch.bfloat16, 128) == "varlen"
+
+
+def _check_flash(cp_size: int) -> int:
+    group = parallel_groups.initialize(ParallelSection(cp=cp_size), seed=0).cp
+    calls = []
+    for name, kernel in (("2.13", plain_varlen_attn), ("2.11", varlen_attn_of_2_11), ("none", None)):
+        for lengths in packed_lengths(cp_size).values():
+            for key_heads in (1, 2, HEADS):
+                noting = kernel and mock.create_autospec(kernel, side_effect=kernel)
+                with on_a_gpu(noting), in_blocks():
+                    error = packed_error(lengths, key_heads, group)
+                assert error <= BOUND, (name, lengths, key_heads, error)
+                assert noting is None or noting.call_count == 1, "one call for the whole microbatch"
+                calls.append(name)
+        with on_a_gpu(kernel), in_blocks():
+            assert plain_error(3, 6 * cp_size, group) <= BOUND
+    return len(calls)
+
+
+@pytest.mark.filterwarnings("ignore:.*attention.*:UserWarning")
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_flash_kernels_are_asked_for_plain_attention(cp_size: int) -> None:
+    assert run_ranks(_check_flash, cp_size, cp_size, timeout_s=120) == [45] * cp_size
+
+
+def _check_what_is_noticed_of_flash(cp_size: int) -> None:
+    group = parallel_groups.initialize(ParallelSection(cp=cp_size), seed=0).cp
+    lengths = packed_lengths(cp_size)["uneven"]
+    real = varlen_attention.build_varlen_layout
+
+    def keys_of_another_chunk(cu_seqlens: Tensor, longest: int, size: int, rank: int) -> Any:
+        return real(cu_seqlens, longest, size, (rank + 1) % size)
+
+    def keys_as_they_lie(*arguments: Any) -> Any:
+        layout = real(*arguments)
+        assert layout.key_rows is not None
+        return replace(layout, key_rows=torch.arange(len(layout.key_rows)) % sum(lengths))
+
+    for wrong in (keys_of_another_chunk, keys_as_they_lie):
+        with on_a_gpu(plain_varlen_attn), mock.patch.object(cp_attention, "build_varlen_layout", wrong):
+            own = packed_error(lengths, 2, group)
+        found: list[float] = [0.0] * group.size()
+        dist.all_gather_object(found, own, group=group)
+        assert max(found) > 1e-3, f"{wrong.__name__}: not noticed"
+
+
+def test_keys_of_the_wrong_rows_are_noticed() -> None:
+    run_ranks(_check_what_is_noticed_of_flash, 2, 2, timeout_s=120)
+
+
+def test_a_length_that_flash_could_not_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.cp=2 needs padded lengths divisible by 4; sequence 1 has 6"):
+        varlen_attention.build_varlen_layout(torch.tensor([0, 8, 14]), 8, 2, 0)
+
+
+def test_a_block_of_queries_is_described_to_flash_without_a_mask() -> None:
+    """What `_attend_block` hands over: no tensor of a mask, which flash does not take, but the bias that says it."""
+    seen = []
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
+        seen.append(mask)
+        return query
+
+    query, key, value, _ = tensors([32], 2)
+    for kernel, patched in (("masked", nullcontext()), ("flash", on_a_gpu(None))):
+        with patched, mock.patch.object(cp_attention, "_sdpa", noting):
+            cp_attention._attend_block(query[:8], key, value, torch.arange(24), 1.0)
+        assert isinstance(seen[-1], CausalBias) is (kernel == "flash")
+    assert (seen[1].variant, seen[1].seq_len_q, seen[1].seq_len_kv) == (CausalVariant.LOWER_RIGHT, 8, 24)
+
+
+# --- what holds for all of them --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
+import warnings
 from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core.extensions import transformer_engine as extension
+from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_fipo.actor import precision
-from megatron_fipo.actor.model import packed_sequence_params, transformer_config, uses_transformer_engine
+from megatron_fipo.actor.model import packed_sequence_params, transformer_config
 from megatron_fipo.config import FP8_ALIGNMENT, ModelSection, ParallelSection
 from megatron_fipo.convert.hf_config import ModelShape
 
 SHAPE = ModelShape("llama", 2, 64, 128, 4, 2, 16, 20, 512, 10000.0, 1e-6, False, False)
-
-
-@pytest.mark.parametrize(
-    ("has_cuda", "is_installed", "dtype", "expected"),
-    [
-        (True, True, torch.bfloat16, True),
-        (True, True, torch.float32, False),  # it attends to packed sequences in half precision only
-        (True, False, torch.bfloat16, False),
-        (False, True, torch.bfloat16, False),
-    ],
-)
-def test_transformer_engine_is_used_where_it_can_be(
-    has_cuda: bool, is_installed: bool, dtype: torch.dtype, expected: bool
-) -> None:
-    spec = mock.sentinel.spec if is_installed else None
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=has_cuda),
-        mock.patch.object(importlib.util, "find_spec", return_value=spec),
-    ):
-        assert uses_transformer_engine(dtype) is expected
 
 
 def test_the_loss_is_normalised_by_megatrons_per_token_path() -> None:
@@ -45,13 +29,52 @@ def test_the_loss_is_normalised_by_megatrons_per_token_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "granularity", "num_layers"),
-    [("none", None, None), ("selective", "selective", None), ("full", "full", 1)],
+    ("recompute", "dtype", "on_gpu", "expected"),
+    [
+        ("none", "bfloat16", True, (None, None, None)),
+        ("selective", "bfloat16", True, ("selective", ["mlp"], None)),
+        ("selective", "float32", True, ("selective", ["core_attn"], None)),
+        ("selective", "bfloat16", False, ("selective", ["core_attn"], None)),
+        ("full", "bfloat16", True, ("full", None, 1)),
+    ],
 )
-def test_recompute_settings(recompute: str, granularity: str | None, num_layers: int | None) -> None:
-    config = transformer_config(SHAPE, ModelSection(recompute=recompute), ParallelSection())
+def test_recompute_drops_what_a_layer_keeps(
+    recompute: str, dtype: str, on_gpu: bool, expected: tuple[str | None, list[str] | None, int | None]
+) -> None:
+    model = ModelSection(recompute=recompute, dtype=dtype)
+    with warnings.catch_warnings(), mock.patch.object(torch.cuda, "is_available", return_value=on_gpu):
+        # Megatron's warning that fused attention needs none: neither to be provoked nor to be silenced for all.
+        warnings.filterwarnings("error", message="If you are using transformer_engine")
+        config = transformer_config(SHAPE, model, ParallelSection())
+    granularity, modules, num_layers = expected
     assert config.recompute_granularity == granularity
     assert config.recompute_num_layers == num_layers
+    assert modules is None or config.recompute_modules == modules
+
+
+def test_megatrons_warning_of_fused_attention_is_heard() -> None:
+    """What the test above counts on, with this project's silence in force."""
+    code = (
+        "from megatron_fipo import quiet\n"
+        "from megatron.core.transformer.transformer_config import TransformerConfig\n"
+        "TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, recompute_granularity='selective')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "the core_attn is from transformer_engine and may be the fused version" in run.stderr
+
+
+@pytest.mark.parametrize("has_engine", [True, False])
+def test_rope_is_fused_where_layers_are_transformer_engines(has_engine: bool) -> None:
+    fused = mock.Mock(name="Transformer Engine's kernel")
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(extension, "HAVE_TE", has_engine),
+        mock.patch.multiple(rope_utils, fused_apply_rotary_pos_emb=fused, fused_apply_rotary_pos_emb_thd=fused),
+    ):
+        config = transformer_config(SHAPE, ModelSection(dtype="bfloat16"), ParallelSection())
+        assert config.apply_rope_fusion is has_engine
+        plain = transformer_config(SHAPE, ModelSection(dtype="float32"), ParallelSection())
+        assert not plain.apply_rope_fusion, "these layers are Megatron's"
 
 
 def test_the_layout_and_the_dtype_are_those_of_the_configuration() -> None:
@@ -84,7 +107,7 @@ def test_every_recipe_that_the_configuration_knows_is_known_to_the_actor() -> No
     ("capability", "is_installed", "recipe", "words"),
     [
         (None, True, "tensorwise", "there is no GPU here. Set model.fp8=none"),
-        ((9, 0), False, "tensorwise", r"not installed \(python tools/engines/trainer_gpu.py\)"),
+        ((9, 0), False, "tensorwise", r"not installed\. Run python tools/engines/trainer_gpu\.py"),
         ((8, 0), True, "tensorwise", "has compute capability 8.0. Set model.fp8=none"),
         ((9, 0), True, "mxfp8", "needs Blackwell .* has compute capability 9.0. Set model.fp8=blockwise"),
         ((9, 0), True, "blockwise", ""),
@@ -98,7 +121,7 @@ def test_fp8_is_refused_where_it_cannot_be_computed(
         mock.patch.object(torch.cuda, "is_available", return_value=capability is not None),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.object(torch.cuda, "get_device_name", return_value="some GPU"),
-        mock.patch.object(importlib.util, "find_spec", return_value=mock.sentinel.spec if is_installed else None),
+        mock.patch.object(extension, "HAVE_TE", is_installed),
         pytest.raises(ValueError, match=words) if words else nullcontext(),
     ):
         precision.check_fp8(recipe)

@@ -244,6 +244,7 @@ REFUSED = {
     "model.dtype=bfloat": "model.dtype=bfloat: must be one of float32, bfloat16. Did you mean bfloat16?",
     "model.recompute=some": "model.recompute=some: must be one of none, selective, full.",
     "model.log_prob_chunk_mib=0": "model.log_prob_chunk_mib=0.0: must be above 0 and finite.",
+    "model.transformer_engine=on": "model.transformer_engine=on: must be one of auto, off.",
     "run.name=": "run.name=: must not be empty.",
     "run.seed=-1": "run.seed=-1: must be between 0 and 2**32 - 1.",
     "data.overlong_prompts=drop": "data.overlong_prompts=drop: must be one of error, skip.",

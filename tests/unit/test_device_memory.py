@@ -51,8 +51,13 @@ def test_segments_may_grow_unless_the_environment_says_something(
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
         prefer_expandable_segments()
-        assert said == ["expandable_segments:True"]
+        assert said == [allocator_settings()]
         assert is_expandable(allocator_settings())
+        assert "pinned_max_round_threshold_mb:1," in said[0]
+        patch.setattr(torch, "__version__", "2.11.0+cu130")
+        patch.setattr(os, "environ", {})
+        prefer_expandable_segments()
+        assert said[1:] == ["expandable_segments:True"]
 
 
 def test_buffers_for_others_lie_in_segments_of_fixed_size(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "preflight", "launch"},
     "interrupt": set(),
     "quiet": set(),
+    "cuda_start": set(),
     "run_folder": {"config", "metrics"},
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""

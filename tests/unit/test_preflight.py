@@ -420,16 +420,9 @@ def test_both_policies_are_there_while_weights_go_over() -> None:
 
 
 def test_host_memory_by_hand() -> None:
-    """Each rank's weights are one buffer of 7.63 GiB, which takes 8; Adam's state is one block a parameter and part."""
     config = with_servers(RECIPE)
-    host = host_memory(config, SHAPE_32B, training_memory(config, SHAPE_32B, 128), 8)
-    assert host.kept == pytest.approx(8 * (2 + 12 / 16) * 4_096_717_824 / GIB, rel=1e-9)
-    # In MiB of float32: queries, keys and values 17.5, output 12.5, the MLP's two 135 and 67.5; the vocabulary's two
-    # 372.5 (19,072 rows).
-    sizes, blocks = 64 * (17.5 + 12.5 + 135 + 67.5) + 2 * 372.5, 64 * (32 + 16 + 256 + 128) + 2 * 512
-    optimizer = 12 * 4_096_717_824 / 16 / GIB * blocks / sizes
-    assert host.pinned == pytest.approx(8 * (8 + optimizer), rel=1e-9)
-    assert host.pinned == pytest.approx(106, rel=0.005)
+    host = host_memory(training_memory(config, SHAPE_32B, 128), 8)
+    assert host == pytest.approx(8 * (2 + 12 / 16) * 4_096_717_824 / GIB, rel=1e-9)
     assert plan_of(RECIPE, QWEN_7B).host is None
 
 

@@ -1,0 +1,90 @@
+"""Whose layers a model is built of: Transformer Engine's, or Megatron's own with this project's attention.
+
+Megatron-Core decides at its import whether Transformer Engine is there (HAVE_TE); this module follows it, says why an
+installation does not count, and refuses to go without where that would be slow and nobody asked for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from megatron.core.extensions import transformer_engine as extension
+from megatron.core.utils import get_te_version
+
+from megatron_fipo.config import Config, ModelSection
+from megatron_fipo.parallel.varlen_attention import kernel_in_words
+
+LONGEST_UNASKED = 4096
+"""Tokens of a sequence up to which Megatron's own layers are taken in bfloat16 on a GPU without being asked for."""
+INSTALL = "python tools/engines/trainer_gpu.py"
+"""Builds it against the torch that is there."""
+
+
+def uses_transformer_engine(model: ModelSection) -> bool:
+    """Whether layers are Transformer Engine's: it needs CUDA, and half precision to attend to packed sequences."""
+    return _is_its_work(model) and extension.HAVE_TE
+
+
+def _is_its_work(model: ModelSection) -> bool:
+    return torch.cuda.is_available() and model.dtype == "bfloat16" and model.transformer_engine == "auto"
+
+
+def import_error() -> str | None:
+    """Why Transformer Engine, which is installed, cannot be imported; None where it can be, or is not installed."""
+    if extension.HAVE_TE or importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch.fp8")  # what Megatron asks for
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return "Megatron-Core could not import it when it was imported itself"
+
+
+def check_layers(config: Config) -> None:
+    """Refuse to train without Transformer Engine where it is broken, or where its absence would cost much.
+
+    Raises:
+        ValueError: in bfloat16 on a GPU, unless model.transformer_engine=off asks for Megatron's own layers.
+    """
+    if not _is_its_work(config.model) or extension.HAVE_TE:
+        return
+    otherwise = "set model.transformer_engine=off to train with Megatron's own layers"
+    broken = import_error()
+    if broken:
+        raise ValueError(
+            f"model.transformer_engine=auto: Transformer Engine is installed and cannot be imported ({broken}). Most "
+            f"often it was built for another torch than the {torch.__version__} here: uninstall it and run "
+            f"{INSTALL}, or {otherwise}."
+        )
+    demands = list(_demands(config))
+    if demands:
+        raise ValueError(
+            f"model.transformer_engine=auto: Transformer Engine is not installed, and {' and '.join(demands)}. "
+            "Megatron's own layers compute the same, slower: they rotate queries and keys sequence by sequence, keep "
+            "more of each layer, and gather all keys of a context-parallel group on each of its ranks. "
+            f"Run {INSTALL}, or {otherwise}."
+        )
+
+
+def _demands(config: Config) -> Iterator[str]:
+    """What makes Transformer Engine worth its installation, in words."""
+    if config.parallel.cp > 1:
+        yield f"parallel.cp={config.parallel.cp} spreads sequences over GPUs"
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > LONGEST_UNASKED:
+        yield (
+            f"sequences may have rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens (more than "
+            f"{LONGEST_UNASKED})"
+        )
+
+
+def layers_in_use(model: ModelSection, head_dim: int) -> str:
+    """One line: whose layers, and which attention."""
+    if uses_transformer_engine(model):
+        # Which of its kernels it takes depends on the microbatch; it says so under this variable.
+        return f"Transformer Engine {get_te_version()}; attention: its cuDNN or flash-attn (NVTE_DEBUG=1 tells)"
+    dtype = getattr(torch, model.dtype)
+    return f"Megatron's own; attention: {kernel_in_words(torch.cuda.is_available(), dtype, head_dim)}"
