@@ -5,8 +5,9 @@
         ...                                    # with tensors.to(device)
     assert crossings == []
 
-To torch the tensors lie on a device of their own (its PrivateUse1 backend), so autograd, shapes, dtypes and errors about
-mixed devices are real, and so are the numbers. Collectives of torch.distributed go to the CPU's process groups.
+To torch the tensors lie on a device of their own (its PrivateUse1 backend), so autograd, shapes and dtypes are real,
+and so are the numbers; tensors of the host among them are refused. Collectives of torch.distributed go to the CPU's
+process groups.
 
 Written down are reads by the host (`.item()`, `.tolist()`, `bool()`), results whose size only the device knows
 (`nonzero`, masks as indices, `repeat_interleave` without its output size), and copies between host and device. A kernel
@@ -42,7 +43,6 @@ _UNKNOWN_SIZES = {
     aten.bincount,
 }
 _INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
-_COPIES = {aten._to_copy, aten.copy_, aten._copy_from}
 
 
 @dataclass(frozen=True)
@@ -118,28 +118,34 @@ class _Watch(TorchDispatchMode):
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
     def _note(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], makes_on_device: bool) -> None:
-        packet = getattr(func, "overloadpacket", func)
         on_device = [isinstance(tensor, _PretendTensor) for tensor in tensors]
+        packet = getattr(func, "overloadpacket", func)
         kind = None
         if packet in _HOST_READS:
             kind = "read"
-        elif packet in _UNKNOWN_SIZES or packet is aten.repeat_interleave and kwargs.get("output_size") is None:
+        elif _is_of_unknown_size(packet, args, kwargs):
             kind = "size"
-        elif packet in _INDEXED and any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        ):
-            kind = "size"
-        elif packet is aten._to_copy and kwargs.get("device") is not None:
-            if on_device[0] != makes_on_device:
+        elif packet is aten._to_copy:
+            if kwargs.get("device") is not None and on_device[0] != makes_on_device:
                 kind = "to_device" if makes_on_device else "to_host"
-        elif packet is aten.copy_ and on_device[0] != on_device[1]:
-            kind = "to_device" if on_device[0] else "to_host"
+        elif packet is aten.copy_:
+            if on_device[0] != on_device[1]:
+                kind = "to_device" if on_device[0] else "to_host"
         elif packet in _INDEXED and not all(on_device):
             kind = "to_device"  # indices on the host are sent
-        elif any(not on and tensor.dim() for on, tensor in zip(on_device, tensors, strict=True)):
-            raise RuntimeError(f"{func} got tensors of the host and of {NAME} in {_place()}")
+        elif any(not is_there and tensor.dim() for is_there, tensor in zip(on_device, tensors, strict=True)):
+            raise RuntimeError(f"{func} got tensors of the host and of {NAME} at {_place()}")
         if kind:
             self.crossings.append(Crossing(kind, str(func), _place()))
+
+
+def _is_of_unknown_size(packet: Any, args: Any, kwargs: Any) -> bool:
+    """Whether only the device knows how large the result is."""
+    if packet is aten.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if packet in _INDEXED:
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return packet in _UNKNOWN_SIZES
 
 
 def register() -> torch.device:

@@ -213,7 +213,7 @@ def packed_sequence_params(cu_seqlens_padded: Tensor, cu_seqlens_on_host: Tensor
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    params.cu_seqlens_on_host = cu_seqlens_on_host  # type: ignore[attr-defined] # for ContextParallelAttention
+    params.cu_seqlens_on_host = cu_seqlens_on_host  # for ContextParallelAttention
     return params
 
 

@@ -139,7 +139,7 @@ def _power_table(rate: float, count: int, device: torch.device, dtype: torch.dty
 
 @lru_cache(maxsize=64)
 def _block_matrix(rate: float, device: torch.device) -> Tensor:
-    """float64 [BLOCK, BLOCK]: 2^(-(k - j) * rate) at [k, j] from the diagonal down, 0 above. Kept; see `power_table`."""
+    """float64 [BLOCK, BLOCK]: 2^(-(k - j) * rate) at [k, j], 0 where k < j. Kept, so it must not be changed."""
     with torch.inference_mode(False):
         steps = torch.arange(BLOCK, device=device)
         distance = steps[:, None] - steps[None, :]

@@ -239,12 +239,12 @@ def measured(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 def test_a_loss_neither_reads_from_its_device_nor_sends_there(measured: list[dict[str, Any]]) -> None:
     for rank in measured:
-        assert rank["crossings"] == dict.fromkeys(OBJECTIVES, [])
+        assert rank["crossings"] == {name: [] for name in OBJECTIVES}
 
 
 def test_its_numbers_are_those_of_the_cpu_to_the_last_bit(measured: list[dict[str, Any]]) -> None:
     for rank in measured:
-        assert rank["differences"] == dict.fromkeys(OBJECTIVES, set())
+        assert rank["differences"] == {name: set() for name in OBJECTIVES}
 
 
 def test_a_mistake_is_seen(measured: list[dict[str, Any]]) -> None:
