@@ -7,6 +7,9 @@ at a time, a matrix of powers [chunk, L], shared by all sequences, times x. "pro
 it, where the powers cost nothing (rows of the matrix are windows into one table) and the O(L^2) product is left. All
 sides run in one process, in turns; the fastest of the repeats counts. Errors are against the float64 recurrence,
 relative to the sum of gamma^(k-t) |x_k|.
+
+On CUDA these times are the host's, launches included, and of few bytes. So a second table has the GPU's own, of eight
+times as many sequences: by events around calls that were queued together, lengths on the CPU, tables made before.
 """
 
 from __future__ import annotations
@@ -14,13 +17,22 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.rl.future_kl import future_kl, future_kl_reference
+from megatron_fipo.rl.future_kl import future_kl, future_kl_reference, segment_suffix_sum
+from megatron_fipo.rl.segments import segments_of
+
+TIMES_AS_MANY = 8
+"""Sequences of the GPU's own table, as a multiple of --num-sequences: 42 MB each way at the defaults."""
+CALLS = 10
+"""Calls between two events."""
+HEAD_START_CYCLES = 100_000_000
+"""For which the GPU idles at first, some 50 ms, so that the host has queued all calls and no launch is waited for."""
 
 
 def sum_over_pairs(x: Tensor, half_life: float, chunk: int) -> Tensor:
@@ -60,6 +72,40 @@ def seconds(function: Callable[[], Tensor], repeats: int, device: torch.device) 
         synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def milliseconds_on_gpu(function: Callable[[], Tensor], repeats: int) -> float:
+    """The GPU's own time of one call, the median of the repeats, after three calls that do not count."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        for _ in range(CALLS):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / CALLS)
+    return statistics.median(times)
+
+
+def print_gpu_times(num_sequences: int, length: int, half_life: float, repeats: int, device: torch.device) -> None:
+    """What ours takes of the GPU, beside a copy of the same bytes."""
+    x = 0.1 * torch.randn(num_sequences * length, device=device)
+    cu_seqlens = torch.arange(num_sequences + 1) * length
+    segments = segments_of(cu_seqlens, len(x), device)
+    exact = future_kl_reference(x.cpu(), cu_seqlens, half_life)
+    scale = future_kl_reference(x.abs().cpu(), cu_seqlens, half_life)
+    error = float(((segment_suffix_sum(x, segments, half_life).cpu() - exact).abs() / scale).max())
+    ours = milliseconds_on_gpu(lambda: segment_suffix_sum(x, segments, half_life), repeats)
+    copy = milliseconds_on_gpu(x.clone, repeats)
+    print(f"\n[{num_sequences}, {length:,}], the GPU's own time, median of {repeats} x {CALLS} calls")
+    print(f"{'':16} {'ms':>12} {'x copy':>10} {'GB/s':>15} {'largest error':>15}")
+    for side, time_ms, said in (("ours", ours, f"{error:.1e}"), ("copy", copy, "")):
+        # A value is read and a value is written; what ours moves beyond that counts as time alone.
+        print(f"{side:16} {time_ms:12,.4f} {time_ms / copy:10,.2f} {8e-6 * len(x) / time_ms:15,.0f} {said:>15}")
 
 
 def synchronize(device: torch.device) -> None:
@@ -104,6 +150,8 @@ def main() -> None:
     for side, (function, _) in sides.items():
         error = "" if side == "copy" else f"{float(((function().cpu() - exact).abs() / scale).max()):.1e}"
         print(f"{side:16} {1e3 * times[side]:12,.2f} {times[side] / times['ours']:10,.2f} {error:>15}")
+    if device.type == "cuda":
+        print_gpu_times(TIMES_AS_MANY * args.num_sequences, args.length, args.half_life, args.repeats, device)
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ class Actor:
         for chunk in chunks:
             chunk.train()  # also for log-probs: nothing is random, and only so they are sure to be the update's own
         iterators = [iter(microbatches) for _ in chunks]
-        num_tokens = int(microbatches[0].cu_seqlens_padded[-1])
+        num_tokens = microbatches[0].lengths.num_tokens
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, on_hidden=on_hidden),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -275,7 +275,7 @@ class Actor:
             batch.input_ids[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed_sequence_params(batch.cu_seqlens, batch.cu_seqlens_padded),
+            packed_seq_params=packed_sequence_params(batch.cu_seqlens_padded, batch.lengths.cu_seqlens_padded),
             **keywords,
         )
         return hidden, partial(on_hidden, batch=batch, model=unwrap(chunk))
@@ -338,9 +338,6 @@ class _Fault:
 
     def describe(self) -> str:
         """Which samples the loss became NaN or infinite in."""
-        cp_size = int(self.batch.cu_seqlens_padded[-1]) // max(len(self.log_probs), 1)
-        lengths = self.batch.cu_seqlens_padded.diff().long() // max(cp_size, 1)
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         inputs = {
             "log-probs": self.log_probs,
             "old log-probs": self.batch.old_log_probs,
@@ -351,7 +348,7 @@ class _Fault:
         for name, values in inputs.items():
             if values is None:
                 continue
-            bad = sequence[~torch.isfinite(values) & self.batch.response_mask].unique().tolist()
+            bad = self.batch.sequence_ids[~torch.isfinite(values) & self.batch.response_mask].unique().tolist()
             if bad:
                 what, samples = name + " of", [self.batch.sample_indices[index] for index in bad]
                 break

@@ -31,6 +31,8 @@ from megatron_fipo.parallel.cp_attention import ContextParallelAttention
 from megatron_fipo.parallel.groups import ParallelGroups, is_stage_edge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LENGTH_MULTIPLE = 1024
+"""The longest sequence of a microbatch is given to Megatron rounded up to a multiple of this."""
 
 
 class RmsNorm(nn.RMSNorm):
@@ -197,19 +199,39 @@ def unwrap(chunk: nn.Module) -> HiddenStateModel:
     return chunk
 
 
-def packed_sequence_params(cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -> PackedSeqParams:
-    """Megatron's description of packed sequences; cumulative lengths are global, not this rank's.
+def packed_sequence_params(cu_seqlens_padded: Tensor, cu_seqlens_on_host: Tensor) -> PackedSeqParams:
+    """Megatron's description of packed sequences; cumulative lengths are global, not this rank's. Reads no device.
+
+    Padding counts as tokens of its sequence: it stands at the end, where causal attention lets no other token see it.
+    Transformer Engine takes it so where it is given one and the same tensor for lengths with and without padding; two
+    tensors, even equal ones, would cost it FlashAttention 2 and, before 2.20, two waits for the GPU in each layer.
 
     Args:
-        cu_seqlens, cu_seqlens_padded: int32 [S + 1].
+        cu_seqlens_padded: int32 [S + 1] on the model's device.
+        cu_seqlens_on_host: the same numbers on the CPU.
     """
-    longest = int(cu_seqlens_padded.diff().max())
-    return PackedSeqParams(
+    assert cu_seqlens_on_host.device.type == "cpu", "lengths on a device cost a wait for it"
+    longest = _rounded_longest(cu_seqlens_on_host)
+    params = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_padded,
+        cu_seqlens_kv=cu_seqlens_padded,
         cu_seqlens_q_padded=cu_seqlens_padded,
         cu_seqlens_kv_padded=cu_seqlens_padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    params.cu_seqlens_on_host = cu_seqlens_on_host  # for ContextParallelAttention
+    return params
+
+
+def _rounded_longest(cu_seqlens: Tensor) -> int:
+    """The longest sequence's tokens, rounded up to a multiple of LENGTH_MULTIPLE.
+
+    Megatron keeps the rotary angles of the lengths that it was last asked for, so it must be asked for few. But where
+    the unfused rotary embedding finds as many angles as the batch has tokens, it takes them for positions in the whole
+    batch, which they are only where the batch is one sequence.
+    """
+    longest = -(-int(cu_seqlens.diff().max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    is_taken_for_positions = longest == int(cu_seqlens[-1]) and len(cu_seqlens) > 2
+    return longest + LENGTH_MULTIPLE if is_taken_for_positions else longest

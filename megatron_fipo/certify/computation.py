@@ -223,9 +223,7 @@ class _GradientView(nn.Module):
 
 def _token_record(batch: PackedBatch, shift: Tensor, loss: LossOutput) -> TokenRecord:
     """The response tokens among this rank's rows of a microbatch."""
-    cp_size = int(batch.cu_seqlens_padded[-1]) // len(batch.input_ids)
-    lengths = batch.cu_seqlens_padded.diff().long() // cp_size
-    samples = torch.tensor(batch.sample_indices, device=lengths.device).repeat_interleave(lengths)
+    samples = torch.tensor(batch.sample_indices, device=batch.sequence_ids.device)[batch.sequence_ids]
     mask = batch.response_mask
 
     def of_response(values: Tensor) -> Tensor:

@@ -90,9 +90,9 @@ def _swap_chunks(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _count_padding(right: Callable[..., PackedBatch]) -> Callable[..., PackedBatch]:
     def wrong(*args: Any, **kwargs: Any) -> PackedBatch:
         packed = right(*args, **kwargs)
-        starts, stops = packed.cu_seqlens_padded[:-1], packed.cu_seqlens_padded[1:]
+        cu_padded = packed.lengths.cu_seqlens_padded
         mask = packed.response_mask.clone()
-        for start, stop, length in zip(starts, stops, packed.cu_seqlens.diff(), strict=True):
+        for start, stop, length in zip(cu_padded[:-1], cu_padded[1:], packed.lengths.cu_seqlens.diff(), strict=True):
             mask[start + length : stop] = True
         return replace(packed, response_mask=mask)
 

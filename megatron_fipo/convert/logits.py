@@ -230,15 +230,15 @@ def load_torch_dist(models: Sequence[nn.Module], checkpoint: str | Path, ranks: 
 def _last_hidden_states(chunk: nn.Module, sequences: list[list[int]], dtype: str) -> Tensor:
     """[T, 1, H] where the pipeline ends; empty elsewhere."""
     device = parallel_groups.device()
-    lengths = torch.tensor([0] + [len(sequence) for sequence in sequences], dtype=torch.int32, device=device)
-    cu_seqlens = lengths.cumsum(0, dtype=torch.int32)
+    cu_seqlens_on_host = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0)
+    cu_seqlens = cu_seqlens_on_host.to(device, torch.int32)
     input_ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
     position_ids = torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences])
 
     def forward_step(iterator: Iterator[int], model: nn.Module) -> tuple[Tensor, Any]:
         next(iterator)
         keywords = {"fp32_output": False} if dtype == "bfloat16" else {}
-        params = packed_sequence_params(cu_seqlens, cu_seqlens)
+        params = packed_sequence_params(cu_seqlens, cu_seqlens_on_host)
         hidden = model(input_ids[None], position_ids[None], None, packed_seq_params=params, **keywords)
         return hidden, lambda output, non_loss_data: output
 

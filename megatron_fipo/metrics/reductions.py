@@ -72,7 +72,7 @@ class Max:
     maximum: Number
 
     def __add__(self, other: Max) -> Max:
-        return Max(max(float(self.maximum), float(other.maximum)))
+        return Max(_larger(self.maximum, other.maximum))
 
     def value(self) -> float:
         return float(self.maximum)
@@ -85,7 +85,7 @@ class Min:
     minimum: Number
 
     def __add__(self, other: Min) -> Min:
-        return Min(min(float(self.minimum), float(other.minimum)))
+        return Min(-_larger(-self.minimum, -other.minimum))
 
     def value(self) -> float:
         return float(self.minimum)
@@ -128,9 +128,9 @@ class Histogram:
     exponentiate: bool = False
 
     def __add__(self, other: Histogram) -> Histogram:
-        if not torch.equal(self.edges.cpu(), other.edges.cpu()):
+        if self.edges is not other.edges and not torch.equal(self.edges.cpu(), other.edges.cpu()):
             raise ValueError("histograms with different edges cannot be added")
-        return replace(self, counts=self.counts + other.counts)
+        return replace(self, counts=self.counts + other.counts.to(self.counts.device))
 
     def quantile(self, q: float) -> float:
         """Value below which the share q of the counts lies, linear within its bin; NaN where nothing was counted."""
@@ -173,6 +173,13 @@ class Distribution:
         low = math.floor(place)
         high = min(low + 1, len(ordered) - 1)
         return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+
+
+def _larger(mine: Number, other: Number) -> Number:
+    """`max` of both, which stays on their device if they share one: a host that asked for it would wait."""
+    if isinstance(mine, Tensor) and isinstance(other, Tensor) and mine.device == other.device:
+        return torch.where(other > mine, other, mine)
+    return max(float(mine), float(other))
 
 
 Reduction: TypeAlias = Sum | Mean | Std | Max | Min | Last | Histogram | Distribution

@@ -13,10 +13,11 @@ from megatron_fipo.config import Config, microbatch_token_multiple, pad_multiple
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.rl.packing import build_packed_batch, pack, split_minibatches
+from megatron_fipo.rl.segments import segments_of
 from megatron_fipo.rl.types import Group, PackedBatch, Sample
 
-_PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs")
-_PER_SEQUENCE = ("cu_seqlens", "cu_seqlens_padded", "response_token_counts")
+_PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs", "sequence_ids")
+_PER_SEQUENCE = ("cu_seqlens_padded", "response_token_counts")
 
 
 def build_minibatches(
@@ -79,13 +80,16 @@ def padded_tokens(samples: Sequence[Sample], indices: Sequence[int], config: Con
 def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device) -> PackedBatch:
     """This rank's rows of a whole microbatch, in zigzag order, on `device`. No communication.
 
-    Labels were shifted before, on the whole sequences, so that no label is lost where a chunk ends.
+    Labels were shifted before, on the whole sequences, so that no label is lost where a chunk ends. All that forward,
+    loss and backward need of the lengths goes to the device here, once: none of them reads it back.
 
     Raises:
         ValueError: if a padded length does not divide into the layout's chunks.
     """
-    cp_layout.check_padded(batch.cu_seqlens_padded, cp_group.size())
-    rows = cp_layout.local_indices(batch.cu_seqlens_padded, cp_group.size(), cp_group.rank())
+    cu_seqlens_padded = batch.lengths.cu_seqlens_padded
+    cp_layout.check_padded(cu_seqlens_padded, cp_group.size())
+    rows = cp_layout.local_indices(cu_seqlens_padded, cp_group.size(), cp_group.rank())
+    cu_segments = cp_layout.local_cu_segments(cu_seqlens_padded, cp_group.size())
     fields: dict[str, Any] = {name: getattr(batch, name)[rows].to(device) for name in _PER_TOKEN}
     fields |= {name: getattr(batch, name).to(device) for name in _PER_SEQUENCE}
-    return replace(batch, **fields)
+    return replace(batch, segments=segments_of(cu_segments, len(rows), device), **fields)

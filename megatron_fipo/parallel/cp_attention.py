@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.varlen_attention import VarlenLayout, attend_varlen, build_varlen_layout, kernel_for
+from megatron_fipo.rl.segments import to_device
 
 _LONGEST_BATCHED_LENGTH = 2048
 _QUERY_BLOCK = 1024
@@ -86,18 +87,23 @@ class AttentionLayout:
     num_rows: int
 
 
-def build_layout(cu_seqlens_padded: Tensor, cp_size: int, cp_rank: int) -> AttentionLayout:
+def build_layout(
+    cu_seqlens_padded: Tensor, cp_size: int, cp_rank: int, device: torch.device | None = None
+) -> AttentionLayout:
     """Layout of packed sequences.
 
     Args:
-        cu_seqlens_padded: int [S + 1], global cumulative padded lengths, each divisible by 2*cp.
+        cu_seqlens_padded: int [S + 1], global cumulative padded lengths, each divisible by 2*cp; on the CPU, or a
+            device is waited for.
+        device: where the layout is to lie; None takes that of cu_seqlens_padded.
 
     Raises:
         ValueError: if a length does not divide into the chunks.
     """
     cp_layout.check_padded(cu_seqlens_padded, cp_size)
-    gathered_row = torch.argsort(cp_layout.gathered_positions(cu_seqlens_padded, cp_size))
-    local_positions = cp_layout.local_indices(cu_seqlens_padded, cp_size, cp_rank)
+    device = device or cu_seqlens_padded.device
+    gathered_row = to_device(torch.argsort(cp_layout.gathered_positions(cu_seqlens_padded, cp_size)), device)
+    local_positions = to_device(cp_layout.local_indices(cu_seqlens_padded, cp_size, cp_rank), device)
     starts = cu_seqlens_padded.long().tolist()
     lengths = cu_seqlens_padded.diff().tolist()
     batches, blocks = [], []
@@ -131,13 +137,14 @@ def _batch(
     cp_size: int,
 ) -> _Batch:
     device = gathered_row.device
-    first = torch.tensor([starts[i] for i in members], device=device)[:, None]
-    length = torch.tensor([lengths[i] for i in members], device=device)[:, None]
-    key_offsets = torch.arange(int(length.max()), device=device)[None]
+    first = to_device(torch.tensor([starts[i] for i in members]), device)[:, None]
+    length = to_device(torch.tensor([lengths[i] for i in members]), device)[:, None]
+    longest = max(lengths[i] for i in members)
+    key_offsets = torch.arange(longest, device=device)[None]
     key_rows = torch.where(
         key_offsets < length, gathered_row[(first + key_offsets).clamp(max=len(gathered_row) - 1)], 0
     )
-    query_offsets = torch.arange(int(length.max()) // cp_size, device=device)[None]
+    query_offsets = torch.arange(longest // cp_size, device=device)[None]
     is_query = query_offsets < length // cp_size
     query_rows = torch.where(is_query, first // cp_size + query_offsets, -1)
     if cp_size == 1:
@@ -247,7 +254,7 @@ class ContextParallelAttention(MegatronModule):
         Args:
             query: [T_local, h, d] packed, or [L / cp, B, h, d].
             key, value: the same with g heads.
-            packed_seq_params: `cu_seqlens_q_padded` gives the layout; None for a plain batch.
+            packed_seq_params: `actor.model.packed_sequence_params`; None for a plain batch.
 
         Returns:
             [T_local, 1, h * d], or [L / cp, B, h * d].
@@ -273,19 +280,28 @@ class ContextParallelAttention(MegatronModule):
         if packed_seq_params is not None:
             layout = getattr(packed_seq_params, "attention_layout", None)
             if layout is None:
-                longest = packed_seq_params.max_seqlen_q
-                layout = self._build_layout(query, packed_seq_params.cu_seqlens_q_padded, longest)
+                layout = self._build_layout(
+                    query,
+                    packed_seq_params.cu_seqlens_on_host,
+                    packed_seq_params.max_seqlen_q,
+                    packed_seq_params.cu_seqlens_q_padded,
+                )
                 packed_seq_params.attention_layout = layout
             return layout
         length, batch_size = plain_shape
         whole = length * self.cp_group.size()
-        return self._build_layout(query, torch.arange(batch_size + 1, device=query.device) * whole, whole)
+        return self._build_layout(query, torch.arange(batch_size + 1) * whole, whole)
 
-    def _build_layout(self, query: Tensor, cu_seqlens: Tensor, longest: int) -> AttentionLayout | VarlenLayout:
+    def _build_layout(
+        self, query: Tensor, cu_seqlens: Tensor, longest: int, on_device: Tensor | None = None
+    ) -> AttentionLayout | VarlenLayout:
+        """From cumulative lengths on the CPU; `on_device` are the same ones where the queries are."""
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         if kernel_for(query.is_cuda, query.dtype, query.shape[-1]) == "varlen":
-            return build_varlen_layout(cu_seqlens, longest, cp_size, cp_rank)
-        return build_layout(cu_seqlens, cp_size, cp_rank)
+            if cp_size == 1 and on_device is not None:  # as they lie: nothing is to be copied
+                cu_seqlens = on_device
+            return build_varlen_layout(cu_seqlens, longest, cp_size, cp_rank, query.device)
+        return build_layout(cu_seqlens, cp_size, cp_rank, query.device)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """No parameters, nothing to save."""

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_fipo.parallel import cp_layout, exchange
 from megatron_fipo.rl.future_kl import decay_to_end, segment_heads, segment_suffix_sum
 from megatron_fipo.rl.objective import SuffixSum, count_per_sequence
+from megatron_fipo.rl.segments import Segments, segments_of, to_device
 
 
 def cp_future_kl(
@@ -27,7 +28,8 @@ def cp_future_kl(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Suffix sum F_t = x_t + 2^(-1/half_life) F_{t+1} within each sequence, over all context-parallel ranks.
 
-    Collective over `cp_group` (one all-gather, at any length), not differentiable.
+    Collective over `cp_group` (one all-gather, at any length), not differentiable. Waits for the device if
+    `cu_seqlens_padded` lies on one; `sharded_suffix_sum` takes tables that are made already.
 
     Args:
         x_local: float32 [T_local], masked log-prob shifts of this rank's rows in zigzag order.
@@ -44,43 +46,57 @@ def cp_future_kl(
 
     Source: arXiv 2603.19835, Future-KL; the exchange is this project's.
     """
-    cp_size, cp_rank = cp_group.size(), cp_group.rank()
-    cp_layout.check_padded(cu_seqlens_padded, cp_size)
-    cu_segments = cp_layout.local_cu_segments(cu_seqlens_padded, cp_size)
+    cp_size, cu_padded = cp_group.size(), cu_seqlens_padded.cpu()
+    cp_layout.check_padded(cu_padded, cp_size)
+    cu_segments = cp_layout.local_cu_segments(cu_padded, cp_size)
     if len(x_local) != int(cu_segments[-1]):
         raise ValueError(
             f"x_local has {len(x_local)} rows where cu_seqlens_padded gives {int(cu_segments[-1])} to each rank"
         )
-    future_kl = segment_suffix_sum(x_local, cu_segments, half_life_tokens)
-    num_sequences = len(cu_seqlens_padded) - 1
-    counts = None
-    if dual_clipped_local is not None:
-        sequence_ids = cp_layout.local_sequence_ids(cu_seqlens_padded, cp_size)
-        counts = count_per_sequence(dual_clipped_local, sequence_ids, num_sequences)
-    if cp_size > 1:
-        heads = segment_heads(future_kl, cu_segments).view(num_sequences, 2)
-        own_counts = heads.new_zeros(num_sequences) if counts is None else counts.to(heads.dtype)
-        own = torch.cat([heads, own_counts[:, None]], dim=1)
-        gathered = torch.stack(exchange.all_gather_tensors(own, cp_group))
-        chunk_lengths = cu_seqlens_padded.diff() // cp_layout.num_chunks_of(cp_size)
-        carries = carries_into_chunks(gathered[:, :, :2], chunk_lengths, half_life_tokens)
-        own_carries = torch.stack([carries[cp_rank], carries[-1 - cp_rank]], dim=1).flatten()
-        carry_per_row = own_carries.repeat_interleave(cu_segments.diff())
-        future_kl = future_kl + decay_to_end(cu_segments, half_life_tokens) * carry_per_row
-        if counts is not None:
-            counts = gathered[:, :, 2].sum(0).round().long()
-    return future_kl if counts is None else (future_kl, counts)
+    segments = segments_of(cu_segments, len(x_local), x_local.device)
+    num_sequences = len(cu_padded) - 1
+    if dual_clipped_local is None:
+        counts = torch.zeros(num_sequences, dtype=torch.int64, device=x_local.device)
+        return _segment_future_kl(x_local, counts, segments, half_life_tokens, cp_group)[0]
+    sequence_ids = to_device(cp_layout.local_sequence_ids(cu_padded, cp_size), x_local.device)
+    counts = count_per_sequence(dual_clipped_local, sequence_ids, num_sequences)
+    return _segment_future_kl(x_local, counts, segments, half_life_tokens, cp_group)
 
 
-def sharded_suffix_sum(half_life_tokens: float, cp_group: ProcessGroup) -> SuffixSum:
-    """`cp_future_kl` in the form in which `rl.objective.policy_loss` takes it."""
+def sharded_suffix_sum(
+    half_life_tokens: float, cp_group: ProcessGroup, segments: Segments, sequence_ids: Tensor
+) -> SuffixSum:
+    """`cp_future_kl` in the form in which `rl.objective.policy_loss` takes it, of a batch whose tables are made.
+
+    Collective over `cp_group`. Nothing is read from the device nor sent to it.
+
+    Args:
+        segments: this rank's one or two stretches of each sequence.
+        sequence_ids: int64 [T_local].
+    """
 
     def suffix_sum(x: Tensor, dual_clipped: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        result = cp_future_kl(x, cu_seqlens, half_life_tokens, cp_group, dual_clipped)
-        assert isinstance(result, tuple)
-        return result
+        counts = count_per_sequence(dual_clipped, sequence_ids, len(cu_seqlens) - 1)
+        return _segment_future_kl(x, counts, segments, half_life_tokens, cp_group)
 
     return suffix_sum
+
+
+def _segment_future_kl(
+    x_local: Tensor, counts: Tensor, segments: Segments, half_life_tokens: float, cp_group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """(future_kl [T_local], `counts` of this rank int64 [S] summed over ranks). Collective."""
+    future_kl = segment_suffix_sum(x_local, segments, half_life_tokens)
+    if cp_group.size() == 1:
+        return future_kl, counts
+    heads = segment_heads(future_kl, segments).view(len(counts), 2)
+    own = torch.cat([heads, counts.to(heads.dtype)[:, None]], dim=1)
+    gathered = torch.stack(exchange.all_gather_tensors(own, cp_group))
+    chunk_lengths = segments.lengths_on_device[::2]
+    carries = carries_into_chunks(gathered[:, :, :2], chunk_lengths, half_life_tokens)
+    own_carries = torch.stack([carries[cp_group.rank()], carries[-1 - cp_group.rank()]], dim=1).flatten()
+    future_kl = future_kl + decay_to_end(segments, half_life_tokens) * segments.per_token(own_carries)
+    return future_kl, gathered[:, :, 2].sum(0).round().long()
 
 
 def exchanged_bytes(num_sequences: int, cp_size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -56,18 +56,27 @@ def merge_metrics(own: Metrics | None, group: ProcessGroup) -> Metrics:
 
 
 def _on_cpu(metrics: Metrics | None) -> Metrics | None:
-    """The same with every tensor on the CPU, 0-d ones as numbers."""
+    """The same with every tensor on the CPU, 0-d ones as numbers. Waits for a device once for each dtype."""
     if metrics is None:
         return None
-    moved: Metrics = {}
-    for name, metric in metrics.items():
-        tensors: dict[str, Any] = {
-            field.name: value.item() if value.dim() == 0 else value.cpu()
-            for field in fields(metric)
-            if isinstance(value := getattr(metric, field.name), Tensor)
-        }
-        moved[name] = replace(metric, **tensors)
-    return moved
+    tensors = {
+        id(value): value for metric in metrics.values() for value in vars(metric).values() if isinstance(value, Tensor)
+    }
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors.values()}
+    on_cpu: dict[int, Any] = {}
+    for kind in kinds:
+        alike = {key: tensor for key, tensor in tensors.items() if (tensor.device, tensor.dtype) == kind}
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike.values()]).cpu()
+        parts = flat.split([tensor.numel() for tensor in alike.values()])
+        for (key, tensor), part in zip(alike.items(), parts, strict=True):
+            # A clone, because pickling a part would take the whole along.
+            on_cpu[key] = part.clone().view(tensor.shape) if tensor.dim() else part.item()
+    return {
+        name: replace(
+            metric, **{field: on_cpu[id(value)] for field, value in vars(metric).items() if isinstance(value, Tensor)}
+        )
+        for name, metric in metrics.items()
+    }
 
 
 def barrier(group: ProcessGroup) -> None:

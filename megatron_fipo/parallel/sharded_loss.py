@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_fipo.config import FipoConfig
-from megatron_fipo.parallel import cp_layout, cp_suffix_sum, exchange
+from megatron_fipo.parallel import cp_suffix_sum, exchange
 from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.rollout_correction import SumOverShards
 from megatron_fipo.rl.types import PackedBatch
@@ -23,18 +23,20 @@ def sharded_policy_loss(
 
     Args:
         log_probs, entropy: float32 [T_local].
-        batch: this rank's rows of the microbatch, old_log_probs set.
+        batch: this rank's rows of the microbatch, from `shard_batch`, old_log_probs set. Nothing is read from its
+            device nor sent there.
     """
     assert batch.old_log_probs is not None, "old log-probs are taken before the step's first update"
+    assert batch.segments is not None, "the batch was not sharded"
     return policy_loss(
         log_probs,
         batch.old_log_probs,
         batch.advantages,
         batch.response_mask,
-        batch.cu_seqlens_padded,
+        batch.lengths.cu_seqlens_padded,
         objective,
-        cp_suffix_sum.sharded_suffix_sum(objective.half_life_tokens, cp_group),
-        sequence_ids=cp_layout.local_sequence_ids(batch.cu_seqlens_padded, cp_group.size()),
+        cp_suffix_sum.sharded_suffix_sum(objective.half_life_tokens, cp_group, batch.segments, batch.sequence_ids),
+        sequence_ids=batch.sequence_ids,
         response_token_counts=batch.response_token_counts,
         counts_sequences=cp_group.rank() == 0,
         reference_log_probs=batch.reference_log_probs,

@@ -73,8 +73,8 @@ def _sequences(minibatches: Sequence[Sequence[PackedBatch]]) -> Iterator[tuple[P
     """(microbatch, sample, this rank's rows of it), fillers left out."""
     for batches in minibatches:
         for batch in batches:
-            cp_size = int(batch.cu_seqlens_padded[-1]) // len(batch.input_ids)
-            bounds = (batch.cu_seqlens_padded.long() // cp_size).tolist()
+            cp_size = batch.lengths.num_tokens // len(batch.input_ids)
+            bounds = (batch.lengths.cu_seqlens_padded // cp_size).tolist()
             for sample, start, end in zip(batch.sample_indices, bounds[:-1], bounds[1:], strict=True):
                 if sample != FILLER:
                     yield batch, sample, torch.arange(start, end, device=batch.input_ids.device)

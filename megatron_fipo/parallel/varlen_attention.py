@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fipo.parallel import cp_layout
+from megatron_fipo.rl.segments import to_device
 
 try:
     from torch.nn.attention import varlen
@@ -73,18 +74,22 @@ class VarlenLayout:
     key_rows: Tensor | None
 
 
-def build_varlen_layout(cu_seqlens_padded: Tensor, longest: int, cp_size: int, cp_rank: int) -> VarlenLayout:
-    """Pairs of packed sequences. Alone in its context, a rank's are the sequences, and nothing is read from the device.
+def build_varlen_layout(
+    cu_seqlens_padded: Tensor, longest: int, cp_size: int, cp_rank: int, device: torch.device
+) -> VarlenLayout:
+    """Pairs of packed sequences. Alone in its context, a rank's are the sequences themselves.
 
     Args:
-        cu_seqlens_padded: int [S + 1], global cumulative padded lengths, each divisible by 2*cp.
+        cu_seqlens_padded: int [S + 1], global cumulative padded lengths, each divisible by 2*cp. Nothing waits for a
+            device where they are on the CPU, or cp is 1.
         longest: at least the largest of the lengths.
+        device: where the layout is to lie.
 
     Raises:
         ValueError: if a length does not divide into the chunks.
     """
     if cp_size == 1:
-        cu_seqlens = cu_seqlens_padded.int()
+        cu_seqlens = to_device(cu_seqlens_padded.int(), device)
         return VarlenLayout(cu_seqlens, cu_seqlens, (longest, longest), None)
     cp_layout.check_padded(cu_seqlens_padded, cp_size)
     num_chunks = cp_layout.num_chunks_of(cp_size)
@@ -99,7 +104,8 @@ def build_varlen_layout(cu_seqlens_padded: Tensor, longest: int, cp_size: int, c
     first = cu_seqlens_padded[:-1].long().repeat_interleave(2)
     key_rows = gathered_row[first[pair] + torch.arange(num_keys, device=seen.device) - cu_keys[pair]]
     cu_queries = cp_layout.local_cu_segments(cu_seqlens_padded, cp_size)
-    return VarlenLayout(cu_queries.int(), cu_keys.int(), (-(-longest // num_chunks), longest), key_rows)
+    cu_queries, cu_keys, key_rows = (to_device(each, device) for each in (cu_queries.int(), cu_keys.int(), key_rows))
+    return VarlenLayout(cu_queries, cu_keys, (-(-longest // num_chunks), longest), key_rows)
 
 
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, scale: float) -> Tensor:

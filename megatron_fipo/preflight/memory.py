@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config, log_prob_chunk_tokens
+from megatron_fipo.config import Config, log_prob_chunk_tokens, recomputed_part
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.preflight.hardware import GIB, GPUS, Gpu
 from megatron_fipo.preflight.parameters import StageParameters, layer_matrices, stage_parameters, whole_parameters
@@ -102,9 +102,8 @@ def training_memory(
 
 
 def recomputes_mlp(config: Config) -> bool:
-    """Whether model.recompute=selective drops the MLP's activations, as with Transformer Engine, whose attention keeps
-    no scores. In float32 it drops the attention's."""
-    return config.model.recompute == "selective" and config.model.dtype == "bfloat16"
+    """Whether the MLP's activations are computed again in backward, on GPUs, rather than kept."""
+    return recomputed_part(config.model, on_gpu=True) == "mlp"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Future-KL: the suffix sum F_t = x_t + gamma * F_{t+1} within each packed sequence, gamma = 2^(-1/half_life).
 
-Shapes: T packed tokens, S segments (sequences, or the chunks into which context parallelism cuts them), N blocks.
+Shapes: T packed tokens, S sequences, N segments (sequences, or the chunks into which context parallelism cuts them).
 
 `future_kl_reference` is the recurrence as one would write it on paper. `future_kl` gives the same numbers in O(T) work,
 without a Python loop over tokens or sequences:
@@ -22,27 +22,35 @@ Source: FIPO, arXiv 2603.19835, where the same sum is written out over all pairs
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-BLOCK = 32
-"""Tokens in a block. The in-block product costs T * BLOCK multiplications; 32 was fastest of 16 … 256 on CPU."""
+from megatron_fipo.rl.segments import (
+    BLOCK,
+    BlockLevel,
+    Segments,
+    block_levels,
+    checked_cu_segments,
+    segments_of,
+    sums_by_triton,
+)
 
 
-def future_kl(x: Tensor, cu_seqlens: Tensor, half_life_tokens: float) -> Tensor:
+def future_kl(x: Tensor, cu_seqlens: Tensor | Segments, half_life_tokens: float) -> Tensor:
     """F_t = sum over k >= t of gamma^(k - t) * x_k within each sequence, the current token included.
 
     Exact: |error_t| <= 2e-6 * sum over k >= t of gamma^(k - t) * |x_k|. Differentiable, though FIPO detaches it.
-    Waits for the device once if `cu_seqlens` lies on one; keep it on the CPU to avoid that.
+    Waits for the device if `cu_seqlens` lies on one; keep it on the CPU to avoid that.
 
     Args:
         x: [T] float32, the log-prob shift where a token takes part and 0 elsewhere. A non-finite entry makes
             entries of its own sequence non-finite, never of another.
-        cu_seqlens: [S + 1] integers, 0 = first <= … <= last = T. Empty sequences are allowed.
+        cu_seqlens: [S + 1] integers, 0 = first <= … <= last = T. Empty sequences are allowed. Where the same sequences
+            are summed again and again, make their `Segments` once and pass those.
         half_life_tokens: distance in tokens at which influence has halved, > 0.
 
     Returns:
@@ -54,11 +62,12 @@ def future_kl(x: Tensor, cu_seqlens: Tensor, half_life_tokens: float) -> Tensor:
     return segment_suffix_sum(x, cu_seqlens, half_life_tokens)
 
 
-def segment_suffix_sum(x: Tensor, cu_segments: Tensor, half_life_tokens: float) -> Tensor:
+def segment_suffix_sum(x: Tensor, cu_segments: Tensor | Segments, half_life_tokens: float) -> Tensor:
     """`future_kl` over segments that need not be whole sequences.
 
     Context parallelism sums each of its chunks so, exchanges `segment_heads`, and adds what lies behind a chunk by
-    `decay_to_end`. Arguments, result and errors are those of `future_kl`.
+    `decay_to_end`. Arguments, result and errors are those of `future_kl`; with `Segments` made before, nothing is read
+    from a device nor sent to one.
     """
     _check_half_life(half_life_tokens)
     if x.dtype != torch.float32 or x.dim() != 1:
@@ -66,21 +75,22 @@ def segment_suffix_sum(x: Tensor, cu_segments: Tensor, half_life_tokens: float) 
             f"x must be a float32 vector, one entry per token; it is {x.dtype} with shape {tuple(x.shape)}. "
             "Take log-prob shifts in float32: lower precision changes gamma itself."
         )
-    cu = _checked_cu_segments(cu_segments, x.shape[0])
+    segments = _segments(cu_segments, x.shape[0], x.device)
     if not x.shape[0]:
         return x.clone()
-    if x.is_cuda and not x.requires_grad and importlib.util.find_spec("triton") is not None:
+    if sums_by_triton(x.device) and not x.requires_grad:
         from megatron_fipo.rl.future_kl_triton import triton_suffix_sum
 
-        return triton_suffix_sum(x.contiguous(), cu, half_life_tokens)
-    return _blocked_suffix_sum(x.double(), cu, half_life_tokens).float()
+        return triton_suffix_sum(x.contiguous(), segments, half_life_tokens)
+    levels = block_levels(segments.cu, x.device) if segments.levels is None else segments.levels
+    return _blocked_suffix_sum(x.double(), levels, half_life_tokens).float()
 
 
 def future_kl_reference(x: Tensor, cu_seqlens: Tensor, half_life_tokens: float) -> Tensor:
     """The recurrence itself, token by token from each sequence's end: float64 [T], for any dtype of x."""
     _check_half_life(half_life_tokens)
     gamma = 2.0 ** (-1.0 / half_life_tokens)
-    boundaries = _checked_cu_segments(cu_seqlens, x.shape[0]).tolist()
+    boundaries = checked_cu_segments(cu_seqlens, x.shape[0]).tolist()
     values = x.double().tolist()
     result = [0.0] * len(values)
     for start, end in itertools.pairwise(boundaries):
@@ -91,71 +101,79 @@ def future_kl_reference(x: Tensor, cu_seqlens: Tensor, half_life_tokens: float) 
     return torch.tensor(result, dtype=torch.float64, device=x.device)
 
 
-def segment_heads(values: Tensor, cu_segments: Tensor) -> Tensor:
-    """[S] entry of `values` [T] at each segment's first token, 0 for an empty segment."""
-    cu = _checked_cu_segments(cu_segments, values.shape[0])
+def segment_heads(values: Tensor, cu_segments: Tensor | Segments) -> Tensor:
+    """[N] entry of `values` [T] at each segment's first token, 0 for an empty segment."""
+    segments = _segments(cu_segments, values.shape[0], values.device)
     if not values.shape[0]:
-        return values.new_zeros(len(cu) - 1)
-    starts, lengths = cu[:-1].to(values.device), cu.diff().to(values.device)
-    return torch.where(lengths > 0, values[starts.clamp(max=values.shape[0] - 1)], 0.0)
+        return values.new_zeros(len(segments.cu) - 1)
+    starts = segments.cu_on_device[:-1].clamp(max=values.shape[0] - 1)
+    return torch.where(segments.lengths_on_device > 0, values[starts], 0.0)
 
 
-def decay_to_end(cu_segments: Tensor, half_life_tokens: float) -> Tensor:
+def decay_to_end(cu_segments: Tensor | Segments, half_life_tokens: float) -> Tensor:
     """float32 [T]: gamma^(end - t) for each token t, end being one past the last token of its segment.
 
     What the sum behind a segment's end is multiplied by where it enters F_t. Lies on the device of `cu_segments`.
     """
     _check_half_life(half_life_tokens)
-    num_tokens = int(cu_segments[-1]) if cu_segments.numel() else 0
-    cu = _checked_cu_segments(cu_segments, num_tokens)
-    lengths = cu.diff()
-    longest = int(lengths.max()) if len(lengths) else 0
-    powers = _powers(longest + 1, 1.0 / half_life_tokens, cu_segments.device).float()
-    ends = torch.repeat_interleave(
-        cu[1:].to(cu_segments.device), lengths.to(cu_segments.device), output_size=num_tokens
-    )
-    return powers[ends - torch.arange(num_tokens, device=cu_segments.device)]
+    if isinstance(cu_segments, Tensor):
+        num_tokens = int(cu_segments[-1]) if cu_segments.numel() else 0
+        cu_segments = segments_of(cu_segments, num_tokens, cu_segments.device)
+    device = cu_segments.cu_on_device.device
+    powers = power_table(1.0 / half_life_tokens, cu_segments.longest + 1, device, torch.float32)
+    ends = cu_segments.per_token(cu_segments.cu_on_device[1:])
+    return powers[ends - torch.arange(cu_segments.num_tokens, device=device)]
 
 
-def _blocked_suffix_sum(x: Tensor, cu: Tensor, half_life: float) -> Tensor:
-    """The suffix sum of x [T] float64 over segments `cu` [S + 1] (int64, CPU). Uses x as scratch space."""
-    lengths = cu.diff()
-    num_blocks = (lengths + BLOCK - 1) // BLOCK
-    cu_blocks = torch.zeros(len(cu), dtype=torch.int64)
-    torch.cumsum(num_blocks, 0, out=cu_blocks[1:])
-    total_blocks = int(cu_blocks[-1])
+def power_table(rate: float, count: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[count]: 2^(-k * rate) for k = 0 … count - 1, computed in float64. Kept, so it must not be changed."""
+    # Lengths differ from microbatch to microbatch; rounded up, they ask for the same few tables again and again.
+    return _power_table(rate, 1 << max(count - 1, 0).bit_length(), device, dtype)[:count]
 
-    rows, places = _to_blocks(x, cu, cu_blocks * BLOCK)
-    powers = _powers(BLOCK, 1.0 / half_life, x.device)
-    if int(num_blocks.max()) > 1:
-        block_sums = _blocked_suffix_sum(rows @ powers, cu_blocks, half_life / BLOCK)
+
+@lru_cache(maxsize=64)
+def _power_table(rate: float, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # or a table first made in inference mode could take no part in a gradient
+        return torch.exp2(-rate * torch.arange(count, dtype=torch.float64, device=device)).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _block_matrix(rate: float, device: torch.device) -> Tensor:
+    """float64 [BLOCK, BLOCK]: 2^(-(k - j) * rate) at [k, j], 0 where k < j. Kept, so it must not be changed."""
+    with torch.inference_mode(False):
+        steps = torch.arange(BLOCK, device=device)
+        distance = steps[:, None] - steps[None, :]
+        return torch.where(distance >= 0, power_table(rate, BLOCK, device)[distance.clamp(min=0)], 0.0)
+
+
+def _blocked_suffix_sum(x: Tensor, levels: tuple[BlockLevel, ...], half_life: float) -> Tensor:
+    """The suffix sum of x [T] float64 over the segments that `levels` were made of, the first being x's own level."""
+    level, rate = levels[0], 1.0 / half_life
+    if level.places is None:
+        rows = x.reshape(-1, BLOCK)
+    else:
+        rows = x.new_zeros(level.num_blocks * BLOCK).index_copy(0, level.places, x).reshape(-1, BLOCK)
+    if level.last_blocks is not None:
+        heads = rows @ power_table(rate, BLOCK, x.device)
+        block_sums = _blocked_suffix_sum(heads, levels[1:], half_life / BLOCK)
         behind = torch.zeros_like(block_sums)
         behind[:-1] = block_sums[1:]
-        last_blocks = cu_blocks[1:][num_blocks > 0] - 1
-        behind[last_blocks.to(x.device)] = 0.0
-        rows[:, -1] += 2.0 ** (-1.0 / half_life) * behind
-    steps = torch.arange(BLOCK, device=x.device)
-    distance = steps[:, None] - steps[None, :]
-    sums = rows @ torch.where(distance >= 0, powers[distance.clamp(min=0)], 0.0)
-    flat = sums.reshape(total_blocks * BLOCK)
-    return flat if places is None else flat[places]
+        behind.index_fill_(0, level.last_blocks, 0.0)
+        rows[:, -1] += 2.0**-rate * behind
+    flat = (rows @ _block_matrix(rate, x.device)).reshape(level.num_blocks * BLOCK)
+    return flat if level.places is None else flat[level.places]
 
 
-def _to_blocks(x: Tensor, cu: Tensor, cu_padded: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Lay the segments out from `cu_padded` on: rows [N, BLOCK], and each token's place, None where nothing moved."""
-    if torch.equal(cu, cu_padded):
-        return x.reshape(-1, BLOCK), None
-    offsets = (cu_padded - cu)[:-1].to(x.device)
-    num_tokens = x.shape[0]
-    places = torch.repeat_interleave(offsets, cu.diff().to(x.device), output_size=num_tokens)
-    places += torch.arange(num_tokens, device=x.device)
-    padded = x.new_zeros(int(cu_padded[-1])).index_copy(0, places, x)
-    return padded.reshape(-1, BLOCK), places
-
-
-def _powers(count: int, rate: float, device: torch.device) -> Tensor:
-    """float64 [count]: 2^(-k * rate) for k = 0 … count - 1."""
-    return torch.exp2(-rate * torch.arange(count, dtype=torch.float64, device=device))
+def _segments(cu_segments: Tensor | Segments, num_tokens: int, device: torch.device) -> Segments:
+    """The segments of `num_tokens` tokens on `device`, made here unless they are given."""
+    if isinstance(cu_segments, Tensor):
+        return segments_of(cu_segments, num_tokens, device)
+    if cu_segments.num_tokens != num_tokens:
+        raise ValueError(
+            f"the segments were made for {cu_segments.num_tokens} tokens but there are {num_tokens}. Make them of the "
+            "layout in which the tokens lie."
+        )
+    return cu_segments
 
 
 def _check_half_life(half_life_tokens: float) -> None:
@@ -163,24 +181,3 @@ def _check_half_life(half_life_tokens: float) -> None:
         raise ValueError(
             f"half_life_tokens={half_life_tokens} must be a positive, finite number of tokens; the paper uses 32."
         )
-
-
-def _checked_cu_segments(cu_segments: Tensor, num_tokens: int) -> Tensor:
-    """`cu_segments` as int64 on the CPU, after checking that it partitions [0, num_tokens)."""
-    if cu_segments.dim() != 1 or not cu_segments.numel() or cu_segments.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens must be a vector of integers, 0 first; it is {cu_segments.dtype}, {tuple(cu_segments.shape)}."
-        )
-    cu = cu_segments.detach().to(device="cpu", dtype=torch.int64)
-    if int(cu[0]) != 0 or int(cu[-1]) != num_tokens:
-        raise ValueError(
-            f"cu_seqlens runs from {int(cu[0])} to {int(cu[-1])} but must run from 0 to the number of tokens, "
-            f"{num_tokens}. Pass the cumulative lengths of the layout in which the tokens lie, padding included."
-        )
-    steps = cu.diff()
-    if bool((steps < 0).any()):
-        place = int((steps < 0).nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens must not descend; entry {place + 1} is {int(cu[place + 1])} after {int(cu[place])}."
-        )
-    return cu

@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_fipo.rl.future_kl import power_table
+from megatron_fipo.rl.segments import Segments
+
 BLOCK = 1024
 """Tokens in a block: the work of one program."""
 
@@ -73,38 +76,38 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         tl.store(result + first + offsets, sums.to(tl.float32), mask=is_token)
 
 
-def triton_suffix_sum(x: Tensor, cu_segments: Tensor, half_life_tokens: float) -> Tensor:
+def triton_suffix_sum(x: Tensor, segments: Segments, half_life_tokens: float) -> Tensor:
     """`future_kl.segment_suffix_sum` on x's device, not differentiable; arguments are checked there.
+
+    Nothing is read from the device nor sent to it: lengths are the host's, and tables of powers are kept.
 
     Args:
         x: float32 [T], contiguous.
-        cu_segments: int64 [S + 1] on the CPU.
+        segments: of these tokens, on the same device.
 
     Returns:
         float32 [T].
     """
-    num_segments = len(cu_segments) - 1
-    longest = int(cu_segments.diff().max()) if num_segments else 0
-    num_blocks = triton.cdiv(longest, BLOCK)
+    num_blocks = triton.cdiv(segments.longest, BLOCK)
     result = torch.empty_like(x)
     if not num_blocks:
         return result
-    rate = 1.0 / half_life_tokens
-    steps = torch.arange(max(BLOCK, num_blocks), dtype=torch.float64, device=x.device)
-    powers, block_powers = torch.exp2(-rate * steps[:BLOCK]), torch.exp2(-rate * BLOCK * steps[:num_blocks])
-    cu = cu_segments.to(x.device, non_blocking=True)
+    rate, num_heads = 1.0 / half_life_tokens, triton.next_power_of_2(num_blocks)
+    powers = power_table(rate, BLOCK, x.device)
+    block_powers = power_table(rate * BLOCK, num_heads, x.device)
+    num_segments = len(segments.cu) - 1
     heads = torch.empty(num_segments, num_blocks, dtype=torch.float64, device=x.device)
     grid = (num_segments, num_blocks)
-    _head_kernel[grid](x, cu, powers, heads, num_blocks, BLOCK=BLOCK)
+    _head_kernel[grid](x, segments.cu_on_device, powers, heads, num_blocks, BLOCK=BLOCK)
     _scan_kernel[grid](
         x,
-        cu,
+        segments.cu_on_device,
         powers,
         block_powers,
         heads,
         result,
         num_blocks,
         BLOCK=BLOCK,
-        NUM_HEADS=triton.next_power_of_2(num_blocks),
+        NUM_HEADS=num_heads,
     )
     return result

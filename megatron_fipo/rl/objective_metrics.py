@@ -11,6 +11,7 @@ come from histograms of the log-prob shift; see `shift_histograms`.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -97,14 +98,20 @@ def shift_histograms(shift: Tensor, negative: Tensor, positive: Tensor) -> tuple
     num_bins = 2 * HISTOGRAM_HALF_BINS
     place = torch.asinh(shift / HISTOGRAM_SCALE) / HISTOGRAM_STEP
     bins = (place.floor().long() + HISTOGRAM_HALF_BINS).clamp(0, num_bins - 1)
-    steps = torch.arange(-HISTOGRAM_HALF_BINS, HISTOGRAM_HALF_BINS + 1, dtype=torch.float64, device=shift.device)
-    edges = HISTOGRAM_SCALE * torch.sinh(HISTOGRAM_STEP * steps)
+    edges = _bin_edges(shift.device)
 
     def histogram(mask: Tensor, quantiles: Quantiles) -> Histogram:
         counts = torch.zeros(num_bins, dtype=torch.float64, device=shift.device)
         return Histogram(counts.index_add_(0, bins, mask.double()), edges, quantiles, exponentiate=True)
 
     return histogram(negative, NEGATIVE_QUANTILES), histogram(positive, POSITIVE_QUANTILES)
+
+
+@lru_cache(maxsize=8)
+def _bin_edges(device: torch.device) -> Tensor:
+    """float64 [bins + 1]. One tensor for all histograms of a device, which then need no comparing to be added."""
+    steps = torch.arange(-HISTOGRAM_HALF_BINS, HISTOGRAM_HALF_BINS + 1, dtype=torch.float64, device=device)
+    return HISTOGRAM_SCALE * torch.sinh(HISTOGRAM_STEP * steps)
 
 
 def _fipo_metrics(weights: Tensor, future_kl: Tensor, mask: Tensor, count: Tensor, config: FipoConfig) -> Metrics:

@@ -11,9 +11,8 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from megatron_fipo.rl.types import Group, PackedBatch, Sample
+from megatron_fipo.rl.types import Group, PackedBatch, PackedLengths, Sample
 
 FILLER = -1
 """Sample index of a sequence that only fills a microbatch: no response token, no loss."""
@@ -124,8 +123,8 @@ def build_packed_batch(
         lengths, padded = [*lengths, filler], [*padded, filler]
         sample_indices.append(FILLER)
 
-    cu_padded = _cumulative(padded)
-    num_tokens = int(cu_padded[-1])
+    packed_lengths = PackedLengths.of(lengths, padded)
+    cu_padded, num_tokens = packed_lengths.cu_seqlens_padded, packed_lengths.num_tokens
     input_ids = torch.full((num_tokens,), pad_token_id, dtype=torch.int64)
     labels = torch.zeros(num_tokens, dtype=torch.int64)
     response_mask = torch.zeros(num_tokens, dtype=torch.bool)
@@ -148,24 +147,20 @@ def build_packed_batch(
             response_mask[response] = True
             advantages[response] = sample.advantage
             response_token_counts[position] = len(sample.response_ids)
-    starts = torch.repeat_interleave(cu_padded[:-1], torch.tensor(padded), output_size=num_tokens)
+    sequence_ids = torch.repeat_interleave(torch.arange(len(padded)), torch.tensor(padded), output_size=num_tokens)
     return PackedBatch(
         input_ids=input_ids,
         labels=labels,
-        position_ids=torch.arange(num_tokens) - starts,
+        position_ids=torch.arange(num_tokens) - cu_padded[sequence_ids],
         response_mask=response_mask,
         advantages=advantages,
-        cu_seqlens=_cumulative(lengths).int(),
+        sequence_ids=sequence_ids,
+        lengths=packed_lengths,
         cu_seqlens_padded=cu_padded.int(),
         response_token_counts=response_token_counts,
         rollout_log_probs=rollout_log_probs,
         sample_indices=sample_indices,
     )
-
-
-def _cumulative(lengths: Sequence[int]) -> Tensor:
-    """int64 [S + 1]."""
-    return torch.tensor([0, *lengths]).cumsum(0)
 
 
 def _balance(indices: Sequence[int], sizes: Sequence[int], num_bins: int) -> list[list[int]]:

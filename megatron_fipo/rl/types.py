@@ -5,11 +5,14 @@ Shapes: T packed tokens (padding included), S sequences; `_local` means sharded 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_fipo.rl.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,33 @@ class Group:
         return torch.tensor([sample.reward for sample in self.samples])
 
 
+@dataclass(frozen=True)
+class PackedLengths:
+    """How long the whole packed sequences of a microbatch are, on the CPU and the same on every context-parallel rank.
+
+    What wants a length as a number finds it here: read from a GPU, it would wait for all that was queued there.
+    """
+
+    cu_seqlens: Tensor
+    """int64 [S + 1] on the CPU, cumulative lengths without padding."""
+    cu_seqlens_padded: Tensor
+    """int64 [S + 1] on the CPU, cumulative lengths with padding."""
+    num_tokens: int
+    """Tokens of all sequences, padding included."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], padded: Sequence[int]) -> PackedLengths:
+        """From each sequence's length without and with its padding."""
+        cu_seqlens, cu_padded = (torch.tensor([0, *tokens]).cumsum(0) for tokens in (lengths, padded))
+        return cls(cu_seqlens, cu_padded, num_tokens=sum(padded))
+
+
 @dataclass
 class PackedBatch:
     """One microbatch of packed sequences, predictor-aligned: row t predicts `labels[t]`, the token that follows it.
 
-    Each sequence is padded at its end to a multiple of the layout's pad_multiple. `cu_seqlens_padded` is global, also
-    where the per-token tensors hold only this context-parallel rank's rows.
+    Each sequence is padded at its end to a multiple of the layout's pad_multiple. `lengths` and `cu_seqlens_padded` are
+    global, also where the per-token tensors hold only this context-parallel rank's rows.
     """
 
     input_ids: Tensor
@@ -101,10 +125,12 @@ class PackedBatch:
     """bool [T], True where labels[t] was written by the policy and may carry loss."""
     advantages: Tensor
     """float32 [T]."""
-    cu_seqlens: Tensor
-    """int32 [S + 1], cumulative lengths without padding."""
+    sequence_ids: Tensor
+    """int64 [T], the sequence of each token."""
+    lengths: PackedLengths
+    """Of the sequences, on the CPU."""
     cu_seqlens_padded: Tensor
-    """int32 [S + 1], cumulative lengths with padding."""
+    """int32 [S + 1], cumulative lengths with padding, on the batch's device: for attention's kernels."""
     response_token_counts: Tensor
     """int64 [S], True entries of response_mask in the whole of each sequence."""
     rollout_log_probs: Tensor
@@ -115,3 +141,5 @@ class PackedBatch:
     """float32 [T], set before the step's first update."""
     reference_log_probs: Tensor | None = None
     """float32 [T], set where there is a KL penalty."""
+    segments: Segments | None = None
+    """This rank's stretches of each sequence, for Future-KL; set where the batch is brought to its rank's device."""

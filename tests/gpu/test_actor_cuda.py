@@ -99,7 +99,8 @@ def actor_log_probs(actor: Actor, config: Config, ranks: ParallelGroups) -> dict
             assert log_probs.dtype == torch.float32
             for row, index in enumerate(batch.sample_indices):
                 if index >= 0:
-                    start, length = int(batch.cu_seqlens_padded[row]), int(batch.cu_seqlens.diff()[row])
+                    start = int(batch.lengths.cu_seqlens_padded[row])
+                    length = int(batch.lengths.cu_seqlens.diff()[row])
                     found[index] = log_probs[start : start + length - 1].cpu()
     return found
 

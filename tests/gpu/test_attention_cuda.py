@@ -111,7 +111,7 @@ def test_each_context_parallel_rank_attends_as_float64_does(cp_size: int) -> Non
     ours = [torch.empty_like(query) for _ in range(2)]
     for rank in range(cp_size):
         rows = cp_layout.local_indices(cu_seqlens, cp_size, rank)
-        layout = build_varlen_layout(cu_seqlens, max(LENGTHS), cp_size, rank)
+        layout = build_varlen_layout(cu_seqlens, max(LENGTHS), cp_size, rank, torch.device("cuda"))
         own = query[rows].requires_grad_()
         output = attend_varlen(own, gathered[0], gathered[1], layout, 128**-0.5)
         output.backward(gradient[rows])

@@ -313,7 +313,7 @@ def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breaka
         [breakage.batches(batch) for batch in microbatches]
         for microbatches in build_minibatches(groups_of_step(step), config, ranks, PAD_TOKEN)
     ]
-    lengths = [int(batch.cu_seqlens_padded[-1]) for microbatches in minibatches for batch in microbatches]
+    lengths = [batch.lengths.num_tokens for microbatches in minibatches for batch in microbatches]
     assert not any(length % microbatch_token_multiple(config) for length in lengths)
     for microbatches in minibatches:
         for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=ranks.is_last_stage):
@@ -366,9 +366,7 @@ def _detached(
 
 def _places(batch: PackedBatch) -> list[tuple[int, int]]:
     """(sample, position) of each of this rank's rows: every rank holds the same share of every sequence."""
-    cp_size = int(batch.cu_seqlens_padded[-1]) // len(batch.input_ids)
-    lengths = (batch.cu_seqlens_padded.diff() // cp_size).tolist()
-    samples = [index for index, length in zip(batch.sample_indices, lengths, strict=True) for _ in range(length)]
+    samples = [batch.sample_indices[sequence] for sequence in batch.sequence_ids.tolist()]
     return list(zip(samples, batch.position_ids.tolist(), strict=True))
 
 

@@ -284,8 +284,8 @@ def _check_what_is_noticed_of_flash(cp_size: int) -> None:
     lengths = packed_lengths(cp_size)["uneven"]
     real = varlen_attention.build_varlen_layout
 
-    def keys_of_another_chunk(cu_seqlens: Tensor, longest: int, size: int, rank: int) -> Any:
-        return real(cu_seqlens, longest, size, (rank + 1) % size)
+    def keys_of_another_chunk(cu_seqlens: Tensor, longest: int, size: int, rank: int, device: torch.device) -> Any:
+        return real(cu_seqlens, longest, size, (rank + 1) % size, device)
 
     def keys_as_they_lie(*arguments: Any) -> Any:
         layout = real(*arguments)
@@ -306,7 +306,7 @@ def test_keys_of_the_wrong_rows_are_noticed() -> None:
 
 def test_a_length_that_flash_could_not_cut_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel\.cp=2 needs padded lengths divisible by 4; sequence 1 has 6"):
-        varlen_attention.build_varlen_layout(torch.tensor([0, 8, 14]), 8, 2, 0)
+        varlen_attention.build_varlen_layout(torch.tensor([0, 8, 14]), 8, 2, 0, torch.device("cpu"))
 
 
 def test_a_block_of_queries_is_described_to_flash_without_a_mask() -> None:

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.config import ParallelSection
-from megatron_fipo.parallel import cp_suffix_sum
+from megatron_fipo.parallel import cp_layout, cp_suffix_sum
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks, cp_future_kl, exchanged_bytes, sharded_suffix_sum
 from megatron_fipo.rl.future_kl import future_kl_reference
+from megatron_fipo.rl.segments import segments_of
 from tests.parallel.ranks import run_ranks
 
 ERROR_BOUND = 2e-6
@@ -140,10 +141,10 @@ def check_is_noticed(breakage: str, batch: Batch, group: dist.ProcessGroup) -> N
             cp_suffix_sum, "carries_into_chunks", lambda heads, *rest: carries_into_chunks(heads.flip(2), *rest)
         ),
         "carry not decayed inside the chunk": mock.patch.object(
-            cp_suffix_sum, "decay_to_end", lambda cu, half_life: torch.ones(int(cu[-1]))
+            cp_suffix_sum, "decay_to_end", lambda segments, half_life: torch.ones(segments.num_tokens)
         ),
         "end taken as inclusive": mock.patch.object(
-            cp_suffix_sum, "decay_to_end", lambda cu, half_life: decay(cu, half_life) * 2 ** (1 / half_life)
+            cp_suffix_sum, "decay_to_end", lambda segments, half_life: decay(segments, half_life) * 2 ** (1 / half_life)
         ),
         "bfloat16": mock.patch.object(
             cp_suffix_sum, "carries_into_chunks", lambda *all_: carries_into_chunks(*all_).bfloat16().float()
@@ -198,10 +199,13 @@ def _all_checks(cp_size: int) -> int:
 
 
 def _check_suffix_sum_of_the_loss(batch: Batch, group: dist.ProcessGroup) -> None:
-    """`sharded_suffix_sum` hands through what `cp_future_kl` returns."""
+    """`sharded_suffix_sum`, of tables made before, gives what `cp_future_kl` returns."""
     rows = zigzag_rows(batch.cu_seqlens, group.size(), group.rank())
-    arguments = (batch.x[rows], batch.flags[rows])
-    values, counts = sharded_suffix_sum(batch.half_life, group)(*arguments, batch.cu_seqlens)
+    cu_segments = cp_layout.local_cu_segments(batch.cu_seqlens, group.size())
+    segments = segments_of(cu_segments, len(rows), batch.x.device)
+    sequence_ids = cp_layout.local_sequence_ids(batch.cu_seqlens, group.size())
+    suffix_sum = sharded_suffix_sum(batch.half_life, group, segments, sequence_ids)
+    values, counts = suffix_sum(batch.x[rows], batch.flags[rows], batch.cu_seqlens)
     expected = cp_future_kl(batch.x[rows], batch.cu_seqlens, batch.half_life, group, batch.flags[rows])
     assert torch.equal(values, expected[0])
     assert torch.equal(counts, expected[1])

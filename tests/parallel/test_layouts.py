@@ -162,9 +162,7 @@ def _shifted_after_the_split(batch: Any) -> Any:
 
 
 def _counting_padding(batch: Any) -> Any:
-    cp_size = int(batch.cu_seqlens_padded[-1]) // len(batch.input_ids)
-    lengths = batch.cu_seqlens.diff().repeat_interleave(batch.cu_seqlens_padded.diff() // cp_size)
-    is_padding = batch.position_ids >= lengths
+    is_padding = batch.position_ids >= batch.lengths.cu_seqlens.diff()[batch.sequence_ids]
     return replace(batch, response_mask=batch.response_mask | is_padding)
 
 

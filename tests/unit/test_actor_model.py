@@ -127,10 +127,34 @@ def test_fp8_is_refused_where_it_cannot_be_computed(
         precision.check_fp8(recipe)
 
 
-def test_packed_sequences_are_described_with_and_without_their_padding() -> None:
-    cu_seqlens, padded = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([0, 4, 12], dtype=torch.int32)
-    params = packed_sequence_params(cu_seqlens, padded)
+def test_lengths_with_and_without_padding_are_one_tensor() -> None:
+    """Transformer Engine looks whether they are the same object: only then it knows of no padding between sequences."""
+    padded = torch.tensor([0, 4, 12], dtype=torch.int32)
+    params = packed_sequence_params(padded, padded.long())
     assert params.qkv_format == "thd"
-    assert params.cu_seqlens_q is params.cu_seqlens_kv is cu_seqlens
+    assert params.cu_seqlens_q is params.cu_seqlens_kv is padded
     assert params.cu_seqlens_q_padded is params.cu_seqlens_kv_padded is padded
-    assert params.max_seqlen_q == params.max_seqlen_kv == 8
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([4, 8], 1024),
+        ([1024, 8], 1024),
+        ([1025, 8], 2048),
+        ([1024], 1024),  # as many as all tokens, but of one sequence: its positions are those of the batch
+        ([1000, 24], 2048),
+        ([1500, 548], 3072),
+    ],
+)
+def test_the_longest_length_is_rounded_up_but_never_to_that_of_several_sequences(
+    lengths: list[int], expected: int
+) -> None:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    params = packed_sequence_params(cu_seqlens.int(), cu_seqlens)
+    assert params.max_seqlen_q == params.max_seqlen_kv == expected
+
+
+def test_lengths_on_a_device_are_refused() -> None:
+    with pytest.raises(AssertionError, match="cost a wait"):
+        packed_sequence_params(torch.empty(3, device="meta"), torch.empty(3, device="meta"))

@@ -22,6 +22,10 @@ import itertools
 import torch
 from megatron_fipo.rl import future_kl_triton
 from megatron_fipo.rl.future_kl import future_kl_reference
+from megatron_fipo.rl.segments import segments_of
+
+def suffix_sum(x, cu, half_life):
+    return future_kl_triton.triton_suffix_sum(x, segments_of(cu, len(x), x.device), half_life)
 
 BOUND = 2e-6
 future_kl_triton.BLOCK = 32
@@ -39,7 +43,7 @@ inputs = {
 for sizes, half_life, (name, make) in itertools.product(lengths, (0.5, 32.0, 256.0), inputs.items()):
     cu = torch.tensor([0, *sizes]).cumsum(0)
     x = make(sum(sizes))
-    found = future_kl_triton.triton_suffix_sum(x, cu, half_life)
+    found = suffix_sum(x, cu, half_life)
     exact, scale = (future_kl_reference(values, cu, half_life) for values in (x, x.abs()))
     assert found.dtype == torch.float32 and found.isfinite().all(), (sizes, half_life, name)
     assert ((found - exact).abs() <= BOUND * scale).all(), (sizes, half_life, name)
@@ -48,13 +52,13 @@ for sizes, half_life, (name, make) in itertools.product(lengths, (0.5, 32.0, 256
 x, cu = torch.ones(96), torch.tensor([0, 96])
 exact = future_kl_reference(x, cu, 32.0)
 for wrong in (torch.tensor([0, 32, 96]), torch.tensor([0, 64, 96])):
-    found = future_kl_triton.triton_suffix_sum(x, wrong, 32.0)
+    found = suffix_sum(x, wrong, 32.0)
     assert not ((found - exact).abs() <= BOUND * exact).all()
 
 # What is not finite stays within its own sequence.
 x = torch.ones(100)
 x[70] = torch.nan
-found = future_kl_triton.triton_suffix_sum(x, torch.tensor([0, 40, 80, 100]), 8.0)
+found = suffix_sum(x, torch.tensor([0, 40, 80, 100]), 8.0)
 assert found[40:71].isnan().all() and found[:40].isfinite().all() and found[71:].isfinite().all()
 print("interpreted")
 """

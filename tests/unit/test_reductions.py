@@ -116,3 +116,23 @@ def test_merge_keeps_names_that_some_parts_lack() -> None:
 def test_merge_refuses_different_reductions() -> None:
     with pytest.raises(TypeError, match="metric a is a Sum here and a Mean there"):
         merge([{"a": Sum(1)}, {"a": Mean(1, 1)}])
+
+
+@pytest.mark.parametrize("mine", [1.5, -2.0, 0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("other", [1.5, -2.0, -0.0, math.inf, -math.inf, math.nan])
+def test_extremes_of_tensors_are_those_of_numbers(mine: float, other: float) -> None:
+    """They stay on their device; a NaN counts, as in Python, where it comes first."""
+    for kind, of_numbers in ((Max, max), (Min, min)):
+        merged = kind(torch.tensor(mine)) + kind(torch.tensor(other))
+        assert isinstance(next(iter(vars(merged).values())), torch.Tensor)
+        assert merged.value() == pytest.approx(of_numbers(mine, other), abs=0, nan_ok=True)
+        assert (kind(torch.tensor(mine)) + kind(other)).value() == pytest.approx(
+            of_numbers(mine, other), abs=0, nan_ok=True
+        )
+
+
+def test_histograms_of_other_edges_are_refused_and_equal_edges_need_not_be_one_tensor() -> None:
+    counts, edges = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    assert (Histogram(counts, edges) + Histogram(counts, edges.clone())).counts.tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="different edges"):
+        Histogram(counts, edges) + Histogram(counts, edges + 1)
