@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rollout.canary import canary_sequences
+from megatron_fipo.rollout.cuda_handles import CudaHandle
+from megatron_fipo.rollout.server_api import Bucket, TensorSpec
 from megatron_fipo.rollout.server_http import ServerError, ServerRefusedError
 from megatron_fipo.rollout.servers import State
+from megatron_fipo.rollout.sglang import _CPU_LAUNCHER, _serialize
 from megatron_fipo.rollout.sglang_checksums import gpu_hash
 from megatron_fipo.rollout.weight_buckets import pack
 from megatron_fipo.rollout.weight_sync import Method
@@ -44,6 +47,28 @@ def test_the_gpu_hash_is_sglangs_own() -> None:
         for size in sizes
     ]
     assert theirs.stdout.split() == ours
+
+
+@pytest.mark.parametrize(
+    ("visible", "answer"),
+    [
+        (["GPU-5", "GPU-4"], "device 1 a torch.float32 [2, 2] 0 16"),
+        (["GPU-4"], "device 0 a torch.float32 [2, 2] 0 16"),
+        (["GPU-0", "GPU-1"], "Invalid device_uuid=GPU-4"),
+    ],
+)
+def test_a_handle_opens_on_the_gpu_that_it_names(visible: list[str], answer: str) -> None:
+    """By SGLang's own reading of what it is sent. A server that does not see the GPU dies of that error."""
+    flat = torch.zeros(16, dtype=torch.uint8)
+    # What torch says of a CUDA tensor, the device left out.
+    arguments = (torch.Tensor, flat.shape, flat.stride(), 0, type(flat._typed_storage()), flat.dtype, None)
+    arguments += (b"memory", 16, 0, False, b"counter", 0, b"event", True)
+    spec = TensorSpec("a", torch.float32, (2, 2), 0, 16)
+    bucket = Bucket(flat, (spec,), {"4": CudaHandle("GPU-4", arguments)})
+    command = [str(server_python("sglang")), str(Path(__file__).with_name("cuda_payload.py")), _CPU_LAUNCHER, *visible]
+    payload = _serialize(bucket, bucket.handles["4"])
+    theirs = subprocess.run(command, input=payload, capture_output=True, text=True, check=True, timeout=300)
+    assert theirs.stdout.strip().splitlines()[-1] == answer
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
