@@ -123,7 +123,7 @@ def test_no_question_after_a_servers_health_meets_the_release_of_its_memory(runs
 
 def test_a_server_that_is_asked_for_its_memory_while_it_works_dies(runs: Runs) -> None:
     with contextlib.suppress(RankError):  # raised where both die
-        runs.run(Case(num_steps=1, breaks="idle", **PROBED))
+        runs.run(Case(num_steps=1, breaks="idle", **PROBED | {"environment": {"FAKE_PROBE_S": "8"}}))
     logs = "".join(log.read_text() for log in (runs.gpus.path.parent / "servers/rank-0").glob("*.log"))
     assert "release_memory_occupation should be called only when server is idle" in logs
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,10 +64,10 @@ class Case:
 class FakeActor:
     """What of an actor a handover asks for, its memory held on a fake GPU."""
 
-    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str, lends_after_s: float) -> None:
+    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str, wait: Callable[[], None]) -> None:
         self.shape = read_model_shape(folder)
         self._model = load(folder)
-        self._gpus, self._gpu, self._lends_after_s = gpus, gpu, lends_after_s
+        self._gpus, self._gpu, self._wait = gpus, gpu, wait
         self._unit = model_bytes(folder)
         self.onload()
 
@@ -83,7 +84,7 @@ class FakeActor:
             tensor.add_(1.0)
 
     def offload(self) -> None:
-        time.sleep(self._lends_after_s)
+        self._wait()
         self._hold("weights", 0)
         self._hold("state", 0)
         self._gpus.note(kind="actor lent", gpu=self._gpu)
@@ -156,13 +157,24 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
         return CudaHandle(UUID + gpu, tuple(arguments))
 
     config = config_of(case, Path(model))
-    actor = FakeActor(Path(model), gpus, str(rank), lends_after_s=2.0 if rank == case.slow_rank else 0.0)
+    actor = FakeActor(Path(model), gpus, str(rank), partial(_dawdle, case, gpus) if rank == case.slow_rank else _go_on)
     with layout(ParallelSection()) as ranks, _broken(case.breaks, actor):
         engine = build_server_engine(config, ranks, [1], Path(folder) / "servers", TrainerGpu(str(rank), handle))
         try:
             return _steps(case, engine, Handover(config, actor, engine), actor)  # type: ignore[arg-type]
         finally:
             engine.close()
+
+
+def _go_on() -> None:
+    """At once."""
+
+
+def _dawdle(case: Case, gpus: FakeGpus) -> None:
+    """Lend the memory late: where servers do not wait for it, not before they have taken theirs."""
+    time.sleep(0.5)
+    while case.breaks == "together" and len(gpus.events("sized")) < case.num_servers:
+        time.sleep(0.05)
 
 
 def _steps(case: Case, engine: ServerEngine, passing: Handover, actor: FakeActor) -> dict[str, Any]:
