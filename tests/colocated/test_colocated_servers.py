@@ -77,6 +77,21 @@ def test_a_handle_of_the_owners_gpu_ends_the_other_server(runs: Runs) -> None:
     assert results[0]["versions"] == [["0"]], "one of two servers is left"
 
 
+READS_SLOWLY = {"FAKE_READ_S": "0.2"}
+"""Servers that are at a bucket while the next ones are packed."""
+
+
+def test_no_buffer_is_written_while_a_server_reads_it(runs: Runs) -> None:
+    """On no rank: those that own no servers hear of what has arrived from the one that does."""
+    results = runs.run(Case(num_steps=1, environment=READS_SLOWLY))
+    assert results[0]["versions"] == [["0", "0"]], "checksums agree"
+
+
+def test_a_buffer_that_is_written_too_early_is_noticed(runs: Runs) -> None:
+    with pytest.raises(RankError, match="does not hold the weights that were sent to it"):
+        runs.run(Case(num_steps=1, breaks="settle", environment=READS_SLOWLY))
+
+
 def test_servers_size_their_caches_by_what_is_free_while_they_generate(runs: Runs) -> None:
     runs.run(Case(num_steps=1))
     assert [event["cache"] for event in runs.gpus.events("sized")] == [runs.cache_beside(0)] * 2

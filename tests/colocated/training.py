@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,10 +22,11 @@ from megatron_fipo import handover
 from megatron_fipo.config import Config, ParallelSection, load_config
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.handover import Handover
-from megatron_fipo.rollout import server_engine
+from megatron_fipo.rollout import server_engine, weight_buckets
 from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT, CudaHandle
 from megatron_fipo.rollout.node_layout import TrainerGpu
-from megatron_fipo.rollout.server_api import InferenceServer
+from megatron_fipo.rollout.packers import Packers
+from megatron_fipo.rollout.server_api import Bucket, InferenceServer
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerRefusedError
 from megatron_fipo.rollout.server_setup import build_server_engine
@@ -52,7 +54,7 @@ class Case:
     num_steps: int = 2
     keeps_snapshot: bool = False
     breaks: str = ""
-    """What is done wrong: caches, lending, idle, own_gpu, order, together, handle, refuse; "" for nothing."""
+    """What is done wrong: caches, lending, idle, own_gpu, order, together, handle, refuse, settle; "" for nothing."""
     environment: Mapping[str, str] = field(default_factory=dict)
     health_interval_s: float = 60.0
     slow_rank: int | None = None
@@ -98,6 +100,31 @@ class FakeActor:
 
     def _hold(self, what: str, models: float) -> None:
         self._gpus.hold(self._gpu, f"actor:{what}", int(models * self._unit))
+
+
+class SharedMemory:
+    """torch as `weight_buckets` sees it, its buffers in files that other processes map.
+
+    Who opens such a buffer sees what is in it then, as on a GPU: what was written too early, too.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._files: dict[int, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        assert device.type == "cpu"
+        file = str(self._folder / f"bucket-{self._rank}-{uuid.uuid4().hex}")
+        buffer = torch.from_file(file, shared=True, size=size, dtype=dtype)
+        self._files[buffer.data_ptr()] = file
+        return buffer
+
+    def file_of(self, flat: Tensor) -> str:
+        """Of the buffer that begins there."""
+        return self._files[flat.data_ptr()]
 
 
 def model_bytes(folder: Path) -> int:
@@ -146,19 +173,23 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
         **case.environment,
     }
 
+    memory = SharedMemory(Path(folder), rank)
+
     def handle(flat: Tensor) -> CudaHandle:
         gpu = "0" if case.breaks == "own_gpu" else str(rank)
         if case.breaks == "handle" and rank == 1:
             raise RuntimeError("no memory is left")
-        file = Path(folder) / f"bucket-{rank}-{flat.data_ptr()}.pt"
-        torch.save(flat.clone(), file)
         arguments: list[Any] = [None] * 15
-        arguments[DEVICE_ARGUMENT + 1] = str(file)
+        arguments[DEVICE_ARGUMENT + 1 : DEVICE_ARGUMENT + 3] = memory.file_of(flat), len(flat)
         return CudaHandle(UUID + gpu, tuple(arguments))
 
     config = config_of(case, Path(model))
     actor = FakeActor(Path(model), gpus, str(rank), partial(_dawdle, case, gpus) if rank == case.slow_rank else _go_on)
-    with layout(ParallelSection()) as ranks, _broken(case.breaks, actor):
+    with (
+        layout(ParallelSection()) as ranks,
+        _broken(case.breaks, actor),
+        mock.patch.object(weight_buckets, "torch", memory),
+    ):
         engine = build_server_engine(config, ranks, [1], Path(folder) / "servers", TrainerGpu(str(rank), handle))
         try:
             return _steps(case, engine, Handover(config, actor, engine), actor)  # type: ignore[arg-type]
@@ -214,6 +245,8 @@ def _broken(what: str, actor: FakeActor) -> Iterator[None]:
         if what == "idle":
             put(server_engine, "_pause_and_release", lambda client: client.release_memory())
             put(asyncio, "wait", _no_wait)
+        if what == "settle":
+            put(Packers, "buckets", _without_waiting(Packers.buckets))
         if what == "refuse":
             put(SglangServer, "begin_update", _refuse)
         if what == "together":
@@ -221,6 +254,11 @@ def _broken(what: str, actor: FakeActor) -> Iterator[None]:
         if what == "order":
             put(server_engine, "_resume_cache_and_go_on", _go_on_and_resume_cache)
         yield
+
+
+def _without_waiting(buckets: Callable[..., Iterator[Bucket]]) -> Callable[..., Iterator[Bucket]]:
+    """Buckets that are packed without a look at what servers still read."""
+    return lambda packers, stream, settle: buckets(packers, stream, lambda: None)
 
 
 async def _refuse(server: SglangServer) -> None:

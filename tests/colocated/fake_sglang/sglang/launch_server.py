@@ -18,6 +18,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,11 +175,12 @@ class FakeServer:
 
     def _opened_by(self, rank: int) -> Any:
         def rebuild(*arguments: Any) -> Tensor:
-            uuid, file = arguments[DEVICE_ARGUMENT], arguments[DEVICE_ARGUMENT + 1]
+            uuid, file, num_bytes = arguments[DEVICE_ARGUMENT : DEVICE_ARGUMENT + 3]
             self.ledger.note(kind="opened", by=self.gpus[rank], on=uuid.removeprefix(UUID))
             if uuid.removeprefix(UUID) not in self.gpus:
                 die(f"Exception: Invalid device_uuid={uuid}")
-            return torch.load(file)
+            time.sleep(float(os.environ.get("FAKE_READ_S", "0")))
+            return torch.from_file(file, size=num_bytes, dtype=torch.uint8)
 
         return rebuild
 
