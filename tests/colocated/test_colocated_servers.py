@@ -114,14 +114,14 @@ def test_an_updates_caches_go_back_before_servers_take_memory(runs: Runs) -> Non
 
 def test_no_server_takes_memory_before_every_rank_has_given_it(runs: Runs) -> None:
     """The rank that owns the servers is ahead of the one beside it."""
-    results = runs.run(Case(slow_rank=1))
+    results = runs.run(Case(slow_ranks=(1,)))
     assert results[0]["restarts"] == [0, 0]
     assert [event["cache"] for event in runs.gpus.events("sized")] == [runs.cache_beside(0)] * 2
 
 
 def test_a_server_that_does_not_wait_for_the_ranks_takes_less(runs: Runs) -> None:
     with contextlib.suppress(RankError):
-        runs.run(Case(slow_rank=1, num_steps=1, breaks="together"))
+        runs.run(Case(slow_ranks=(1,), num_steps=1, breaks="together"))
     assert min(event["cache"] for event in runs.gpus.events("sized")) < runs.cache_beside(0)
 
 
@@ -163,11 +163,20 @@ def test_whoever_fails_in_an_update_ends_it_for_all_at_once(runs: Runs, breaks: 
         runs.run(Case(breaks=breaks, num_steps=1))
 
 
+DYING: dict[str, Any] = {"environment": {"FAKE_DIES_AT_BUCKET": "3"}, "slow_ranks": (0, 1)}
+"""One of two servers dies in the first update, and the actor's memory is not lent for a while yet."""
+
+
 @pytest.mark.parametrize("keeps_snapshot", [True, False])
 def test_a_server_that_dies_in_an_update_starts_again_when_there_is_memory(runs: Runs, keeps_snapshot: bool) -> None:
-    """It would size its cache by what the actor leaves, were it started at once."""
-    results = runs.run(Case(num_steps=3, keeps_snapshot=keeps_snapshot, environment={"FAKE_DIES_AT_BUCKET": "3"}))
+    results = runs.run(Case(num_steps=3, keeps_snapshot=keeps_snapshot, **DYING))
     assert sorted(results[0]["restarts"]) == [0, 1]
     assert results[0]["versions"][-1] == ["2", "2"], "both generate in the end"
-    sized = runs.gpus.events("sized")
-    assert [event["cache"] for event in sized] == [runs.cache_beside(0)] * 3
+    assert [event["cache"] for event in runs.gpus.events("sized")] == [runs.cache_beside(0)] * 3
+
+
+def test_a_server_that_starts_again_at_once_takes_less(runs: Runs) -> None:
+    with contextlib.suppress(RankError):
+        runs.run(Case(num_steps=1, breaks="restart", **DYING))
+    *_, again = runs.gpus.events("sized")
+    assert again["cache"] < runs.cache_beside(0)

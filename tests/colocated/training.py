@@ -30,6 +30,7 @@ from megatron_fipo.rollout.server_api import Bucket, InferenceServer
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerRefusedError
 from megatron_fipo.rollout.server_setup import build_server_engine
+from megatron_fipo.rollout.servers import ServerPool
 from megatron_fipo.rollout.sglang import SglangServer
 from tests.colocated.fake_gpus import FakeGpus
 from tests.models import load
@@ -54,11 +55,12 @@ class Case:
     num_steps: int = 2
     keeps_snapshot: bool = False
     breaks: str = ""
-    """What is done wrong: caches, lending, idle, own_gpu, order, together, handle, refuse, settle; "" for nothing."""
+    """What is done wrong: caches, lending, idle, own_gpu, order, together, handle, refuse, settle, restart; "" for
+    nothing."""
     environment: Mapping[str, str] = field(default_factory=dict)
     health_interval_s: float = 60.0
-    slow_rank: int | None = None
-    """This one takes its time to lend its memory."""
+    slow_ranks: tuple[int, ...] = ()
+    """These take their time to lend their memory."""
     waits_for_probe: bool = False
     """Give the memory back while a server works on a question after its health."""
 
@@ -66,10 +68,10 @@ class Case:
 class FakeActor:
     """What of an actor a handover asks for, its memory held on a fake GPU."""
 
-    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str, wait: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, gpus: FakeGpus, gpu: str, before_lending: Callable[[int], None]) -> None:
         self.shape = read_model_shape(folder)
         self._model = load(folder)
-        self._gpus, self._gpu, self._wait = gpus, gpu, wait
+        self._gpus, self._gpu, self._before_lending, self._num_lent = gpus, gpu, before_lending, 0
         self._unit = model_bytes(folder)
         self.onload()
 
@@ -86,7 +88,8 @@ class FakeActor:
             tensor.add_(1.0)
 
     def offload(self) -> None:
-        self._wait()
+        self._before_lending(self._num_lent)
+        self._num_lent += 1
         self._hold("weights", 0)
         self._hold("state", 0)
         self._gpus.note(kind="actor lent", gpu=self._gpu)
@@ -184,7 +187,8 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
         return CudaHandle(UUID + gpu, tuple(arguments))
 
     config = config_of(case, Path(model))
-    actor = FakeActor(Path(model), gpus, str(rank), partial(_dawdle, case, gpus) if rank == case.slow_rank else _go_on)
+    is_slow = rank in case.slow_ranks
+    actor = FakeActor(Path(model), gpus, str(rank), partial(_dawdle, case, gpus) if is_slow else _go_on)
     with (
         layout(ParallelSection()) as ranks,
         _broken(case.breaks, actor),
@@ -197,14 +201,15 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
             engine.close()
 
 
-def _go_on() -> None:
+def _go_on(num_lent: int) -> None:
     """At once."""
 
 
-def _dawdle(case: Case, gpus: FakeGpus) -> None:
-    """Lend the memory late: where servers do not wait for it, not before they have taken theirs."""
-    time.sleep(0.5)
-    while case.breaks == "together" and len(gpus.events("sized")) < case.num_servers:
+def _dawdle(case: Case, gpus: FakeGpus, num_lent: int) -> None:
+    """Lend the memory late: where servers do not wait for it, not before they have sized their caches beside it."""
+    awaited = {("together", 0): case.num_servers, ("restart", 1): case.num_servers + 1}.get((case.breaks, num_lent), 0)
+    time.sleep(2.0 if num_lent == 1 else 0.5)  # as long as a server takes to start
+    while len(gpus.events("sized")) < awaited:
         time.sleep(0.05)
 
 
@@ -245,6 +250,8 @@ def _broken(what: str, actor: FakeActor) -> Iterator[None]:
         if what == "idle":
             put(server_engine, "_pause_and_release", lambda client: client.release_memory())
             put(asyncio, "wait", _no_wait)
+        if what == "restart":
+            put(ServerPool, "restart_when_there_is_memory", ServerPool.restart)
         if what == "settle":
             put(Packers, "buckets", _without_waiting(Packers.buckets))
         if what == "refuse":
