@@ -56,16 +56,21 @@ def runs(model: Path, tmp_path: Path) -> Runs:
     return Runs(model, tmp_path)
 
 
-@pytest.mark.parametrize(("num_ranks", "num_servers", "tp"), [(2, 2, 1), (4, 2, 2), (2, 1, 2), (2, 1, 1)])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_servers", "tp", "first_gpu"),
+    [(2, 2, 1, 0), (4, 2, 2, 0), (2, 1, 2, 0), (2, 1, 1, 0), (2, 1, 1, 1)],
+)
 def test_every_server_rank_is_handed_memory_of_its_own_gpu(
-    runs: Runs, num_ranks: int, num_servers: int, tp: int
+    runs: Runs, num_ranks: int, num_servers: int, tp: int, first_gpu: int
 ) -> None:
-    results = runs.run(Case(num_ranks=num_ranks, num_servers=num_servers, tp=tp))
+    results = runs.run(Case(num_ranks=num_ranks, num_servers=num_servers, tp=tp, first_gpu=first_gpu))
     assert results[0]["versions"] == [["0"] * num_servers, ["1"] * num_servers]
     assert results[0]["restarts"] == [0] * num_servers
     assert all(result["versions"] == [[], []] for result in results[1:]), "the node's first rank owns the servers"
     opened = Counter((event["by"], event["on"]) for event in runs.gpus.events("opened"))
-    assert {by for by, _ in opened} == {str(gpu) for gpu in range(num_servers * tp)}
+    assert {by for by, _ in opened} == {str(gpu) for gpu in range(first_gpu, first_gpu + num_servers * tp)}
+    made = Counter(event["of"] for event in runs.gpus.events("handle"))
+    assert made == Counter(event["on"] for event in runs.gpus.events("opened")), "each is opened, once"
     assert all(by == on for by, on in opened)
     assert len(set(opened.values())) == 1, "every rank gets every bucket once"
     assert min(opened.values()) >= 2 * 8, "two updates of eight buckets or more"

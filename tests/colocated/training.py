@@ -52,6 +52,8 @@ class Case:
     num_ranks: int = 2
     tp: int = 1
     num_servers: int = 2
+    first_gpu: int = 0
+    """Of the servers'."""
     num_steps: int = 2
     keeps_snapshot: bool = False
     breaks: str = ""
@@ -136,7 +138,7 @@ def model_bytes(folder: Path) -> int:
 
 
 def config_of(case: Case, folder: Path) -> Config:
-    gpus = ",".join(map(str, range(case.num_servers * case.tp)))
+    gpus = ",".join(map(str, range(case.first_gpu, case.first_gpu + case.num_servers * case.tp)))
     return load_config(
         None,
         [
@@ -182,6 +184,7 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
         gpu = "0" if case.breaks == "own_gpu" else str(rank)
         if case.breaks == "handle" and rank == 1:
             raise RuntimeError("no memory is left")
+        gpus.note(kind="handle", of=str(rank))
         arguments: list[Any] = [None] * 15
         arguments[DEVICE_ARGUMENT + 1 : DEVICE_ARGUMENT + 3] = memory.file_of(flat), len(flat)
         return CudaHandle(UUID + gpu, tuple(arguments))
