@@ -54,6 +54,7 @@ _NAMES = [
     (re.compile(r"\\(?:leqslant|leq|leqq)(?![A-Za-z])|<="), r"\\le "),
     (re.compile(r"\\(?:geqslant|geq|geqq)(?![A-Za-z])|>="), r"\\ge "),
     (re.compile(r"\\(?:neq|not\s*=)|(?<=[A-Za-z\s])!="), r"\\ne "),
+    (re.compile(r"\{?\s*([^{}\\]{1,40}?)\s*\\choose(?![A-Za-z])\s*([^{}\\]{1,40}?)\s*(?:\}|$)"), r"\\binom{\1}{\2}"),
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
     (re.compile(r"\\gt(?![A-Za-z])"), ">"),
     (re.compile(r"\\(?:approxeq|simeq|thickapprox|cong|doteq)(?![A-Za-z])|~="), r"\\approx "),
@@ -103,7 +104,7 @@ _REPEATING = re.compile(r"(?<=[\d.])\s*\\(?:overline|bar|overbar|dot)\s*(?:\{(\d
 _DOTTED_PERIOD = re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}")
 
 # ------------------------------------------------------------------------------------------------------------- numerals
-_LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\\!\s*,\s*\\!|\{,\}|,\\!|\\!,)(?=\d{3}(?!\d))")
+_LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\\!\s*,\s*\\!|\{,\}|,\s*\\!\s*|\\!\s*,\s*)(?=\d{3}(?!\d))")
 _LATEX_DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,^_}/])(\d{1,3})((?: \d{3})+)(?![\d/]|\s*/| \d|\s*\\frac)")
 _SMALL_SPACES = re.compile(r"(?<=\d)\\[,;:](?=\d{3}(?!\d))")

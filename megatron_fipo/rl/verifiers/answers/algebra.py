@@ -1,7 +1,7 @@
 r"""Exact equality of expressions: LaTeX by math-verify's parser, values by sympy, never by floating-point numbers.
 
-The parser gets nothing that it would drop: text, units, bases, relations and unknown commands are taken off before, or
-make the expression opaque, which is then equal to the same text alone.
+The parser is the one that math-verify brings with it. It gets nothing that it would drop: text, units, bases, relations
+and unknown commands are taken off before, or make the expression opaque, which is then equal to the same text alone.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ _POINTS = (
     Fraction(7, 5), Fraction(-13, 11), Fraction(23, 7), Fraction(-31, 9), Fraction(5, 13), Fraction(-3, 17),
     Fraction(41, 10), Fraction(-57, 8), Fraction(19, 6),
 )  # fmt: skip
+_FEWEST_POINTS = 3
+"""Agreement at fewer points, where the others have no value, shows nothing."""
+
 _LARGEST_EXPANDED = 16
 """Largest power of a sum that is multiplied out."""
 
@@ -103,7 +106,9 @@ def _evaluated(parsed: Any) -> Any:
     try:
         value = parsed.doit()
         value = value.subs({symbol: sympy.I for symbol in value.free_symbols if str(symbol) in ("i", "\\imath")})
-        return value.doit()
+        value = value.doit()
+        # A function that nothing is known of has a value like a variable's: f(2x) is f(x + x), and not f(x).
+        return value.subs({call: sympy.Symbol(str(call), real=True) for call in value.atoms(AppliedUndef)})
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError):
         return None
 
@@ -115,7 +120,7 @@ def rational(value: Fraction) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether an object of sympy's is an expression without variables."""
-    return isinstance(value, sympy.Expr) and not value.free_symbols and not value.atoms(AppliedUndef)
+    return isinstance(value, sympy.Expr) and not value.free_symbols
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -172,7 +177,9 @@ def equal_up_to_factor(first: Any, second: Any, *, positive: bool = False) -> bo
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     if not symbols:
         return False
-    point = {symbol: rational(_POINTS[index % len(_POINTS)] + index) for index, symbol in enumerate(symbols)}
+    # None of the points where the two are compared: there they would agree by the choice of the factor.
+    aside = Fraction(1, 29)
+    point = {symbol: rational(_POINTS[index % len(_POINTS)] + index + aside) for index, symbol in enumerate(symbols)}
     at_first, at_second = first.subs(point), second.subs(point)
     if equal(at_first, sympy.Integer(0)) or equal(at_second, sympy.Integer(0)):
         return equal(first, second)
@@ -195,7 +202,7 @@ def _equal_expressions(first: Any, second: Any) -> bool:
     if symbols and expanded(first - second).is_zero:
         return True
     compared = [point for point, differ in zip(points, found, strict=True) if differ is False]
-    if not compared:
+    if len(compared) < (_FEWEST_POINTS if symbols else 1):
         return bool(sympy.simplify(first - second).is_zero)
     digits = _digits_demanded(first, second)
     return digits == FEWEST_DIGITS or not any(_differ_at(first, second, point, digits) for point in compared[:2])
