@@ -1,4 +1,4 @@
-r"""Judges of mathematics that the project's verifiers are compared with, each as (response, reference) -> right or wrong.
+r"""Other judges of mathematics, for comparison: each is a function (response, reference) -> right or wrong.
 
 - `math_verify_alone`: math-verify's documented use on the whole response: `verify(parse(reference), parse(response))`
   with its defaults, which look for a \boxed first.
@@ -9,7 +9,7 @@ r"""Judges of mathematics that the project's verifiers are compared with, each a
   comparison of answers is measured apart from the place where it looks for them.
 - `last_box_as_text`: the last \boxed equals the reference as text, spaces aside.
 
-A reference that is a worked solution ("… #### 5,600") counts by what stands behind its sign, as data preparation does it.
+A reference that is a worked solution ("… #### 5,600") counts by what stands behind its sign, as in prepared data.
 """
 
 from __future__ import annotations
@@ -35,15 +35,12 @@ _DAPO_REPLACED = (
 )
 """Texts that are rewritten first, one after the other."""
 
-_DAPO_WORDS = (
-    "square ways integers dollars mph inches hours km units sue points feet minutes digits cents degrees cm gm pounds"
-    " meters meals edges students childrentickets multiples"
-).split()
-_DAPO_COMMANDS = (
-    *(r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}"),
-    *(r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
+_DAPO_REMOVED = (
+    *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points"),
+    *("feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students"),
+    *("childrentickets", "multiples", r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3"),
+    *("\\text{\n}", r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
 )
-_DAPO_REMOVED = (*_DAPO_WORDS[:9], r"\ldots", *_DAPO_WORDS[9:], *_DAPO_COMMANDS)
 """Units, words and commands that are left out, wherever they stand, also within a longer word."""
 
 _DAPO_PATTERNS = tuple(

@@ -85,9 +85,7 @@ def judged_by_all(pairs: Sequence[Pair], ours: Sequence[bool]) -> dict[str, list
     return accepted
 
 
-def rates(
-    pairs: Iterable[Pair], accepted: Iterable[bool], where: Callable[[Pair], bool] = lambda pair: True
-) -> Rates:
+def rates(pairs: Iterable[Pair], accepted: Iterable[bool], where: Callable[[Pair], bool] = lambda pair: True) -> Rates:
     counted = Rates()
     for pair, verdict in zip(pairs, accepted, strict=True):
         if where(pair):
@@ -129,15 +127,23 @@ def _overall(pairs: Sequence[Pair], accepted: dict[str, list[bool]]) -> str:
 
 
 def _by_kind(pairs: Sequence[Pair], accepted: dict[str, list[bool]]) -> str:
-    """Accepted of the different and refused of the equal pairs, kind by kind."""
+    """Accepted of the different and refused of the equal pairs, kind by kind; baselines know `math`'s markers only."""
     lines = [
         f"| kind | different | equal | {' | '.join(BY_KIND)} |",
         "|---|---:|---:|" + "---:|" * len(BY_KIND),
     ]
     for kind in dict.fromkeys(pair["kind"] for pair in pairs):
-        counted = [rates(pairs, accepted[judge], lambda pair, kind=kind: pair["kind"] == kind) for judge in BY_KIND]  # type: ignore[misc]
-        cells = " | ".join(f"{item.num_wrongly_accepted} / {item.num_wrongly_refused}" for item in counted)
-        lines.append(f"| {kind} | {counted[0].num_different} | {counted[0].num_equal} | {cells} |")
+        chosen = [index for index, pair in enumerate(pairs) if pair["kind"] == kind]
+        of_kind = [pairs[index] for index in chosen]
+        counted = {judge: rates(of_kind, [accepted[judge][index] for index in chosen]) for judge in BY_KIND}
+        cells = [
+            f"{item.num_wrongly_accepted} / {item.num_wrongly_refused}"
+            if judge == OURS or all(map(_is_math, of_kind))
+            else "–"
+            for judge, item in counted.items()
+        ]
+        ours = counted[OURS]
+        lines.append(f"| {kind} | {ours.num_different} | {ours.num_equal} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -150,16 +156,21 @@ def _share(count: int, of: int) -> str:
 
 
 def in_page(page: str) -> str:
-    """What a page has between its markers.
+    """What a page has between its markers."""
+    return _parts(page)[1].strip()
+
+
+def _parts(page: str) -> tuple[str, str, str]:
+    """A page up to its first marker, between the two, and from the second on.
 
     Raises:
         ValueError: if a marker is missing.
     """
     before, begin, rest = page.partition(BEGIN)
-    between, end, _ = rest.partition(END)
+    between, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{PAGE.name} has lost the line {BEGIN!r} or {END!r}; put both back where the tables belong")
-    return between.strip()
+    return before + begin, between, end + after
 
 
 def main() -> None:
@@ -171,17 +182,17 @@ def main() -> None:
     started = time.perf_counter()
     verdicts = judged_by_ours(pairs)
     print(f"{len(pairs)} pairs, {time.perf_counter() - started:.1f} s for ours with the pool's start", file=sys.stderr)
-    print(f"Python {platform.python_version()}, math-verify {version('math-verify')}, sympy {version('sympy')}", file=sys.stderr)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("math-verify", "sympy"))
+    print(f"Python {platform.python_version()}, {versions}", file=sys.stderr)
     for pair, verdict in zip(pairs, verdicts, strict=True):
         if verdict.correct is not (pair["label"] == "equal"):
             print(f"ours errs: {json.dumps(pair, ensure_ascii=False)} -> {verdict}", file=sys.stderr)
     text = tables(pairs, judged_by_all(pairs, [verdict.correct for verdict in verdicts]))
     print(text)
-    page = PAGE.read_text(encoding="utf-8")
-    present = in_page(page)
+    before, present, after = _parts(PAGE.read_text(encoding="utf-8"))
     if arguments.write:
-        PAGE.write_text(page.replace(f"{BEGIN}\n\n{present}\n\n{END}", f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
-    if arguments.check and present != text:
+        PAGE.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")
+    if arguments.check and present.strip() != text:
         sys.exit(f"{PAGE} has other tables; python benchmarks/verifier_error_rates.py --write puts these there")
 
 
