@@ -43,6 +43,7 @@ _BOLD = (
 _WRAPPERS = (
     ("$$", "$$"), ("$", "$"), ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("``", "''"),
 )  # fmt: skip
+_TILDE_FIRST = re.compile(r"^[$*\s]{0,4}~\s*(?=[\d.$])")  # "~5" is about 5; elsewhere it is LaTeX's space
 _FENCE = re.compile(r"```[a-z]{0,8}\s+(.*?)\s*```", re.DOTALL)
 
 # ----------------------------------------------------------------------------------------------------- one name for each
@@ -62,6 +63,7 @@ _NAMES = [
     (re.compile(r"\\(?:rbrace)(?![A-Za-z])"), r"\\}"),
     (re.compile(r"\\imath(?![A-Za-z])|\\mathrm\{i\}"), "i"),
     (re.compile(r"\\(?:exp|mathrm)\s*\{([eid])\}"), r"\1"),
+    (re.compile(r"(?<=\d)\{:\}(?=\d)"), ":"),
     (re.compile(r"\+/-|\+-(?=\d)"), r"\\pm "),
     (re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])"), r"^{\\circ}"),
     (re.compile(r"(?<![\\A-Za-z])infinity\b"), r"\\infty "),
@@ -89,7 +91,7 @@ def cleaned(answer: str) -> str:
     """An answer without what only changes its look: one spelling, whatever LaTeX, Markdown and Unicode it came in."""
     if answer.isascii() and answer.isdigit():
         return answer
-    text = _TAGS.sub(" ", as_latex(answer)).strip()
+    text = _TILDE_FIRST.sub(r"\\sim ", _TAGS.sub(" ", as_latex(answer)).strip())
     fenced = _FENCE.fullmatch(text)
     text = _unwrapped(fenced[1] if fenced else text)
     if "**" in text or "__" in text:

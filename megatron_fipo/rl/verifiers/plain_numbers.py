@@ -96,17 +96,14 @@ def read_plain_number(text: str) -> PlainNumber | None:
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
     value = _value(match)
-    integer = match["decimal"] is not None and "." not in match["decimal"]
-    tail = read_tail(text[match.end() :], ordinal=integer) if value is not None else None
-    if tail is None or value is None:
+    if value is None:
         return None
-    unit = tail.unit
+    behind = text[match.end() :]
     if match["currency"]:
-        currency = read_unit(match["currency"].replace("US", "") + text[match.end() :] * (not tail.percent and tail.scale == 1))
-        if currency is None or tail.percent:
-            return None
-        unit = currency
-    return PlainNumber(value * tail.scale, tail.percent, unit)
+        tail = read_price_tail(match["currency"], behind)
+    else:
+        tail = read_tail(behind, ordinal=match["decimal"] is not None and "." not in match["decimal"])
+    return None if tail is None else PlainNumber(value * tail.scale, tail.percent, tail.unit)
 
 
 def read_tail(text: str, *, ordinal: bool = False) -> Tail | None:
@@ -124,6 +121,13 @@ def read_tail(text: str, *, ordinal: bool = False) -> Tail | None:
     suffix = _ORDINAL.match(text) if ordinal else None
     unit = read_unit(text[suffix.end() :] if suffix else text, attached=not suffix and text[0].isalpha())
     return None if unit is None else Tail(1, False, unit)
+
+
+def read_price_tail(currency: str, behind: str) -> Tail | None:
+    """What follows a value with its currency before it: "$5 million", "$5/hour", "$5 each"."""
+    scale = _SCALE.match(behind)
+    unit = read_unit(currency.replace("US", "") + (behind[scale.end() :] if scale else behind))
+    return None if unit is None else Tail(_SCALES[scale[1]] if scale else 1, False, unit)
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy.core.function import AppliedUndef
 
 from megatron_fipo.rl.verifiers.math_text import is_computable
 
@@ -40,7 +41,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=(){}\[\].,!|&\\]*")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")
 _MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "smallmatrix"])
-_UNREADABLE = re.compile(r"\d\s*_|\d\s+\d|\d\.\d*\.|^\s*$|\\mathbb(?!\{[RNZQC]\})")
+_UNREADABLE = re.compile(r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\\mathbb(?!\{[RNZQC]\})")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*\.\d+|\d+\.(?!\d))(?:\\overline\{(\d+)\})?")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<![A-Za-z\\])[a-z]|\\(?:theta|alpha|beta))\s*\^\{\\circ\}")
@@ -57,6 +58,7 @@ def parse(latex: str) -> Any:
     if not is_computable(latex) or len(latex) > 2000:
         return None
     text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", latex)
+    text = re.sub(r"\\log\s*_\s*(\d+)", r"\\log_{\1}", text)
     text = _GROUPED.sub(lambda number: number[0].replace(",", ""), text)
     if _UNREADABLE.search(text) or not _ALLOWED.fullmatch(text):
         return None
@@ -100,7 +102,7 @@ def rational(value: Fraction) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether an object of sympy's is an expression without variables."""
-    return isinstance(value, sympy.Expr) and not value.free_symbols
+    return isinstance(value, sympy.Expr) and not value.free_symbols and not value.atoms(AppliedUndef)
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -276,7 +276,7 @@ def value_of(relation: Relation) -> Reading | None:
     if set(operators) != {"="}:
         return None
     last = read(members[-1].text)
-    numbers = [number for number in (_number(member) for member in members) if number is not None]
+    numbers = [number for number in (_number(member) for member in members if not member.name) if number is not None]
     if not members[0].name and _number(members[0]) is None:
         return None
     if any(not algebra.equal(number, numbers[-1]) for number in numbers):
@@ -299,7 +299,11 @@ def _rounds(rounded: Member, exact: Member) -> bool:
     if not isinstance(reading, Quantity) or reading.value is None or value is None or not value.is_real:
         return False
     places = len(re.sub(r"[^\d.]", "", reading.expression).partition(".")[2])
-    return bool(abs(sympy.N(value - algebra.rational(reading.value), 50)) < sympy.Rational(1, 10**places))
+    size, written = sympy.N(abs(value), 50), algebra.rational(abs(reading.value))
+    step = sympy.Rational(1, 10**places)
+    if bool(value > 0) != (reading.value > 0):
+        return False
+    return bool(abs(size - written) <= step / 2) or bool(0 <= size - written < step)
 
 
 def _relation_equals(relation: Relation, other: Reading) -> bool:

@@ -102,8 +102,9 @@ _TWO_LETTER_WORDS = frozenset(
     "ad ah am an as at ax be by do ex go ha he hi id if in is it me my no of oh ok on or ox pa so to up us we".split()
 )
 _TAIL_START = re.compile(
-    r"\s*\\text\{|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z]{2})|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
+    r"\s*\\text\{|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z])|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
 )
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)(?![A-Za-z])")
 _OPEN_END = re.compile(r"(?:[-+*/^=(_,<>]|\\(?:cdot|times|div|pm|mp|frac|sqrt))\s*$")
 _CURRENCY_FIRST = re.compile(rf"(?:{CURRENCY})\s*")
 
@@ -115,12 +116,10 @@ def read(text: str) -> Reading:
 
 @lru_cache(maxsize=8192)
 def _read(text: str, depth: int) -> Reading:
-    plain = _quantity_of_number(text)
-    if plain is not None:
-        return plain
     if depth > MAX_DEPTH:
         return Words(normalised_words(text))
-    reading: Reading | None = read_clock_time(text) or _choice(text, depth) or read_numeral(text)
+    reading: Reading | None = read_clock_time(text) or _quantity_of_number(text)
+    reading = reading or _choice(text, depth) or read_numeral(text)
     for attempt in (_relation_in_words, _several, _bracketed, _relation, _union, _ratio):
         reading = reading or attempt(text, depth)
     if reading is not None:
@@ -264,12 +263,12 @@ def normalised_words(text: str) -> str:
 
 def _words(text: str) -> Words | None:
     r"""A text of letters only that is no product: three letters and more, two capitals, an English word, \text{…}."""
-    marked = "\\text" in text
+    unmarked = re.sub(r"\\text\{[^{}]*\}", "", text).strip()
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
-    if not _LETTERS.fullmatch(plain):
-        return None
+    if not _LETTERS.fullmatch(plain) or (unmarked != text and len(unmarked) == 1):
+        return None  # a variable with a word beside it stays one
     compact = plain.rstrip(".!?")
-    if marked or any(len(part) > 2 for part in re.split(r"[\s'-]+", compact)) or len(compact) > 2 and " " in compact and not re.fullmatch(r"(?:[a-z] )+[a-z]", compact):
+    if not unmarked or any(len(part) > 2 for part in re.split(r"[\s'-]+", compact)) or len(compact) > 2 and " " in compact and not re.fullmatch(r"(?:[a-z] )+[a-z]", compact):
         return Words(normalised_words(text))
     if len(compact) == 2 and (compact.isupper() or compact.lower() in _TWO_LETTER_WORDS):
         return Words(normalised_words(text))
@@ -289,6 +288,10 @@ def _quantity(text: str) -> Reading:
             continue
         if not re.search(r"[\dA-Za-z]", head):
             continue
+        if re.fullmatch(r"\s+[A-Za-z](?![A-Za-z]).*", tail) and re.search(r"(?<![\\A-Za-z])[A-Za-z]", head):
+            continue  # a letter behind letters is a factor
+        if tail.startswith("^") and _TRIGONOMETRIC.search(head):
+            continue  # the sine of 30 degrees, not so many degrees
         found = read_tail(tail)
         if found is not None and found.scale == 1 and (found.percent or found.unit):
             unit = found.unit if currency is None else read_unit(currency[0].strip() + tail)
