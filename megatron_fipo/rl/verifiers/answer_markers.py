@@ -13,6 +13,7 @@ MAX_SEARCHED_CHARACTERS = 200_000
 MAX_CONTINUED_LINES = 60
 """Longest matrix, or box, that is written over several lines."""
 
+_STARS = re.compile(r"\*+")
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 # No \b: an underscore is a letter to it, and "__Answer__:" is bold.
 _ANSWER_MARKER = re.compile(r"(?:(?<![A-Za-z0-9])answer[*_]{0,2}\s{0,4}[:：]|#{4,})[*_]{0,2}", re.IGNORECASE)
@@ -145,7 +146,10 @@ def _undecorated(answer: str) -> str:
     before = None
     while answer != before:
         before = answer
-        answer = answer.strip().strip("*").strip()
+        answer = answer.strip()
+        runs = _STARS.findall(answer)
+        if len(runs) % 2 or (answer.startswith("*") and answer.endswith("*")):  # "**73** apples" keeps both of its pairs
+            answer = answer.strip("*").strip()
         if answer.endswith("。") or (answer.endswith(".") and not answer.endswith("..")):
             answer = answer[:-1].rstrip()
     return answer

@@ -176,10 +176,9 @@ def _unwrapped(text: str) -> str:
                 inner = text[len(left) : -len(right)]
                 if left not in inner and not (left == "$" and inner.endswith("\\")):
                     text = inner.strip()
-        if text.endswith(("**", "__")) and text.count(text[-2:]) == 1:
+        text = text.strip("_")  # half of a pair: the other stood before the marker
+        if text.endswith("**") and text.count("**") == 1:
             text = text[:-2]
-        if text.startswith(("**", "__")) and text.count(text[:2]) == 1:
-            text = text[2:]
         if text.startswith("{") and argument_end(text, 0) == len(text) and text.endswith("}") and not _separates(text[1:-1]):
             text = text[1:-1]
         if text.startswith(r"\text{") and argument_end(text, 5) == len(text) and text.endswith("}"):

@@ -41,7 +41,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=(){}\[\].,!|&\\]*")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")
 _MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "smallmatrix"])
-_UNREADABLE = re.compile(r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\\mathbb(?!\{[RNZQC]\})")
+_UNREADABLE = re.compile(r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\^\s*(?:\{[^{}]*\}|\w+)\s*\^|\\mathbb(?!\{[RNZQC]\})")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*\.\d+|\d+\.(?!\d))(?:\\overline\{(\d+)\})?")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<![A-Za-z\\])[a-z]|\\(?:theta|alpha|beta))\s*\^\{\\circ\}")
@@ -49,7 +49,8 @@ _POINTS = (
     Fraction(7, 5), Fraction(-13, 11), Fraction(23, 7), Fraction(-31, 9), Fraction(5, 13), Fraction(-3, 17),
     Fraction(41, 10), Fraction(-57, 8), Fraction(19, 6),
 )  # fmt: skip
-_I = sympy.Symbol("i", real=True)
+_LARGEST_EXPANDED = 16
+"""Largest power of a sum that is multiplied out."""
 
 
 @lru_cache(maxsize=4096)
@@ -169,9 +170,6 @@ def equal_up_to_factor(first: Any, second: Any, *, positive: bool = False) -> bo
 def _equal_expressions(first: Any, second: Any) -> bool:
     """Told apart at points of their variables, at one precision after the other; equal if nothing tells them apart."""
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    difference = first - second
-    if difference.is_zero or (symbols and sympy.expand(difference).is_zero):
-        return True
     compared = False
     for digits in DIGITS:
         for index in range(len(_POINTS) - 1 if symbols else 1):
@@ -182,9 +180,19 @@ def _equal_expressions(first: Any, second: Any) -> bool:
             compared = compared or here is False
             if digits > DIGITS[0] and index >= 1:
                 break
+        if digits == DIGITS[0] and symbols and expanded(first - second).is_zero:
+            return True
         if not compared:
             break
-    return compared or bool(sympy.simplify(difference).is_zero)
+    return compared or bool(sympy.simplify(first - second).is_zero)
+
+
+def expanded(value: Any) -> Any:
+    """An expression multiplied out, unless that would be long."""
+    exponents = [abs(power.exp) for power in value.atoms(sympy.Pow) if power.exp.is_Integer and not power.base.is_Atom]
+    if max(exponents, default=0) > _LARGEST_EXPANDED or value.count_ops() > _LARGEST_EXPANDED**2:
+        return value
+    return sympy.expand(value)
 
 
 def _differ_at(first: Any, second: Any, point: dict[Any, Any], digits: int) -> bool | None:

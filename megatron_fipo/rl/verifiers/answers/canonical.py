@@ -89,7 +89,7 @@ def _quantity_text(quantity: Quantity) -> str:
         number = value.evalf(_VOTE_DIGITS)
         if all(part.is_Float or part.is_Rational for part in number.as_real_imag()):
             return str(number)
-    return str(sympy.expand(value)).replace(" ", "")
+    return str(algebra.expanded(value)).replace(" ", "")
 
 
 def _time_text(time: ClockTime) -> str:

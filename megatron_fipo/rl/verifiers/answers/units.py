@@ -78,8 +78,8 @@ _CHANGING = frozenset(
 
 _SHORT_WORDS = frozenset("am an as at be by do in is it of on to up us we".split())
 _NOT_UNITS = re.compile(
-    r"(?:pi|factorial|squared|cubed|half|root|sqrt|times|divided|plus|minus|and|mod|choose|if|where|when|for|theta|alpha|"
-    r"beta)\b"
+    r"(?:pi|factorial|squared|cubed|half|root|sqrt|times|divided|plus|minus|and|mod|choose|if|where|when|for|is|are|was|were|"
+    r"because|since|so|but|then|theta|alpha|beta)\b"
 )
 _TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 _POWER = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?")
@@ -87,6 +87,7 @@ _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![
 _TOKEN = re.compile(r"\^-?\d|[A-Za-z]+(?:['-][A-Za-z]+)*|\\?\$|[€£¥₹/*]|per\b")
 _IGNORED = re.compile(r"[\s.,()~-]+|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])")
 _MAX_WORDS = 8
+_MAX_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
     """
     if not text.strip():
         return NO_UNIT
+    if len(text) > _MAX_CHARACTERS:
+        return None
     in_text = "\\text" in text
     text = _POWER.sub(r"^\1", _TEXT.sub(r" \1 ", _DEGREE.sub(" degree ", text)))
     bare = text if not in_text else ""
