@@ -22,7 +22,7 @@ _MAX_UNWRAPPED = 200
 
 # ------------------------------------------------------------------------------------ commands that only change the look
 _EMPHASIS = re.compile(
-    r"\\(?:boldsymbol|bm|pmb|mathbf|mathit|mathsf|mathnormal|mathtt|mathopen|mathclose|underline|uline|ensuremath|"
+    r"\\(?:boldsymbol|bm|bold|mathbold|pmb|mathbf|mathit|mathsf|mathnormal|mathtt|mathopen|mathclose|underline|uline|ensuremath|"
     r"displaymath|fbox|framebox|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|md|sl|normal)?|mathrm|mbox|hbox|emph|operatorname\*?)\s*(?=\{)")
@@ -176,7 +176,7 @@ def _unwrapped(text: str) -> str:
                 inner = text[len(left) : -len(right)]
                 if left not in inner and not (left == "$" and inner.endswith("\\")):
                     text = inner.strip()
-        text = text.strip("_")  # half of a pair: the other stood before the marker
+        text = text.rstrip("_")  # half of a pair: the other stood before the marker
         if text.endswith("**") and text.count("**") == 1:
             text = text[:-2]
         if text.startswith("{") and argument_end(text, 0) == len(text) and text.endswith("}") and not _separates(text[1:-1]):

@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_fipo.rl.verifiers.answer_markers import last_answer_line, last_boxed, last_marked_answer
 from megatron_fipo.rl.verifiers.answers.canonical import bounded, canonical
-from megatron_fipo.rl.verifiers.answers.equality import equal
+from megatron_fipo.rl.verifiers.answers.equality import equal_answers
 from megatron_fipo.rl.verifiers.answers.reader import read
 from megatron_fipo.rl.verifiers.answers.readings import Reading
 from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
@@ -86,7 +86,7 @@ def _compared(answer: str, reference_text: str) -> tuple[bool, str]:
     try:
         with cpu_limit(MAX_ALGEBRA_CPU_S):
             reading = read(text)
-            return (True, gold_shown) if equal(reading, gold) else (False, canonical(reading, text))
+            return (True, gold_shown) if equal_answers(reading, gold) else (False, canonical(reading, text))
     except (CpuLimitError, RecursionError, MemoryError, OverflowError):
         return False, bounded(text)  # the answer's doing: the reference was read before
 

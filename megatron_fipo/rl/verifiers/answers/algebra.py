@@ -22,9 +22,11 @@ from megatron_fipo.rl.verifiers.math_text import is_computable
 # It warns, once per process, of settings that are not used here.
 logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
 
-DIGITS = (60, 600, 6000)
-"""Precisions, one after the other, at which two expressions are told apart. What agrees to the last one, relative to its
-largest term, is equal: 2^{-5000}, the smallest power that `is_computable` lets through, has 1,506 zeros."""
+FEWEST_DIGITS = 60
+"""Precision at which two expressions are told apart, relative to the largest term, where their numbers are small."""
+
+MOST_DIGITS = 6000
+"""Precision for the largest numbers: 2^{-5000}, the smallest power that `is_computable` lets through, has 1,506 zeros."""
 
 _SPELLING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
@@ -41,7 +43,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=(){}\[\].,!|&\\]*")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")
 _MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "smallmatrix"])
-_UNREADABLE = re.compile(r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\^\s*(?:\{[^{}]*\}|\w+)\s*\^|\\mathbb(?!\{[RNZQC]\})")
+_UNREADABLE = re.compile(r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\^\s*(?:\{[^{}]*\}|\d+|[A-Za-z])\s*\^|\\mathbb(?!\{[RNZQC]\})")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*\.\d+|\d+\.(?!\d))(?:\\overline\{(\d+)\})?")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<![A-Za-z\\])[a-z]|\\(?:theta|alpha|beta))\s*\^\{\\circ\}")
@@ -82,7 +84,9 @@ def _as_fraction(decimal: re.Match[str]) -> str:
     value = Fraction(decimal[1] + ("" if places else "0"))
     if decimal[2]:
         value += Fraction(int(decimal[2]), (10 ** len(decimal[2]) - 1) * 10**places)
-    return rf"{{\frac{{{value.numerator}}}{{{value.denominator}}}}}"
+    fraction = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    # Braces keep it together under a power or a root; alone in braces it would be a set.
+    return fraction if decimal[0] == decimal.string.strip() else f"{{{fraction}}}"
 
 
 def _evaluated(parsed: Any) -> Any:
@@ -168,23 +172,35 @@ def equal_up_to_factor(first: Any, second: Any, *, positive: bool = False) -> bo
 
 
 def _equal_expressions(first: Any, second: Any) -> bool:
-    """Told apart at points of their variables, at one precision after the other; equal if nothing tells them apart."""
+    """Equal unless they differ at a point of their variables, at a precision that the numbers in them demand."""
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    compared = False
-    for digits in DIGITS:
-        for index in range(len(_POINTS) - 1 if symbols else 1):
-            point = {symbol: rational(_POINTS[(index + k) % len(_POINTS)] + k) for k, symbol in enumerate(symbols)}
-            here = _differ_at(first, second, point, digits)
-            if here:
-                return False
-            compared = compared or here is False
-            if digits > DIGITS[0] and index >= 1:
-                break
-        if digits == DIGITS[0] and symbols and expanded(first - second).is_zero:
-            return True
-        if not compared:
-            break
-    return compared or bool(sympy.simplify(first - second).is_zero)
+    points = [
+        {symbol: rational(_POINTS[(start + index) % len(_POINTS)] + index) for index, symbol in enumerate(symbols)}
+        for start in range(len(_POINTS) if symbols else 1)
+    ]
+    found = [_differ_at(first, second, point, FEWEST_DIGITS) for point in points]
+    if True in found:
+        return False
+    if symbols and expanded(first - second).is_zero:
+        return True
+    compared = [point for point, differ in zip(points, found, strict=True) if differ is False]
+    if not compared:
+        return bool(sympy.simplify(first - second).is_zero)
+    digits = _digits_demanded(first, second)
+    return digits == FEWEST_DIGITS or not any(_differ_at(first, second, point, digits) for point in compared[:2])
+
+
+def _digits_demanded(*values: Any) -> int:
+    """How many digits tell two expressions apart: as many as their whole numbers have, and as their powers may have."""
+    digits = FEWEST_DIGITS
+    for value in values:
+        for number in value.atoms(sympy.Rational):
+            digits += (int(number.p).bit_length() + int(number.q).bit_length()) // 3 - 1
+        for power in value.atoms(sympy.Pow, sympy.exp):
+            exponent = power.exp if isinstance(power, sympy.Pow) else power.args[0]
+            if exponent.is_Rational:
+                digits += int(abs(exponent))
+    return min(digits, MOST_DIGITS)
 
 
 def expanded(value: Any) -> Any:

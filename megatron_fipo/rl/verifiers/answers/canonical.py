@@ -108,7 +108,7 @@ def _several_text(several: Several) -> str:
     members = [_text(item) for item in several.items]
     if len(members) == 1:
         return members[0]
-    if not several.in_order:
+    if not several.in_order and several.brackets in ("", "{}"):
         return "{" + ", ".join(sorted(members)) + "}"
     opening, closing = (several.brackets[:1] or "", several.brackets[1:] or "")
     return opening + (" -> " if several.joiner == "->" else ", ").join(members) + closing

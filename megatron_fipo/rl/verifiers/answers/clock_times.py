@@ -10,7 +10,7 @@ _TIME = re.compile(
     r"(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d))?(?::(?P<second>[0-5]\d))?"
     r"\s*(?P<half>[aApP]\s*\.?\s*[mM]\b\.?|noon|midnight)?(?:\s*o'clock)?"
 )
-_LAST_HOUR = 24
+_HOURS_OF_DAY = 24
 
 
 def read_clock_time(text: str) -> ClockTime | None:
@@ -22,8 +22,8 @@ def read_clock_time(text: str) -> ClockTime | None:
     if match is None or (match["minute"] is None and match["half"] is None):
         return None
     hour, half = int(match["hour"]), (match["half"] or "").lower()
-    if hour > (12 if half else _LAST_HOUR):
-        if not (half and half[0] == "p" and hour < _LAST_HOUR):
+    if half and hour > 12:
+        if half[0] != "p" or hour >= _HOURS_OF_DAY:
             return None
         half = ""  # "18:30 p.m."
     meridiem = {"n": "pm", "m": "am"}.get(half[:1], half[:1] + "m") if half else ""
@@ -38,7 +38,7 @@ def same_time(first: ClockTime, second: ClockTime) -> bool:
         return False
     if first.meridiem or second.meridiem:
         return bool(_hours(first) & _hours(second))
-    return first.hour % _LAST_HOUR == second.hour % _LAST_HOUR
+    return first.hour == second.hour or {first.hour, second.hour} == {0, _HOURS_OF_DAY}
 
 
 def _hours(time: ClockTime) -> set[int]:
@@ -47,4 +47,4 @@ def _hours(time: ClockTime) -> set[int]:
         return {time.hour % 12 + (12 if time.meridiem == "pm" else 0)}
     if 1 <= time.hour <= 12:
         return {time.hour % 12, time.hour % 12 + 12}
-    return {time.hour % _LAST_HOUR}
+    return {time.hour % _HOURS_OF_DAY}

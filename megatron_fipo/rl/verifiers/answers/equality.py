@@ -33,6 +33,15 @@ from megatron_fipo.rl.verifiers.plain_numbers import tails_agree
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
+def equal_answers(first: Reading, second: Reading) -> bool:
+    """Whether two whole answers say the same; a list or a set of one is its member, which it is not in a collection."""
+    return equal(_lone(first), _lone(second))
+
+
+def _lone(reading: Reading) -> Reading:
+    return reading.items[0] if isinstance(reading, Several) and len(reading.items) == 1 else reading
+
+
 def equal(first: Reading, second: Reading) -> bool:
     """Whether two answers say the same; what only one of them names is left open."""
     if first == second:
@@ -72,8 +81,6 @@ def _words_equal(words: Words, other: Reading) -> bool:
     if isinstance(other, Relation):
         value = value_of(other)
         return value is not None and equal(words, value)
-    if isinstance(other, Several) and len(other.items) == 1:
-        return equal(words, other.items[0])
     return isinstance(other, Words) and words.text == other.text
 
 
@@ -182,8 +189,6 @@ def _proportional(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def _several_equal(several: Several, other: Reading) -> bool:
-    if len(several.items) == 1 and not isinstance(other, Several):
-        return equal(several.items[0], other)
     if isinstance(other, Relation):
         value = value_of(other)
         if value is not None and equal(several, value):
@@ -203,12 +208,21 @@ def _several_equal(several: Several, other: Reading) -> bool:
         return False
     if {several.brackets, other.brackets} & {"[)", "(]"} and not (several.brackets and other.brackets):
         return False
-    if several.in_order or other.in_order:
+    tuples = all(side.brackets not in ("", "{}") or _names_values(side) for side in (several, other))
+    if tuples and not (several.brackets or other.brackets):
+        tuples = False  # names say which value is which
+    if tuples or several.in_order or other.in_order:
         return len(several.items) == len(other.items) and all(map(equal, several.items, other.items))
     first, second = list(several.items), list(other.items)
     if "{}" in (several.brackets, other.brackets):  # a set has no repeats
         first, second = _distinct(first), _distinct(second)
     return _matched(first, second) or _equal_as_sets(several, other)
+
+
+def _names_values(several: Several) -> bool:
+    """Whether a bare list gives values to different names, "a = 1, b = 2", which stands for the tuple in that order."""
+    names = [_names(item) for item in several.items]
+    return not several.brackets and all(len(name) == 1 for name in names) and len({name[0] for name in names}) == len(names)
 
 
 def _distinct(items: list[Reading]) -> list[Reading]:
@@ -310,7 +324,7 @@ def _relation_equals(relation: Relation, other: Reading) -> bool:
     if isinstance(other, Relation):
         return _relations_equal(relation, other)
     value = value_of(relation)
-    if value is not None and equal(value, other):
+    if value is not None and equal_answers(value, other):
         return True
     return isinstance(other, (Union, Quantity)) and _equal_as_sets(relation, other)
 
@@ -392,18 +406,29 @@ def as_set(reading: Reading) -> Any:
         ends = [_real(item) for item in reading.items]
         if len(ends) != 2 or None in ends:
             return None
-        return sympy.Interval(*ends, reading.brackets[0] == "(", reading.brackets[1] == ")")
+        ascending = sympy.Lt(*ends)
+        return sympy.Interval(*ends, reading.brackets[0] == "(", reading.brackets[1] == ")") if ascending == True else None  # noqa: E712
     if reading.brackets == "{}":
         members = [_real(item) for item in reading.items]
         return None if None in members else sympy.FiniteSet(*members)
-    if not reading.brackets and all(isinstance(item, (Relation, Union, Several)) for item in reading.items):
-        parts = [as_set(item) for item in reading.items]
-        if None in parts:
+    return None if reading.brackets else _set_of_list(reading)
+
+
+def _set_of_list(reading: Several) -> Any:
+    """Set of "x < 1 or x > 2", of "x > 1 and x < 2", of "(-oo, 1) or (2, oo)"."""
+    relations = all(isinstance(item, Relation) for item in reading.items)
+    if relations and len({name for item in reading.items for name in _names(item)}) == 1 or reading.joiner == "or":
+        parts = [as_set(item) for item in reading.items if isinstance(item, (Relation, Union, Several))]
+        if None in parts or len(parts) < len(reading.items):
             return None
         equations = all(isinstance(item, Relation) and set(item.operators) == {"="} for item in reading.items)
         together = reading.joiner == "or" or (reading.joiner == "," and equations)
         return sympy.Union(*parts) if together else sympy.Intersection(*parts)
     return None
+
+
+def _names(reading: Reading) -> list[str]:
+    return [member.name for member in reading.members if member.name] if isinstance(reading, Relation) else []
 
 
 def _real(reading: Reading) -> Any:

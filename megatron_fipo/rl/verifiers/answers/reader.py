@@ -72,6 +72,7 @@ _IN_WORDS = [
     ),
     (re.compile(r"(?:not equal to|not|anything (?:but|except)|all (?:but|except)|except(?: for)?) (.+)", re.I), "!="),
 ]
+_EXACTLY = re.compile(r"(?:(?:is|are)\s+)?(?:(?:exactly|precisely|only|just|equal to|equals|a total of)\s+)?", re.IGNORECASE)
 _RELATION_WORD = re.compile(
     r"(?i)\b(?:less|fewer|smaller|lower|under|below|more|greater|larger|bigger|higher|over|above|most|up|least|maximum|"
     r"minimum|about|approx|approximately|roughly|around|nearly|almost|circa|close|not|no|anything|all|except)\b|~"
@@ -97,7 +98,8 @@ _CONDITION = re.compile(r"(?:(?:where|for|with|if)\s+)?(?:(?:any|all|some|every)
 _SET_BUILDER = re.compile(r"(?P<variable>[a-zA-Z])\s*(?:\\in\s*\\mathbb\{\w\}\s*)?(?:\||\\mid(?![A-Za-z])|:)\s*(?P<relation>.+)")
 
 # --------------------------------------------------------------------------------------------------------------- words
-_LETTERS = re.compile(r"[A-Za-z]+(?:[\s'-]+[A-Za-z]+)*[.!?]?")
+_LETTERS = re.compile(r"[A-Za-z]+(?:(?:\s+|['-])[A-Za-z]+)*[.!?]?")
+_CAPITALS = re.compile(r"[A-Z]{2}")
 _TWO_LETTER_WORDS = frozenset(
     "ad ah am an as at ax be by do ex go ha he hi id if in is it me my no of oh ok on or ox pa so to up us we".split()
 )
@@ -120,7 +122,7 @@ def _read(text: str, depth: int) -> Reading:
         return Words(normalised_words(text))
     reading: Reading | None = read_clock_time(text) or _quantity_of_number(text)
     reading = reading or _choice(text, depth) or read_numeral(text)
-    for attempt in (_relation_in_words, _several, _bracketed, _relation, _union, _ratio):
+    for attempt in (_exactly, _relation_in_words, _several, _bracketed, _relation, _union, _ratio):
         reading = reading or attempt(text, depth)
     if reading is not None:
         return reading
@@ -142,11 +144,19 @@ def _choice(text: str, depth: int) -> Choice | None:
     return Choice(letter, _read(content, depth + 1) if content else None, text)
 
 
+def _exactly(text: str, depth: int) -> Reading | None:
+    """ "exactly 12" and "equal to 12" say no more than 12."""
+    plain = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", text).strip() if "\\text" in text[:6] else text
+    match = _EXACTLY.match(plain)
+    rest = plain[match.end() :] if match else ""
+    return _read(rest, depth + 1) if rest and rest != plain else None
+
+
 def _relation_in_words(text: str, depth: int) -> Relation | None:
     if not _RELATION_WORD.search(text):
         return None
     plain = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", text).strip()
-    plain = re.sub(r"^\s*(?:is|are)\s+", "", " ".join(plain.split()))
+    plain = " ".join(plain.split())
     for pattern, operator in _IN_WORDS:
         match = pattern.fullmatch(plain)
         content = (match[1] or match[2]).strip() if match else ""
@@ -268,9 +278,8 @@ def _words(text: str) -> Words | None:
     if not _LETTERS.fullmatch(plain) or (unmarked != text and len(unmarked) == 1):
         return None  # a variable with a word beside it stays one
     compact = plain.rstrip(".!?")
-    if not unmarked or any(len(part) > 2 for part in re.split(r"[\s'-]+", compact)) or len(compact) > 2 and " " in compact and not re.fullmatch(r"(?:[a-z] )+[a-z]", compact):
-        return Words(normalised_words(text))
-    if len(compact) == 2 and (compact.isupper() or compact.lower() in _TWO_LETTER_WORDS):
+    parts = re.split(r"[\s'-]+", compact)
+    if not unmarked or any(len(part) > 2 or part.lower() in _TWO_LETTER_WORDS for part in parts) or _CAPITALS.fullmatch(compact):
         return Words(normalised_words(text))
     return None
 

@@ -104,8 +104,8 @@ class Several:
 
     @property
     def in_order(self) -> bool:
-        """Whether the order counts: in tuples, intervals, arrows, and in lists with dots."""
-        return self.brackets not in ("", "{}") or self.joiner == "->" or any(isinstance(item, Dots) for item in self.items)
+        """Whether the order counts by itself: in arrows and in lists with dots; in tuples, it counts against tuples."""
+        return self.joiner == "->" or any(isinstance(item, Dots) for item in self.items)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ _SPELLINGS = {
 }
 _KNOWN = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in (unit, *spellings.split())}
 _SYMBOLS = {"$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee"}
+_CURRENCIES = frozenset([*_SYMBOLS.values(), "cent"])
 _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "psi": "lb/in^2", "cc": "cm^3", "sqft": "ft^2"}
 
 ONE_LETTER_UNITS = "mgshLlAVWNJKCF"
@@ -71,7 +72,7 @@ CURRENCY = r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
 """Regular expression of a currency's sign."""
 
 _CHANGING = frozenset(
-    "not no non except excluding without less fewer more greater larger smaller than least most minimum maximum about "
+    "not no non except excluding without less fewer more greater larger smaller than least most about "
     "approximately approx roughly around nearly almost over under above below or up".split()
 )
 """Words that change the value or the relation; what has one is equal only to what has it, too."""
@@ -84,7 +85,7 @@ _NOT_UNITS = re.compile(
 _TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 _POWER = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
-_TOKEN = re.compile(r"\^-?\d|[A-Za-z]+(?:['-][A-Za-z]+)*|\\?\$|[€£¥₹/*]|per\b")
+_TOKEN = re.compile(r"\^-?\d|[^\W\d_]+(?:['-][^\W\d_]+)*|\\?\$|[€£¥₹/*]|'{1,2}|\"")
 _IGNORED = re.compile(r"[\s.,()~-]+|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])")
 _MAX_WORDS = 8
 _MAX_CHARACTERS = 100
@@ -159,7 +160,7 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
     while position < len(text):
         ignored = _IGNORED.match(text, position)
         token = _TOKEN.match(text, position)
-        if ignored:
+        if ignored and not text.startswith("'", position):
             position = ignored.end()
         elif token:
             tokens.append(token[0].replace("\\", ""))
@@ -176,7 +177,7 @@ def _may_be_bare(text: str, tokens: list[str], attached: bool) -> bool:
     words = [token for token in tokens if token[0].isalpha()]
     if _NOT_UNITS.match(text) or text[0] in "/*^":
         return False
-    if tokens[0] == "degree":
+    if tokens[0] == "degree" or not tokens[0].isascii() or tokens[0][0] in "'\"":
         return True
     if attached and words:
         return tokens[0] in "$€£¥₹" or (len(words[0]) > 1 and words[0] in _KNOWN and words[0] not in {"in", "mi", "ms"})
@@ -210,6 +211,8 @@ def _unit(tokens: list[str]) -> Unit:
             if measure in {"celsius", "fahrenheit"} and "degree" in powers:
                 del powers["degree"]
             if measure:
+                if measure in _CURRENCIES and measure in powers:
+                    continue  # "$5 dollars" names its currency twice
                 for part in re.finditer(r"(/?)([A-Za-z]+)(?:\^(\d))?", _WHOLE.get(word, measure)):
                     powers[part[2]] = powers.get(part[2], 0) + sign * (-1 if part[1] else 1) * pending * int(part[3] or 1)
                 last = measure if measure in powers else ""
