@@ -148,7 +148,9 @@ def _undecorated(answer: str) -> str:
         before = answer
         answer = answer.strip()
         runs = _STARS.findall(answer)
-        if len(runs) % 2 or (answer.startswith("*") and answer.endswith("*")):  # "**73** apples" keeps both of its pairs
+        if len(runs) % 2 or (
+            answer.startswith("*") and answer.endswith("*")
+        ):  # "**73** apples" keeps both of its pairs
             answer = answer.strip("*").strip()
         if answer.endswith("。") or (answer.endswith(".") and not answer.endswith("..")):
             answer = answer[:-1].rstrip()

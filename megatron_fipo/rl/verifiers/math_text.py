@@ -23,7 +23,7 @@ _MAX_UNWRAPPED = 200
 # ------------------------------------------------------------------------------------ commands that only change the look
 _EMPHASIS = re.compile(
     r"\\(?:boldsymbol|bm|bold|mathbold|pmb|mathbf|mathit|mathsf|mathnormal|mathtt|mathopen|mathclose|underline|uline|ensuremath|"
-    r"displaymath|fbox|framebox|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
+    r"displaymath|boxed|fbox|framebox|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|md|sl|normal)?|mathrm|mbox|hbox|emph|operatorname\*?)\s*(?=\{)")
 _DROPPED = re.compile(
@@ -125,7 +125,11 @@ def _named(text: str) -> str:
         if root is None:
             break
         end = argument_end(text, root.end())
-        argument = text[root.end() : end].removeprefix("(").removesuffix(")") if text[root.end()] == "(" else text[root.end() : end]
+        argument = (
+            text[root.end() : end].removeprefix("(").removesuffix(")")
+            if text[root.end()] == "("
+            else text[root.end() : end]
+        )
         text = f"{text[: root.start()]}\\sqrt{'[3]' if root[1] == 'cbrt' else ''}{{{argument}}}{text[end:]}"
         root = _ASCII_ROOT.search(text)
     for pattern, replacement in _NAMES:
@@ -179,7 +183,12 @@ def _unwrapped(text: str) -> str:
         text = text.rstrip("_")  # half of a pair: the other stood before the marker
         if text.endswith("**") and text.count("**") == 1:
             text = text[:-2]
-        if text.startswith("{") and argument_end(text, 0) == len(text) and text.endswith("}") and not _separates(text[1:-1]):
+        if (
+            text.startswith("{")
+            and argument_end(text, 0) == len(text)
+            and text.endswith("}")
+            and not _separates(text[1:-1])
+        ):
             text = text[1:-1]
         if text.startswith(r"\text{") and argument_end(text, 5) == len(text) and text.endswith("}"):
             text = text[6:-1]
@@ -196,7 +205,7 @@ def _separates(inner: str) -> bool:
 
 
 _TEXT_MARK = re.compile(r"\\text\{([^{}]*)\}")
-_LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)|(?<=[A-Za-z]) (?=\d)|(?<=\d) (?=[A-Za-z])")
+_LOOSE_SPACE = re.compile(r"(?<![\w,]) | (?!\w)|(?<=,) (?!\d)|(?<=[A-Za-z]) (?=\d)|(?<=\d) (?=[A-Za-z])")
 
 
 def without_layout(text: str) -> str:

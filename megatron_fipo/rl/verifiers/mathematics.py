@@ -86,7 +86,11 @@ def _compared(answer: str, reference_text: str) -> tuple[bool, str]:
     try:
         with cpu_limit(MAX_ALGEBRA_CPU_S):
             reading = read(text)
-            return (True, gold_shown) if equal_answers(reading, gold) else (False, canonical(reading, text))
+            if equal_answers(reading, gold):
+                return True, gold_shown
+            shown = canonical(reading, text)
+            # Where only units tell them apart, a wrong answer does not vote for the right one.
+            return False, shown if shown != gold_shown else bounded(f"not {without_layout(text)}")
     except (CpuLimitError, RecursionError, MemoryError, OverflowError):
         return False, bounded(text)  # the answer's doing: the reference was read before
 

@@ -28,7 +28,7 @@ _FRACTION = (
 _NUMBER = re.compile(
     rf"\s*(?P<sign>[+-]?)\s*(?P<currency>{CURRENCY})?\s*(?P<inner_sign>[+-]?)\s*"
     rf"(?:(?P<whole>\d+)(?:\s+(?=\d)|\s*(?=\\frac)))?"
-    rf"(?:{_FRACTION}|(?P<decimal>{_DECIMAL})(?:{_PERIOD}|{_POWER_OF_TEN})?)"
+    rf"(?:{_FRACTION}|(?P<decimal>{_DECIMAL}|\.(?=\\overline|\())(?:{_PERIOD}|{_POWER_OF_TEN})?)"
 )
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _NUMBER_IN_BRACKETS = re.compile(r"[(\[]([^(),\[\]{}]*)[)\]]")
@@ -139,6 +139,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
         period = match["period"] or match["bracketed_period"]
         if period:
             return sign * _repeating(digits, period) if "." in digits else None
+        if digits == ".":
+            return None
         exponent = int(match["e"] or match["braced"] or match["digit"] or 0)
         return sign * Fraction(digits.rstrip(".")) * Fraction(10) ** exponent
     top = int(match["top"] or match["top1"] or match["left"])

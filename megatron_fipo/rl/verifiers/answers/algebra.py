@@ -43,10 +43,14 @@ _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=(){}\[\].,!|&\\]*")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")
 _MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "smallmatrix"])
-_UNREADABLE = re.compile(r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\^\s*(?:\{[^{}]*\}|\d+|[A-Za-z])\s*\^|\\mathbb(?!\{[RNZQC]\})")
+_UNREADABLE = re.compile(
+    r"\d\s*_|(?<![_\d])\d+\s+\d|\d\.\d*\.|^\s*$|\^\s*(?:\{[^{}]*\}|\d+|[A-Za-z])\s*\^|\\mathbb(?!\{[RNZQC]\})"
+)
 _DECIMAL = re.compile(r"(?<![\d.])(\d*\.\d+|\d+\.(?!\d))(?:\\overline\{(\d+)\})?")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<![A-Za-z\\])[a-z]|\\(?:theta|alpha|beta))\s*\^\{\\circ\}")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<![A-Za-z\\])[a-z]|\\(?:theta|alpha|beta))\s*\^\{\\circ\}"
+)
 _POINTS = (
     Fraction(7, 5), Fraction(-13, 11), Fraction(23, 7), Fraction(-31, 9), Fraction(5, 13), Fraction(-3, 17),
     Fraction(41, 10), Fraction(-57, 8), Fraction(19, 6),
@@ -62,6 +66,7 @@ def parse(latex: str) -> Any:
         return None
     text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", latex)
     text = re.sub(r"\\log\s*_\s*(\d+)", r"\\log_{\1}", text)
+    text = re.sub(r"\^\s*(-\d+|\d{2,})", r"^{\1}", text)
     text = _GROUPED.sub(lambda number: number[0].replace(",", ""), text)
     if _UNREADABLE.search(text) or not _ALLOWED.fullmatch(text):
         return None
@@ -115,7 +120,10 @@ def equal(first: Any, second: Any) -> bool:
     if first is None or second is None:
         return False
     if isinstance(first, sympy.MatrixBase) or isinstance(second, sympy.MatrixBase):
-        if not (isinstance(first, sympy.MatrixBase) and isinstance(second, sympy.MatrixBase)) or first.shape != second.shape:
+        if (
+            not (isinstance(first, sympy.MatrixBase) and isinstance(second, sympy.MatrixBase))
+            or first.shape != second.shape
+        ):
             return False
         return all(equal(a, b) for a, b in zip(first.flat(), second.flat(), strict=True))
     if isinstance(first, sympy.Set) or isinstance(second, sympy.Set):

@@ -12,7 +12,9 @@ _LETTER_WITH_CONTENT = re.compile(
     rf"|(?i:{_LEAD})(?P<colon>[A-J])[.:]\s+|(?i:(?:option|choice|answer)\s+)(?P<named>[A-J])[,:.]?\s+)(?P<content>\S.*)",
     re.DOTALL,
 )
-_OPERATOR = re.compile(r"[+*/^=<>_!)|,;]|-(?!\s*[\d.\\($])|\\(?:cdot|times|div|cup|cap|in|le|ge|ne|to)(?![A-Za-z])|(?:and|or)\b")
+_OPERATOR = re.compile(
+    r"[+*/^=<>_!)|,;]|-(?!\s*[\d.\\($])|\\(?:cdot|times|div|cup|cap|in|le|ge|ne|to)(?![A-Za-z])|(?:and|or)\b"
+)
 
 
 def split_choice(text: str) -> tuple[str, str, bool] | None:

@@ -160,7 +160,12 @@ def _ratio_equals(ratio: Ratio, other: Reading) -> bool:
     values = _ratio_values(ratio)
     if isinstance(other, Ratio):
         return _proportional(values, _ratio_values(other))
-    if isinstance(other, Quantity) and len(values) == 2 and None not in values and not algebra.equal(values[1], sympy.S.Zero):
+    if (
+        isinstance(other, Quantity)
+        and len(values) == 2
+        and None not in values
+        and not algebra.equal(values[1], sympy.S.Zero)
+    ):
         return algebra.equal(values[0] / values[1], exact_value(other))
     return False
 
@@ -169,7 +174,9 @@ def _ratio_values(ratio: Ratio) -> list[Any]:
     values = []
     for part in ratio.parts:
         text = part.text if isinstance(part, Choice) else ""
-        values.append(exact_value(part) if isinstance(part, Quantity) else algebra.parse(text) if len(text) == 1 else None)
+        values.append(
+            exact_value(part) if isinstance(part, Quantity) else algebra.parse(text) if len(text) == 1 else None
+        )
     return values
 
 
@@ -180,9 +187,7 @@ def _proportional(first: Sequence[Any], second: Sequence[Any]) -> bool:
         algebra.equal(value, sympy.S.Zero) for value in second
     ):
         return False
-    return all(
-        algebra.equal(first[i] * second[j], first[j] * second[i]) for i in range(len(first)) for j in range(i)
-    )
+    return all(algebra.equal(first[i] * second[j], first[j] * second[i]) for i in range(len(first)) for j in range(i))
 
 
 # ---------------------------------------------------------------------------------------------------- several answers
@@ -222,7 +227,11 @@ def _several_equal(several: Several, other: Reading) -> bool:
 def _names_values(several: Several) -> bool:
     """Whether a bare list gives values to different names, "a = 1, b = 2", which stands for the tuple in that order."""
     names = [_names(item) for item in several.items]
-    return not several.brackets and all(len(name) == 1 for name in names) and len({name[0] for name in names}) == len(names)
+    return (
+        not several.brackets
+        and all(len(name) == 1 for name in names)
+        and len({name[0] for name in names}) == len(names)
+    )
 
 
 def _distinct(items: list[Reading]) -> list[Reading]:
@@ -333,7 +342,11 @@ def _relations_equal(first: Relation, second: Relation) -> bool:
     if first.operators == second.operators and _same_members(first.members, second.members):
         return True
     turned = Relation(second.members[::-1], tuple(_TURNED.get(sign, sign) for sign in second.operators[::-1]))
-    if first.operators == turned.operators and "in" not in first.operators and _same_members(first.members, turned.members):
+    if (
+        first.operators == turned.operators
+        and "in" not in first.operators
+        and _same_members(first.members, turned.members)
+    ):
         return True
     if set(first.operators) == set(second.operators) == {"="}:
         if first.members[0].name and first.members[0].name == second.members[0].name:
@@ -344,7 +357,9 @@ def _relations_equal(first: Relation, second: Relation) -> bool:
     if len(first.members) == len(second.members) == 2 and (
         first.operators == second.operators or first.operators == turned.operators
     ):
-        sides = [_difference(relation) for relation in (first, second if first.operators == second.operators else turned)]
+        sides = [
+            _difference(relation) for relation in (first, second if first.operators == second.operators else turned)
+        ]
         ordered = first.operators[0] in _TURNED
         if ordered or first.operators[0] == "!=":
             if algebra.equal_up_to_factor(*sides, positive=ordered):
@@ -355,7 +370,9 @@ def _relations_equal(first: Relation, second: Relation) -> bool:
 def _same_members(first: Sequence[Member], second: Sequence[Member]) -> bool:
     """Names must agree, or be missing on one side; what is no name must be equal."""
     for one, other in zip(first, second, strict=True):
-        if not one.text or not other.text:
+        if not one.text or not other.text:  # "> 2" leaves open what is
+            if (one.text and not one.name) or (other.text and not other.name):
+                return False
             continue
         if one.name and other.name:
             if one.name != other.name:
@@ -407,7 +424,9 @@ def as_set(reading: Reading) -> Any:
         if len(ends) != 2 or None in ends:
             return None
         ascending = sympy.Lt(*ends)
-        return sympy.Interval(*ends, reading.brackets[0] == "(", reading.brackets[1] == ")") if ascending == True else None  # noqa: E712
+        return (
+            sympy.Interval(*ends, reading.brackets[0] == "(", reading.brackets[1] == ")") if ascending == True else None
+        )  # noqa: E712
     if reading.brackets == "{}":
         members = [_real(item) for item in reading.items]
         return None if None in members else sympy.FiniteSet(*members)

@@ -72,7 +72,9 @@ _IN_WORDS = [
     ),
     (re.compile(r"(?:not equal to|not|anything (?:but|except)|all (?:but|except)|except(?: for)?) (.+)", re.I), "!="),
 ]
-_EXACTLY = re.compile(r"(?:(?:is|are)\s+)?(?:(?:exactly|precisely|only|just|equal to|equals|a total of)\s+)?", re.IGNORECASE)
+_EXACTLY = re.compile(
+    r"(?:(?:is|are)\s+)?(?:(?:exactly|precisely|only|just|equal to|equals|a total of)\s+)?", re.IGNORECASE
+)
 _RELATION_WORD = re.compile(
     r"(?i)\b(?:less|fewer|smaller|lower|under|below|more|greater|larger|bigger|higher|over|above|most|up|least|maximum|"
     r"minimum|about|approx|approximately|roughly|around|nearly|almost|circa|close|not|no|anything|all|except)\b|~"
@@ -94,8 +96,12 @@ _NO_NAMES = re.compile(
     r"\\(?:pi|infty|emptyset|sin|cos|tan|sec|csc|cot|log|ln|exp|arc\w+|sqrt|frac|pm|mp|cdot|ldots|gcd|max|min|det)(?![A-Za-z])"
     r"|[ei]$"
 )
-_CONDITION = re.compile(r"(?:(?:where|for|with|if)\s+)?(?:(?:any|all|some|every)\s+)?(?:integers?\s+)?\w+\s*\\in\s*\\mathbb\{\w\}.*")
-_SET_BUILDER = re.compile(r"(?P<variable>[a-zA-Z])\s*(?:\\in\s*\\mathbb\{\w\}\s*)?(?:\||\\mid(?![A-Za-z])|:)\s*(?P<relation>.+)")
+_CONDITION = re.compile(
+    r"(?:(?:where|for|with|if)\s+)?(?:(?:any|all|some|every)\s+)?(?:integers?\s+)?\w+\s*\\in\s*\\mathbb\{\w\}.*"
+)
+_SET_BUILDER = re.compile(
+    r"(?P<variable>[a-zA-Z])\s*(?:\\in\s*\\mathbb\{\w\}\s*)?(?:\||\\mid(?![A-Za-z])|:)\s*(?P<relation>.+)"
+)
 
 # --------------------------------------------------------------------------------------------------------------- words
 _LETTERS = re.compile(r"[A-Za-z]+(?:(?:\s+|['-])[A-Za-z]+)*[.!?]?")
@@ -120,8 +126,8 @@ def read(text: str) -> Reading:
 def _read(text: str, depth: int) -> Reading:
     if depth > MAX_DEPTH:
         return Words(normalised_words(text))
-    reading: Reading | None = read_clock_time(text) or _quantity_of_number(text)
-    reading = reading or _choice(text, depth) or read_numeral(text)
+    reading: Reading | None = read_clock_time(text) or read_numeral(text) or _quantity_of_number(text)
+    reading = reading or _choice(text, depth)
     for attempt in (_exactly, _relation_in_words, _several, _bracketed, _relation, _union, _ratio):
         reading = reading or attempt(text, depth)
     if reading is not None:
@@ -249,7 +255,11 @@ def _name(text: str) -> str:
 
 
 def _union(text: str, depth: int) -> Union | None:
-    tokens = [token for token in top_level(text) if token[0] == r"\cup" or token[0] == "U" and in_brackets(text[: token.start()].strip())]
+    tokens = [
+        token
+        for token in top_level(text)
+        if token[0] == r"\cup" or token[0] == "U" and in_brackets(text[: token.start()].strip())
+    ]
     if not tokens or len(tokens) > MAX_ITEMS:
         return None
     return Union(tuple(_read(part, depth + 1) for part in split_at(text, tokens)))
@@ -279,7 +289,11 @@ def _words(text: str) -> Words | None:
         return None  # a variable with a word beside it stays one
     compact = plain.rstrip(".!?")
     parts = re.split(r"[\s'-]+", compact)
-    if not unmarked or any(len(part) > 2 or part.lower() in _TWO_LETTER_WORDS for part in parts) or _CAPITALS.fullmatch(compact):
+    if (
+        not unmarked
+        or any(len(part) > 2 or part.lower() in _TWO_LETTER_WORDS for part in parts)
+        or _CAPITALS.fullmatch(compact)
+    ):
         return Words(normalised_words(text))
     return None
 
@@ -287,13 +301,20 @@ def _words(text: str) -> Words | None:
 def _quantity(text: str) -> Reading:
     """An expression, with what stands beside it taken off."""
     if r"\pm" in text or r"\mp" in text:
-        both = tuple(_read(text.replace(r"\pm", sign).replace(r"\mp", other), 1) for sign, other in (("+", "-"), ("-", "+")))
+        both = tuple(
+            _read(text.replace(r"\pm", sign).replace(r"\mp", other), 1) for sign, other in (("+", "-"), ("-", "+"))
+        )
         return Several(both, "", "+-")
     currency = _CURRENCY_FIRST.match(text)
     expression = text[currency.end() :] if currency else text
     for start in _TAIL_START.finditer(expression):
         head, tail = expression[: start.start()], expression[start.start() :]
-        if not head.strip() or _OPEN_END.search(head) or head.count("{") != head.count("}") or head.count("(") != head.count(")"):
+        if (
+            not head.strip()
+            or _OPEN_END.search(head)
+            or head.count("{") != head.count("}")
+            or head.count("(") != head.count(")")
+        ):
             continue
         if not re.search(r"[\dA-Za-z]", head):
             continue

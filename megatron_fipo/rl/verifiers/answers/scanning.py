@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 
 TOKEN = re.compile(
-    r"\\(?:begin|end)\s*\{[^{}]*\}|\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|\d[\d.]*|[A-Za-z]+(?:'[A-Za-z]+)?|\s+|<=|>=|.", re.DOTALL
+    r"\\(?:begin|end)\s*\{[^{}]*\}|\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|\d[\d.]*|[A-Za-z]+(?:'[A-Za-z]+)?|\s+|<=|>=|.",
+    re.DOTALL,
 )
 _OPENING = frozenset(["(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"])
 _CLOSING = frozenset([")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil"])

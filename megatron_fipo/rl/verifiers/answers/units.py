@@ -72,8 +72,8 @@ CURRENCY = r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
 """Regular expression of a currency's sign."""
 
 _CHANGING = frozenset(
-    "not no non except excluding without less fewer more greater larger smaller than least most about "
-    "approximately approx roughly around nearly almost over under above below or up".split()
+    "not no non except excluding without than least most about approximately approx roughly around nearly almost over "
+    "under above below or".split()
 )
 """Words that change the value or the relation; what has one is equal only to what has it, too."""
 
@@ -85,8 +85,10 @@ _NOT_UNITS = re.compile(
 _TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 _POWER = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
+_OHM = re.compile(r"\\Omega(?![A-Za-z])")
 _TOKEN = re.compile(r"\^-?\d|[^\W\d_]+(?:['-][^\W\d_]+)*|\\?\$|[€£¥₹/*]|'{1,2}|\"")
 _IGNORED = re.compile(r"[\s.,()~-]+|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])")
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _MAX_WORDS = 8
 _MAX_CHARACTERS = 100
 
@@ -153,6 +155,7 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
     if len(text) > _MAX_CHARACTERS:
         return None
     in_text = "\\text" in text
+    text = _OHM.sub(" ohm ", text)
     text = _POWER.sub(r"^\1", _TEXT.sub(r" \1 ", _DEGREE.sub(" degree ", text)))
     bare = text if not in_text else ""
     tokens: list[str] = []
@@ -182,7 +185,7 @@ def _may_be_bare(text: str, tokens: list[str], attached: bool) -> bool:
     if attached and words:
         return tokens[0] in "$€£¥₹" or (len(words[0]) > 1 and words[0] in _KNOWN and words[0] not in {"in", "mi", "ms"})
     return all(
-        len(word) > 2 or word in _KNOWN and (len(word) == 2 or word in ONE_LETTER_UNITS) or word in _SHORT_WORDS
+        len(word) > 2 or word in _POWERS or word in _KNOWN and (len(word) == 2 or word in ONE_LETTER_UNITS) or word in _SHORT_WORDS
         for word in words
     )
 
@@ -199,8 +202,8 @@ def _unit(tokens: list[str]) -> Unit:
                 powers[last] = powers[last] * factor
             else:
                 words.add(token)
-        elif word in {"square", "sq", "cubic", "cu"}:
-            pending = 2 if word[0] == "s" else 3
+        elif word in _POWERS:
+            pending = _POWERS[word]
         elif word in {"/", "per"}:
             sign = -1
         elif token == "*":
@@ -214,7 +217,9 @@ def _unit(tokens: list[str]) -> Unit:
                 if measure in _CURRENCIES and measure in powers:
                     continue  # "$5 dollars" names its currency twice
                 for part in re.finditer(r"(/?)([A-Za-z]+)(?:\^(\d))?", _WHOLE.get(word, measure)):
-                    powers[part[2]] = powers.get(part[2], 0) + sign * (-1 if part[1] else 1) * pending * int(part[3] or 1)
+                    powers[part[2]] = powers.get(part[2], 0) + sign * (-1 if part[1] else 1) * pending * int(
+                        part[3] or 1
+                    )
                 last = measure if measure in powers else ""
             else:
                 words.add(("per " if sign < 0 else "") + _singular(word) + (f"^{pending}" if pending > 1 else ""))
