@@ -1,4 +1,4 @@
-r"""Answers as text: one spelling for what LaTeX, Markdown and Unicode spell in many ways; what is too large to compute."""
+r"""Answers as text: one spelling for LaTeX, Markdown and Unicode; what is too large to compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_POWER_OF_POWERS = 200_000
 _MAX_UNWRAPPED = 200
 """Most commands of one kind that are taken off an answer."""
 
-# ------------------------------------------------------------------------------------ commands that only change the look
+# ----------------------------------------------------------------------------------- commands that only change the look
 _EMPHASIS = re.compile(
     r"\\(?:boldsymbol|bm|bold|mathbold|pmb|mathbf|mathit|mathsf|mathnormal|mathtt|mathopen|mathclose|underline|uline|ensuremath|"
     r"displaymath|boxed|fbox|framebox|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
@@ -41,12 +41,13 @@ _BOLD = (
     re.compile(r"(?<![\w)\]}])__(?=[^\s_])(.+?)(?<=[^\s_])__(?![\w{])"),
 )
 _WRAPPERS = (
-    ("$$", "$$"), ("$", "$"), ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("``", "''"),
+    ("$$", "$$"), ("$", "$"), ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"),
+    ("``", "''"),
 )  # fmt: skip
 _TILDE_FIRST = re.compile(r"^[$*\s]{0,4}~\s*(?=[\d.$])")  # "~5" is about 5; elsewhere it is LaTeX's space
 _FENCE = re.compile(r"```[a-z]{0,8}\s+(.*?)\s*```", re.DOTALL)
 
-# ----------------------------------------------------------------------------------------------------- one name for each
+# ---------------------------------------------------------------------------------------------------- one name for each
 _NAMES = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
@@ -75,11 +76,33 @@ _NAMES = [
 _DOUBLE_STAR = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\-])")
 _ASCII_ROOT = re.compile(r"(?<![\\A-Za-z])(sqrt|cbrt)\s*(?=[(\d])")
 _CONNECTIVE = re.compile(r"[\s,;]*(?:and|or|but|,|;|&)[\s,]*", re.IGNORECASE)
-_OPERATORS = frozenset("arcsin arccos arctan sin cos tan sec csc cot log ln exp det gcd max min sinh cosh tanh".split())
+_OPERATORS = frozenset(
+    [
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sin",
+        "cos",
+        "tan",
+        "sec",
+        "csc",
+        "cot",
+        "log",
+        "ln",
+        "exp",
+        "det",
+        "gcd",
+        "max",
+        "min",
+        "sinh",
+        "cosh",
+        "tanh",
+    ]
+)
 _REPEATING = re.compile(r"(?<=[\d.])\s*\\(?:overline|bar|overbar|dot)\s*(?:\{(\d+)\}|(\d))")
 _DOTTED_PERIOD = re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}")
 
-# --------------------------------------------------------------------------------------------------------------- numerals
+# ------------------------------------------------------------------------------------------------------------- numerals
 _LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\\!\s*,\s*\\!|\{,\}|,\\!|\\!,)(?=\d{3}(?!\d))")
 _LATEX_DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,^_}/])(\d{1,3})((?: \d{3})+)(?![\d/]|\s*/| \d|\s*\\frac)")
@@ -167,7 +190,7 @@ def _replaced(text: str, command: re.Pattern[str], content_of: Callable[[str], s
 
 
 def _unwrapped(text: str) -> str:
-    r"""Without what surrounds the whole: dollars, stars, quotes, braces, \text{…}, and a full stop or comma at its end."""
+    r"""Without what surrounds the whole: dollars, stars, quotes, braces, \text{…}, a full stop or comma at its end."""
     before = None
     while text != before:
         before = text = text.strip()

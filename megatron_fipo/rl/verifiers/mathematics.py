@@ -76,7 +76,7 @@ def _judge(answer: str | None, reference: Any) -> Verdict:
 
 @lru_cache(maxsize=16384)
 def _compared(answer: str, reference_text: str) -> tuple[bool, str]:
-    """Whether an answer is right, and its canonical text; kept, since a group's responses give few different answers."""
+    """Whether an answer is right, and its canonical text; kept, since a group's responses give few different ones."""
     gold_text, gold, gold_shown = _gold(reference_text)
     text = cleaned(_unwrapped(answer))
     if without_layout(text) == without_layout(gold_text):

@@ -26,19 +26,22 @@ FEWEST_DIGITS = 60
 """Precision at which two expressions are told apart, relative to the largest term, where their numbers are small."""
 
 MOST_DIGITS = 6000
-"""Precision for the largest numbers: 2^{-5000}, the smallest power that `is_computable` lets through, has 1,506 zeros."""
+"""Precision for the largest numbers: 2^{-5000}, a power that `is_computable` lets through, begins with 1,505 zeros."""
 
 _SPELLING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
 _CASE_COUNTS = ConversionConfig(lowercase_symbols=False)
 
-_COMMANDS = frozenset(
-    r"""frac sqrt pi cdot times div pm infty binom sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh log ln exp lg
-    lfloor rfloor lceil rceil begin end alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
-    mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega vec hat
-    bar overline sum prod int lim to max min gcd det mathbb cup cap setminus emptyset { } \ lvert rvert vert mid""".split()
+_READ_COMMANDS = (
+    r"frac sqrt pi cdot times div pm infty binom sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh "
+    r"log ln exp lg lfloor rfloor lceil rceil begin end alpha beta gamma delta epsilon varepsilon zeta eta "
+    r"theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta "
+    r"Theta Lambda Xi Sigma Upsilon Phi Psi Omega vec hat bar overline sum prod int lim to max min gcd det "
+    r"mathbb cup cap setminus emptyset { } \ lvert rvert vert mid "
 )
+_COMMANDS = frozenset(_READ_COMMANDS.split())
+"""Commands that the parser reads as what they are; any other makes an expression opaque."""
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=(){}\[\].,!|&\\]*")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")

@@ -7,8 +7,6 @@ import hashlib
 import sympy
 
 from megatron_fipo.rl.verifiers.answers import algebra
-from megatron_fipo.rl.verifiers.answers.clock_times import same_time
-from megatron_fipo.rl.verifiers.answers.equality import exact_value, value_of
 from megatron_fipo.rl.verifiers.answers.readings import (
     Choice,
     ClockTime,
@@ -22,7 +20,7 @@ from megatron_fipo.rl.verifiers.answers.readings import (
     Union,
     Words,
 )
-from megatron_fipo.rl.verifiers.answers.units import NO_UNIT
+from megatron_fipo.rl.verifiers.answers.values import exact_value, value_of
 from megatron_fipo.rl.verifiers.math_text import without_layout
 
 MAX_CHARACTERS = 200

@@ -11,6 +11,7 @@ import sympy
 
 from megatron_fipo.rl.verifiers.answers import algebra
 from megatron_fipo.rl.verifiers.answers.clock_times import same_time
+from megatron_fipo.rl.verifiers.answers.number_sets import TURNED, as_set, names_of
 from megatron_fipo.rl.verifiers.answers.numerals import same_digits
 from megatron_fipo.rl.verifiers.answers.reader import read
 from megatron_fipo.rl.verifiers.answers.readings import (
@@ -27,10 +28,10 @@ from megatron_fipo.rl.verifiers.answers.readings import (
     Union,
     Words,
 )
+from megatron_fipo.rl.verifiers.answers.units import NO_UNIT
+from megatron_fipo.rl.verifiers.answers.values import difference, exact_value, value_of
 from megatron_fipo.rl.verifiers.math_text import without_layout
 from megatron_fipo.rl.verifiers.plain_numbers import tails_agree
-
-_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
 def equal_answers(first: Reading, second: Reading) -> bool:
@@ -66,14 +67,8 @@ def _choice_equals(choice: Choice, other: Reading) -> bool:
     if choice.content is not None:
         return equal(choice.content, other)
     if isinstance(other, (Quantity, Relation)) and len(choice.text) == 1:
-        return equal(Quantity(choice.text, None, False, _no_unit(), choice.text), other)
+        return equal(Quantity(choice.text, None, False, NO_UNIT, choice.text), other)
     return False
-
-
-def _no_unit() -> Any:
-    from megatron_fipo.rl.verifiers.answers.units import NO_UNIT
-
-    return NO_UNIT
 
 
 def _words_equal(words: Words, other: Reading) -> bool:
@@ -128,11 +123,6 @@ def _as_products(quantity: Quantity, other: Quantity) -> bool:
 
 
 _LETTER_BEHIND_NUMBER = re.compile(r"[\d.]+ [A-Za-z](?:\^\{?\d\}?)?")
-
-
-def exact_value(quantity: Quantity) -> Any:
-    """Sympy's object for a quantity's value; None if it is opaque."""
-    return algebra.rational(quantity.value) if quantity.value is not None else algebra.parse(quantity.expression)
 
 
 def _time_equals(time: ClockTime, other: Reading) -> bool:
@@ -226,7 +216,7 @@ def _several_equal(several: Several, other: Reading) -> bool:
 
 def _names_values(several: Several) -> bool:
     """Whether a bare list gives values to different names, "a = 1, b = 2", which stands for the tuple in that order."""
-    names = [_names(item) for item in several.items]
+    names = [names_of(item) for item in several.items]
     return (
         not several.brackets
         and all(len(name) == 1 for name in names)
@@ -283,52 +273,6 @@ def _tuples_equated(several: Several, relation: Relation) -> bool:
 # --------------------------------------------------------------------------------------------------------- relations
 
 
-def value_of(relation: Relation) -> Reading | None:
-    """What a relation gives a name: 5 for "x = 5", for "x = 2 + 3 = 5" and for "2 + 3 = 5"; None if it gives none.
-
-    All members without variables must be equal, the first one must be a name or such a member, and a rounded decimal may
-    stand behind its exact value.
-    """
-    members, operators = list(relation.members), list(relation.operators)
-    if len(members) > 2 and operators[-1] == "~" and _rounds(members[-1], members[-2]):
-        members, operators = members[:-1], operators[:-1]
-    if len(members) == 2 and operators == ["~"] and not members[0].name and _rounds(members[1], members[0]):
-        return read(members[0].text)
-    if operators == ["in"] and members[0].name:
-        return read(members[1].text)
-    if set(operators) != {"="}:
-        return None
-    last = read(members[-1].text)
-    numbers = [number for number in (_number(member) for member in members if not member.name) if number is not None]
-    if not members[0].name and _number(members[0]) is None:
-        return None
-    if any(not algebra.equal(number, numbers[-1]) for number in numbers):
-        return None
-    return last
-
-
-def _number(member: Member) -> Any:
-    """Value of a member without variables; None for any other."""
-    reading = read(member.text)
-    if not isinstance(reading, Quantity):
-        return None
-    value = exact_value(reading)
-    return value if algebra.is_number(value) else None
-
-
-def _rounds(rounded: Member, exact: Member) -> bool:
-    """Whether a decimal is what an exact value is rounded to, or cut off at, in so many places."""
-    reading, value = read(rounded.text), _number(exact)
-    if not isinstance(reading, Quantity) or reading.value is None or value is None or not value.is_real:
-        return False
-    places = len(re.sub(r"[^\d.]", "", reading.expression).partition(".")[2])
-    size, written = sympy.N(abs(value), 50), algebra.rational(abs(reading.value))
-    step = sympy.Rational(1, 10**places)
-    if bool(value > 0) != (reading.value > 0):
-        return False
-    return bool(abs(size - written) <= step / 2) or bool(0 <= size - written < step)
-
-
 def _relation_equals(relation: Relation, other: Reading) -> bool:
     if isinstance(other, Relation):
         return _relations_equal(relation, other)
@@ -341,7 +285,7 @@ def _relation_equals(relation: Relation, other: Reading) -> bool:
 def _relations_equal(first: Relation, second: Relation) -> bool:
     if first.operators == second.operators and _same_members(first.members, second.members):
         return True
-    turned = Relation(second.members[::-1], tuple(_TURNED.get(sign, sign) for sign in second.operators[::-1]))
+    turned = Relation(second.members[::-1], tuple(TURNED.get(sign, sign) for sign in second.operators[::-1]))
     if (
         first.operators == turned.operators
         and "in" not in first.operators
@@ -351,19 +295,18 @@ def _relations_equal(first: Relation, second: Relation) -> bool:
     if set(first.operators) == set(second.operators) == {"="}:
         if first.members[0].name and first.members[0].name == second.members[0].name:
             values = value_of(first), value_of(second)
-            if values[0] is not None and values[1] is not None and equal(*values):
+            if values[0] is not None and values[1] is not None and equal(values[0], values[1]):
                 return True
         return len(first.members) == len(second.members) == 2 and _equations_equal(first, second)
     if len(first.members) == len(second.members) == 2 and (
         first.operators == second.operators or first.operators == turned.operators
     ):
-        sides = [
-            _difference(relation) for relation in (first, second if first.operators == second.operators else turned)
-        ]
-        ordered = first.operators[0] in _TURNED
-        if ordered or first.operators[0] == "!=":
-            if algebra.equal_up_to_factor(*sides, positive=ordered):
-                return True
+        same_way = second if first.operators == second.operators else turned
+        ordered = first.operators[0] in TURNED
+        if (ordered or first.operators[0] == "!=") and algebra.equal_up_to_factor(
+            difference(first), difference(same_way), positive=ordered
+        ):
+            return True
     return _equal_as_sets(first, second)
 
 
@@ -383,16 +326,10 @@ def _same_members(first: Sequence[Member], second: Sequence[Member]) -> bool:
 
 
 def _equations_equal(first: Relation, second: Relation) -> bool:
-    return algebra.equal_up_to_factor(_difference(first), _difference(second))
+    return algebra.equal_up_to_factor(difference(first), difference(second))
 
 
-def _difference(relation: Relation) -> Any:
-    """Left side minus right side; None if one of them is no expression."""
-    sides = [algebra.parse(member.text) for member in relation.members]
-    return sides[0] - sides[1] if all(isinstance(side, sympy.Expr) for side in sides) else None
-
-
-# -------------------------------------------------------------------------------------------------------------- sets
+# ------------------------------------------------------------------------------------------------------------ sets
 
 
 def _union_equals(union: Union, other: Reading) -> bool:
@@ -405,84 +342,6 @@ def _equal_as_sets(first: Reading, second: Reading) -> bool:
     """Equality as sets of numbers, where intervals, unions and inequalities say the same in different ways."""
     one, other = as_set(first), as_set(second)
     return one is not None and other is not None and algebra.equal_sets(one, other)
-
-
-def as_set(reading: Reading) -> Any:
-    """Sympy's set of what a reading lets its variable be; None if it is no set of numbers."""
-    if isinstance(reading, Union):
-        parts = [as_set(part) for part in reading.parts]
-        return None if None in parts else sympy.Union(*parts)
-    if isinstance(reading, Relation):
-        return _set_of_relation(reading)
-    if isinstance(reading, Quantity):
-        value = exact_value(reading)
-        return value if isinstance(value, sympy.Set) else None
-    if not isinstance(reading, Several):
-        return None
-    if reading.brackets in ("()", "[]", "[)", "(]"):
-        ends = [_real(item) for item in reading.items]
-        if len(ends) != 2 or None in ends:
-            return None
-        ascending = sympy.Lt(*ends)
-        return (
-            sympy.Interval(*ends, reading.brackets[0] == "(", reading.brackets[1] == ")") if ascending == True else None
-        )  # noqa: E712
-    if reading.brackets == "{}":
-        members = [_real(item) for item in reading.items]
-        return None if None in members else sympy.FiniteSet(*members)
-    return None if reading.brackets else _set_of_list(reading)
-
-
-def _set_of_list(reading: Several) -> Any:
-    """Set of "x < 1 or x > 2", of "x > 1 and x < 2", of "(-oo, 1) or (2, oo)"."""
-    relations = all(isinstance(item, Relation) for item in reading.items)
-    if relations and len({name for item in reading.items for name in _names(item)}) == 1 or reading.joiner == "or":
-        parts = [as_set(item) for item in reading.items if isinstance(item, (Relation, Union, Several))]
-        if None in parts or len(parts) < len(reading.items):
-            return None
-        equations = all(isinstance(item, Relation) and set(item.operators) == {"="} for item in reading.items)
-        together = reading.joiner == "or" or (reading.joiner == "," and equations)
-        return sympy.Union(*parts) if together else sympy.Intersection(*parts)
-    return None
-
-
-def _names(reading: Reading) -> list[str]:
-    return [member.name for member in reading.members if member.name] if isinstance(reading, Relation) else []
-
-
-def _real(reading: Reading) -> Any:
-    value = exact_value(reading) if isinstance(reading, Quantity) and not reading.percent and not reading.unit else None
-    return value if algebra.is_number(value) and value.is_extended_real else None
-
-
-def _set_of_relation(relation: Relation) -> Any:
-    """Set of a lone variable's values: "0 < x < 3", "x \\in [1, 2]", "x = 1", "x \\ne 2"."""
-    names = [member.name for member in relation.members if member.name]
-    if len(set(names)) != 1:
-        return None
-    if relation.operators == ("in",) and relation.members[0].name:
-        return as_set(read(relation.members[1].text))
-    result = sympy.S.Reals
-    for left, operator, right in zip(relation.members, relation.operators, relation.members[1:], strict=False):
-        name_first = bool(left.name)
-        end = _real(read((right if name_first else left).text))
-        if bool(right.name) == name_first or end is None:
-            return None
-        part = _ray(operator if name_first else _TURNED.get(operator, operator), end)
-        if part is None:
-            return None
-        result = sympy.Intersection(result, part)
-    return result
-
-
-def _ray(operator: str, end: Any) -> Any:
-    if operator in ("<", "<="):
-        return sympy.Interval(-sympy.oo, end, True, operator == "<")
-    if operator in (">", ">="):
-        return sympy.Interval(end, sympy.oo, operator == ">", True)
-    if operator == "=":
-        return sympy.FiniteSet(end)
-    return sympy.Complement(sympy.S.Reals, sympy.FiniteSet(end)) if operator == "!=" else None
 
 
 def _dots_equal(dots: Dots, other: Reading) -> bool:

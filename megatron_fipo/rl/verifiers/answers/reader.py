@@ -107,7 +107,43 @@ _SET_BUILDER = re.compile(
 _LETTERS = re.compile(r"[A-Za-z]+(?:(?:\s+|['-])[A-Za-z]+)*[.!?]?")
 _CAPITALS = re.compile(r"[A-Z]{2}")
 _TWO_LETTER_WORDS = frozenset(
-    "ad ah am an as at ax be by do ex go ha he hi id if in is it me my no of oh ok on or ox pa so to up us we".split()
+    [
+        "ad",
+        "ah",
+        "am",
+        "an",
+        "as",
+        "at",
+        "ax",
+        "be",
+        "by",
+        "do",
+        "ex",
+        "go",
+        "ha",
+        "he",
+        "hi",
+        "id",
+        "if",
+        "in",
+        "is",
+        "it",
+        "me",
+        "my",
+        "no",
+        "of",
+        "oh",
+        "ok",
+        "on",
+        "or",
+        "ox",
+        "pa",
+        "so",
+        "to",
+        "up",
+        "us",
+        "we",
+    ]
 )
 _TAIL_START = re.compile(
     r"\s*\\text\{|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z])|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
@@ -258,7 +294,7 @@ def _union(text: str, depth: int) -> Union | None:
     tokens = [
         token
         for token in top_level(text)
-        if token[0] == r"\cup" or token[0] == "U" and in_brackets(text[: token.start()].strip())
+        if token[0] == r"\cup" or (token[0] == "U" and in_brackets(text[: token.start()].strip()))
     ]
     if not tokens or len(tokens) > MAX_ITEMS:
         return None

@@ -1,4 +1,4 @@
-"""What an answer may be: a quantity, words, a choice, a clock time, a numeral with its base, a ratio, several, a relation."""
+"""What an answer may be: a quantity, words, a choice, a time, a numeral with its base, a ratio, several, a relation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeAlias
 
-from megatron_fipo.rl.verifiers.answers.units import NO_UNIT, Unit
+from megatron_fipo.rl.verifiers.answers.units import Unit
 
 
 @dataclass(frozen=True)

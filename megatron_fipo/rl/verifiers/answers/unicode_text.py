@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega"
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi "
+    "psi omega"
+)
 _NAMED = {
     **{chr(0x3B1 + index + (index > 16)): name for index, name in enumerate(_GREEK.split())},
-    **dict(zip("ΓΔΘΛΞΠΣΥΦΨΩ", "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split(), strict=True)),
+    **dict(
+        zip(
+            "ΓΔΘΛΞΠΣΥΦΨΩ",
+            ["Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"],
+            strict=True,
+        )
+    ),
     **dict.fromkeys("ϕ", "phi"),
     **dict.fromkeys("ϵ", "epsilon"),
     **dict.fromkeys("ϑ", "theta"),
@@ -31,8 +40,39 @@ _NAMED = {
     **dict(
         zip(
             "∞±∓∈∉∪∩⊂⊆⊃⊇∀∃¬∨∧≡∼∝∑∏∫∂∇∠⊥∥⌊⌋⌈⌉",
-            "infty pm mp in notin cup cap subset subseteq supset supseteq forall exists neg lor land equiv sim propto sum "
-            "prod int partial nabla angle perp parallel lfloor rfloor lceil rceil".split(),
+            [
+                "infty",
+                "pm",
+                "mp",
+                "in",
+                "notin",
+                "cup",
+                "cap",
+                "subset",
+                "subseteq",
+                "supset",
+                "supseteq",
+                "forall",
+                "exists",
+                "neg",
+                "lor",
+                "land",
+                "equiv",
+                "sim",
+                "propto",
+                "sum",
+                "prod",
+                "int",
+                "partial",
+                "nabla",
+                "angle",
+                "perp",
+                "parallel",
+                "lfloor",
+                "rfloor",
+                "lceil",
+                "rceil",
+            ],
             strict=True,
         )
     ),

@@ -72,12 +72,35 @@ CURRENCY = r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
 """Regular expression of a currency's sign."""
 
 _CHANGING = frozenset(
-    "not no non except excluding without than least most about approximately approx roughly around nearly almost over "
-    "under above below or".split()
+    [
+        "not",
+        "no",
+        "non",
+        "except",
+        "excluding",
+        "without",
+        "than",
+        "least",
+        "most",
+        "about",
+        "approximately",
+        "approx",
+        "roughly",
+        "around",
+        "nearly",
+        "almost",
+        "over",
+        "under",
+        "above",
+        "below",
+        "or",
+    ]
 )
 """Words that change the value or the relation; what has one is equal only to what has it, too."""
 
-_SHORT_WORDS = frozenset("am an as at be by do in is it of on to up us we".split())
+_SHORT_WORDS = frozenset(
+    ["am", "an", "as", "at", "be", "by", "do", "in", "is", "it", "of", "on", "to", "up", "us", "we"]
+)
 _NOT_UNITS = re.compile(
     r"(?:pi|factorial|squared|cubed|half|root|sqrt|times|divided|plus|minus|and|mod|choose|if|where|when|for|is|are|was|were|"
     r"because|since|so|but|then|theta|alpha|beta)\b"
@@ -85,7 +108,7 @@ _NOT_UNITS = re.compile(
 _TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 _POWER = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
-_OHM = re.compile(r"\\Omega(?![A-Za-z])")
+_OHM = re.compile(r"(?<![A-Za-z])([kMm]?)\s*\\Omega(?![A-Za-z])")
 _TOKEN = re.compile(r"\^-?\d|[^\W\d_]+(?:['-][^\W\d_]+)*|\\?\$|[€£¥₹/*]|'{1,2}|\"")
 _IGNORED = re.compile(r"[\s.,()~-]+|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
@@ -155,7 +178,7 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
     if len(text) > _MAX_CHARACTERS:
         return None
     in_text = "\\text" in text
-    text = _OHM.sub(" ohm ", text)
+    text = _OHM.sub(r" \1ohm ", text)
     text = _POWER.sub(r"^\1", _TEXT.sub(r" \1 ", _DEGREE.sub(" degree ", text)))
     bare = text if not in_text else ""
     tokens: list[str] = []
@@ -185,7 +208,10 @@ def _may_be_bare(text: str, tokens: list[str], attached: bool) -> bool:
     if attached and words:
         return tokens[0] in "$€£¥₹" or (len(words[0]) > 1 and words[0] in _KNOWN and words[0] not in {"in", "mi", "ms"})
     return all(
-        len(word) > 2 or word in _POWERS or word in _KNOWN and (len(word) == 2 or word in ONE_LETTER_UNITS) or word in _SHORT_WORDS
+        len(word) > 2
+        or word in _POWERS
+        or (word in _KNOWN and (len(word) == 2 or word in ONE_LETTER_UNITS))
+        or word in _SHORT_WORDS
         for word in words
     )
 
