@@ -70,7 +70,7 @@ class CodeReference:
             return frozenset([self.function or self.entry_point])
         if not self.tests:
             return frozenset()
-        tree = ast.parse(self.tests)
+        tree = _parsed_tests(self.tests)
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
         bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(dir(builtins))
         for node in ast.walk(tree):
@@ -118,12 +118,7 @@ def check_reference(reference: Any) -> None:
     read = read_reference(reference)
     if not read.tests:
         return
-    try:
-        tree = ast.parse(read.tests)
-    except SyntaxError as error:
-        raise ValueError(
-            f"the tests of a code reference are no Python: line {error.lineno}: {error.msg}. Mend the data's tests."
-        ) from error
+    tree = _parsed_tests(read.tests)
     if read.entry_point and not any(
         (isinstance(node, ast.FunctionDef) and node.name == "check")
         or (isinstance(node, ast.Name) and node.id == "check" and isinstance(node.ctx, ast.Store))
@@ -133,6 +128,13 @@ def check_reference(reference: Any) -> None:
             "a code reference with an entry_point has tests that define check(candidate); these do not: "
             f"{read.tests!r:.200}. Leave entry_point out where the tests call the function by its name."
         )
+
+
+def _parsed_tests(tests: str) -> ast.Module:
+    try:
+        return ast.parse(tests)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the tests of a code reference are no Python: {error}. Mend the data's tests.") from error
 
 
 def _fields(reference: Any) -> dict[str, Any]:

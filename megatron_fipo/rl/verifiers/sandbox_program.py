@@ -8,7 +8,6 @@ protection would refuse to open for writing.
 from __future__ import annotations
 
 import builtins
-import contextlib
 import io
 import os
 import sys
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
 
 FILE_NAME = "solution.py"
 
-_WRITING = os.O_WRONLY | os.O_RDWR
+_NULL_FD = 63
+"""Out of the way of the small numbers that a program's own files get."""
+
 _STREAMS = {
     f"{folder}{name}": fd
     for fd, stream in ((1, "stdout"), (2, "stderr"))
@@ -46,7 +47,9 @@ def prepare() -> None:
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     builtins.help = _sitebuiltins._Helper()
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    _open_devices_by_duplicating({**_STREAMS, os.devnull: null})
+    os.dup2(null, _NULL_FD, inheritable=False)
+    os.close(null)
+    _open_devices_by_duplicating({**_STREAMS, os.devnull: _NULL_FD})
     sys.dont_write_bytecode = True
 
 
@@ -117,9 +120,11 @@ def _compiled(prompt: str, program: str) -> tuple[str, list[CodeType]]:
 def completed(prompt: str) -> str | None:
     """A prompt with an empty body for the function that it ends with, where it needs one; None if it is no module."""
     for text in (prompt, f"{prompt.rstrip()}\n    pass\n"):
-        with contextlib.suppress(SyntaxError):
+        try:
             _compile(text)
-            return text
+        except SyntaxError:
+            continue
+        return text
     return None
 
 

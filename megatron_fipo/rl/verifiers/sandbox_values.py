@@ -114,8 +114,8 @@ class Encoder:
             return ["bytes", value.decode("latin-1")]
         if cls is complex:
             return ["complex", value.real, value.imag]
-        if cls is range:
-            return ["range", [self.encode(part) for part in (value.start, value.stop, value.step)]]
+        if cls is range or cls is slice:
+            return [cls.__name__, [self.encode(part) for part in (value.start, value.stop, value.step)]]
         if value is Ellipsis:
             return ["..."]
         if cls is _DICT_KEYS or cls is _DICT_ITEMS:
@@ -198,7 +198,12 @@ class Decoder:
         if kind == "deque":
             value.extend(items)
         elif kind == "set":
-            value.update(items)
+            # Most sets are made of a constant one, and so iterate as this does; the order of the original is kept where
+            # either way gives it.
+            value.update(frozenset(items))
+            if any(a is not b for a, b in zip(value, items, strict=True)):
+                value.clear()
+                value.update(items)
         else:
             for key, item in zip(items[::2], items[1::2], strict=True):
                 value[key] = item
@@ -215,8 +220,8 @@ class Decoder:
             return coded[1].encode("latin-1")
         if tag == "complex":
             return complex(coded[1], coded[2])
-        if tag == "range":
-            return range(*(self.decode(part) for part in coded[1]))
+        if tag in ("range", "slice"):
+            return (range if tag == "range" else slice)(*(self.decode(part) for part in coded[1]))
         if tag == "...":
             return ...
         if tag == "keys":
