@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,19 @@ def run(program: str, **settings: Any) -> Outcome:
     return run_python(program, limits=settings.pop("limits", LIMITS), **settings)
 
 
-# -------------------------------------------------------------------------------------------- which block is the program
+# ------------------------------------------------------------------------------------------ which block is the program
 
-DOCSTRING = 'def f(x):\n    """Squares.\n\n    ```\n    f(2)\n    ```\n    ```python\n    f(3)\n    ```\n    """\n    return x * x'
+DOCSTRING = """def f(x):
+    '''Squares.
+
+    ```
+    f(2)
+    ```
+    ```python
+    f(3)
+    ```
+    '''
+    return x * x"""
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,17 @@ DOCSTRING = 'def f(x):\n    """Squares.\n\n    ```\n    f(2)\n    ```\n    ```py
         ],
         *[
             (block("old()", "python") + block("a = 1", language), "a = 1")
-            for language in ("py", "Python", "python3", "PYTHON", "Python 3", "python3.11", "pypy3", "{.python}", "py:x.py")
+            for language in (
+                "py",
+                "Python",
+                "python3",
+                "PYTHON",
+                "Python 3",
+                "python3.11",
+                "pypy3",
+                "{.python}",
+                "py:x.py",
+            )
         ],
         (block("old()") + block("print(2)", ""), "print(2)"),  # no language, and more than a value
         (block("old()") + block("import sys\nprint(2)", ""), "import sys\nprint(2)"),
@@ -115,7 +134,10 @@ def test_of_several_blocks_the_one_that_serves_the_problem_is_taken() -> None:
 # ------------------------------------------------------------------------------------------------------ as plain Python
 
 PRINTS_6 = [
-    *[f"{RIGHT_SUM}\n{end}" for end in ("exit()", "quit()", "exit(0)", "import sys; sys.exit()", "raise SystemExit", "quit(None)")],
+    *[
+        f"{RIGHT_SUM}\n{end}"
+        for end in ("exit()", "quit()", "exit(0)", "import sys; sys.exit()", "raise SystemExit", "quit(None)")
+    ],
     "if int(input()) == 3:\n    print(6)\n    exit()\nprint(7)",
     "def main():\n    print(6)\n    exit()\nif __name__ == '__main__':\n    main()",
     *[
@@ -136,12 +158,16 @@ PRINTS_6 = [
     ],
     "open('/dev/null', 'w').write('x')\nprint(6)",
     "import os\nos.write(os.open(os.devnull, os.O_WRONLY), b'x')\nassert open(os.devnull).read() == ''\nprint(6)",
-    "import os, sys\nsys.stderr = open(os.devnull, 'w')\nprint('x', file=sys.stderr)\nopen('/dev/stdout', 'w').write('6')",
+    "import os, sys\n"
+    "sys.stderr = open(os.devnull, 'w')\n"
+    "print('x', file=sys.stderr)\n"
+    "open('/dev/stdout', 'w').write('6')",
     "print('debug', file=open('/dev/stderr', 'w'))\nopen('/proc/self/fd/1', 'w').write('6')",
     "import asyncio\nasync def main(): print(6)\nasyncio.run(main())",
     "import asyncio\nasync def main(): return 6\nprint(asyncio.new_event_loop().run_until_complete(main()))",
     "import asyncio\nasync def f(n):\n    await asyncio.sleep(0.001)\n    return n\n"
-    "async def main(): print(sum(await asyncio.gather(f(1), f(2), asyncio.to_thread(int, 3))))\nasyncio.run(main())",
+    "async def main(): print(sum(await asyncio.gather(f(1), f(2), asyncio.to_thread(int, 3))))\n"
+    "asyncio.run(main())",
     "import socket\na, b = socket.socketpair()\na.sendall(b'6')\nprint(b.recv(9).decode())",
     "import os\nr, w = os.pipe()\nos.write(w, b'6')\nprint(os.read(r, 9).decode())",
     "from concurrent.futures import ThreadPoolExecutor\nprint(sum(ThreadPoolExecutor(64).map(int, ['1'] * 6)))",
@@ -167,7 +193,9 @@ def test_programs_run_as_in_plain_python(program: str) -> None:
     assert judge(program, SUM_OF_LINE).correct
 
 
-@pytest.mark.parametrize("end", ["exit(1)", "import sys; sys.exit('text')", "raise SystemExit(2)", "quit(True)", "1 / 0"])
+@pytest.mark.parametrize(
+    "end", ["exit(1)", "import sys; sys.exit('text')", "raise SystemExit(2)", "quit(True)", "1 / 0"]
+)
 def test_an_exit_code_is_a_failure_as_for_judges(end: str) -> None:
     assert not judge(f"{RIGHT_SUM}\n{end}", SUM_OF_LINE).correct
 
@@ -184,7 +212,8 @@ def test_the_output_limit_follows_the_reference() -> None:
     assert not judge(program, {"inputs": ["1"], "outputs": ["1"]}).correct
     assert judge("print('a' * 1_200_000)", {"inputs": ["1"], "outputs": ["a" * 1_200_000]}).correct
     assert judge(
-        "def f(n): return list(range(n))", {"fn_name": "f", "inputs": ["300000"], "outputs": [json.dumps([*range(300_000)])]}
+        "def f(n): return list(range(n))",
+        {"fn_name": "f", "inputs": ["300000"], "outputs": [json.dumps([*range(300_000)])]},
     ).correct
 
 
@@ -206,7 +235,7 @@ METHOD = "class Solution:\n    def add(self, a: int, b: int) -> Optional[int]:\n
         (ADD, {"fn_name": "add", "inputs": [["a", "b"]], "outputs": [["ab"]]}, True),
         (ADD, {"fn_name": "add", "inputs": ['"a"\n"b"'], "outputs": ['"ab"']}, True),
         (ADD, {"fn_name": "add", "inputs": ["[1]\n[2]"], "outputs": ["[1, 2]"]}, True),
-        ("def add(a, b): return 3", {"fn_name": "add", "inputs": ["1\n2"], "outputs": ["[3]"]}, False),  # not unwrapped
+        ("def add(a, b): return 3", {"fn_name": "add", "inputs": ["1\n2"], "outputs": ["[3]"]}, False),
         (METHOD, {"fn_name": "add", "inputs": ["1\n2"], "outputs": ["3"]}, True),
         (METHOD, {"fn_name": "Solution.add", "inputs": [[1, 2]], "outputs": [3]}, True),
         (
@@ -221,8 +250,8 @@ METHOD = "class Solution:\n    def add(self, a: int, b: int) -> Optional[int]:\n
         ("async def f(x): return x", {"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}, True),
         ("def f(x): return x + 0.1", {"fn_name": "f", "inputs": ["0.2"], "outputs": ["0.3"]}, False),
         ("def f(x): return x + 0.1", {"fn_name": "f", "inputs": ["0.2"], "outputs": ["0.3"], "tolerance": 1e-9}, True),
-        ("def f(x):\n    print('debug')\n    return x", {"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}, True),
-        (ADD, {"cases": [{"input": "1\n2", "output": "3", "testtype": "functional"}], "fn_name": "add"}, True),
+        ("def f(x):\n    print('x')\n    return x", {"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}, True),
+        (ADD, {"cases": [{"input": "1\n" "2", "output": "3", "testtype": "functional"}], "fn_name": "add"}, True),
         (ADD, {"public_test_cases": '[{"input": "1\\n2", "output": "3", "testtype": "functional"}]',
                "metadata": '{"func_name": "add"}'}, True),
         (RIGHT_SUM, [{"input": "3\n1 2 3\n", "output": "6\n", "testtype": "stdin"}], True),
@@ -304,72 +333,172 @@ def test_tolerances() -> None:
     assert not same_result(float("inf"), 1, 1.0)
 
 
-# ------------------------------------------------------------------------------------- tests that run beside the program
+# ----------------------------------------------------------------------------------- tests that run beside the program
 
 HONEST = {
     "texts": ("def f(x): return x[::-1]", "assert f('abc') == 'cba' and isinstance(f('a'), str)"),
     "plain values": (
         "def f(x): return x",
         "import collections, datetime, decimal, fractions\n"
-        "for x in (1, -2**70, 0.1, True, None, '\\udc80é', b'\\xff', bytearray(b'a'), 1j, (1, (2,)), [[], [1]], {1, 2},\n"
+        "for x in (1, -2**70, 0.1, True, None, '\\udc80é', b'\\xff', bytearray(b'a'), 1j, (1, (2,)), [[], [1]],\n"
+        "          {1, 2},\n"
         "          frozenset({(1, 2)}), {'a': [1], 2: {3}}, range(1, 9, 2), ..., float('inf'), {}, (), set(),\n"
         "          collections.deque([1], 3), collections.Counter('aab'), collections.OrderedDict(a=1),\n"
-        "          decimal.Decimal('1.10'), fractions.Fraction(1, 3), datetime.datetime(2020, 1, 2, 3), datetime.date(2020, 1, 2),\n"
+        "          decimal.Decimal('1.10'), fractions.Fraction(1, 3), datetime.datetime(2020, 1, 2, 3),\n"
+        "          datetime.date(2020, 1, 2),\n"
         "          datetime.timedelta(days=1, seconds=2), [None, True, 1.5, 'a'], int, len):\n"
         "    y = f(x)\n"
         "    assert y == x and type(y) is type(x), x\n"
         "assert f(float('nan')) != f(float('nan'))",
     ),
-    "a list that is changed": ("def f(x):\n    x.sort()\n    x[0].append(9)", "a = [[2], [1]]\nb = a[1]\nassert f(a) is None\nassert a == [[1, 9], [2]] and b == [1, 9]"),
+    "a list that is changed": (
+        "def f(x):\n    x.sort()\n    x[0].append(9)",
+        "a = [[2], [1]]\nb = a[1]\nassert f(a) is None\nassert a == [[1, 9], [2]] and b == [1, 9]",
+    ),
     "the same list": ("def f(x): return [x, x]", "a = []\nb = f(a)\nassert b[0] is b[1] is a"),
     "a list that holds itself": ("def f():\n    a = []\n    a.append(a)\n    return a", "a = f()\nassert a[0] is a"),
     "exceptions": (
-        "class Bad(ValueError):\n    def __init__(self, code):\n        super().__init__('bad', code)\n        self.code = code\n"
+        "class Bad(ValueError):\n"
+        "    def __init__(self, code):\n"
+        "        super().__init__('bad', code)\n"
+        "        self.code = code\n"
         "def f(x):\n    if x < 0: raise Bad(3)\n    return {}[x]",
-        "try:\n    f(-1)\n    raise SystemError\nexcept Bad as e:\n    assert e.code == 3 and e.args == ('bad', 3)\n"
+        "try:\n"
+        "    f(-1)\n"
+        "    raise SystemError\n"
+        "except Bad as e:\n"
+        "    assert e.code == 3 and e.args == ('bad', 3)\n"
         "try:\n    f(-1)\n    raise SystemError\nexcept ValueError:\n    pass\n"
         "try:\n    f(5)\n    raise SystemError\nexcept KeyError as e:\n    assert e.args == (5,)",
     ),
     "unittest": (
         "def f(x):\n    if x < 0: raise ValueError('negative')\n    return x * x",
-        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(2), 4)\n"
+        "import unittest\n"
+        "class T(unittest.TestCase):\n"
+        "    def test(self):\n"
+        "        self.assertEqual(f(2), 4)\n"
         "        with self.assertRaisesRegex(ValueError, 'neg'): f(-1)\n"
         "if __name__ == '__main__':\n    unittest.main()",
     ),
     "a class": (
-        "class Stack:\n    size = 0\n    def __init__(self, *items): self.items = list(items)\n    def push(self, x):\n        self.items.append(x)\n        return self\n"
-        "    def pop(self): return self.items.pop()\n    def __len__(self): return len(self.items)\n    def __eq__(self, o): return self.items == o.items\n"
-        "    def __contains__(self, x): return x in self.items\n    def __iter__(self): return iter(self.items)\n    def __getitem__(self, i): return self.items[i]\n"
-        "    def __repr__(self): return f'Stack{self.items}'\n    def __add__(self, x): return Stack(*self.items, x)\n    @classmethod\n    def make(cls): return cls(1, 2)\n",
-        "s = Stack(1)\ns.push(2).push(3)\nassert len(s) == 3 and 2 in s and s.pop() == 3 and list(s) == [1, 2] and s[0] == 1 and s[-1:] == [2]\n"
-        "assert s == Stack(1, 2) and s != Stack() and repr(s) == 'Stack[1, 2]' and s.items == [1, 2] and isinstance(s, Stack)\n"
+        "class Stack:\n"
+        "    size = 0\n"
+        "    def __init__(self, *items): self.items = list(items)\n"
+        "    def push(self, x):\n"
+        "        self.items.append(x)\n"
+        "        return self\n"
+        "    def pop(self): return self.items.pop()\n"
+        "    def __len__(self): return len(self.items)\n"
+        "    def __eq__(self, o): return self.items == o.items\n"
+        "    def __contains__(self, x): return x in self.items\n"
+        "    def __iter__(self): return iter(self.items)\n"
+        "    def __getitem__(self, i): return self.items[i]\n"
+        "    def __repr__(self): return f'Stack{self.items}'\n"
+        "    def __add__(self, x): return Stack(*self.items, x)\n"
+        "    @classmethod\n"
+        "    def make(cls): return cls(1, 2)\n",
+        "s = Stack(1)\n"
+        "s.push(2).push(3)\n"
+        "assert len(s) == 3 and 2 in s and s.pop() == 3 and list(s) == [1, 2] and s[0] == 1 and s[-1:] == [2]\n"
+        "assert s == Stack(1, 2) and s != Stack() and repr(s) == 'Stack[1, 2]'\n"
+        "assert s.items == [1, 2] and isinstance(s, Stack)\n"
         "assert list(s + 5) == [1, 2, 5] and Stack.make() == s and Stack.size == 0 and type(s) is Stack\n"
-        "s.items = [7]\nassert s.pop() == 7\ntry:\n    s.pop()\n    raise SystemError\nexcept IndexError:\n    pass",
+        "s.items = [7]\n"
+        "assert s.pop() == 7\n"
+        "try:\n"
+        "    s.pop()\n"
+        "    raise SystemError\n"
+        "except IndexError:\n"
+        "    pass",
     ),
     "a dataclass": (
-        "from dataclasses import dataclass\n@dataclass(order=True, frozen=True)\nclass P:\n    x: int\ndef f(x): return P(x)",
-        "assert f(1) == P(1) and f(1) != P(2) and f(1) < f(2) and sorted([f(2), f(1)])[0].x == 1 and len({f(1), P(1)}) == 1\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(order=True, frozen=True)\n"
+        "class P:\n"
+        "    x: int\n"
+        "def f(x): return P(x)",
+        "assert f(1) == P(1) and f(1) != P(2) and f(1) < f(2)\n"
+        "assert sorted([f(2), f(1)])[0].x == 1 and len({f(1), P(1)}) == 1\n"
         "assert str(f(3)) == 'P(x=3)' and isinstance(f(1), P)",
     ),
     "subclasses of plain types": (
-        "import collections, enum\nPoint = collections.namedtuple('Point', 'x y')\nclass Color(enum.IntEnum):\n    RED = 1\nclass Kind(enum.Enum):\n    A = 'a'\n"
-        "class L(list): pass\ndef f(): return Point(1, 2)\ndef g(): return Color.RED\ndef h(): return Kind.A\ndef k(): return L([1, 2])",
-        "assert f() == (1, 2) and f().x == 1 and f()[1] == 2 and isinstance(f(), Point) and g() == 1 and g() == Color.RED and g().name == 'RED'\n"
-        "assert h() is Kind.A and h() == Kind.A and h().value == 'a' and [c.name for c in Kind] == ['A'] and k() == [1, 2] and len(k()) == 2",
+        "import collections, enum\n"
+        "Point = collections.namedtuple('Point', 'x y')\n"
+        "class Color(enum.IntEnum):\n"
+        "    RED = 1\n"
+        "class Kind(enum.Enum):\n"
+        "    A = 'a'\n"
+        "class L(list): pass\n"
+        "def f(): return Point(1, 2)\n"
+        "def g(): return Color.RED\n"
+        "def h(): return Kind.A\n"
+        "def k(): return L([1, 2])",
+        "assert f() == (1, 2) and f().x == 1 and f()[1] == 2\n"
+        "assert isinstance(f(), Point) and g() == 1 and g() == Color.RED and g().name == 'RED'\n"
+        "assert h() is Kind.A and h() == Kind.A and h().value == 'a'\n"
+        "assert [c.name for c in Kind] == ['A'] and k() == [1, 2] and len(k()) == 2",
     ),
-    "generators": ("def f(n):\n    for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2] and next(f(2)) == 0 and sum(f(4)) == 6"),
-    "views and iterators": ("def f(d): return d.keys()\ndef g(d): return map(str, d)", "assert f({1: 2}) == {1} and list(g([1])) == ['1']"),
-    "functions as arguments": ("def f(g, xs): return [g(x) for x in xs]", "assert f(lambda x: x + 1, [1, 2]) == [2, 3] and f(str, [1]) == ['1']"),
+    "generators": (
+        "def f(n):\n    for i in range(n): yield i",
+        "assert list(f(3)) == [0, 1, 2] and next(f(2)) == 0 and sum(f(4)) == 6",
+    ),
+    "views and iterators": (
+        "def f(d): return d.keys()\ndef g(d): return map(str, d)",
+        "assert f({1: 2}) == {1} and list(g([1])) == ['1']",
+    ),
+    "functions as arguments": (
+        "def f(g, xs): return [g(x) for x in xs]",
+        "assert f(lambda x: x + 1, [1, 2]) == [2, 3] and f(str, [1]) == ['1']",
+    ),
     "a function that is returned": ("def f(n): return lambda x: x + n", "assert f(2)(3) == 5 and callable(f)"),
-    "coroutines": ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x * x", "import asyncio\nassert asyncio.run(f(3)) == 9"),
-    "global names": ("import math\nfrom typing import List\nLIMIT = 5\nbig = list(range(10))\ndef f(): return math.pi", "assert LIMIT == 5 and big[9] == 9 and math.isclose(f(), math.pi) and List"),
-    "names of the module": ("def f(): return __name__", "assert f() == 'solution'\nimport solution\nfrom solution import f as g\nassert g() == solution.f()"),
-    "what is printed": ("def f(): print('hello')", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out): f()\nassert out.getvalue() == 'hello\\n'"),
-    "copies": ("class A:\n    def __init__(s): s.x = [1]", "import copy\na = A()\nb = copy.deepcopy(a)\nb.x = [2]\nassert a.x == [1]"),
-    "caches and attributes": ("import functools\n@functools.lru_cache\ndef f(x): return x", "f(1), f(1)\nassert f.cache_info().hits == 1 and f.__name__ == 'f'"),
-    "many values": ("def f(n): return [[i] * 3 for i in range(n)]", "a = f(20000)\nassert len(a) == 20000 and a[-1] == [19999] * 3"),
-    "deep values": ("def f(n):\n    a = ()\n    for _ in range(n): a = [a]\n    return a", "a = f(5000)\nn = 0\nwhile a:\n    a = a[0]\n    n += 1\nassert n == 5000"),
-}  # fmt: skip
+    "coroutines": (
+        "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x * x",
+        "import asyncio\nassert asyncio.run(f(3)) == 9",
+    ),
+    "global names": (
+        "import math\nfrom typing import List\nLIMIT = 5\nbig = list(range(10))\ndef f(): return math.pi",
+        "assert LIMIT == 5 and big[9] == 9 and math.isclose(f(), math.pi) and List",
+    ),
+    "names of the module": (
+        "def f(): return __name__",
+        "assert f() == 'solution'\nimport solution\nfrom solution import f as g\nassert g() == solution.f()",
+    ),
+    "what is printed": (
+        "def f(): print('hello')",
+        "import io, contextlib\n"
+        "out = io.StringIO()\n"
+        "with contextlib.redirect_stdout(out): f()\n"
+        "assert out.getvalue() == 'hello\\n'",
+    ),
+    "copies": (
+        "class A:\n    def __init__(s): s.x = [1]",
+        "import copy\na = A()\nb = copy.deepcopy(a)\nb.x = [2]\nassert a.x == [1]",
+    ),
+    "caches and attributes": (
+        "import functools\n@functools.lru_cache\ndef f(x): return x",
+        "f(1), f(1)\nassert f.cache_info().hits == 1 and f.__name__ == 'f'",
+    ),
+    "a tree": (
+        "class Node:\n    def __init__(self, x): self.x, self.left, self.right = x, None, None\n"
+        "def f(n): return 0 if n is None else 1 + max(f(n.left), f(n.right))",
+        "root = Node(1)\n"
+        "root.left = Node(2)\n"
+        "root.left.right = Node(3)\n"
+        "assert f(root) == 3 and f(root.left) == 2 and root.left.right.x == 3",
+    ),
+    "sets in their order": (
+        "def f(s): return list(s)",
+        "for s in ({12, 13, 14, 15, 16}, {40, 8, 1, 33, 17}, {'a', 'b', 'zz'}): assert f(s) == list(s)",
+    ),
+    "many values": (
+        "def f(n): return [[i] * 3 for i in range(n)]",
+        "a = f(20000)\nassert len(a) == 20000 and a[-1] == [19999] * 3",
+    ),
+    "deep values": (
+        "def f(n):\n    a = ()\n    for _ in range(n): a = [a]\n    return a",
+        "a = f(5000)\nn = 0\nwhile a:\n    a = a[0]\n    n += 1\nassert n == 5000",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -383,7 +512,11 @@ def test_tests_see_the_program_as_if_it_were_theirs(name: str) -> None:
 
 def test_helpers_of_the_prompt_are_the_prompt_s() -> None:
     prompt = "def encode(s):\n    return s[::-1]\n\ndef decode(s):\n    '''Undo encode.'''\n"
-    reference = {"prompt": prompt, "entry_point": "decode", "tests": "def check(f):\n    assert f(encode('abc')) == 'abc'"}
+    reference = {
+        "prompt": prompt,
+        "entry_point": "decode",
+        "tests": "def check(f):\n    assert f(encode('abc')) == 'abc'",
+    }
     assert judge(block("def decode(s):\n    return s[::-1]"), reference).correct
     assert judge("    return s[::-1]", reference).correct
     assert not judge(block("def encode(s): return s\ndef decode(s): return s"), reference).correct
@@ -420,34 +553,69 @@ class Yes:
     def __hash__(self): return hash(3)
     def __instancecheck__(self, other): return True
 """
-EQUAL_EVERYTHING = "\n    def __eq__(self, other): return True\n    __hash__ = None\n    def __sub__(self, other): return 0\n"
+EQUAL_EVERYTHING = (
+    "\n    def __eq__(self, other): return True\n    __hash__ = None\n    def __sub__(self, other): return 0\n"
+)
 CHEATS = {
     "the token out of a file": WALK_DESCRIPTORS.format(what="text[-40:]"),
     "the word that means passed": WALK_DESCRIPTORS.format(what="b'passed'"),
-    "the word, without looking": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'passed')\n    except OSError: pass\nos._exit(0)",
+    "the word, without looking": "import os\n"
+    "for fd in range(3, 64):\n"
+    "    try: os.write(fd, b'passed')\n"
+    "    except OSError: pass\n"
+    "os._exit(0)",
     "exec": "import builtins\nbuiltins.exec = lambda *a, **k: None\ndef add(a, b): return 0",
-    "compile": "import builtins\nold = compile\nbuiltins.compile = lambda s, *a, **k: old('pass', 'x', 'exec')\ndef add(a, b): return 0",
+    "compile": "import builtins\n"
+    "old = compile\n"
+    "builtins.compile = lambda s, *a, **k: old('pass', 'x', 'exec')\n"
+    "def add(a, b): return 0",
     "equal to everything": OWN_OBJECT + "def add(a, b): return Yes()",
-    "an equal class": OWN_OBJECT + "class Meta(type):\n    __eq__ = lambda s, o: True\nclass add(metaclass=Meta):\n    def __init__(self, *a): pass",
+    "an equal class": OWN_OBJECT + "class Meta(type):\n"
+    "    __eq__ = lambda s, o: True\n"
+    "class add(metaclass=Meta):\n"
+    "    def __init__(self, *a): pass",
     "an equal number": f"class N(int):{EQUAL_EVERYTHING}def add(a, b): return N(7)",
     "an equal tuple": f"class N(tuple):{EQUAL_EVERYTHING}def add(a, b): return N()",
     "an equal list": f"class N(list):{EQUAL_EVERYTHING}def add(a, b): return N()",
-    "mapped files": "import mmap\nfor fd in range(3, 64):\n    try: m = mmap.mmap(fd, 0)\n    except (OSError, ValueError): continue\n    m[:] = b' ' * len(m)\ndef add(a, b): return 0",
-    "memory of the tests' process": "import os\nfor name in ('mem', 'environ', 'maps', 'fd/3', 'fd/5', 'fd/6', 'fd/7'):\n"
-    "    try: os.open(f'/proc/{os.getppid()}/{name}', os.O_RDONLY); os.write(1, name.encode())\n    except OSError: pass\ndef add(a, b): return 0",
-    "frames": "import sys, gc\nfound = [o for o in gc.get_objects() if isinstance(o, str) and 'assert' in o]\n"
-    "frame = sys._getframe()\nwhile frame:\n    found += [v for v in frame.f_locals.values() if 'assert add' in str(v)]\n    frame = frame.f_back\n"
+    "mapped files": "import mmap\n"
+    "for fd in range(3, 64):\n"
+    "    try: m = mmap.mmap(fd, 0)\n"
+    "    except (OSError, ValueError): continue\n"
+    "    m[:] = b' ' * len(m)\n"
+    "def add(a, b): return 0",
+    "memory of the tests' process": "import os\n"
+    "for name in ('mem', 'environ', 'maps', 'fd/3', 'fd/5', 'fd/6', 'fd/7'):\n"
+    "    try: os.open(f'/proc/{os.getppid()}/{name}', os.O_RDONLY); os.write(1, name.encode())\n"
+    "    except OSError: pass\n"
+    "def add(a, b): return 0",
+    "frames": "import sys, gc\n"
+    "wanted = ['assert', 'add(']\n"
+    "found = [o for o in gc.get_objects() if ' '.join(wanted) in str(o)[:10**4]]\n"
+    "frame = sys._getframe()\n"
+    "while frame:\n"
+    "    found += [v for v in frame.f_locals.values() if ' '.join(wanted) in str(v)]\n"
+    "    frame = frame.f_back\n"
     "assert found, 'nothing to read'\ndef add(a, b): return 3 if a == 1 else 0.75",
-    "AssertionError that is none": "import builtins\nbuiltins.AssertionError = type('A', (Exception,), {})\ndef add(a, b): return 0",
+    "AssertionError that is none": "import builtins\n"
+    "builtins.AssertionError = type('A', (Exception,), {})\n"
+    "def add(a, b): return 0",
     "exit in a function": "def add(a, b): raise SystemExit(0)",
     "os._exit in a function": "import os\ndef add(a, b): os._exit(0)",
-    "its own answers": "import os, json\nreply = json.dumps({'value': 3, 'table': [], 'changed': [], 'printed': ''}).encode()\n"
-    "for fd in range(3, 64):\n    try: [os.write(fd, len(reply).to_bytes(8, 'big') + reply) for _ in range(9)]\n    except OSError: pass\ndef add(a, b): return 0",
-    "a reply that is none": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\0\\0\\0\\0\\0\\0\\0\\2[]')\n    except OSError: pass\ndef add(a, b): return 3",
+    "its own answers": "import os, json\n"
+    "reply = json.dumps({'value': 3, 'table': [], 'changed': [], 'printed': ''}).encode()\n"
+    "for fd in range(3, 64):\n"
+    "    try: [os.write(fd, len(reply).to_bytes(8, 'big') + reply) for _ in range(9)]\n"
+    "    except OSError: pass\n"
+    "def add(a, b): return 0",
+    "a reply that is none": "import os\n"
+    "for fd in range(3, 64):\n"
+    "    try: os.write(fd, b'\\0\\0\\0\\0\\0\\0\\0\\2[]')\n"
+    "    except OSError: pass\n"
+    "def add(a, b): return 3",
     "a function of the judge's side": "import unittest.mock\nadd = unittest.mock.ANY",
     "a mock": "import unittest.mock\ndef add(a, b): return unittest.mock.ANY",
     "a changed argument": "def add(a, b):\n    import sys\n    sys.modules['tests'] = None\n    return 0",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -469,13 +637,17 @@ def test_the_same_cheats_succeed_where_tests_share_the_process() -> None:
 
 
 def test_an_object_of_a_class_that_tests_name_is_not_asked_about_their_values() -> None:
-    solution = OWN_OBJECT + "class Solution(Yes):\n    def add(self, a, b): return self\n    def make(self): return Solution()"
+    solution = (
+        OWN_OBJECT + "class Solution(Yes):\n    def add(self, a, b): return self\n    def make(self): return Solution()"
+    )
     assert not run(solution, tests="assert Solution().add(1, 2) == 3").passed
     assert not run(solution, tests="s = Solution()\nassert s.add(1, 2) == 3").passed
     assert not run(solution, tests="assert Solution().make() - 4 < 1").passed
     assert not run(solution, tests="assert Solution().add(1, 2) in [3, 4]").passed
     assert not run(solution, tests="assert [Solution().add(1, 2)] == [3]").passed
-    assert run(solution, tests="assert Solution() == 3 and Solution() - 4 < 1").passed  # made by the tests: what they test
+    assert run(
+        solution, tests="assert Solution() == 3 and Solution() - 4 < 1"
+    ).passed  # made by the tests: what they test
 
 
 def test_calls_are_compared_out_of_the_program_s_reach() -> None:
@@ -484,14 +656,24 @@ def test_calls_are_compared_out_of_the_program_s_reach() -> None:
         OWN_OBJECT + "def add(a, b): return Yes()",
         f"class N(int):{EQUAL_EVERYTHING}def add(a, b): return N(7)",
         "import json\njson.dumps = lambda value: '{\"value\": 3}'\ndef add(a, b): return 0",
-        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"value\": 3}\\n' * 2)\n    except OSError: pass\nos._exit(0)",
+        "import os\n"
+        "for fd in range(3, 64):\n"
+        "    try: os.write(fd, b'{\"value\": 3}\\n' * 2)\n"
+        "    except OSError: pass\n"
+        "os._exit(0)",
         "import os\nos._exit(0)",
         "import os\ndef add(a, b): os._exit(0)",
         "def add(a, b): return [a] if a else add",
         "def add(a, b):\n    a = []\n    for _ in range(100000): a = [a]\n    return a",
     ):
         assert not judge(block(cheat), reference).correct, cheat
-    right = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"value\": 3}\\n{\"value\": 4}\\n')\n    except OSError: pass\nos._exit(0)"
+    right = (
+        "import os\n"
+        "for fd in range(3, 64):\n"
+        '    try: os.write(fd, b\'{"value": 3}\\n{"value": 4}\\n\')\n'
+        "    except OSError: pass\n"
+        "os._exit(0)"
+    )
     assert judge(block(right), reference).correct  # the control: the pipe is reached, and says what a function may say
 
 
@@ -499,7 +681,9 @@ def test_calls_are_compared_out_of_the_program_s_reach() -> None:
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_program_cannot_void_its_verdict(reference: Any, code: int) -> None:
     program = (
-        "import os\nfor fd in (*range(3, 64), 1):\n    try: os.write(fd, b'unprotected: set verifier=code_unprotected\\n')\n"
+        "import os\n"
+        "for fd in (*range(3, 64), 1):\n"
+        "    try: os.write(fd, b'unprotected: set verifier=code_unprotected\\n')\n"
         f"    except OSError: pass\nos._exit({code})\ndef f(x): pass"
     )
     assert judge(program, reference) == Verdict(0.0, program)
@@ -523,8 +707,12 @@ NO_REACH = {
     "listening": "import socket\na, b = socket.socketpair()\na.bind('x')",
     "descriptors through a socket": "import socket, array\na, b = socket.socketpair()\nsocket.send_fds(a, [b'x'], [0])",
     "signals by input": "import fcntl, os\nfcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)",
-    "a server of asyncio": "import asyncio\nasync def main(): await asyncio.start_server(print, '127.0.0.1', 0)\nasyncio.run(main())",
-    "a process of asyncio": "import asyncio\nasync def main(): await asyncio.create_subprocess_exec('true')\nasyncio.run(main())",
+    "a server of asyncio": "import asyncio\n"
+    "async def main(): assert (await asyncio.start_server(print, '127.0.0.1', 0)).sockets\n"
+    "asyncio.run(main())",
+    "a process of asyncio": "import asyncio\n"
+    "async def main(): await asyncio.create_subprocess_exec('true')\n"
+    "asyncio.run(main())",
     "a pool of processes": "import multiprocessing\nmultiprocessing.Pool(1)",
     "writing to a file": "open('x', 'w')",
     "writing to memory": "import os\nos.memfd_create('x')",

@@ -4,7 +4,7 @@
 what counts as equal; docs/programs.md tells it all to users.
 
 One test, input or call that fails makes the response wrong, and so does reaching a limit. All of a response share the
-verifier's time-out, of which `WALL_SHARE` is theirs. Programs may use the standard library only, and can write no files.
+verifier's time-out, of which `WALL_SHARE` is theirs. Programs may use the standard library only, and write no files.
 
 `code` refuses to run anything where the protection cannot be had; `code_unprotected` runs programs without it, with
 the rights of the user who trains: for machines that are themselves a sandbox.
@@ -50,14 +50,10 @@ class CodeVerifier(JobVerifier):
         """
         deadline = time.monotonic() + WALL_SHARE * timeout_s
         reference = read_reference(job.reference)
-        program = extract_program(
-            job.response_text, reference.asked_names(), bool(reference.outputs), reference.prompt
-        )
+        program = extract_program(job.response_text, reference.asked_names(), bool(reference.outputs), reference.prompt)
         if not program.strip() or len(program) > MAX_PROGRAM_CHARACTERS:
             return Verdict(0.0)
-        passes = (
-            self._passes_tests if reference.tests else self._returns if reference.function else self._prints
-        )
+        passes = self._passes_tests if reference.tests else self._returns if reference.function else self._prints
         return Verdict(float(passes(program, reference, deadline)), program)
 
     def _passes_tests(self, program: str, reference: CodeReference, deadline: float) -> bool:
@@ -86,9 +82,7 @@ class CodeVerifier(JobVerifier):
             limits = _limits(deadline, len(expected.encode("utf-8", "replace")))
             if limits.wall_s <= 0:
                 return False
-            outcome = run_python(
-                program, limits=limits, stdin=stdin, judges_imports=True, protected=self._protected
-            )
+            outcome = run_python(program, limits=limits, stdin=stdin, judges_imports=True, protected=self._protected)
             printed = outcome.stdout.decode("utf-8", "replace")
             if not outcome.passed or not same_output(printed, expected, reference.tolerance):
                 return False

@@ -49,14 +49,16 @@ class Block:
         return _PYTHON.fullmatch(self.language) is not None
 
 
-def extract_program(response_text: str, names: Collection[str] = (), reads_input: bool = False, prompt: str = "") -> str:
+def extract_program(
+    response_text: str, names: Collection[str] = (), reads_input: bool = False, prompt: str = ""
+) -> str:
     """The response's program; empty if there is none.
 
     Candidates are the blocks whose fence says Python, and those whose fence says nothing and which are Python to look
     at: they parse, and do more than name values, as sample output does. If there are none, all blocks are; if there are
     no blocks, the whole response is the program. Of the candidates the last is taken that
 
-    - defines one of `names`, where the problem asks for a function: a block behind it that only calls it is its example;
+    - defines one of `names`, where the problem asks for a function: a later block that only calls it is its example;
     - reads the standard input and prints, else prints, where the problem is a matter of input and output.
 
     If none does, the last one is.

@@ -27,9 +27,7 @@ def same_output(actual: str, expected: str, tolerance: float = 0.0) -> bool:
     actual_lines, expected_lines = _lines(actual), _lines(expected)
     if len(actual_lines) != len(expected_lines):
         return False
-    return all(
-        a == b or _same_words(a, b, tolerance) for a, b in zip(actual_lines, expected_lines, strict=True)
-    )
+    return all(a == b or _same_words(a, b, tolerance) for a, b in zip(actual_lines, expected_lines, strict=True))
 
 
 def _lines(output: str) -> list[str]:
@@ -53,7 +51,8 @@ def _same_numbers(actual: str, expected: str, tolerance: float) -> bool:
         return True
     if not tolerance or max(a.adjusted(), b.adjusted()) > _LARGEST_EXPONENT:
         return False
-    a, b = (number if number.adjusted() > -_LARGEST_EXPONENT else Decimal(0) for number in (a, b))
+    small = Decimal(f"1e-{_LARGEST_EXPONENT}")
+    a, b = (number if abs(number) > small else Decimal(0) for number in (a, b))
     return _close(a, b, tolerance)
 
 
@@ -62,7 +61,8 @@ def _is_number(word: str) -> bool:
 
 
 def _close(a: Any, b: Any, tolerance: float) -> bool:
-    return bool(abs(Fraction(a) - Fraction(b)) <= Fraction(tolerance) * max(1, abs(Fraction(b))))
+    size = max(Fraction(1), abs(Fraction(b)))
+    return abs(Fraction(a) - Fraction(b)) <= Fraction(tolerance) * size
 
 
 def same_result(actual: Any, expected: Any, tolerance: float = 0.0) -> bool:

@@ -256,7 +256,9 @@ def _with_inputs(fields: dict[str, Any]) -> CodeReference:
     calls = tuple(_arguments(value, number) for number, value in enumerate(inputs, 1))
     texts = all(isinstance(value, str) for value in inputs)
     expected = [
-        _json(value, f"output {number} of a code reference with fn_name and inputs of JSON") if texts and isinstance(value, str) else value
+        _json(value, f"output {number} of a code reference with fn_name and inputs of JSON")
+        if texts and isinstance(value, str)
+        else value
         for number, value in enumerate(outputs, 1)
     ]
     wrapped = not texts and all(isinstance(value, list | tuple) and len(value) == 1 for value in expected)
@@ -273,8 +275,8 @@ def _text(value: Any, what: str, end: str) -> str:
     if isinstance(value, Sequence) and all(isinstance(line, str) for line in value):
         return "\n".join(line.removesuffix("\n") for line in value) + (end if value else "")
     raise ValueError(
-        f"{what} of a code reference is a text or a list of lines; got {value!r:.100}. Where a function is to be called "
-        "with it, name the function in fn_name."
+        f"{what} of a code reference is a text or a list of lines; got {value!r:.100}. Where a function is to be "
+        "called with it, name the function in fn_name."
     )
 
 
@@ -286,8 +288,8 @@ def _arguments(value: Any, number: int) -> tuple[Any, ...]:
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return tuple(_plain(argument) for argument in value)
     raise ValueError(
-        f"input {number} of a code reference with fn_name is the list of the call's arguments, or their JSON texts one a "
-        f"line; got {value!r:.100}. A single argument is a list of one: [{value!r:.50}]."
+        f"input {number} of a code reference with fn_name is the list of the call's arguments, or their JSON texts, one "
+        f"a line; got {value!r:.100}. A single argument is a list of one: [{value!r:.50}]."
     )
 
 

@@ -5,8 +5,8 @@ installed package. The order is a dictionary written by `marshal` (which needs n
 
 - limits, syscall_filter (bytes; None for no protection), readable (files and folders): the protection;
 - prompt, program: source texts; name: the program's __name__; imports: whether it gets names that judges import;
-- style: "stdin" (run the program), "calls" (then call its `function` on every one of `calls`), "tests" (a second process
-  runs the tests, and asks the program for what they need), "same_process" (`tests` in the program's process).
+- style: "stdin" (run the program), "calls" (then call its `function` on every one of `calls`), "tests" (a second
+  process runs the tests, and asks the program for what they need), "same_process" (`tests` in the program's process).
 
 Who says what to the parent: the status goes through a pipe that is closed before the program runs, so only our own
 code can say "unprotected: …". Results of calls go through another: whatever the program itself writes there is

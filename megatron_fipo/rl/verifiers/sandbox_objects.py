@@ -8,7 +8,15 @@ import operator
 import sys
 from types import CoroutineType, ModuleType
 
-from megatron_fipo.rl.verifiers.sandbox_values import SHARED_MODULES, Decoder, Encoder, Pipe, container_kind, standard_name, standard_object
+from megatron_fipo.rl.verifiers.sandbox_values import (
+    SHARED_MODULES,
+    Decoder,
+    Encoder,
+    Pipe,
+    container_kind,
+    standard_name,
+    standard_object,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -177,10 +185,13 @@ def _plain(base: type, value: Any) -> Any:
 
 def _plain_container(value: Any) -> Any:
     """What an own list, dictionary or set holds, as a plain one; None for anything else."""
-    for base in (list, dict, set):
-        if isinstance(value, base) and not container_kind(value):
-            return dict(dict.items(value)) if base is dict else base(base.__iter__(value))
-    return None
+    if container_kind(value):
+        return None
+    if isinstance(value, dict):
+        return dict(dict.items(value))
+    if isinstance(value, list):
+        return list(list.__iter__(value))
+    return set(set.__iter__(value)) if isinstance(value, set) else None
 
 
 def serve(module: ModuleType, requests_fd: int, replies_fd: int) -> None:

@@ -64,7 +64,7 @@ def _open_devices_by_duplicating(devices: dict[str, int]) -> None:
             return None
         return devices.get(os.fsdecode(name))
 
-    def open(file: Any, mode: str = "r", *arguments: Any, **settings: Any) -> Any:  # noqa: A001 - it stands in for it
+    def open(file: Any, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
         fd = None if isinstance(file, int) else device(file)
         return open_file(file if fd is None else os.dup(fd), mode, *arguments, **settings)
 
@@ -91,9 +91,7 @@ def run(order: dict[str, Any]) -> ModuleType:
     module = ModuleType(name)
     sys.modules[name] = module
     text, codes = _compiled(order["prompt"], order["program"])
-    vars(module).update(
-        __file__=FILE_NAME, __builtins__=builtins, __loader__=_Source({name: text}), __annotations__={}
-    )
+    vars(module).update(__file__=FILE_NAME, __builtins__=builtins, __loader__=_Source({name: text}), __annotations__={})
     if order["imports"]:
         provide_imports(module, text)
     for code in codes:
@@ -132,10 +130,26 @@ def _compile(text: str) -> CodeType:
     return compile(text, FILE_NAME, "exec", dont_inherit=True)
 
 
-_JUDGES_IMPORTS = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
-    "builtins typing"
-).split()
+_JUDGES_IMPORTS = [
+    "string",
+    "re",
+    "datetime",
+    "collections",
+    "heapq",
+    "bisect",
+    "copy",
+    "math",
+    "random",
+    "statistics",
+    "itertools",
+    "functools",
+    "operator",
+    "io",
+    "sys",
+    "json",
+    "builtins",
+    "typing",
+]
 """Modules whose names a judge such as LiveCodeBench's puts in front of every program, in its order: later ones win."""
 
 
@@ -157,7 +171,7 @@ def provide_imports(module: ModuleType, text: str) -> None:
 
 def _free_names(text: str) -> set[str]:
     """Names that a module looks up outside its functions and never binds there."""
-    import _symtable
+    import _symtable  # type: ignore[import-not-found]
 
     top = _symtable.symtable(text, FILE_NAME, "exec")
     used: set[str] = set()

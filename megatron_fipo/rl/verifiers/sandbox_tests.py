@@ -14,7 +14,15 @@ import sys
 from types import CodeType, FunctionType, ModuleType
 
 from megatron_fipo.rl.verifiers.sandbox_program import completed
-from megatron_fipo.rl.verifiers.sandbox_values import SHARED_MODULES, Decoder, Encoder, Pipe, ProtocolError, standard_name, standard_object
+from megatron_fipo.rl.verifiers.sandbox_values import (
+    SHARED_MODULES,
+    Decoder,
+    Encoder,
+    Pipe,
+    ProtocolError,
+    standard_name,
+    standard_object,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +32,8 @@ if TYPE_CHECKING:
 _PLAIN_BASES = {base.__name__: base for base in (int, float, str, tuple, bytes, frozenset)}
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _ARITHMETIC = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift", "divmod",
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift",
+    "divmod",
 )  # fmt: skip
 _ENDINGS = (SystemExit, KeyboardInterrupt, GeneratorExit)
 
@@ -143,16 +152,16 @@ class _Link:
         return value
 
     def _value(self, number: int, class_number: int, plain: Any) -> Any:
-        cls = self.stand_in_class(class_number)
+        cls: Any = self.stand_in_class(class_number)
         base = next((base for base in _PLAIN_BASES.values() if issubclass(cls, base)), None)
         if base is None or type(plain) is not base:
             raise ProtocolError("a value of another kind than its class")
-        value = base.__new__(cls, plain)
+        value: Any = base.__new__(cls, plain)
         value.__dict__.update(_link=self, _number=number)
         return value
 
     def _exception(self, number: int, class_number: int, name: str, arguments: list[Any]) -> Any:
-        cls = self.stand_in_class(class_number) if class_number >= 0 else _exception_class(name)
+        cls: Any = self.stand_in_class(class_number) if class_number >= 0 else _exception_class(name)
         error = cls.__new__(cls)
         error.args = tuple(arguments)
         if name == "StopIteration":
@@ -196,19 +205,16 @@ class _Numbered:
 
 def _number(value: Any) -> int | None:
     """The number by which the program knows what this stands for; None if it stands for nothing."""
+    holder: Any = None
     if isinstance(value, _StandInType):
-        number: int | None = type.__getattribute__(value, "__dict__").get("_class_number")
-        return number
-    if isinstance(value, StandIn | _Answering | _Numbered) or (
-        isinstance(value, Exception) and "_number" in vars(value)
-    ):
-        number = object.__getattribute__(value, "__dict__").get("_number")
-        return number
-    return None
+        return type.__getattribute__(value, "__dict__").get("_class_number")
+    if isinstance(value, StandIn | _Answering | _Numbered | Exception):
+        holder = object.__getattribute__(value, "__dict__")
+    return holder.get("_number") if holder is not None else None
 
 
 def _new(cls: type, link: _Link, number: int | None) -> Any:
-    stand_in = object.__new__(cls)
+    stand_in: Any = object.__new__(cls)
     object.__setattr__(stand_in, "_link", link)
     object.__setattr__(stand_in, "_number", number)
     object.__setattr__(stand_in, "_made_by_tests", False)
@@ -423,14 +429,16 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _define_what_the_prompt_gives(module: ModuleType, prompt: str, entry_point: str) -> None:
-    """Imports and finished functions of the prompt: tests that use them mean these, whatever the program makes of them."""
+    """Imports and finished functions of the prompt, which tests mean by their names, whatever the program has of them."""
     beginning = completed(prompt) if prompt else None
     if beginning is None:
         return
     import ast
 
     tree = ast.parse(beginning)
-    given = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) or _is_finished(node, entry_point)]
+    given = [
+        node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) or _is_finished(node, entry_point)
+    ]
     exec(compile(ast.Module(given, []), "prompt.py", "exec", dont_inherit=True), vars(module))
 
 

@@ -25,9 +25,11 @@ _LARGEST = 1 << 62
 """Larger whole numbers travel in hexadecimal: decimal digits would cost a time that grows with their square."""
 
 SHARED_MODULES = frozenset(
-    "builtins bisect cmath collections copy datetime decimal fractions functools heapq itertools json math operator "
-    "random re statistics string typing".split()
-)
+    [
+        "builtins", "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq",
+        "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",
+    ]
+)  # fmt: skip
 """Modules whose functions and classes the program's side may name, to be taken from here."""
 
 
@@ -233,7 +235,8 @@ class Decoder:
         return self._by_reference(coded)
 
 
-_DICT_KEYS, _DICT_ITEMS = type({}.keys()), type({}.items())
+_DICT_KEYS: type = type({}.keys())
+_DICT_ITEMS: type = type({}.items())
 
 _STANDARD = {
     "Decimal": "decimal",
@@ -294,8 +297,8 @@ def standard_name(value: Any) -> list[Any] | None:
     )
     if module.partition(".")[0] not in sys.stdlib_module_names and module != "builtins":
         return None
-    found = getattr(sys.modules.get(module), value.__name__, None)
-    return ["named", module, value.__name__] if found is value else None
+    name = str(value.__name__)
+    return ["named", module, name] if getattr(sys.modules.get(module), name, None) is value else None
 
 
 def standard_object(coded: list[Any], modules: frozenset[str]) -> Any:

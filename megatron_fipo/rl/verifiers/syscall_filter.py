@@ -15,30 +15,29 @@ from dataclasses import dataclass
 _X86_64 = {
     "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
     "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
-    "pread64": 17, "readv": 19, "writev": 20, "access": 21, "select": 23, "sched_yield": 24, "mremap": 25,
-    "pipe": 22, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37,
-    "setitimer": 38, "getpid": 39, "recvfrom": 45, "shutdown": 48, "getsockname": 51, "getpeername": 52,
-    "getsockopt": 55, "exit": 60, "uname": 63, "getcwd": 79, "readlink": 89, "gettimeofday": 96, "getrlimit": 97,
-    "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108,
-    "getppid": 110, "getpgrp": 111, "getgroups": 115, "getresuid": 118, "getresgid": 120, "getpgid": 121,
-    "getsid": 124, "sigaltstack": 131, "arch_prctl": 158, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
-    "epoll_create": 213, "getdents64": 217, "set_tid_address": 218, "restart_syscall": 219, "clock_gettime": 228,
-    "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233,
-    "newfstatat": 262, "readlinkat": 267, "faccessat": 269, "pselect6": 270, "ppoll": 271, "set_robust_list": 273,
-    "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293, "getrandom": 318,
-    "membarrier": 324, "statx": 332, "rseq": 334, "faccessat2": 439,
+    "pread64": 17, "readv": 19, "writev": 20, "access": 21, "select": 23, "sched_yield": 24, "mremap": 25, "pipe": 22,
+    "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38,
+    "getpid": 39, "recvfrom": 45, "shutdown": 48, "getsockname": 51, "getpeername": 52, "getsockopt": 55, "exit": 60,
+    "uname": 63, "getcwd": 79, "readlink": 89, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99,
+    "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
+    "getgroups": 115, "getresuid": 118, "getresgid": 120, "getpgid": 121, "getsid": 124, "sigaltstack": 131,
+    "arch_prctl": 158, "gettid": 186, "futex": 202, "sched_getaffinity": 204, "epoll_create": 213, "getdents64": 217,
+    "set_tid_address": 218, "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
+    "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "newfstatat": 262, "readlinkat": 267, "faccessat": 269,
+    "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
+    "dup3": 292, "pipe2": 293, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334, "faccessat2": 439,
 }  # fmt: skip
 _AARCH64 = {
     "getcwd": 17, "eventfd2": 19, "epoll_create1": 20, "epoll_ctl": 21, "epoll_pwait": 22, "dup": 23, "dup3": 24,
-    "faccessat": 48, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63, "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pselect6": 72, "ppoll": 73, "readlinkat": 78,
-    "newfstatat": 79, "fstat": 80, "exit": 93, "exit_group": 94, "set_tid_address": 96, "futex": 98,
-    "set_robust_list": 99, "nanosleep": 101, "getitimer": 102, "setitimer": 103, "clock_gettime": 113,
-    "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123, "sched_yield": 124, "restart_syscall": 128,
-    "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139, "getresuid": 148,
-    "getresgid": 150, "times": 153, "getpgid": 155, "getsid": 156, "getgroups": 158, "uname": 160,
-    "getrusage": 165, "gettimeofday": 169, "getpid": 172, "getppid": 173, "getuid": 174, "geteuid": 175,
-    "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179,
-    "getsockname": 204, "getpeername": 205, "recvfrom": 207, "getsockopt": 209, "shutdown": 210, "brk": 214, "munmap": 215, "mremap": 216,
+    "faccessat": 48, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63, "write": 64, "readv": 65,
+    "writev": 66, "pread64": 67, "pselect6": 72, "ppoll": 73, "readlinkat": 78, "newfstatat": 79, "fstat": 80,
+    "exit": 93, "exit_group": 94, "set_tid_address": 96, "futex": 98, "set_robust_list": 99, "nanosleep": 101,
+    "getitimer": 102, "setitimer": 103, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115,
+    "sched_getaffinity": 123, "sched_yield": 124, "restart_syscall": 128, "sigaltstack": 132, "rt_sigaction": 134,
+    "rt_sigprocmask": 135, "rt_sigreturn": 139, "getresuid": 148, "getresgid": 150, "times": 153, "getpgid": 155,
+    "getsid": 156, "getgroups": 158, "uname": 160, "getrusage": 165, "gettimeofday": 169, "getpid": 172, "getppid": 173,
+    "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179, "getsockname": 204,
+    "getpeername": 205, "recvfrom": 207, "getsockopt": 209, "shutdown": 210, "brk": 214, "munmap": 215, "mremap": 216,
     "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293,
     "faccessat2": 439,
 }  # fmt: skip
@@ -53,23 +52,17 @@ class _Architecture:
     conditional: dict[str, int]
 
 
+_X86_64_CONDITIONAL = {
+    "open": 2, "ioctl": 16, "sendto": 44, "socketpair": 53, "clone": 56, "fcntl": 72, "openat": 257, "prlimit64": 302,
+    "clone3": 435,
+}  # fmt: skip
+_AARCH64_CONDITIONAL = {
+    "fcntl": 25, "ioctl": 29, "openat": 56, "socketpair": 199, "sendto": 206, "clone": 220, "prlimit64": 261,
+    "clone3": 435,
+}  # fmt: skip
 _ARCHITECTURES = {
-    "x86_64": _Architecture(
-        0xC000003E,
-        _X86_64,
-        {
-            "open": 2, "ioctl": 16, "sendto": 44, "socketpair": 53, "clone": 56, "fcntl": 72, "openat": 257,
-            "prlimit64": 302, "clone3": 435,
-        },  # fmt: skip
-    ),
-    "aarch64": _Architecture(
-        0xC00000B7,
-        _AARCH64,
-        {
-            "fcntl": 25, "ioctl": 29, "openat": 56, "socketpair": 199, "sendto": 206, "clone": 220, "prlimit64": 261,
-            "clone3": 435,
-        },  # fmt: skip
-    ),
+    "x86_64": _Architecture(0xC000003E, _X86_64, _X86_64_CONDITIONAL),
+    "aarch64": _Architecture(0xC00000B7, _AARCH64, _AARCH64_CONDITIONAL),
 }
 
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -147,7 +140,9 @@ def _rule(name: str) -> list[bytes]:
             _refuse(errno.EPERM),
         ]
     if name == "fcntl":
-        commands = [_step(_EQUALS, command, len(_FCNTL_COMMANDS) - i + 3, 0) for i, command in enumerate(_FCNTL_COMMANDS)]
+        commands = [
+            _step(_EQUALS, command, len(_FCNTL_COMMANDS) - i + 3, 0) for i, command in enumerate(_FCNTL_COMMANDS)
+        ]
         return [
             _load_argument(1),
             *commands,
