@@ -264,9 +264,8 @@ METHOD = "class Solution:\n    def add(self, a: int, b: int) -> Optional[int]:\n
 )  # fmt: skip
 def test_references_as_data_sets_have_them(program: str, reference: Any, correct: bool) -> None:
     assert judge(block(program), reference).correct is correct
-    if not isinstance(reference, list):
-        assert judge(block(program), json.dumps(reference)).correct is correct
     check_reference(reference)
+    assert read_reference(json.dumps(reference)) == read_reference(reference)
 
 
 @pytest.mark.parametrize(
@@ -620,10 +619,9 @@ CHEATS = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_cheats_fail(name: str) -> None:
-    for tests in (ADD_TESTS, "def test(f):\n    assert f(1, 2) == 3\ntest(add)"):
-        outcome = run(CHEATS[name], tests=tests, limits=Limits(wall_s=60.0))
-        assert not outcome.passed, tests
-        assert outcome.stdout == b""
+    outcome = run(CHEATS[name], tests=ADD_TESTS)
+    assert not outcome.passed
+    assert outcome.stdout == b""
 
 
 def test_the_same_cheats_succeed_where_tests_share_the_process() -> None:
@@ -743,11 +741,13 @@ os._exit(0)
 """
 
 
-def test_threads_are_limited_by_the_kernel() -> None:
+def test_threads_are_limited() -> None:
     small = "import threading\nthreading.stack_size(65536)\n" + THREADS
     few = run(small, limits=Limits(wall_s=60.0, num_threads=20))
-    assert few.passed, few.problem
-    assert int(few.stdout) < 20
+    if few.passed:
+        assert int(few.stdout) < 20
+    else:  # not as root, and where users may have no namespaces of their own
+        assert few.problem == "it had more than 20 threads"
     many = run(small, limits=Limits(wall_s=60.0, num_threads=1000))
     assert int(many.stdout) == 600  # the control: nothing else limits them
 

@@ -288,8 +288,8 @@ def _arguments(value: Any, number: int) -> tuple[Any, ...]:
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return tuple(_plain(argument) for argument in value)
     raise ValueError(
-        f"input {number} of a code reference with fn_name is the list of the call's arguments, or their JSON texts, one "
-        f"a line; got {value!r:.100}. A single argument is a list of one: [{value!r:.50}]."
+        f"input {number} of a code reference with fn_name is the list of the call's arguments, or their JSON texts, "
+        f"one a line; got {value!r:.100}. A single argument is a list of one: [{value!r:.50}]."
     )
 
 

@@ -429,7 +429,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _define_what_the_prompt_gives(module: ModuleType, prompt: str, entry_point: str) -> None:
-    """Imports and finished functions of the prompt, which tests mean by their names, whatever the program has of them."""
+    """Imports and finished functions of the prompt, which tests mean by these names, not the program's."""
     beginning = completed(prompt) if prompt else None
     if beginning is None:
         return
