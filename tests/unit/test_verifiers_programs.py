@@ -13,6 +13,7 @@ from megatron_fipo.rl.verifiers.code import verify
 from megatron_fipo.rl.verifiers.code_blocks import extract_program
 from megatron_fipo.rl.verifiers.code_output import same_output, same_result
 from megatron_fipo.rl.verifiers.code_reference import check_reference, read_reference
+from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
 from megatron_fipo.rl.verifiers.sandbox import Limits, Outcome, run_python
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 
@@ -110,6 +111,41 @@ DOCSTRING = """def f(x):
 )
 def test_the_program_is_the_last_block_of_python(response: str, program: str) -> None:
     assert extract_program(response) == program
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "~" * 200_000 + "`",
+        "`" * 200_000,
+        "a" * 200_000,
+        "a```" * 50_000,
+        " " * 200_000,
+        "```python\n)\n" * 15_000,
+        "```python\n" * 20_000,
+        "```\n~~~\n" * 25_000,
+        "```python\n" + "x = (\n```\n" * 20_000,
+        ("```python\n" + "x = [1, 2, 3]\n" * 3500 + ")\n```\n") * 4,
+        "```python\n" + "(" * 100_000,
+    ],
+)
+def test_a_hostile_response_does_not_keep_the_judge_busy(text: str) -> None:
+    """Quadratic searches would take minutes over these."""
+    with cpu_limit(10.0):
+        extract_program(text, ["f"])
+        extract_program(text + "\n", reads_input=True)
+
+
+def test_what_keeps_the_judge_busy_is_noticed() -> None:
+    """The control of the test before."""
+
+    def search_for_ever() -> None:
+        with cpu_limit(0.1):
+            while True:
+                pass
+
+    with pytest.raises(CpuLimitError):
+        search_for_ever()
 
 
 def test_of_several_blocks_the_one_that_serves_the_problem_is_taken() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -23,8 +24,15 @@ _PARSED_CHARACTERS = 50_000
 _MAX_CLOSINGS = 30
 """Fences that are tried as the end of one block."""
 
-_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
-_FENCE_BEHIND_TEXT = re.compile(r"^[^\n`]*[^\n`\s][^\n`]*?()(`{3,})[ \t]*([A-Za-z][\w+.-]*)[ \t]*$", re.MULTILINE)
+_MAX_FENCES = 400
+"""Of a response's fences, so many of the last are looked at."""
+
+_PARSING_BUDGET = 1_000_000
+"""Characters that are parsed for one response, two seconds' worth; beyond, nothing counts as Python to look at."""
+
+# Possessive (`*+`), so that a hostile line costs a time that grows with its length and not with its square.
+_FENCE = re.compile(r"^([ \t]*+)(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)
+_FENCE_BEHIND_TEXT = re.compile(r"(?<=[^\n`])()(`{3,}+)[ \t]*+([A-Za-z][\w+.-]*+)[ \t]*+$", re.MULTILINE)
 _PYTHON = re.compile(r"(i?python|py|pypy)[\d.]*", re.IGNORECASE)
 _BUILTINS = frozenset(dir(builtins))
 
@@ -70,16 +78,19 @@ def extract_program(
         prompt: the beginning of a module that the program may go on from.
     """
     text = response_text[-_SEARCHED_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n")
-    blocks = list(_blocks(text))
+    parser = _Parser()
+    blocks = list(_blocks(text, parser))
     blocks = [block for block in blocks if block.closed] or blocks
     if not blocks:
         return text.strip("\n")
-    candidates = [block for block in blocks if block.says_python or (not block.language and _is_program(block, prompt))]
+    candidates = [
+        block for block in blocks if block.says_python or (not block.language and parser.is_program(block, prompt))
+    ]
     if not candidates:
-        candidates = [block for block in blocks if _is_program(block, prompt)] or blocks
+        candidates = [block for block in blocks if parser.is_program(block, prompt)] or blocks
     texts = [block.text for block in candidates]
     if len(texts) > 1 and names:
-        texts = [program for program in texts if _defines(program, names)] or texts
+        texts = [program for program in texts if parser.defines(program, names)] or texts
     elif len(texts) > 1 and reads_input:
         printing = [program for program in texts if _PRINTS.search(program)] or texts
         texts = [program for program in printing if _READS.search(program)] or printing
@@ -90,31 +101,28 @@ _READS = re.compile(r"\b(input\s*\(|stdin\b|raw_input|fileinput|open\s*\(\s*0|os
 _PRINTS = re.compile(r"\b(print\b|stdout\b|os\.write\b|open\s*\(\s*1)|/dev/(stdout|fd/1)")
 
 
-def _blocks(text: str) -> Iterator[Block]:
+def _blocks(text: str, parser: _Parser) -> Iterator[Block]:
     fences = list(_FENCE.finditer(text))
-    starts = {fence.start() for fence in fences}
-    fences += [fence for fence in _FENCE_BEHIND_TEXT.finditer(text) if fence.start() not in starts]
+    ends_of_lines = {fence.end() for fence in fences}
+    fences += [fence for fence in _FENCE_BEHIND_TEXT.finditer(text) if fence.end() not in ends_of_lines]
     fences.sort(key=lambda fence: fence.start())
+    fences = fences[-_MAX_FENCES:]
     position = 0
     while position < len(fences):
         opening = fences[position]
-        ends = [
-            place
-            for place in range(position + 1, len(fences))
-            if fences[place][3].strip() or _closes(fences[place], opening)
-        ][:_MAX_CLOSINGS]
+        places = range(position + 1, len(fences))
+        closing_places = (p for p in places if fences[p][3].strip() or _closes(fences[p], opening))
+        ends = list(itertools.islice(closing_places, _MAX_CLOSINGS))
         language = _language(opening)
         if not ends:
             yield Block(language, _moved_left(text[opening.end() :], opening[1]), False)
             return
         end = ends[0]
         if not language or _PYTHON.fullmatch(language):
-            end = _end_of_python(text, fences, opening, ends)
+            end = _end_of_python(text, fences, opening, ends, parser)
         closing = fences[end]
         closed = _closes(closing, opening)
-        # Text before a fence on its own line belongs to what comes before it.
-        stop = closing.start() if closed or closing.re is _FENCE else closing.start(2)
-        yield Block(language, _moved_left(text[opening.end() : stop], opening[1]), True)
+        yield Block(language, _moved_left(text[opening.end() : closing.start()], opening[1]), True)
         position = end + closed
 
 
@@ -127,13 +135,15 @@ def _language(opening: re.Match[str]) -> str:
     return words[0] if words else ""
 
 
-def _end_of_python(text: str, fences: list[re.Match[str]], opening: re.Match[str], ends: list[int]) -> int:
+def _end_of_python(
+    text: str, fences: list[re.Match[str]], opening: re.Match[str], ends: list[int], parser: _Parser
+) -> int:
     """The first fence that, as the end of the block, leaves it a module; the first of all if none does.
 
     A longer block holds its inner fences, which are Python only inside of a text.
     """
     for end in ends:
-        if _parsed(_moved_left(text[opening.end() : fences[end].start()], opening[1])) is not None:
+        if parser.parsed(_moved_left(text[opening.end() : fences[end].start()], opening[1])) is not None:
             return end
     return ends[0]
 
@@ -142,23 +152,37 @@ def _moved_left(text: str, indentation: str) -> str:
     return "\n".join(line.removeprefix(indentation) for line in text.strip("\n").split("\n"))
 
 
-def _parsed(text: str) -> ast.Module | None:
-    if len(text) > _PARSED_CHARACTERS:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+class _Parser:
+    """Parses within a budget: what a response holds must not keep the judge busy."""
 
+    def __init__(self) -> None:
+        self._left = _PARSING_BUDGET
 
-def _is_program(block: Block, prompt: str) -> bool:
-    """Whether a block that does not say so is Python: it parses, and some statement is more than a value."""
-    tree = _parsed(block.text)
-    if tree is None:
-        return bool(prompt.strip()) and block.text[:1] in (" ", "\t") and _parsed(prompt + block.text) is not None
-    return any(_does_something(statement) for statement in tree.body)
+    def parsed(self, text: str) -> ast.Module | None:
+        """The module, None if it is none."""
+        self._left -= len(text) + 500
+        if len(text) > _PARSED_CHARACTERS or self._left < 0:
+            return None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+    def is_program(self, block: Block, prompt: str) -> bool:
+        """Whether a block that does not say so is Python: it parses, and some statement is more than a value."""
+        tree = self.parsed(block.text)
+        if tree is not None:
+            return any(_does_something(statement) for statement in tree.body)
+        return bool(prompt.strip()) and block.text[:1] in (" ", "\t") and self.parsed(prompt + block.text) is not None
+
+    def defines(self, program: str, names: Collection[str]) -> bool:
+        """Whether a module binds one of the names, by itself or as a method."""
+        tree = self.parsed(program)
+        if tree is None:
+            return any(re.search(rf"\b(def|class)\s+{re.escape(name)}\b", program) for name in names)
+        return any(_binds(node, names) for node in ast.walk(tree))
 
 
 def _does_something(statement: ast.stmt) -> bool:
@@ -172,16 +196,9 @@ def _does_something(statement: ast.stmt) -> bool:
     return not isinstance(statement, ast.Pass)
 
 
-def _defines(program: str, names: Collection[str]) -> bool:
-    """Whether a module binds one of the names, by itself or as a method."""
-    tree = _parsed(program)
-    if tree is None:
-        return any(re.search(rf"\b(def|class)\s+{re.escape(name)}\b", program) for name in names)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name in names:
-            return True
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names:
-            return True
-        if isinstance(node, ast.alias) and (node.asname or node.name) in names:
-            return True
-    return False
+def _binds(node: ast.AST, names: Collection[str]) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return node.name in names
+    if isinstance(node, ast.Name):
+        return isinstance(node.ctx, ast.Store) and node.id in names
+    return isinstance(node, ast.alias) and (node.asname or node.name) in names
