@@ -17,7 +17,9 @@ import psutil
 import pytest
 
 from megatron_fipo.rl.verifiers import sandbox, syscall_filter
-from megatron_fipo.rl.verifiers.code import extract_program, read_reference, verify, verify_unprotected
+from megatron_fipo.rl.verifiers.code import verify, verify_unprotected
+from megatron_fipo.rl.verifiers.code_blocks import extract_program
+from megatron_fipo.rl.verifiers.code_reference import read_reference
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.sandbox import Limits, Outcome, run_python
 from megatron_fipo.rl.verifiers.syscall_filter import SandboxUnavailableError

@@ -1,7 +1,8 @@
 """The system calls that a judged program may make, as a seccomp filter: a list of what is allowed, refusing the rest.
 
-Allowed is what the Python interpreter needs to compute, to read files and to write to what is open already. There are
-no sockets, no new processes, no signals to others, no writable files, no changed limits, whoever runs it, root too.
+Allowed is what the Python interpreter needs to compute, to read files and to write to what is open already, with
+asyncio's event loop: pipes, epoll, and pairs of connected sockets, which reach nothing but each other. There are no
+other sockets, no new processes, no signals to others, no writable files, no changed limits, whoever runs it, root too.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ from dataclasses import dataclass
 _X86_64 = {
     "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
     "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
-    "pread64": 17, "readv": 19, "writev": 20, "access": 21, "select": 23, "sched_yield": 24, "mremap": 25,
-    "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35, "getitimer": 36, "setitimer": 38, "getpid": 39, "exit": 60,
+    "pread64": 17, "readv": 19, "writev": 20, "access": 21, "select": 23, "sched_yield": 24, "mremap": 25, "pipe": 22,
+    "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38,
+    "getpid": 39, "recvfrom": 45, "shutdown": 48, "getsockname": 51, "getpeername": 52, "getsockopt": 55, "exit": 60,
     "uname": 63, "getcwd": 79, "readlink": 89, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99,
-    "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "sigaltstack": 131,
-    "arch_prctl": 158, "gettid": 186, "futex": 202, "sched_getaffinity": 204, "getdents64": 217,
+    "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
+    "getgroups": 115, "getresuid": 118, "getresgid": 120, "getpgid": 121, "getsid": 124, "sigaltstack": 131,
+    "arch_prctl": 158, "gettid": 186, "futex": 202, "sched_getaffinity": 204, "epoll_create": 213, "getdents64": 217,
     "set_tid_address": 218, "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
-    "exit_group": 231, "newfstatat": 262, "readlinkat": 267, "faccessat": 269, "pselect6": 270, "ppoll": 271,
-    "set_robust_list": 273, "dup3": 292, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334,
-    "faccessat2": 439,
+    "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "newfstatat": 262, "readlinkat": 267, "faccessat": 269,
+    "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
+    "dup3": 292, "pipe2": 293, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334, "faccessat2": 439,
 }  # fmt: skip
 _AARCH64 = {
-    "getcwd": 17, "dup": 23, "dup3": 24, "faccessat": 48, "close": 57, "getdents64": 61, "lseek": 62, "read": 63,
-    "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pselect6": 72, "ppoll": 73, "readlinkat": 78,
-    "newfstatat": 79, "fstat": 80, "exit": 93, "exit_group": 94, "set_tid_address": 96, "futex": 98,
-    "set_robust_list": 99, "nanosleep": 101, "getitimer": 102, "setitimer": 103, "clock_gettime": 113,
-    "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123, "sched_yield": 124, "restart_syscall": 128,
-    "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139, "times": 153, "uname": 160,
-    "getrusage": 165, "gettimeofday": 169, "getpid": 172, "getppid": 173, "getuid": 174, "geteuid": 175,
-    "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179, "brk": 214, "munmap": 215, "mremap": 216,
+    "getcwd": 17, "eventfd2": 19, "epoll_create1": 20, "epoll_ctl": 21, "epoll_pwait": 22, "dup": 23, "dup3": 24,
+    "faccessat": 48, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63, "write": 64, "readv": 65,
+    "writev": 66, "pread64": 67, "pselect6": 72, "ppoll": 73, "readlinkat": 78, "newfstatat": 79, "fstat": 80,
+    "exit": 93, "exit_group": 94, "set_tid_address": 96, "futex": 98, "set_robust_list": 99, "nanosleep": 101,
+    "getitimer": 102, "setitimer": 103, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115,
+    "sched_getaffinity": 123, "sched_yield": 124, "restart_syscall": 128, "sigaltstack": 132, "rt_sigaction": 134,
+    "rt_sigprocmask": 135, "rt_sigreturn": 139, "getresuid": 148, "getresgid": 150, "times": 153, "getpgid": 155,
+    "getsid": 156, "getgroups": 158, "uname": 160, "getrusage": 165, "gettimeofday": 169, "getpid": 172, "getppid": 173,
+    "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179, "getsockname": 204,
+    "getpeername": 205, "recvfrom": 207, "getsockopt": 209, "shutdown": 210, "brk": 214, "munmap": 215, "mremap": 216,
     "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293,
     "faccessat2": 439,
 }  # fmt: skip
@@ -47,17 +52,17 @@ class _Architecture:
     conditional: dict[str, int]
 
 
+_X86_64_CONDITIONAL = {
+    "open": 2, "ioctl": 16, "sendto": 44, "socketpair": 53, "clone": 56, "fcntl": 72, "openat": 257, "prlimit64": 302,
+    "clone3": 435,
+}  # fmt: skip
+_AARCH64_CONDITIONAL = {
+    "fcntl": 25, "ioctl": 29, "openat": 56, "socketpair": 199, "sendto": 206, "clone": 220, "prlimit64": 261,
+    "clone3": 435,
+}  # fmt: skip
 _ARCHITECTURES = {
-    "x86_64": _Architecture(
-        0xC000003E,
-        _X86_64,
-        {"open": 2, "ioctl": 16, "clone": 56, "fcntl": 72, "openat": 257, "prlimit64": 302, "clone3": 435},
-    ),
-    "aarch64": _Architecture(
-        0xC00000B7,
-        _AARCH64,
-        {"fcntl": 25, "ioctl": 29, "openat": 56, "clone": 220, "prlimit64": 261, "clone3": 435},
-    ),
+    "x86_64": _Architecture(0xC000003E, _X86_64, _X86_64_CONDITIONAL),
+    "aarch64": _Architecture(0xC00000B7, _AARCH64, _AARCH64_CONDITIONAL),
 }
 
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -68,6 +73,11 @@ _WRITES = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000 | 0o20000000  # O_WRONLY O_RDWR O_
 _NEW_THREAD = 0x00010000
 _NEW_NAMESPACES = 0x7E020000
 _FCNTL_COMMANDS = (0, 1, 2, 3, 1030)  # F_DUPFD F_GETFD F_SETFD F_GETFL F_DUPFD_CLOEXEC; F_SETOWN would send signals
+_F_SETFL = 4
+_O_ASYNC = 0o20000
+_FIONBIO = 0x5421
+_AF_UNIX = 1
+_STREAM_SOCKETS = (0o1, 0o4001, 0o2000001, 0o2004001)  # SOCK_STREAM with SOCK_NONBLOCK, SOCK_CLOEXEC or both
 
 
 class SandboxUnavailableError(RuntimeError):
@@ -130,10 +140,44 @@ def _rule(name: str) -> list[bytes]:
             _refuse(errno.EPERM),
         ]
     if name == "fcntl":
-        commands = [_step(_EQUALS, command, len(_FCNTL_COMMANDS) - i, 0) for i, command in enumerate(_FCNTL_COMMANDS)]
-        return [_load_argument(1), *commands, _refuse(errno.EPERM), _step(_RETURN, _ALLOW)]
+        commands = [
+            _step(_EQUALS, command, len(_FCNTL_COMMANDS) - i + 3, 0) for i, command in enumerate(_FCNTL_COMMANDS)
+        ]
+        return [
+            _load_argument(1),
+            *commands,
+            _step(_EQUALS, _F_SETFL, 0, 2),  # for O_NONBLOCK; O_ASYNC would send signals
+            _load_argument(2),
+            _step(_ANY_BIT, _O_ASYNC, 0, 1),
+            _refuse(errno.EPERM),
+            _step(_RETURN, _ALLOW),
+        ]
     if name == "ioctl":
-        return [_refuse(errno.ENOTTY)]
+        return [
+            _load_argument(1),
+            _step(_EQUALS, _FIONBIO, 0, 1),
+            _step(_RETURN, _ALLOW),
+            _refuse(errno.ENOTTY),
+        ]
+    if name == "socketpair":  # a pair of datagram sockets could send to the address of a third one
+        types = [_step(_EQUALS, kind, len(_STREAM_SOCKETS) - i, 0) for i, kind in enumerate(_STREAM_SOCKETS)]
+        return [
+            _load_argument(0),
+            _step(_EQUALS, _AF_UNIX, 0, len(types) + 1),
+            _load_argument(1),
+            *types,
+            _refuse(errno.EPERM),
+            _step(_RETURN, _ALLOW),
+        ]
+    if name == "sendto":  # to the other end, without an address
+        return [
+            _load_argument(4),
+            _step(_EQUALS, 0, 0, 3),
+            _load_argument(4, high=True),
+            _step(_EQUALS, 0, 0, 1),
+            _step(_RETURN, _ALLOW),
+            _refuse(errno.EPERM),
+        ]
     assert name == "clone3", name
     return [_refuse(errno.ENOSYS)]  # its flags are in memory, out of a filter's sight; libc falls back to clone
 
