@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fipo.convert.command import CONVERSIONS, run_conversion
 
+if TYPE_CHECKING:
+    from megatron_fipo.config import ParallelSection
+
+EXIT_BAD_INPUT = 2
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error that the message explains, or the command's own."""
+    """Run one command. Returns the exit status: 0, 2 for input that cannot be used, or the command's own."""
     parser = _parser()
     # An override may stand behind an option, where argparse no longer takes it for one.
     args, rest = parser.parse_known_args(argv)
@@ -19,13 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
     except ValueError as error:
-        if args.command == "train":  # reports its own errors, on many ranks
-            raise
         print(f"megatron-fipo {args.command}: {error}", file=sys.stderr)
-        return 1
+        return EXIT_BAD_INPUT
     return status
 
 
@@ -36,9 +42,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train", help="train in this process; for several, run torchrun -m megatron_fipo.train instead"
+        "train",
+        help="train on this machine, in as many processes as the layout or --nproc says",
+        description="Train on this machine. Several machines are torchrun's: torchrun … -m megatron_fipo.train CONFIG.",
     )
     _add_config(train)
+    train.add_argument(
+        "--nproc",
+        metavar="N",
+        help="processes, or 'gpu' for one on each GPU (default: tp * pp * cp, one copy of the model)",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="score a model on the configuration's evaluation data")
@@ -156,9 +169,35 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_fipo.train import main as train
+    from megatron_fipo.config import load_config
 
-    return train([args.config, *args.overrides])
+    arguments = [args.config, *args.overrides]
+    if "WORLD_SIZE" in os.environ and args.nproc is None:  # torchrun started this process
+        num_processes = 1
+    else:
+        num_processes = _num_processes(args.nproc, load_config(args.config, args.overrides).parallel)
+    if num_processes == 1:
+        from megatron_fipo.train import main as train
+
+        return train(arguments)
+    from megatron_fipo.launch.one_node import launch
+
+    return launch(num_processes, arguments, ["megatron-fipo", *args.typed])
+
+
+def _num_processes(given: str | None, parallel: ParallelSection) -> int:
+    """The number of processes that --nproc asks for."""
+    if given is None:
+        return parallel.tp * parallel.pp * parallel.cp
+    if given == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--nproc=gpu starts a process on each GPU, and there is none here; give a number.")
+        return torch.cuda.device_count()
+    if not given.isascii() or not given.isdigit() or int(given) < 1:
+        raise ValueError(f"--nproc={given}: must be a number of processes, at least 1, or 'gpu'.")
+    return int(given)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

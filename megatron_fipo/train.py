@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.handover import Handover
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
 from megatron_fipo.interrupt import Interrupt
+from megatron_fipo.launch.one_node import COMMAND, leave_with_the_launcher
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
@@ -400,24 +402,38 @@ def _console_script() -> str:
     return str(script.relative_to(here)) if script.is_relative_to(here) else "megatron-fipo"
 
 
+def _command_that_goes_on(config: Config, arguments: Sequence[str]) -> str:
+    """What to type to resume: the command that was typed, with train.resume=true where it says otherwise."""
+    typed = os.environ.get(COMMAND)
+    if typed is None:
+        launcher = (
+            f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+            if "LOCAL_WORLD_SIZE" in os.environ
+            else "python"
+        )
+        typed = f"{launcher} -m megatron_fipo.train {shlex.join(arguments)}"
+    return typed if config.train.resume else f"{typed} train.resume=true"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as a configuration says; the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m megatron_fipo.train", description="Train a model.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.num_steps=5")
     arguments = parser.parse_args(argv)
+    leave_with_the_launcher()
     try:
         config = load_config(arguments.config, arguments.overrides)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-        return _train(config, warnings_for(config, model_config))
+        return _train(config, warnings_for(config, model_config), [arguments.config, *arguments.overrides])
     except ValueError as error:  # what the user gave cannot be used
         say_once(f"error: {error}")
         return EXIT_BAD_INPUT
 
 
-def _train(config: Config, warnings: Sequence[str]) -> int:
+def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) -> int:
     cpu.install()
     prefer_expandable_segments()
     ranks = parallel_groups.initialize(config.parallel, config.run.seed)
@@ -432,7 +448,9 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
             console.warning(warning)
         trainer.run()
     except Interrupted:
-        console.info("stopped by a signal; the same command goes on from the checkpoint")
+        console.info(
+            f"stopped by a signal; this goes on from the checkpoint: {_command_that_goes_on(config, arguments)}"
+        )
         return EXIT_STOPPED
     except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
         say_once(f"error: {error}")

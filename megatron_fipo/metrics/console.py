@@ -270,6 +270,11 @@ class Console:
         """One line of what goes on, such as a checkpoint that was written."""
         self._rich.print(Text.assemble(("  · ", "cyan"), _printable(text)))
 
+    def command(self, introduction: str, command: str) -> None:
+        """A command to type, on a line of its own that is never wrapped: it is there to be copied."""
+        self.info(introduction)
+        self._rich.print(Text(f"    {_printable(command)}", style="bold cyan"), soft_wrap=True)
+
     def warning(self, text: str) -> None:
         """Something that the user should know, in full sentences."""
         line = Text.assemble(("Warning: ", "bold yellow"), (_printable(text), "yellow"))
