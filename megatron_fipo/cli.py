@@ -180,7 +180,7 @@ def _train(args: argparse.Namespace) -> int:
         from megatron_fipo.train import main as train
 
         return train(arguments)
-    from megatron_fipo.launch.one_node import launch
+    from megatron_fipo.parallel.launcher import launch
 
     return launch(num_processes, arguments, ["megatron-fipo", *args.typed])
 

@@ -1,10 +1,10 @@
 """The training loop.
 
-    torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml train.num_steps=5
+    megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 train.num_steps=5
 
-Every rank runs this program. A step generates responses, has them judged, keeps the groups that carry a signal, turns
-rewards into advantages, packs, and takes one optimizer step on each minibatch; then the rollout engine gets the new
-weights.
+Every rank runs this program, under the project's launcher on one machine and under torchrun on several. A step
+generates responses, has them judged, keeps the groups that carry a signal, turns rewards into advantages, packs, and
+takes one optimizer step on each minibatch; then the rollout engine gets the new weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.handover import Handover
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
 from megatron_fipo.interrupt import Interrupt
-from megatron_fipo.launch.one_node import COMMAND, leave_with_the_launcher
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
@@ -51,6 +50,7 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
 from megatron_fipo.parallel.device_memory import prefer_expandable_segments
+from megatron_fipo.parallel.launcher import COMMAND, leave_with_the_launcher
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
@@ -448,9 +448,8 @@ def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) ->
             console.warning(warning)
         trainer.run()
     except Interrupted:
-        console.info(
-            f"stopped by a signal; this goes on from the checkpoint: {_command_that_goes_on(config, arguments)}"
-        )
+        command = _command_that_goes_on(config, arguments)
+        console.command("stopped by a signal, and saved; this goes on from the checkpoint:", command)
         return EXIT_STOPPED
     except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
         say_once(f"error: {error}")

@@ -115,8 +115,8 @@ def _run(command: Sequence[str], timeout_s: float, mark: str) -> tuple[int, str]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    command = [torchrun, "--nproc-per-node", "2", "-m", "megatron_fipo.train", QUICKSTART, *SMALLER]
+    program = str(Path(sys.executable).with_name("megatron-fipo"))
+    command = [program, "train", QUICKSTART, "--nproc", "2", *SMALLER]
     code, output = _run([*command, f"run.output_dir={folder}"], TIMEOUT_S, mark=str(folder))
     assert code == 0, output[-6000:]
     return QuickStart(folder, code, output)
