@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fipo import __version__
 from megatron_fipo.convert.command import CONVERSIONS, run_conversion
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fipo", description="Train language models to reason, by FIPO on Megatron-Core."
     )
+    parser.add_argument("--version", action="version", version=f"megatron-fipo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -70,9 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     chat.set_defaults(run=_chat)
 
-    validate = commands.add_parser("validate", help="check a configuration and print it in full, without running it")
+    validate = commands.add_parser(
+        "validate", help="check a configuration and its files, and print it in full, without running it"
+    )
     _add_config(validate)
     validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
+    validate.add_argument(
+        "--files-elsewhere",
+        action="store_true",
+        help="model and data are on another machine: only warn of what is missing",
+    )
     validate.set_defaults(run=_validate)
 
     preflight = commands.add_parser(
@@ -157,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="between Hugging Face folders and Megatron checkpoints")
     conversions = convert.add_subparsers(required=True, metavar="CONVERSION")
     for name, add_arguments in CONVERSIONS.items():
-        conversion = conversions.add_parser(name)
+        described = argparse.ArgumentParser()
+        add_arguments(described)  # what it says of itself is also its line in the list
+        conversion = conversions.add_parser(name, help=described.description)
         add_arguments(conversion)
         conversion.set_defaults(run=run_conversion)
     return parser
@@ -227,18 +238,24 @@ def _validate(args: argparse.Namespace) -> int:
         validate_model_layout,
         warnings_for,
     )
+    from megatron_fipo.preflight.findings import file_findings
 
     config = load_config(args.config, args.overrides)
     validate(config, args.world_size)
-    model_config, warnings = None, []
+    missing = [finding.text for finding in file_findings(config)]
+    if missing and not args.files_elsewhere:
+        raise ValueError(
+            "\n".join(missing)
+            + "\nIf they are on the machine that will train, add --files-elsewhere, and they are not looked for."
+        )
+    model_config = None
     if Path(config.model.path).is_dir():
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-    else:  # a cluster's configuration may be checked on a laptop
-        warnings.append(f"model.path={config.model.path} is no folder here; what depends on the model is not checked.")
-    for warning in [*warnings, *warnings_for(config, model_config)]:
+    for warning in [*missing, *warnings_for(config, model_config)]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(resolved_yaml(config), end="")
+    print(resolved_yaml(config), end="", flush=True)
+    print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)
     return 0
 
 
