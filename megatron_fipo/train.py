@@ -380,7 +380,7 @@ class Trainer:
         if self.config.checkpoint.export_huggingface:
             places["model"] = f"{self.folder.huggingface} (Hugging Face format)"
             command = f"{_console_script()} chat {self.folder.huggingface}"
-        self.console.closing(places, command)
+        self.console.closing(places, command, self.evaluation.prompts_to_try())
 
     def close(self) -> None:
         """Release processes and memory."""
