@@ -10,6 +10,7 @@ takes one optimizer step on each minibatch; then the rollout engine gets the new
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import sys
@@ -27,8 +28,10 @@ from megatron_fipo import (
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
 from megatron_fipo.actor.backend import layers_in_use
 from megatron_fipo.actor.checkpoint import CheckpointError
+from megatron_fipo.best_model import BestModel
 from megatron_fipo.config import (
     Config,
+    StopRule,
     load_config,
     numbers_fingerprint,
     read_model_config,
@@ -127,6 +130,12 @@ class Trainer:
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
         self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console)
+        stop_when = config.train.stop_when
+        self._stop_rule = StopRule.parse(stop_when) if stop_when else None
+        self._ended_by = ""
+        self.best = BestModel(
+            config.checkpoint.keep_best, self.folder.best, self.saved.export, is_writer=self.is_leader
+        )
         evaluation_folder = self.folder.evaluation if self.is_leader else None
         self.evaluation = HeldOutEvaluation(config, held_out, self.generator, console, evaluation_folder)
         self.next_step = 0
@@ -151,19 +160,25 @@ class Trainer:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
                 # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
                 is_untouched = self._half_step is None
-                sinks.write(0, self._evaluate("before") if is_untouched else self.evaluation.scores_before())
+                before = self._evaluate("before") if is_untouched else self.evaluation.scores_before()
+                self.best.note(0, before)
+                sinks.write(0, before)
             if self._evaluation_is_due:
                 self._evaluate_step(sinks)
-            for step in range(self.next_step, config.train.num_steps):
+            while self.next_step < config.train.num_steps and not self._ended_by:
+                step = self.next_step
                 metrics = self.train_step(step)
                 self.next_step = step + 1
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
+                self._end_if_met(metrics)
                 if _is_due(self.next_step, config.evaluation.every_num_steps):
                     self._evaluate_step(sinks)
                 self._save_if_due()
             self._state_to_go_on_from = lambda: self._loop_state(self.next_step)
-            sinks.write(self.next_step, self._evaluate("after", compare=True))
+            after = self._evaluate("after", compare=True)
+            self._keep_if_best(after)
+            sinks.write(self.next_step, after)
             self._save(self._loop_state(self.next_step))
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
@@ -314,8 +329,39 @@ class Trainer:
     def _evaluate_step(self, sinks: SinkGroup) -> None:
         """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""
         self._state_to_go_on_from = lambda: {**self._loop_state(self.next_step), "evaluation_is_due": True}
-        sinks.write(self.next_step - 1, self._evaluate(f"step_{self.next_step:06d}", announce=False))
+        scores = self._evaluate(f"step_{self.next_step:06d}", announce=False)
+        self._keep_if_best(scores)
+        if self._stop_rule is not None and self._stop_rule.metric in scores:
+            self._end_if_met(scores)
+        sinks.write(self.next_step - 1, scores)
         self._evaluation_is_due = False
+
+    def _keep_if_best(self, scores: Mapping[str, float]) -> None:
+        """Keep the model where it is the best so far."""
+        if not self.config.checkpoint.keep_best:
+            return
+        self.handover.to_training()  # its weights may be lent out
+        if said := self.best.note(self.next_step, scores):
+            self.console.info(said)
+
+    def _end_if_met(self, metrics: Mapping[str, float]) -> None:
+        """Make this step the last one where `train.stop_when` says so."""
+        rule = self._stop_rule
+        if rule is None or self._ended_by:
+            return
+        if rule.metric not in metrics and not rule.metric.startswith("evaluation/"):
+            nearest = difflib.get_close_matches(rule.metric, metrics, n=3, cutoff=0.4)
+            raise ValueError(
+                f"train.stop_when={self.config.train.stop_when}: a step of this run has no metric {rule.metric}. "
+                f"Its metrics are in {self.folder.metrics}" + f"; near are {', '.join(nearest)}." * bool(nearest)
+            )
+        if not rule.is_met(metrics):
+            return
+        self._ended_by = self.config.train.stop_when
+        self.console.info(
+            f"train.stop_when={self._ended_by}: {rule.metric} is {metrics[rule.metric]:g} after {self.next_step} "
+            "steps, and the run ends here"
+        )
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -340,12 +386,14 @@ class Trainer:
             "next_step": next_step,
             "prompts": self.prompts.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "best": self.best.state_dict(),
+            "ended_by": self._ended_by,
         }
 
     def _save_if_due(self) -> None:
         """Between steps: the last one is followed by a checkpoint in any case."""
         self.saved.poll()
-        is_last = self.next_step >= self.config.train.num_steps
+        is_last = self.next_step >= self.config.train.num_steps or bool(self._ended_by)
         if not is_last and _is_due(self.next_step, self.config.checkpoint.every_num_steps):
             self._save(self._loop_state(self.next_step), in_background=True)
 
@@ -361,6 +409,10 @@ class Trainer:
         self.prompts.load_state_dict(state["prompts"])
         self.sampler.load_state_dict(state["sampler"])
         self._evaluation_is_due = state.get("evaluation_is_due", False)
+        if "best" in state:  # not in checkpoints from before there was one
+            self.best.load_state_dict(state["best"])
+        # Another rule, or none, lets a run that had ended go on.
+        self._ended_by = self.config.train.stop_when if state.get("ended_by") == self.config.train.stop_when else ""
         if state.get("num_updates"):
             self._half_step = _HalfStep(restore_results(state["results"], self.ranks), state["old_log_probs"])
 
@@ -372,6 +424,8 @@ class Trainer:
 
     def _say_where_things_lie(self) -> None:
         places = {"checkpoint": str(self.folder.checkpoints)}
+        if self.best.step:
+            places["best model"] = f"{self.folder.best} (after {self.best.step} steps)"
         if self.config.metrics.jsonl:
             places["metrics"] = str(self.folder.metrics)
         if self.config.metrics.tensorboard:
