@@ -277,7 +277,8 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
         documented = CHAT.findall((ROOT / page).read_text())
         assert documented, f"{page} shows how to talk to the model"
         prompts.update(documented)
-    assert {"3+9-5=", "6+6+5+8+8-6-8="} <= prompts
+    assert "3+9-5=" in prompts
+    assert all(re.fullmatch(r"[0-9+-]+=", prompt) for prompt in prompts)
     chat = Chat(folder / "huggingface", ChatOptions(temperature=0.0), io.StringIO())
     wrong = {}
     for prompt in sorted(prompts):
