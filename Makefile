@@ -39,10 +39,10 @@ SERVER = python=$$($(BIN)/python tools/engines/install.py $(ENGINE)); \
 
 demo: $(INSTALLED) ## train the quick-start model with FIPO (ENGINE=sglang or vllm: on that server; ARGS="key=value …")
 	@set -e; $(if $(ENGINE),$(SERVER)) \
-	set -x; $(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml "$$@" $(ARGS)
+	set -x; $(BIN)/megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 "$$@" $(ARGS)
 
 demo-dapo: $(INSTALLED) ## the same with DAPO, the baseline
-	$(BIN)/torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml \
+	$(BIN)/megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 \
 		algorithm=dapo run.name=quickstart-dapo $(ARGS)
 
 lint: $(INSTALLED) ## style and types

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import read_model_config
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import InProcessEngine
 
@@ -119,7 +119,7 @@ class Chat:
             seed=sample_seed(self._seed, 0, self._num_turns, 0),
         )
         try:
-            sample = asyncio.run(self.engine.generate(request, on_token=printer.token))
+            sample = run_to_end(self.engine.generate(request, on_token=printer.token))
         finally:
             printer.end()
         self._num_turns += 1

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_fipo import __version__
 from megatron_fipo.convert.command import CONVERSIONS, run_conversion
+
+if TYPE_CHECKING:
+    from megatron_fipo.config import ParallelSection
+
+EXIT_BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error that the message explains, or the command's own."""
+    """Run one command. Returns the exit status: 0, 2 for input that cannot be used, or the command's own."""
     parser = _parser()
     # An override may stand behind an option, where argparse no longer takes it for one.
     args, rest = parser.parse_known_args(argv)
@@ -19,13 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
     except ValueError as error:
-        if args.command == "train":  # reports its own errors, on many ranks
-            raise
         print(f"megatron-fipo {args.command}: {error}", file=sys.stderr)
-        return 1
+        return EXIT_BAD_INPUT
     return status
 
 
@@ -33,12 +40,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fipo", description="Train language models to reason, by FIPO on Megatron-Core."
     )
+    parser.add_argument("--version", action="version", version=f"megatron-fipo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train", help="train in this process; for several, run torchrun -m megatron_fipo.train instead"
+        "train",
+        help="train on this machine, in as many processes as the layout or --nproc says",
+        description="Train on this machine. Several machines are torchrun's: torchrun … -m megatron_fipo.train CONFIG.",
     )
     _add_config(train)
+    train.add_argument(
+        "--nproc",
+        metavar="N",
+        help="processes, or 'gpu' for one on each GPU (default: tp * pp * cp, one copy of the model)",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="score a model on the configuration's evaluation data")
@@ -57,9 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     chat.set_defaults(run=_chat)
 
-    validate = commands.add_parser("validate", help="check a configuration and print it in full, without running it")
+    validate = commands.add_parser(
+        "validate", help="check a configuration and its files, and print it in full, without running it"
+    )
     _add_config(validate)
     validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
+    validate.add_argument(
+        "--files-elsewhere",
+        action="store_true",
+        help="model and data are on another machine: only warn of what is missing",
+    )
     validate.set_defaults(run=_validate)
 
     preflight = commands.add_parser(
@@ -144,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="between Hugging Face folders and Megatron checkpoints")
     conversions = convert.add_subparsers(required=True, metavar="CONVERSION")
     for name, add_arguments in CONVERSIONS.items():
-        conversion = conversions.add_parser(name)
+        described = argparse.ArgumentParser()
+        add_arguments(described)  # what it says of itself is also its line in the list
+        conversion = conversions.add_parser(name, help=described.description)
         add_arguments(conversion)
         conversion.set_defaults(run=run_conversion)
     return parser
@@ -156,9 +180,35 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_fipo.train import main as train
+    from megatron_fipo.config import load_config
 
-    return train([args.config, *args.overrides])
+    arguments = [args.config, *args.overrides]
+    if "WORLD_SIZE" in os.environ and args.nproc is None:  # torchrun started this process
+        num_processes = 1
+    else:
+        num_processes = _num_processes(args.nproc, load_config(args.config, args.overrides).parallel)
+    if num_processes == 1:
+        from megatron_fipo.train import main as train
+
+        return train(arguments)
+    from megatron_fipo.parallel.launcher import launch
+
+    return launch(num_processes, arguments, ["megatron-fipo", *args.typed])
+
+
+def _num_processes(given: str | None, parallel: ParallelSection) -> int:
+    """The number of processes that --nproc asks for."""
+    if given is None:
+        return parallel.tp * parallel.pp * parallel.cp
+    if given == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--nproc=gpu starts a process on each GPU, and there is none here; give a number.")
+        return torch.cuda.device_count()
+    if not given.isascii() or not given.isdigit() or int(given) < 1:
+        raise ValueError(f"--nproc={given}: must be a number of processes, at least 1, or 'gpu'.")
+    return int(given)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -188,18 +238,24 @@ def _validate(args: argparse.Namespace) -> int:
         validate_model_layout,
         warnings_for,
     )
+    from megatron_fipo.preflight.findings import file_findings
 
     config = load_config(args.config, args.overrides)
     validate(config, args.world_size)
-    model_config, warnings = None, []
+    missing = [finding.text for finding in file_findings(config)]
+    if missing and not args.files_elsewhere:
+        raise ValueError(
+            "\n".join(missing)
+            + "\nIf they are on the machine that will train, add --files-elsewhere, and they are not looked for."
+        )
+    model_config = None
     if Path(config.model.path).is_dir():
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-    else:  # a cluster's configuration may be checked on a laptop
-        warnings.append(f"model.path={config.model.path} is no folder here; what depends on the model is not checked.")
-    for warning in [*warnings, *warnings_for(config, model_config)]:
+    for warning in [*missing, *warnings_for(config, model_config)]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(resolved_yaml(config), end="")
+    print(resolved_yaml(config), end="", flush=True)
+    print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from megatron_fipo.actor.model import DTYPES
 from megatron_fipo.config import Config
+from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.parallel.waiting import Work
@@ -100,7 +100,7 @@ class GroupGenerator:
             on_sample(sample)
 
         with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
-            own = asyncio.run(
+            own = run_to_end(
                 generate_groups(
                     self._engine,
                     own_prompts,

@@ -14,6 +14,9 @@ from megatron_fipo.metrics.console import Console, ShownSample
 from megatron_fipo.rl.types import Group, Prompt
 from megatron_fipo.rollout.engine import SamplingParams
 
+MAX_TYPED_CHARACTERS = 60
+"""Longest prompt that is proposed for typing."""
+
 _HEADLINE = ("avg@", "cons@", "pass@", "response_tokens/mean")
 
 
@@ -35,6 +38,7 @@ class HeldOutEvaluation:
         """
         self._config, self._sets, self._generator = config, sets, generator
         self._console, self._folder = console, folder
+        self._solved: list[Prompt] = []
 
     def run(self, when: str, *, compare: bool = False, announce: bool = True) -> dict[str, float]:
         """Scores by flat name, the same on every rank; empty without sources. Collective over all ranks.
@@ -46,8 +50,10 @@ class HeldOutEvaluation:
             announce: show samples and a table.
         """
         metrics: dict[str, float] = {}
+        self._solved = []
         for source, prompts in self._sets.items():
             groups = self._generate(prompts)
+            self._solved += [group.prompt for group in groups if all(sample.accuracy == 1 for sample in group.samples)]
             problems = [ProblemResult.from_group(group) for group in groups]
             metrics |= evaluate_problems(problems)[source].metrics
             if self._folder is not None:
@@ -62,6 +68,23 @@ class HeldOutEvaluation:
                 after = _headline(metrics) if before else None
                 self._console.evaluation_table(title, _headline(before or metrics), after)
         return metrics
+
+    def prompts_to_try(self) -> list[str]:
+        """The shortest and the longest prompt that a person could type and that the last evaluation found solved.
+
+        Those of sources with a chat template are left out: they hold the template's marks. Empty where there is none.
+        """
+        typed = sorted(
+            {
+                prompt.text
+                for prompt in self._solved
+                if len(prompt.text) <= MAX_TYPED_CHARACTERS
+                and prompt.text.isprintable()
+                and not self._config.data.evaluation[prompt.source].chat_template
+            },
+            key=lambda text: (len(text), text),
+        )
+        return [typed[0], typed[-1]] if len(typed) > 1 else typed
 
     def scores_before(self) -> dict[str, float]:
         """What training began with, as this run or the one that it goes on from wrote it; empty where nothing did."""

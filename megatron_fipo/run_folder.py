@@ -1,7 +1,7 @@
 """The folder a run writes into, and what is written there before anything is trained.
 
 config.yaml  provenance.json  metrics.jsonl  tensorboard/  evaluation/  rollouts/  servers/  checkpoints/  huggingface/
-run.lock
+best/  run.lock
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class RunFolder:
     @property
     def huggingface(self) -> Path:
         return self.root / "huggingface"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best"
 
     @property
     def metrics(self) -> Path:

@@ -5,7 +5,6 @@ Judged responses are recorded as they come. The same command after an interrupti
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from megatron_fipo.evaluation import (
     evaluate_problems,
     write_problems,
 )
+from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.generation import build_engine, in_process_engine
 from megatron_fipo.interrupt import Interrupt
 from megatron_fipo.metrics.console import Console
@@ -119,7 +119,7 @@ def _judged_groups(
                 ledger.append(0, sources[sample.prompt_id], sample)
             progress.advance()
 
-        groups = asyncio.run(
+        groups = run_to_end(
             generate_groups(
                 engine,
                 prompts,

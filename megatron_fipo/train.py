@@ -1,16 +1,18 @@
 """The training loop.
 
-    torchrun --nproc-per-node 2 -m megatron_fipo.train examples/quickstart/fipo.yaml train.num_steps=5
+    megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 train.num_steps=5
 
-Every rank runs this program. A step generates responses, has them judged, keeps the groups that carry a signal, turns
-rewards into advantages, packs, and takes one optimizer step on each minibatch; then the rollout engine gets the new
-weights.
+Every rank runs this program, under the project's launcher on one machine and under torchrun on several. A step
+generates responses, has them judged, keeps the groups that carry a signal, turns rewards into advantages, packs, and
+takes one optimizer step on each minibatch; then the rollout engine gets the new weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ from megatron_fipo import (
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
 from megatron_fipo.actor.backend import layers_in_use
 from megatron_fipo.actor.checkpoint import CheckpointError
+from megatron_fipo.best_model import BestModel
 from megatron_fipo.config import (
     Config,
+    StopRule,
     load_config,
     numbers_fingerprint,
     read_model_config,
@@ -49,6 +53,7 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
 from megatron_fipo.parallel.device_memory import prefer_expandable_segments
+from megatron_fipo.parallel.launcher import COMMAND, leave_with_the_launcher
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
@@ -125,6 +130,12 @@ class Trainer:
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
         self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console)
+        stop_when = config.train.stop_when
+        self._stop_rule = StopRule.parse(stop_when) if stop_when else None
+        self._ended_by = ""
+        self.best = BestModel(
+            config.checkpoint.keep_best, self.folder.best, self.saved.export, is_writer=self.is_leader
+        )
         evaluation_folder = self.folder.evaluation if self.is_leader else None
         self.evaluation = HeldOutEvaluation(config, held_out, self.generator, console, evaluation_folder)
         self.next_step = 0
@@ -149,19 +160,25 @@ class Trainer:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
                 # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
                 is_untouched = self._half_step is None
-                sinks.write(0, self._evaluate("before") if is_untouched else self.evaluation.scores_before())
+                before = self._evaluate("before") if is_untouched else self.evaluation.scores_before()
+                self.best.note(0, before)
+                sinks.write(0, before)
             if self._evaluation_is_due:
                 self._evaluate_step(sinks)
-            for step in range(self.next_step, config.train.num_steps):
+            while self.next_step < config.train.num_steps and not self._ended_by:
+                step = self.next_step
                 metrics = self.train_step(step)
                 self.next_step = step + 1
                 sinks.write(step, metrics)
                 self.console.step_line(step, metrics)
+                self._end_if_met(metrics)
                 if _is_due(self.next_step, config.evaluation.every_num_steps):
                     self._evaluate_step(sinks)
                 self._save_if_due()
             self._state_to_go_on_from = lambda: self._loop_state(self.next_step)
-            sinks.write(self.next_step, self._evaluate("after", compare=True))
+            after = self._evaluate("after", compare=True)
+            self._keep_if_best(after)
+            sinks.write(self.next_step, after)
             self._save(self._loop_state(self.next_step))
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
@@ -312,8 +329,39 @@ class Trainer:
     def _evaluate_step(self, sinks: SinkGroup) -> None:
         """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""
         self._state_to_go_on_from = lambda: {**self._loop_state(self.next_step), "evaluation_is_due": True}
-        sinks.write(self.next_step - 1, self._evaluate(f"step_{self.next_step:06d}", announce=False))
+        scores = self._evaluate(f"step_{self.next_step:06d}", announce=False)
+        self._keep_if_best(scores)
+        if self._stop_rule is not None and self._stop_rule.metric in scores:
+            self._end_if_met(scores)
+        sinks.write(self.next_step - 1, scores)
         self._evaluation_is_due = False
+
+    def _keep_if_best(self, scores: Mapping[str, float]) -> None:
+        """Keep the model where it is the best so far."""
+        if not self.config.checkpoint.keep_best:
+            return
+        self.handover.to_training()  # its weights may be lent out
+        if said := self.best.note(self.next_step, scores):
+            self.console.info(said)
+
+    def _end_if_met(self, metrics: Mapping[str, float]) -> None:
+        """Make this step the last one where `train.stop_when` says so."""
+        rule = self._stop_rule
+        if rule is None or self._ended_by:
+            return
+        if rule.metric not in metrics and not rule.metric.startswith("evaluation/"):
+            nearest = difflib.get_close_matches(rule.metric, metrics, n=3, cutoff=0.4)
+            raise ValueError(
+                f"train.stop_when={self.config.train.stop_when}: a step of this run has no metric {rule.metric}. "
+                f"Its metrics are in {self.folder.metrics}" + f"; near are {', '.join(nearest)}." * bool(nearest)
+            )
+        if not rule.is_met(metrics):
+            return
+        self._ended_by = self.config.train.stop_when
+        self.console.info(
+            f"train.stop_when={self._ended_by}: {rule.metric} is {metrics[rule.metric]:g} after {self.next_step} "
+            "steps, and the run ends here"
+        )
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -338,12 +386,14 @@ class Trainer:
             "next_step": next_step,
             "prompts": self.prompts.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "best": self.best.state_dict(),
+            "ended_by": self._ended_by,
         }
 
     def _save_if_due(self) -> None:
         """Between steps: the last one is followed by a checkpoint in any case."""
         self.saved.poll()
-        is_last = self.next_step >= self.config.train.num_steps
+        is_last = self.next_step >= self.config.train.num_steps or bool(self._ended_by)
         if not is_last and _is_due(self.next_step, self.config.checkpoint.every_num_steps):
             self._save(self._loop_state(self.next_step), in_background=True)
 
@@ -359,6 +409,10 @@ class Trainer:
         self.prompts.load_state_dict(state["prompts"])
         self.sampler.load_state_dict(state["sampler"])
         self._evaluation_is_due = state.get("evaluation_is_due", False)
+        if "best" in state:  # not in checkpoints from before there was one
+            self.best.load_state_dict(state["best"])
+        # Another rule, or none, lets a run that had ended go on.
+        self._ended_by = self.config.train.stop_when if state.get("ended_by") == self.config.train.stop_when else ""
         if state.get("num_updates"):
             self._half_step = _HalfStep(restore_results(state["results"], self.ranks), state["old_log_probs"])
 
@@ -370,6 +424,8 @@ class Trainer:
 
     def _say_where_things_lie(self) -> None:
         places = {"checkpoint": str(self.folder.checkpoints)}
+        if self.best.step:
+            places["best model"] = f"{self.folder.best} (after {self.best.step} steps)"
         if self.config.metrics.jsonl:
             places["metrics"] = str(self.folder.metrics)
         if self.config.metrics.tensorboard:
@@ -378,7 +434,7 @@ class Trainer:
         if self.config.checkpoint.export_huggingface:
             places["model"] = f"{self.folder.huggingface} (Hugging Face format)"
             command = f"{_console_script()} chat {self.folder.huggingface}"
-        self.console.closing(places, command)
+        self.console.closing(places, command, self.evaluation.prompts_to_try())
 
     def close(self) -> None:
         """Release processes and memory."""
@@ -400,24 +456,38 @@ def _console_script() -> str:
     return str(script.relative_to(here)) if script.is_relative_to(here) else "megatron-fipo"
 
 
+def _command_that_goes_on(config: Config, arguments: Sequence[str]) -> str:
+    """What to type to resume: the command that was typed, with train.resume=true where it says otherwise."""
+    typed = os.environ.get(COMMAND)
+    if typed is None:
+        launcher = (
+            f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+            if "LOCAL_WORLD_SIZE" in os.environ
+            else "python"
+        )
+        typed = f"{launcher} -m megatron_fipo.train {shlex.join(arguments)}"
+    return typed if config.train.resume else f"{typed} train.resume=true"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as a configuration says; the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m megatron_fipo.train", description="Train a model.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.num_steps=5")
     arguments = parser.parse_args(argv)
+    leave_with_the_launcher()
     try:
         config = load_config(arguments.config, arguments.overrides)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-        return _train(config, warnings_for(config, model_config))
+        return _train(config, warnings_for(config, model_config), [arguments.config, *arguments.overrides])
     except ValueError as error:  # what the user gave cannot be used
         say_once(f"error: {error}")
         return EXIT_BAD_INPUT
 
 
-def _train(config: Config, warnings: Sequence[str]) -> int:
+def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) -> int:
     cpu.install()
     prefer_expandable_segments()
     ranks = parallel_groups.initialize(config.parallel, config.run.seed)
@@ -432,7 +502,8 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
             console.warning(warning)
         trainer.run()
     except Interrupted:
-        console.info("stopped by a signal; the same command goes on from the checkpoint")
+        command = _command_that_goes_on(config, arguments)
+        console.command("stopped by a signal, and saved; this goes on from the checkpoint:", command)
         return EXIT_STOPPED
     except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
         say_once(f"error: {error}")

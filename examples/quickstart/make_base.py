@@ -31,7 +31,7 @@ from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.types import PackedBatch, Sample
 
 BASE = Path(__file__).parent / "base"
-NUM_TERMS = 7
+TASK = ChainArithmetic(num_terms=7, min_terms=2)
 NUM_UPDATES = 1500
 SOLUTIONS_PER_UPDATE = 96
 LEARNING_RATE = 1e-3
@@ -81,7 +81,7 @@ def draw_solutions(update: int, share: int, num_shares: int, tokenizer: object) 
     samples = []
     for index in range(share, SOLUTIONS_PER_UPDATE, num_shares):
         rng = Random(f"{SEED}/{update}/{index}")
-        problem = ChainArithmetic(NUM_TERMS).draw_training(rng)
+        problem = TASK.draw_training(rng)
         solution = worked_solution(problem, rng, WorkedSolutionNoise()) + tokenizer.eos_token
         prompt_ids, response_ids = (
             torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in (problem.prompt, solution)

@@ -22,7 +22,7 @@ from megatron_fipo.actor.data_parallel import wrap_chunks
 from megatron_fipo.actor.model import build_model, packed_sequence_params, transformer_config, unwrap
 from megatron_fipo.actor.offload import StorageOffload
 from megatron_fipo.actor.precision import check_fp8
-from megatron_fipo.config import Config, log_prob_chunk_tokens
+from megatron_fipo.config import Config, log_prob_chunk_tokens, num_decay_steps
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights, weight_stream
 from megatron_fipo.metrics.reductions import Metrics, merge
@@ -212,7 +212,7 @@ class Actor:
         config = OptimizerConfig(
             optimizer="adam",
             lr=section.learning_rate,
-            min_lr=section.learning_rate,
+            min_lr=section.learning_rate if section.schedule == "constant" else section.min_learning_rate,
             weight_decay=section.weight_decay,
             adam_beta1=section.adam_beta1,
             adam_beta2=section.adam_beta2,
@@ -227,14 +227,17 @@ class Actor:
 
     def _build_scheduler(self) -> OptimizerParamScheduler:
         section = self._config.optimizer
+        is_constant = section.schedule == "constant"
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=section.learning_rate,
-            min_lr=section.learning_rate,
+            min_lr=section.learning_rate if is_constant else section.min_learning_rate,
             lr_warmup_steps=section.num_warmup_steps,
-            lr_decay_steps=section.num_warmup_steps + 1,
-            lr_decay_style="constant",
+            # Megatron's rate at the end of the decay is the least one. That is for the step after the last, so that no
+            # step is made at a rate of 0; step s asks for the rate at s + 1.
+            lr_decay_steps=max(num_decay_steps(self._config), section.num_warmup_steps) + 1,
+            lr_decay_style=section.schedule,
             start_wd=section.weight_decay,
             end_wd=section.weight_decay,
             wd_incr_steps=1,

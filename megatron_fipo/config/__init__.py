@@ -12,6 +12,7 @@ overrides. Nothing rewrites a value that the user wrote.
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
+from megatron_fipo.config.milestones import num_decay_steps
 from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
 from megatron_fipo.config.recompute import RecomputedPart, recomputed_part
 from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_fingerprint
@@ -43,6 +44,7 @@ from megatron_fipo.config.schema import (
     TrainSection,
     VerifierSection,
 )
+from megatron_fipo.config.stop_rule import StopRule
 from megatron_fipo.config.validation import (
     microbatch_token_multiple,
     pad_multiple,
@@ -81,12 +83,14 @@ __all__ = [
     "RunSection",
     "SamplingSection",
     "ServersSection",
+    "StopRule",
     "TrainSection",
     "VerifierSection",
     "check_resume",
     "load_config",
     "log_prob_chunk_tokens",
     "microbatch_token_multiple",
+    "num_decay_steps",
     "numbers_fingerprint",
     "pad_multiple",
     "read_model_config",

@@ -18,8 +18,9 @@ _BESIDE = (
     "rollout.max_batch_size",
     "servers",
     "verifier",
-    "train.num_steps",
+    "train.num_steps",  # where the learning rate falls towards it, `_settled` says so
     "train.resume",
+    "train.stop_when",
     "parallel",
     "batch",
     "model.transformer_engine",
@@ -65,13 +66,15 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
         saved: `asdict` of the configuration that the checkpoint was saved under.
         is_mid_step: the checkpoint stands between the updates of a step; nothing that decides numbers may change then.
     """
-    before, now = dict(_flat(saved)), dict(_flat(asdict(config)))
+    before, now = _settled(saved), _settled(asdict(config))
+    defaults = dict(_flat(asdict(Config())))
     refused, shown, same_numbers = [], [], True
     for key in sorted(before.keys() | now.keys()):
         if key in before and key in now and before[key] == now[key]:
             continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
-        decides = _decides_numbers(key)
+        is_new = key not in before and key in now and now[key] == defaults.get(key)  # and changes nothing
+        decides = _decides_numbers(key) and not is_new
         same_numbers &= not decides
         if reason := _reason_to_refuse(key):
             refused.append(f"{difference}: {reason}.")
@@ -86,8 +89,19 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
 
 def numbers_fingerprint(config: Config) -> str:
     """The same for two configurations that come to the same rollouts and weights, up to rounding."""
-    decisive = {key: value for key, value in _flat(asdict(config)) if _decides_numbers(key)}
+    decisive = {key: value for key, value in _settled(asdict(config)).items() if _decides_numbers(key)}
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _settled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key.
+
+    Where the end of a falling learning rate is left to train.num_steps, it is written in its place: it decides numbers.
+    """
+    flat = dict(_flat(values))
+    if flat.get("optimizer.schedule", "constant") != "constant" and flat["optimizer.num_decay_steps"] is None:
+        flat["optimizer.num_decay_steps"] = flat["train.num_steps"]
+    return flat
 
 
 def _decides_numbers(key: str) -> bool:

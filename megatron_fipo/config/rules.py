@@ -58,6 +58,7 @@ _CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
         "old_log_probs": ("actor", "rollout"),
         "rollout_correction": ("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked"),
     },
+    OptimizerSection: {"schedule": ("constant", "linear", "cosine")},
     MetricsSection: {"wandb": ("off", "online", "offline")},
 }
 
@@ -155,6 +156,8 @@ _RULES: dict[type, dict[str, _Rule]] = {
     OptimizerSection: {
         "learning_rate": _AT_LEAST_0,
         "num_warmup_steps": _AT_LEAST_0,
+        "min_learning_rate": _AT_LEAST_0,
+        "num_decay_steps": _AT_LEAST_1,
         "weight_decay": _AT_LEAST_0,
         "adam_beta1": _DECAY,
         "adam_beta2": _DECAY,

@@ -289,18 +289,27 @@ class TrainSection:
     """Minibatches that a step's groups are cut into, by prompt; each is one update."""
     num_epochs: int = 1
     """Times that each step's minibatches are gone through."""
+    stop_when: str = ""
+    """End the run before num_steps once a metric of a step or an evaluation is beyond a bound, such as
+    evaluation/held_out/avg@32 >= 0.9 or policy/entropy/mean <= 0.05; empty: never."""
     resume: bool = True
     """Go on from the newest checkpoint in the run's folder where there is one."""
 
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW with a linear warm-up, then constant."""
+    """AdamW with a linear warm-up, then constant or falling."""
 
     learning_rate: float = 1e-6
     """Learning rate after the warm-up."""
     num_warmup_steps: int = 10
     """Steps (not updates) over which the rate rises linearly from 0."""
+    schedule: str = "constant"
+    """After the warm-up: constant, or down to min_learning_rate in a straight line (linear) or half a wave (cosine)."""
+    min_learning_rate: float = 0.0
+    """Where a linear or cosine schedule arrives one step after its end, and then stays."""
+    num_decay_steps: Optional[int] = None
+    """Steps, warm-up included, at whose end a linear or cosine schedule has arrived; null takes train.num_steps."""
     weight_decay: float = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
     adam_beta1: float = 0.9
@@ -385,6 +394,9 @@ class CheckpointSection:
     """Checkpoints kept; older ones are deleted."""
     keep_every_num_steps: int = 0
     """Checkpoints after every so many steps are never deleted; 0 deletes all beyond keep_last."""
+    keep_best: str = ""
+    """Score of the evaluations, such as evaluation/held_out/avg@32: the model of the best one so far is kept in best/,
+    in Hugging Face format; empty keeps none."""
     asynchronous: bool = False
     """Write the periodic checkpoints in a process beside each rank's while training goes on."""
     export_huggingface: bool = True

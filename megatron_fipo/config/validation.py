@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_fipo.config.errors import ConfigError, choice_problem
+from megatron_fipo.config.milestones import milestone_problems
 from megatron_fipo.config.rules import value_problems
 from megatron_fipo.config.schema import (
     ALGORITHMS,
@@ -49,6 +50,7 @@ def validate(config: Config, world_size: int | None = None, *, is_for_training: 
         problems += _server_problems(config)
         problems += _precision_problems(config)
         problems += _layout_problems(config, world_size)
+        problems += milestone_problems(config)
     if problems:
         raise ConfigError.of(problems)
 

@@ -59,26 +59,34 @@ class ChainProblem:
 
 @dataclass(frozen=True)
 class ChainArithmetic:
-    """The task at one length.
+    """The task at one length, or at several.
 
     Attributes:
-        num_terms: operands in a problem, at least 2.
+        num_terms: operands in a problem, at least 2; with min_terms, in the longest one.
+        min_terms: operands in the shortest problem, at least 2; each length from there on is equally likely. None: all
+            problems have num_terms.
 
     Raises:
-        ValueError: for fewer than 2 terms.
+        ValueError: for fewer than 2 terms, or a shortest problem longer than the longest.
     """
 
     num_terms: int = 7
+    min_terms: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_terms < 2:
             raise ValueError(f"chain_arithmetic needs num_terms of at least 2, got {self.num_terms}")
+        if self.min_terms is not None and not 2 <= self.min_terms <= self.num_terms:
+            raise ValueError(
+                f"chain_arithmetic needs min_terms from 2 to num_terms={self.num_terms}, got {self.min_terms}"
+            )
 
     def draw(self, rng: Random) -> ChainProblem:
-        """Draw uniformly from the problems whose running values all lie in 0 … 99, held out or not."""
+        """Draw a length, then uniformly from its problems whose running values all lie in 0 … 99, held out or not."""
+        num_terms = self.num_terms if self.min_terms is None else rng.randint(self.min_terms, self.num_terms)
         while True:
-            operands = tuple(rng.randint(1, 9) for _ in range(self.num_terms))
-            operators = "".join(rng.choice("+-") for _ in range(self.num_terms - 1))
+            operands = tuple(rng.randint(1, 9) for _ in range(num_terms))
+            operators = "".join(rng.choice("+-") for _ in range(num_terms - 1))
             problem = ChainProblem(operands, operators)
             if all(0 <= value <= MAX_VALUE for value in problem.running_values()):
                 return problem

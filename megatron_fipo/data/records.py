@@ -248,7 +248,7 @@ def _chain_arithmetic(params: Mapping[str, Any], seed: int) -> RecordGenerator:
     try:
         task = ChainArithmetic(**params)
     except TypeError as error:
-        raise ValueError(f"chain_arithmetic has the parameter num_terms; got {dict(params)}") from error
+        raise ValueError(f"chain_arithmetic has the parameters num_terms and min_terms; got {dict(params)}") from error
 
     def generate(index: int, attempt: int) -> Record:
         problem = task.draw(Random(f"chain_arithmetic/{seed}/{index}/{attempt}"))

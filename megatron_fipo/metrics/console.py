@@ -214,14 +214,19 @@ class Console:
         for item in items:
             self._rich.print(_sample(item, max_lines))
 
-    def closing(self, places: Mapping[str, str], chat_command: str | None = None) -> None:
-        """Say where things lie, {"metrics": "outputs/…/metrics.jsonl"}, and how to talk to the model."""
+    def closing(
+        self, places: Mapping[str, str], chat_command: str | None = None, prompts_to_try: Sequence[str] = ()
+    ) -> None:
+        """Say where things lie, {"metrics": "outputs/…/metrics.jsonl"}, and how to talk to the model, about what."""
         self._rich.print()
         self._rich.print(Rule(Text("Done", style="bold green"), align="left", style="green"))
         width = max((len(label) for label in places), default=0)
         lines = [Text.assemble((f"  {label:<{width}}  ", "dim"), _printable(place)) for label, place in places.items()]
         if chat_command is not None:
             lines += [Text(), Text("  Talk to it:", style="dim"), Text(f"  {chat_command}", style="bold cyan")]
+            if prompts_to_try:
+                shown = "   ".join(map(_printable, prompts_to_try))
+                lines.append(Text.assemble(("  Try: ", "dim"), (shown, "bold")))
         for line in lines:  # never wrapped: a path or a command is there to be copied
             self._rich.print(line, soft_wrap=True)
 
@@ -269,6 +274,11 @@ class Console:
     def info(self, text: str) -> None:
         """One line of what goes on, such as a checkpoint that was written."""
         self._rich.print(Text.assemble(("  · ", "cyan"), _printable(text)))
+
+    def command(self, introduction: str, command: str) -> None:
+        """A command to type, on a line of its own that is never wrapped: it is there to be copied."""
+        self.info(introduction)
+        self._rich.print(Text(f"    {_printable(command)}", style="bold cyan"), soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """Something that the user should know, in full sentences."""

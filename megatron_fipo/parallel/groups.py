@@ -69,7 +69,7 @@ def initialize(parallel: ParallelSection, seed: int) -> ParallelGroups:
         raise ValueError(
             f"{dist.get_world_size()} processes cannot be split into layouts of parallel.tp={parallel.tp} x "
             f"parallel.pp={parallel.pp} x parallel.cp={parallel.cp} = {model_size}. Start a multiple of {model_size} "
-            "processes (torchrun --nproc-per-node), or lower a size."
+            "processes (--nproc), or lower a size."
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

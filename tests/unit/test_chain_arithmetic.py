@@ -94,6 +94,24 @@ def test_one_term_is_refused() -> None:
         ChainArithmetic(num_terms=1)
 
 
+def test_every_length_comes_up_and_one_length_draws_what_it_drew_before() -> None:
+    task = ChainArithmetic(num_terms=7, min_terms=2)
+    rng = Random(0)
+    lengths = [len(task.draw(rng).operands) for _ in range(1200)]
+    # Five standard deviations of a share of 1/6 in 1200 are 0.054.
+    assert all(abs(lengths.count(length) / 1200 - 1 / 6) < 0.054 for length in range(2, 8))
+    assert set(lengths) == set(range(2, 8))
+    fixed, ranged = ChainArithmetic(num_terms=4), ChainArithmetic(num_terms=4, min_terms=4)
+    assert fixed.draw(Random(5)).prompt == "4-1+4-7=", "the numbers of runs with one length stay"
+    assert len(ranged.draw(Random(5)).operands) == 4
+
+
+@pytest.mark.parametrize("min_terms", [1, 8])
+def test_a_shortest_problem_out_of_range_is_refused(min_terms: int) -> None:
+    with pytest.raises(ValueError, match=f"min_terms from 2 to num_terms=7, got {min_terms}"):
+        ChainArithmetic(num_terms=7, min_terms=min_terms)
+
+
 def test_warm_start_never_sees_the_held_out_share() -> None:
     task = ChainArithmetic(num_terms=2)
     rng = Random(0)

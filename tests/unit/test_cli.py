@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import megatron_fipo
 from megatron_fipo import chat, cli
 from megatron_fipo.config import load_config
 from megatron_fipo.rl.types import Sample
@@ -74,21 +75,59 @@ def test_validate_prints_what_load_config_reads_back(config: Path, capsys: pytes
 
 
 def test_validate_refuses_what_cannot_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["validate", str(config), "parallel.cp=2", "--world-size", "3"]) == 1
+    assert cli.main(["validate", str(config), "parallel.cp=2", "--world-size", "3"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("megatron-fipo validate: ")
-    assert cli.main(["validate", str(config), "train.num_step=5"]) == 1
+    assert cli.main(["validate", str(config), "train.num_step=5"]) == 2
     assert "train.num_steps" in capsys.readouterr().err
-    assert cli.main(["validate", str(config), "parallel.tp=3"]) == 1
+    assert cli.main(["validate", str(config), "parallel.tp=3"]) == 2
     assert "num_attention_heads=4" in capsys.readouterr().err
 
 
-def test_validate_without_the_model_says_what_it_did_not_check(
-    config: Path, capsys: pytest.CaptureFixture[str]
+def test_validate_says_that_a_configuration_is_valid(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", str(config)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"{config} is valid"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=/not/here"], "model.path=/not/here is no folder here"),
+        (
+            ["data.train.mine={kind: jsonl, path: /not/here.jsonl, verifier: math}"],
+            "data.train.mine.path=/not/here.jsonl does not exist",
+        ),
+    ],
+)
+def test_validate_looks_for_files(
+    config: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    assert cli.main(["validate", str(config), "model.path=/not/here"]) == 0
-    assert "warning: model.path=/not/here is no folder here" in capsys.readouterr().err
+    assert cli.main(["validate", str(config), *overrides]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err
+    assert "--files-elsewhere" in said.err
+    assert cli.main(["validate", str(config), *overrides, "--files-elsewhere"]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {message}" in said.err
+    assert said.err.endswith("is valid, as far as that can be told here\n")
+
+
+def test_version_and_the_list_of_conversions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"megatron-fipo {megatron_fipo.__version__}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    for name, what in {
+        "hf-to-megatron": "Write a Hugging Face folder as a Megatron checkpoint",
+        "megatron-to-hf": "Write a Megatron checkpoint (torch_dist) as a Hugging Face folder",
+        "verify": "Check a Hugging Face folder",
+    }.items():
+        assert f"{name} {what}" in listed
 
 
 @pytest.mark.parametrize("extra", [["--no-such-option"], ["no", "--prompt"]])
@@ -128,7 +167,7 @@ def test_evaluate_writes_problems_and_metrics(config: Path, model: Path, capsys:
 def test_evaluate_without_evaluation_data(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = config.read_text()
     config.write_text("\n".join(line for line in text.splitlines() if not line.startswith("  evaluation:")))
-    assert cli.main(["evaluate", str(config)]) == 1
+    assert cli.main(["evaluate", str(config)]) == 2
     assert "data.evaluation is empty" in capsys.readouterr().err
 
 
@@ -156,7 +195,7 @@ def test_chat_ends_with_its_input_and_survives_what_the_tokenizer_does_not_know(
 
 
 def test_chat_refuses_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["chat", str(tmp_path / "nothing")]) == 1
+    assert cli.main(["chat", str(tmp_path / "nothing")]) == 2
     assert "config.json cannot be read" in capsys.readouterr().err
 
 

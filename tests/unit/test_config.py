@@ -156,7 +156,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         ("train.learning_rate=1", "train.learning_rate", "Did you mean optimizer.learning_rate?"),
         ("model.log_prob_chunk_tokens=512", "model.log_prob_chunk_tokens", "Did you mean model.log_prob_chunk_mib?"),
         ("temperatur=1", "temperatur", "Did you mean rollout.temperature or evaluation.temperature?"),
-        ("train.xyzzy=1", "train.xyzzy", "Known here: num_steps, num_minibatches, num_epochs, resume."),
+        ("train.xyzzy=1", "train.xyzzy", "Known here: num_steps, num_minibatches, num_epochs, stop_when, resume."),
     ],
 )
 def test_an_unknown_key_names_itself_its_place_and_the_nearest(sound: Path, override: str, key: str, hint: str) -> None:
@@ -289,6 +289,12 @@ REFUSED = {
     "train.num_minibatches=3": "a minibatch holds whole groups. Set it to one of 1, 2, 4, 8.",
     "train.num_minibatches=16": "train.num_minibatches=16: must divide rollout.num_prompts=8",
     "optimizer.num_warmup_steps=-1": "optimizer.num_warmup_steps=-1: must be at least 0.",
+    "optimizer.schedule=step": "optimizer.schedule=step: must be one of constant, linear, cosine.",
+    "optimizer.num_decay_steps=5": "optimizer.num_decay_steps=5: optimizer.schedule=constant never falls.",
+    "optimizer.min_learning_rate=-1": "optimizer.min_learning_rate=-1.0: must be at least 0.",
+    "train.stop_when=avg@4 > 0.9": "train.stop_when=avg@4 > 0.9: must be a metric, >= or <=, and a number",
+    "train.stop_when=evaluation/held/avg@4 >= 0.9": "Did you mean evaluation/held_out/avg@",
+    "checkpoint.keep_best=evaluation/held_out/avg@5": "scores of this run's evaluations are evaluation/held_out/avg@",
     "optimizer.adam_beta2=1": "optimizer.adam_beta2=1.0: must be at least 0 and below 1.",
     "parallel.sequence_parallel=true": "parallel.sequence_parallel=true: needs parallel.tp above 1.",
     "model.fp8=delayed": "model.fp8=delayed: must be one of none, tensorwise, blockwise, mxfp8.",

@@ -177,6 +177,16 @@ def test_a_long_command_can_be_copied() -> None:
     assert f"  {command}" in out.getvalue().splitlines()
 
 
+def test_the_closing_proposes_prompts_that_cannot_touch_the_terminal() -> None:
+    console, out = printed()
+    console.closing({"metrics": "x"}, "megatron-fipo chat m", ["3+9-5=", "1+\x1b[31m2="])
+    last = out.getvalue().rstrip().splitlines()[-1]
+    assert last == "  Try: 3+9-5=   1+\\x1b[31m2="
+    console, out = printed()
+    console.closing({"metrics": "x"}, "megatron-fipo chat m")
+    assert "Try:" not in out.getvalue()
+
+
 def test_an_ascii_log_does_not_end_the_run() -> None:
     raw = io.BytesIO()
     console = Console(Config(), file=io.TextIOWrapper(raw, encoding="ascii", write_through=True))

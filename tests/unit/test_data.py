@@ -290,7 +290,7 @@ def test_dropped_characters_are_noticed_where_the_tokenizer_has_no_unknown_token
 
 
 def test_procedural_errors(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"chain_arithmetic has the parameter num_terms; got {'terms': 3}"):
+    with pytest.raises(ValueError, match=r"has the parameters num_terms and min_terms; got {'terms': 3}"):
         stream(tokenizer, mine=replace(CHAIN, params={"terms": 3}))
     with pytest.raises(ValueError, match=r"evaluation source 'e' is endless \(chain_arithmetic\); set its num_prompts"):
         evaluation_prompts("e", CHAIN, tokenizer, seed=0, max_prompt_tokens=64)

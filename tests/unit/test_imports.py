@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify", "quiet"},
     "preflight": {"config", "convert", "data", "preflight"},
     "launch": {"config", "preflight", "launch"},
+    "event_loop": set(),
     "interrupt": set(),
     "quiet": set(),
     "cuda_start": set(),

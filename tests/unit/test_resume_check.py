@@ -50,6 +50,25 @@ def test_what_decides_the_numbers_is_shown_between_steps_and_refused_within_one(
     assert "saved between the updates of a step" in line
 
 
+def test_the_number_of_steps_decides_the_numbers_where_the_learning_rate_falls_towards_it() -> None:
+    falling = ("optimizer.schedule=cosine",)
+    before, now = config(*falling), config(*falling, "train.num_steps=99")
+    assert numbers_fingerprint(before) != numbers_fingerprint(now)
+    assert not check_resume(asdict(before), now, is_mid_step=False).same_numbers
+    fixed = (*falling, "optimizer.num_decay_steps=20")
+    assert numbers_fingerprint(config(*fixed)) == numbers_fingerprint(config(*fixed, "train.num_steps=99"))
+
+
+def test_keys_that_an_earlier_version_did_not_know_change_nothing_at_their_defaults() -> None:
+    saved = asdict(config())
+    for key in ("schedule", "min_learning_rate", "num_decay_steps"):
+        del saved["optimizer"][key]
+    check = check_resume(saved, config(), is_mid_step=True)
+    assert (check.refused, check.same_numbers) == ((), True)
+    assert 'optimizer.schedule: (not there) -> "constant"' in check.shown
+    assert check_resume(saved, config("optimizer.schedule=linear"), is_mid_step=True).refused
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [

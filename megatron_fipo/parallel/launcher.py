@@ -1,0 +1,198 @@
+"""Starts a run's processes on this machine: what `megatron-fipo train --nproc N` does.
+
+torchrun's own process contexts start and watch the ranks, under the same environment variables. Beyond torchrun: the
+rendezvous listens on the loopback interface only, one sentence ends a run that failed (the failing rank's, no traceback
+of the launcher), the failing rank's exit code is kept, and after Ctrl-C or SIGTERM a run has all the time it needs to
+save. A second signal ends it at once. Several machines are torchrun's, or `megatron-fipo submit`'s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+COMMAND = "MEGATRON_FIPO_COMMAND"
+"""Environment variable of the ranks: the command line that started them, to be told to whoever wants to go on."""
+
+LAUNCHER = "MEGATRON_FIPO_LAUNCHER"
+"""Environment variable of the ranks: process id of the launcher, with which they leave."""
+
+EXIT_KILLED = 128
+"""Exit code of a run of which a rank was killed by signal n, less n, as shells have it."""
+
+_PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TAKEN_BY_TORCH = (*_SIGNALS, signal.SIGQUIT)
+_POLL_S = 0.1
+
+
+def launch(num_processes: int, arguments: Sequence[str], command: Sequence[str]) -> int:
+    """Run `python -m megatron_fipo.train` with these arguments in so many processes, to their end.
+
+    Args:
+        num_processes: ranks; each becomes one process, on a GPU of its own where there are GPUs.
+        arguments: configuration file and overrides.
+        command: the command line as it was typed, which a message may give back.
+
+    Returns:
+        0, or the exit code of the rank that failed first; of a rank that a signal killed, 128 and the signal's number.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError(
+            f"--nproc={num_processes} starts processes, but this is one that torchrun started (WORLD_SIZE="
+            f"{os.environ['WORLD_SIZE']}). Use one of the two: megatron-fipo train without torchrun, or "
+            "torchrun … -m megatron_fipo.train."
+        )
+    # torch says in lines of its own which process failed; here the failing rank's sentence is the last one.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The launcher owns the rendezvous, so that no port is chosen before it is bound; the store outlives every rank.
+    store = _store(num_processes)
+    with tempfile.TemporaryDirectory(prefix="megatron-fipo-launch-") as logs, _Signals() as signals:
+        context = start_processes(
+            name="megatron-fipo",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(num_processes), ("-m", "megatron_fipo.train", *arguments)),
+            envs={rank: _environment(rank, num_processes, store.port, command) for rank in range(num_processes)},
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        assert isinstance(context, SubprocessContext)
+        signals.pass_on_to(context)
+        try:
+            return _wait(context)
+        finally:
+            context.close(signal.SIGKILL)
+
+
+def _store(num_processes: int) -> TCPStore:
+    """The rendezvous, on a free port of the loopback interface."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(max(128, num_processes))
+        port = listener.getsockname()[1]
+        # The store takes the descriptor over.
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _wait(context: SubprocessContext) -> int:
+    """Wait for the ranks to end; the exit code of the one that began the end."""
+    ended: dict[int, int] = {}
+    result = None
+    while result is None:
+        time.sleep(_POLL_S)
+        # Before torch looks: once it sees a failure, it ends the others, and their exit codes say nothing.
+        codes = {rank: handler.proc.poll() for rank, handler in context.subprocess_handlers.items()}
+        ended = {rank: code for rank, code in codes.items() if code}
+        result = context.wait(timeout=0)
+    if not result.is_failed():
+        return 0
+    ended = ended or {rank: failure.exitcode for rank, failure in result.failures.items()}
+    killed = [rank for rank, code in ended.items() if code < 0]
+    if not killed:
+        return min(ended.values())
+    rank, number = killed[0], signal.Signals(-ended[killed[0]])
+    _say(
+        f"error: rank {rank} (process {context.pids()[rank]}) was ended by {number.name}{_REASONS.get(number, '')}. "
+        "The same command goes on from the newest checkpoint."
+    )
+    return EXIT_KILLED + number
+
+
+_REASONS = {
+    signal.SIGKILL: ", which the kernel sends when memory runs out (`dmesg` says so), and whoever types kill -9",
+    signal.SIGSEGV: ", a fault in native code",
+    signal.SIGBUS: ", often a full /dev/shm or a file cut short while it was read",
+}
+
+
+def _environment(rank: int, num_processes: int, port: int, command: Sequence[str]) -> dict[str, str]:
+    """What torchrun would set on one machine, and who the launcher is."""
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        COMMAND: shlex.join(command),
+        LAUNCHER: str(os.getpid()),
+    }
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would start as many threads as there are cores, and they would wait for one another.
+        environment["OMP_NUM_THREADS"] = "1"
+    return environment
+
+
+class _Signals:
+    """Passes the first signal on to the ranks, which save and leave, and ends them at the second."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._context: SubprocessContext | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def pass_on_to(self, context: SubprocessContext) -> None:
+        """Name who gets the signals; one that came earlier is passed on now."""
+        self._context = context
+        self._install()  # torch has put its own in their place
+        if self.received:
+            self._send(signal.SIGTERM)
+
+    def __enter__(self) -> _Signals:
+        self._previous = {number: signal.getsignal(number) for number in _TAKEN_BY_TORCH}
+        self._install()
+        return self
+
+    def _install(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received += 1
+        if self.received == 1:
+            _say("stopping: the update in hand is finished and saved; once more ends the run at once, unsaved")
+        self._send(signal.SIGTERM if self.received == 1 else signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._context is None:
+            return
+        for pid in self._context.pids().values():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it has left already
+
+
+def leave_with_the_launcher() -> None:
+    """In a rank: be told by SIGTERM, which saves and leaves, when the launcher dies; nothing under torchrun."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG failed")
+    if os.getppid() != int(launcher):  # it was gone before the call
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
