@@ -18,6 +18,7 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import InProcessEngine
+from megatron_fipo.text_hygiene import clean_text
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class ChatOptions:
 
 
 class TextPrinter:
-    """Writes tokens as text as they come, holding back characters whose bytes are not complete yet."""
+    """Writes tokens as text as they come, holding back characters whose bytes are not complete yet.
+
+    What a model writes is text for the reader and no order to the terminal: control codes appear as what they are.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
         self._tokenizer = tokenizer
@@ -60,7 +64,7 @@ class TextPrinter:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _show(self, text: str) -> None:
-        self._out.write(text[self._shown :])
+        self._out.write(clean_text(text[self._shown :]))
         self._out.flush()
         self._shown = len(text)
         if text.endswith("\n"):  # decode whole lines only, or a long answer would take quadratic time

@@ -132,6 +132,8 @@ class ServersSection:
 
     urls: List[str] = field(default_factory=list)
     """Running servers to attach to (http://host:port), dealt out to the nodes; empty starts servers."""
+    api_key_env: Optional[str] = None
+    """Name of the environment variable that holds the key of the servers in urls; the key itself stands nowhere."""
     python: Optional[str] = None
     """Interpreter that has the engine installed; null takes the trainer's."""
     num_per_node: int = 1

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_fipo.config.errors import ConfigError, choice_problem
 from megatron_fipo.config.milestones import milestone_problems
@@ -198,8 +199,37 @@ def _server_problems(config: Config) -> Iterator[str]:
     if servers.device == "cuda" and servers.placement == "dedicated" and not (servers.gpus or servers.urls):
         yield "servers.gpus is empty: placement=dedicated needs GPUs of its own. Name them, or set placement=colocated."
     yield from server_device_problems(config, servers.device)
+    yield from _server_key_problems(config)
     if config.rollout.engine == "vllm":
         yield from _vllm_problems(config)
+
+
+def _server_key_problems(config: Config) -> Iterator[str]:
+    """Who may speak to servers. No value is repeated here: what stands in the wrong place may be the key."""
+    servers = config.servers
+    if servers.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", servers.api_key_env):
+        yield (
+            "servers.api_key_env: is not the name of an environment variable in capitals (its value is not shown). "
+            "Name the one that holds the servers' key; the key itself must not stand in a configuration."
+        )
+    if servers.api_key_env is not None and not servers.urls:
+        yield (
+            "servers.api_key_env: is for the servers in servers.urls, and that is empty; those that a run starts get a "
+            "random key. Remove it."
+        )
+    if servers.urls and servers.api_key_env is None and config.rollout.engine == "vllm":
+        yield (
+            "servers.api_key_env=null: the worker extension of a vLLM server takes orders from whoever has its key. "
+            "Start the servers with MEGATRON_FIPO_SERVER_KEY in their environment, and name here the variable of the "
+            "trainer's environment that holds the same text."
+        )
+    own_keys = {"--api-key", "--admin-api-key"}
+    if named := sorted(own_keys & {argument.partition("=")[0] for argument in servers.extra_args}):
+        yield (
+            f"servers.extra_args: {', '.join(named)} would replace the random key that the run gives its servers, and "
+            "everybody on the host reads command lines. Remove it; for servers with a key of yours, start them "
+            "yourself, and set servers.urls and servers.api_key_env."
+        )
 
 
 def server_device_problems(config: Config, device: str) -> Iterator[str]:
@@ -330,6 +360,25 @@ def _correction_warnings(config: Config) -> Iterator[str]:
         )
 
 
+def _server_warnings(config: Config) -> Iterator[str]:
+    servers = config.servers
+    if config.rollout.engine == "in_process" or not servers.urls:
+        return
+    if servers.api_key_env is None:
+        yield (
+            "servers.api_key_env=null: whoever reaches the servers of servers.urls can change their weights, and run "
+            "code in them: SGLang unpickles what is posted to it. Start them with a key, and name its variable."
+        )
+        return
+    away = [url for url in servers.urls if urlsplit(url).hostname not in ("127.0.0.1", "localhost")]
+    if away:
+        yield (
+            f"servers.api_key_env={servers.api_key_env}: the key goes to {', '.join(away)} as plain text (http), for "
+            "whoever can read the network between. Keep it to a network that you trust, or go through a tunnel "
+            "(ssh -L) to a port of 127.0.0.1."
+        )
+
+
 def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) -> list[str]:
     """What runs but hardly means what it says; for the console, in full sentences."""
     objective, rollout, evaluation = config.objective, config.rollout, config.evaluation
@@ -349,6 +398,7 @@ def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) 
             f"rollout.top_p={rollout.top_p} samples from a truncated distribution, but log-probs are taken over the "
             "whole one: updates are biased. Training usually samples at top_p=1."
         )
+    found += _server_warnings(config)
     if config.optimizer.num_warmup_steps > config.train.num_steps:  # the last step of the warm-up has the full rate
         found.append(
             f"optimizer.num_warmup_steps={config.optimizer.num_warmup_steps} goes beyond the {config.train.num_steps} "

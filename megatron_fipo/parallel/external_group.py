@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,9 +34,18 @@ class ExternalGroup:
     ) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._host, self._name, self._backend, self._world_size = host, name, backend, world_size
-        # The daemon is bound first, so that the others learn a port that is taken already, by us.
-        self._daemon = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
-        self.port: int = self._daemon.port
+        # Bound first, so that the others learn a port that is taken already, by us; and here, since a store left to
+        # itself listens on all of a host's addresses, and asks nobody who he is.
+        listener = _listen(host)
+        self.port: int = listener.getsockname()[1]
+        self._daemon = TCPStore(
+            host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._timeout,
+            master_listen_fd=listener.detach(),
+        )
         self._group: dist.ProcessGroup | None = None
         self._is_being_connected = False
 
@@ -115,3 +125,19 @@ class ExternalGroup:
         if isinstance(outcome, RuntimeError):
             raise outcome
         return outcome
+
+
+def _listen(host: str) -> socket.socket:
+    """A socket that listens at one address of this host.
+
+    Raises:
+        OSError: if it is none.
+    """
+    try:
+        return socket.create_server((host, 0))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"this process would meet the servers at {host}, the address of its host's name, and cannot listen there "
+            f"({error.strerror}). Mend the name's address (/etc/hosts), or set servers.weight_sync=disk.",
+        ) from error

@@ -34,8 +34,11 @@ def join_completion(
     spans = [span for span in version_spans if span[2] > span[1]]
     covered = [span[1] for span in spans] + [len(token_ids)] == [0] + [span[2] for span in spans]
     same_tokens = [token_id for token_id, _ in scored] == list(token_ids)
-    if same_tokens and covered and finish_reason in ("stop", "length", "abort"):
-        log_probs = [log_prob for _, log_prob in scored]
+    log_probs = [log_prob for _, log_prob in scored]
+    are_numbers = all(type(token) is int for token in token_ids) and all(
+        type(each) in (int, float) for each in log_probs
+    )
+    if same_tokens and covered and are_numbers and finish_reason in ("stop", "length", "abort"):
         return Completion(token_ids, log_probs, finish_reason, spans, num_cached_tokens)
     raise ServerRefusedError(
         f"{url} gave {len(token_ids)} tokens, {len(scored)} log-probs, finish_reason {finish_reason!r} and weight "

@@ -46,6 +46,8 @@ class LaunchSpec:
             that do so anyway ignore it.
         seed: of what the engine draws itself.
         extra_args: the user's, appended to the command line.
+        key: shown with every request; the server answers nobody else. Random for what a run starts, its owner's for a
+            server attached to, "" where that asks for none. No text about the specification holds it.
     """
 
     python: str
@@ -66,6 +68,7 @@ class LaunchSpec:
     reproducible: bool = False
     seed: int = 0
     extra_args: tuple[str, ...] = ()
+    key: str = field(default="", repr=False)
 
 
 NOT_THE_TRAINERS: Mapping[str, str | None] = {
@@ -82,7 +85,7 @@ class LaunchPlan:
     """How to start a process: its command line and what changes in the environment (None removes a variable)."""
 
     command: tuple[str, ...]
-    environment: Mapping[str, str | None] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict, repr=False)  # a key is in it
 
 
 @dataclass(frozen=True)

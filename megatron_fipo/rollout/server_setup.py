@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -176,7 +178,8 @@ def _snapshots(config: Config, folder: Path, owners: Sequence[int], rank: int) -
     announcements = Announcements("snapshot of the weights") if len(owners) > 1 else None
     if rank == owners[0]:
         place = Path(config.servers.snapshot_dir or folder) / "snapshots"
-        return SnapshotWriter(place.resolve(), config.model.path, announcements)
+        # Servers that are started here run as this user; those of others may run as somebody else.
+        return SnapshotWriter(place.resolve(), config.model.path, announcements, private=not config.servers.urls)
     assert announcements is not None, "there is another owner"
     return SnapshotFollower(announcements, config.parallel.timeout_s)
 
@@ -226,6 +229,7 @@ def _launch_specs(config: Config, device: Literal["cpu", "cuda"], urls: Sequence
     needs_gpus = device == "cuda" and (section.gpus or not urls)
     gpus = _gpus(config, num_servers * section.tp) if needs_gpus else []
     cores = _cores(num_servers * section.tp)
+    key = _key(config)
     max_total_tokens = section.max_total_tokens
     if max_total_tokens is None and device == "cpu":
         longest = _longest(config)
@@ -260,9 +264,31 @@ def _launch_specs(config: Config, device: Literal["cpu", "cuda"], urls: Sequence
                 reproducible=section.reproducible,
                 seed=config.run.seed,
                 extra_args=tuple(section.extra_args),
+                key=key,
             )
         )
     return specs
+
+
+def _key(config: Config) -> str:
+    """Of this rank's servers: random where the run starts them, else the one that their owner gave them.
+
+    Raises:
+        ValueError: if its variable is not set, or holds what no header can.
+    """
+    name = config.servers.api_key_env
+    if not config.servers.urls:
+        return secrets.token_urlsafe(32)
+    if name is None:
+        return ""
+    key = os.environ.get(name, "")
+    if not re.fullmatch(r"[!-~]+", key):
+        what = "holds something else than printable ASCII without spaces" if key else "is not set or empty"
+        raise ValueError(
+            f"servers.api_key_env={name}: that environment variable {what}, on host {socket.gethostname()}. It must "
+            "hold the key of the servers in servers.urls, for every rank with LOCAL_RANK 0."
+        )
+    return key
 
 
 def _gpus(config: Config, num_needed: int) -> list[str]:

@@ -19,7 +19,12 @@ import aiohttp
 
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.server_api import InferenceServer, LaunchPlan, LaunchSpec, ServerAdapter
-from megatron_fipo.rollout.server_http import ServerConnection, ServerError, ServerUnreachableError
+from megatron_fipo.rollout.server_http import (
+    ServerConnection,
+    ServerError,
+    ServerRefusedError,
+    ServerUnreachableError,
+)
 from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
 
 T = TypeVar("T")
@@ -145,7 +150,7 @@ class ServerPool:
         # The engine bounds what is in flight. A connection for each request: servers close idle ones after seconds, and
         # a request sent over one that is just being closed looks like a server that died.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=2**20)
+        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=2**20, auto_decompress=False)
         for index, spec in enumerate(self._specs):
             name = f"{self.adapter.name}-{index}"
             log = None if self._log_folder is None else self._log_folder / f"{name}.log"
@@ -320,9 +325,10 @@ class ServerPool:
 
     # --- bringing up ------------------------------------------------------------------------------------------------
 
-    def _connect(self, spec: LaunchSpec) -> InferenceServer:
+    def _connect(self, spec: LaunchSpec, *, shows_key: bool = True) -> InferenceServer:
         assert self._session is not None, "start() opens it"
-        return self.adapter.connect(ServerConnection(self._session, f"http://{spec.host}:{spec.port}"), spec)
+        url = f"http://{spec.host}:{spec.port}"
+        return self.adapter.connect(ServerConnection(self._session, url, key=spec.key if shows_key else ""), spec)
 
     async def _bring_up(self, server: Server, spec: LaunchSpec) -> None:
         """Launch with a spec (or attach) and wait until it can take weights and requests."""
@@ -343,7 +349,25 @@ class ServerPool:
                 f"{server.name} reports weight version {info.weight_version!r} and was started with "
                 f"{spec.weight_version!r}: another server answers at {server.client.url}"
             )
+        await self._expect_guarded(server, spec)
         await self._set(server, State.READY, "")
+
+    async def _expect_guarded(self, server: Server, spec: LaunchSpec) -> None:
+        """A server that was started here answers nobody without its key.
+
+        Raises:
+            ServerError: if it does: another version of the engine, or servers.extra_args, may lead past the guard.
+        """
+        try:
+            await self._connect(spec, shows_key=False).health(_PROBE_TIMEOUT_S)
+        except ServerRefusedError as error:
+            if error.status == 401:
+                return
+            raise
+        raise ServerError(
+            f"{server.name} answers requests without the run's key, so that everybody on this host could change its "
+            "weights or run code in it. Take the version of tools/engines, and look through servers.extra_args."
+        )
 
     async def _attach(self, server: Server) -> None:
         # It need not generate yet: a run that was killed in an update has left it paused, the update open. The update
@@ -394,7 +418,8 @@ class ServerPool:
         port = free_port()
         plan = self._router_plan([server.client.url for server in self.servers], port)
         self._router_process = ServerProcess(plan, self._log_folder / "router.log")
-        self.router = ServerConnection(self._session, f"http://127.0.0.1:{port}", is_gateway=True)
+        key = self._specs[0].key  # the same for all servers of a pool
+        self.router = ServerConnection(self._session, f"http://127.0.0.1:{port}", is_gateway=True, key=key)
         deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
         while True:
             if self._router_process.exit_status is not None:

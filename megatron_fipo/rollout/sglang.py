@@ -28,14 +28,24 @@ from megatron_fipo.rollout.server_api import (
     ServerInfo,
     TensorSpec,
 )
-from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError, ServerUnreachableError
+from megatron_fipo.rollout.server_http import (
+    ANSWER_BYTES,
+    ServerConnection,
+    ServerRefusedError,
+    ServerUnreachableError,
+    reading,
+)
+from megatron_fipo.rollout.server_plugins.server_guard import KEY_VARIABLE
 from megatron_fipo.rollout.server_process import free_port
 from megatron_fipo.rollout.sglang_checksums import SglangLedger
 
 _CONTROL_TIMEOUT_S = 60.0
 """For routes that only change a state."""
 _LAST_WORDS = re.compile(r"^\s*(?:\[[^\]]*\]\s*)?(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*|.*\bout of memory\b.*", re.M)
-_CPU_LAUNCHER = str(Path(server_plugins.__file__).resolve().parent / "sglang_cpu_launcher.py")
+_PLUGINS = Path(server_plugins.__file__).resolve().parent
+_LAUNCHERS = {"cuda": str(_PLUGINS / "sglang_launcher.py"), "cpu": str(_PLUGINS / "sglang_cpu_launcher.py")}
+_TOKEN_BYTES = 512
+"""More than an answer takes for one token, its log-prob and what SGLang tells beside it."""
 _MEMORY_TAGS = {"weights": "weights", "cache": "kv_cache"}
 
 
@@ -73,22 +83,20 @@ class SglangAdapter:
                     "false, or take rollout.engine=vllm."
                 )
             arguments.append("--enable-deterministic-inference")
-        environment: dict[str, str | None] = {"PYTHONDONTWRITEBYTECODE": None}
+        environment: dict[str, str | None] = {"PYTHONDONTWRITEBYTECODE": None, KEY_VARIABLE: spec.key}
         if spec.device == "cpu":
-            launcher = [_CPU_LAUNCHER]
             arguments += ["--attention-backend", "torch_native"]
             cores = "|".join(",".join(map(str, rank)) for rank in spec.cpu_cores)
             threads = str(min(map(len, spec.cpu_cores)))
             environment |= {"SGLANG_CPU_OMP_THREADS_BIND": cores, "OMP_NUM_THREADS": threads}
         else:
-            launcher = ["-m", "sglang.launch_server"]
             environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NOT_THE_TRAINERS}
             if spec.releases_memory:
                 arguments.append("--enable-memory-saver")
             if spec.dtype == "bfloat16":
                 # Logits as the actor has them: float32 sums of bfloat16 products, not rounded to bfloat16 again.
                 arguments.append("--enable-fp32-lm-head")
-        return LaunchPlan((spec.python, *launcher, *arguments, *spec.extra_args), environment)
+        return LaunchPlan((spec.python, _LAUNCHERS[spec.device], *arguments, *spec.extra_args), environment)
 
     def connect(self, connection: ServerConnection, spec: LaunchSpec) -> SglangServer:
         """The client of one server."""
@@ -111,9 +119,9 @@ def router_plan(spec: LaunchSpec, urls: Sequence[str], port: int) -> LaunchPlan:
     """
     arguments = ["--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware"]
     # Who sends again, and who lives, is decided in one place, which is not the router.
-    arguments += ["--disable-retries", "--disable-circuit-breaker", "--prometheus-port", str(free_port())]
-    launcher = [_CPU_LAUNCHER, "router"] if spec.device == "cpu" else ["-m", "sglang_router.launch_router"]
-    return LaunchPlan((spec.python, *launcher, *arguments))
+    arguments += ["--disable-retries", "--disable-circuit-breaker"]
+    arguments += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    return LaunchPlan((spec.python, _LAUNCHERS[spec.device], "router", *arguments), {KEY_VARIABLE: spec.key})
 
 
 class SglangServer:
@@ -129,7 +137,8 @@ class SglangServer:
 
     async def info(self) -> ServerInfo:
         answer = await self._connection.get("/model_info", timeout_s=_CONTROL_TIMEOUT_S)
-        return ServerInfo(answer["model_path"], answer["weight_version"])
+        with reading(self.url):
+            return ServerInfo(str(answer["model_path"]), str(answer["weight_version"]))
 
     async def generate(
         self,
@@ -156,8 +165,10 @@ class SglangServer:
             "logprob_start_len": -1,
         }
         connection = connection or self._connection
-        answer = await connection.post("/generate", body, timeout_s=timeout_s)
-        completion = _completion(answer, connection.url)
+        longest = ANSWER_BYTES + parameters["max_new_tokens"] * _TOKEN_BYTES
+        answer = await connection.post("/generate", body, timeout_s=timeout_s, longest_answer=longest)
+        with reading(connection.url):
+            completion = _completion(answer, connection.url)
         if completion.finish_reason == "length" and len(completion.token_ids) < parameters["max_new_tokens"]:
             raise ServerRefusedError(
                 f"{self.url} ended sample {request.sample_id!r} after {len(completion.token_ids)} of "
@@ -179,9 +190,14 @@ class SglangServer:
             "return_logprob": True,
             "logprob_start_len": 0,  # positions from here on are never taken from the prefix cache
         }
-        answers = await self._connection.post("/generate", body, timeout_s=timeout_s)
-        scores = [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers]
-        for sequence, found in zip(sequences, scores, strict=True):
+        longest = ANSWER_BYTES + sum(map(len, sequences)) * _TOKEN_BYTES
+        answers = await self._connection.post("/generate", body, timeout_s=timeout_s, longest_answer=longest)
+        with reading(self.url):
+            scores = [
+                [float(entry[0]) for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers
+            ]
+            pairs = list(zip(sequences, scores, strict=True))
+        for sequence, found in pairs:
             if len(found) != len(sequence) - 1:
                 raise ServerRefusedError(
                     f"{self.url} scored {len(found)} of the {len(sequence) - 1} tokens of a canary sequence", 200
@@ -258,16 +274,17 @@ class SglangServer:
 
     async def checksums(self, timeout_s: float) -> dict[str, str]:
         answer = await self._connection.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
-        ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
-        if len(ranks) != self._spec.tp:
-            raise ServerRefusedError(
-                f"{self.url} gave checksums of {len(ranks)} tensor-parallel ranks; servers.tp={self._spec.tp}", 200
-            )
-        return {
-            SglangLedger.key(name, rank, len(ranks)): checksum
-            for rank, answer_of_rank in enumerate(ranks)
-            for name, checksum in answer_of_rank["checksums"].items()
-        }
+        with reading(self.url):
+            ranks = sorted(answer["ranks"], key=lambda rank: int(rank["parallelism_info"][0]["tp_rank"]))
+            if len(ranks) != self._spec.tp:
+                raise ServerRefusedError(
+                    f"{self.url} gave checksums of {len(ranks)} tensor-parallel ranks; servers.tp={self._spec.tp}", 200
+                )
+            return {
+                SglangLedger.key(name, rank, len(ranks)): str(checksum)
+                for rank, answer_of_rank in enumerate(ranks)
+                for name, checksum in answer_of_rank["checksums"].items()
+            }
 
     async def release_memory(self) -> None:
         await self._post("/release_memory_occupation", {"tags": list(_MEMORY_TAGS.values())})

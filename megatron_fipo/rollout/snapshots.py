@@ -61,10 +61,19 @@ class SnapshotWriter:
         folder: where snapshots lie, each in a folder of its own.
         base_folder: model folder whose configuration and tokenizer go along.
         announcements: where the other nodes' processes hear of each; None where there are none.
+        private: whether nobody but this user may look into the folder.
     """
 
-    def __init__(self, folder: Path, base_folder: str | Path, announcements: Announcements | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base_folder: str | Path,
+        announcements: Announcements | None = None,
+        *,
+        private: bool = True,
+    ) -> None:
         self._folder, self._base, self._announcements = folder, Path(base_folder), announcements
+        self._mode = 0o700 if private else 0o777
         self._partial = folder / "partial"
         self._files: dict[str, str] = {}
         self._num_bytes = 0
@@ -74,7 +83,8 @@ class SnapshotWriter:
         if self._announcements is not None:
             self._announcements.begin()
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        self._folder.mkdir(mode=self._mode, parents=True, exist_ok=True)
+        self._partial.mkdir()
         self._files, self._num_bytes = {}, 0
         for file in self._base.iterdir():
             if file.is_file() and file.suffix not in _NOT_CONFIGURATION and not file.name.endswith(".index.json"):

@@ -36,8 +36,16 @@ from megatron_fipo.rollout.server_api import (
     ServerInfo,
     TensorSpec,
 )
-from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError, ServerUnreachableError
+from megatron_fipo.rollout.server_http import (
+    ANSWER_BYTES,
+    ServerConnection,
+    ServerRefusedError,
+    ServerUnreachableError,
+    reading,
+)
+from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.sealed import seal
 from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.transport import pack, pack_handle
+from megatron_fipo.rollout.server_plugins.server_guard import KEY_VARIABLE
 from megatron_fipo.rollout.vllm_checksums import VllmLedger
 
 _CONTROL_TIMEOUT_S = 60.0
@@ -57,6 +65,8 @@ _LOWEST_LOG_PROB = -9999.0
 """What vLLM writes for minus infinity and for NaN."""
 _BLOCK_TOKENS = 128
 """vLLM's unit of the cache on the CPU; elsewhere it is smaller."""
+_TOKEN_BYTES = 1024
+"""More than an answer takes for one token, its log-prob and what vLLM tells beside it."""
 _MEMORY_TAGS = {"weights": "weights", "cache": "kv_cache"}
 _LAST_WORDS = re.compile(
     r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[[^]]*\] )?"  # what vLLM puts before a line of its log
@@ -91,11 +101,15 @@ class VllmAdapter:
             *("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log", "--skip-tokenizer-init"),
             *("--worker-extension-cls", "megatron_fipo_vllm.worker.WeightExtension"),
+            # vLLM's own key guards some routes only; this one asks for the run's before all of them.
+            *("--middleware", "server_guard.ServerGuard"),
         ]
         environment: dict[str, str | None] = {
             "PYTHONPATH": str(Path(server_plugins.__file__).resolve().parent),
             "PYTHONDONTWRITEBYTECODE": None,
             "VLLM_SERVER_DEV_MODE": "1",  # weight, pause and abort routes
+            KEY_VARIABLE: spec.key,
+            "VLLM_API_KEY": None,  # the user's, for another server
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # longer than clients keep connections: none breaks as it is used
             "HF_HUB_OFFLINE": "1",  # the model is a folder
@@ -155,8 +169,9 @@ class VllmServer:
     async def info(self) -> ServerInfo:
         models = await self._connection.get("/v1/models", timeout_s=_CONTROL_TIMEOUT_S)
         weights = await self._connection.get("/weight_info", timeout_s=_CONTROL_TIMEOUT_S)
-        model = models["data"][0]
-        return ServerInfo(model["root"], self._version(weights["weight_version"], model["id"]))
+        with reading(self.url):
+            model = models["data"][0]
+            return ServerInfo(str(model["root"]), self._version(weights["weight_version"], model["id"]))
 
     async def generate(
         self,
@@ -187,8 +202,9 @@ class VllmServer:
             "token_ids": [*request.prompt_ids, *request.prefix],
             "sampling_params": parameters,
         }
-        answer = await self._generate(connection or self._connection, body, timeout_s)
-        completion = self._completion(answer)
+        answer = await self._generate(connection or self._connection, body, timeout_s, max_tokens)
+        with reading(self.url):
+            completion = self._completion(answer)
         if completion.finish_reason == "length" and len(completion.token_ids) < max_tokens:
             raise ServerRefusedError(
                 f"{self.url} generated {len(completion.token_ids)} of up to {max_tokens} tokens after "
@@ -224,7 +240,9 @@ class VllmServer:
     async def flush_cache(self) -> None:
         # Requests that a pause holds are sent back to the queue: their keys and values are computed anew.
         answer = await self._post("/reset_prefix_cache?reset_running_requests=true")
-        if not answer["success"]:
+        with reading(self.url):
+            is_forgotten = answer["success"]
+        if not is_forgotten:
             raise ServerRefusedError(f"{self.url}/reset_prefix_cache did not forget its keys and values", 200)
 
     async def begin_update(self) -> None:
@@ -268,7 +286,8 @@ class VllmServer:
             raise ServerRefusedError(
                 f"{self.url} has {len(ranks)} tensor-parallel ranks; servers.tp={self._spec.tp}", 200
             )
-        return {name: checksum for rank in ranks for name, checksum in rank.items()}
+        with reading(self.url):
+            return {name: str(checksum) for rank in ranks for name, checksum in rank.items()}
 
     async def release_memory(self) -> None:
         await self._post("/sleep?level=2")
@@ -282,17 +301,23 @@ class VllmServer:
             # prompt_logprobs are of temperature 1 always, and keep the prefix cache out.
             "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False},
         }
-        answer = await self._generate(self._connection, body, timeout_s)
-        entries = (answer.get("prompt_logprobs") or [None])[1:]
-        if len(entries) != len(sequence) - 1:
-            raise ServerRefusedError(
-                f"{self.url} scored {len(entries)} of {len(sequence) - 1} tokens of a canary sequence", 200
-            )
-        return [self._finite(entry[str(token)]["logprob"]) for token, entry in zip(sequence[1:], entries, strict=True)]
+        answer = await self._generate(self._connection, body, timeout_s, len(sequence))
+        with reading(self.url):
+            entries = (answer.get("prompt_logprobs") or [None])[1:]
+            if len(entries) != len(sequence) - 1:
+                raise ServerRefusedError(
+                    f"{self.url} scored {len(entries)} of {len(sequence) - 1} tokens of a canary sequence", 200
+                )
+            pairs = zip(sequence[1:], entries, strict=True)
+            return [self._finite(entry[str(token)]["logprob"]) for token, entry in pairs]
 
-    async def _generate(self, connection: ServerConnection, body: Mapping[str, Any], timeout_s: float) -> Any:
+    async def _generate(
+        self, connection: ServerConnection, body: Mapping[str, Any], timeout_s: float, num_tokens: int = 1
+    ) -> Any:
+        """Ask for a response; its answer may be as long as so many tokens make it."""
+        longest = ANSWER_BYTES + num_tokens * _TOKEN_BYTES
         try:
-            return await connection.post("/inference/v1/generate", body, timeout_s=timeout_s)
+            return await connection.post("/inference/v1/generate", body, timeout_s=timeout_s, longest_answer=longest)
         except ServerRefusedError as error:
             if _DEAD_ENGINE in str(error):  # it did not refuse: it died while it worked on the request
                 raise ServerUnreachableError(str(error)) from error
@@ -325,8 +350,10 @@ class VllmServer:
             raise ServerRefusedError(f"{self.url} gave a log-prob that is not finite (as {log_prob})", 200)
         return log_prob
 
-    def _version(self, reported: str, model_name: str) -> str:
+    def _version(self, reported: Any, model_name: Any) -> str:
         """Version of the weights, from the one reported and the model's name; the spec's for another's server."""
+        if not isinstance(reported, str) or not isinstance(model_name, str):
+            raise TypeError("a version of the weights and the name of a model are texts")
         if reported != _FIRST_VERSION:
             return reported
         ours = model_name.startswith(_NAME_PREFIX)
@@ -336,7 +363,7 @@ class VllmServer:
         return await self._connection.post(route, body, timeout_s=_CONTROL_TIMEOUT_S)
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        """Call a method of every worker.
+        """Call a method of every worker, sealed with the key.
 
         Returns:
             What they returned, in the order of ranks.
@@ -344,12 +371,16 @@ class VllmServer:
         Raises:
             ServerRefusedError: with the error of the first rank that failed.
         """
-        body = {"method": method, "args": list(arguments), "timeout": timeout_s}
+        sealed = await asyncio.to_thread(seal, self._spec.key, method, arguments)  # a bucket's values take a while
+        body = {"method": method, "args": sealed, "timeout": timeout_s}
         answer = await self._connection.post("/collective_rpc", body, timeout_s=timeout_s)
-        for rank, result in enumerate(answer["results"]):
-            if "error" in result:
-                raise ServerRefusedError(f"{self.url}, tensor-parallel rank {rank}, {method}: {result['error']}", 200)
-        return [result["value"] for result in answer["results"]]
+        with reading(self.url):
+            for rank, result in enumerate(answer["results"]):
+                if "error" in result:
+                    raise ServerRefusedError(
+                        f"{self.url}, tensor-parallel rank {rank}, {method}: {result['error']}", 200
+                    )
+            return [result["value"] for result in answer["results"]]
 
 
 def _cache_bytes(shape: ModelShape, spec: LaunchSpec, tokens: int) -> int:

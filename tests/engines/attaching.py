@@ -24,11 +24,23 @@ from megatron_fipo.rollout.server_api import InferenceServer
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.rollout.server_setup import build_server_engine
-from tests.engines.serving import GROUP_SIZE, SIZES, STOP, TOLERANCE, VOCABULARY, Serving, log_probs, request, scores
+from tests.engines.serving import (
+    GROUP_SIZE,
+    KEY,
+    SIZES,
+    STOP,
+    TOLERANCE,
+    VOCABULARY,
+    Serving,
+    log_probs,
+    request,
+    scores,
+)
 from tests.models import load, save_random_model
 from tests.parallel.layouts import layout
 from tests.parallel.ranks import run_ranks
 
+KEY_ENV = "KEY_OF_RUNNING_SERVERS"
 NUM_PROMPTS, NUM_SAMPLES = 3, 2
 
 
@@ -42,6 +54,7 @@ def attached_config(engine: str, model: Path, urls: Sequence[str], *overrides: s
             "data.train.sums.verifier=chain_arithmetic",
             f"rollout.engine={engine}",
             f"servers.urls=[{','.join(urls)}]",
+            f"servers.api_key_env={KEY_ENV}",
             "servers.device=cpu",
             "servers.bucket_mib=1",
             *overrides,
@@ -57,6 +70,7 @@ def attached_config(engine: str, model: Path, urls: Sequence[str], *overrides: s
 @contextmanager
 def rank_of_node(local_ranks: Sequence[int]) -> Iterator[ParallelGroups]:
     """This rank's groups, where rank i is number local_ranks[i] of its node."""
+    os.environ[KEY_ENV] = KEY
     os.environ["LOCAL_RANK"] = str(local_ranks[int(os.environ["RANK"])])
     with layout(ParallelSection()) as ranks:
         yield ranks

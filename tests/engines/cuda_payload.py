@@ -8,6 +8,7 @@ would open it, or its error.
 import base64
 import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 
 def main(launcher: str, uuids: list[str]) -> None:
+    sys.path.insert(0, str(Path(launcher).parent))  # as for what runs by path
     spec = importlib.util.spec_from_file_location("launcher", launcher)
     assert spec is not None and spec.loader is not None  # noqa: PT018
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -42,6 +42,7 @@ STOP = 1
 TOLERANCE = 1e-4
 TIMEOUT_S = 120.0
 GROUP_SIZE = 4
+KEY = "key-of-the-servers-under-test"
 PROMPT_TOKENS = 12
 
 
@@ -63,6 +64,7 @@ def launch_spec(
         memory_fraction=0.3,
         max_running_requests=64,
         context_tokens=CONTEXT_TOKENS,
+        key=KEY,
     )
 
 

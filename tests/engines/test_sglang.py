@@ -17,7 +17,7 @@ from megatron_fipo.rollout.cuda_handles import CudaHandle
 from megatron_fipo.rollout.server_api import Bucket, TensorSpec
 from megatron_fipo.rollout.server_http import ServerError, ServerRefusedError
 from megatron_fipo.rollout.servers import State
-from megatron_fipo.rollout.sglang import _CPU_LAUNCHER, _serialize
+from megatron_fipo.rollout.sglang import _LAUNCHERS, _serialize
 from megatron_fipo.rollout.sglang_checksums import gpu_hash
 from megatron_fipo.rollout.weight_buckets import pack
 from megatron_fipo.rollout.weight_sync import Method
@@ -65,7 +65,12 @@ def test_a_handle_opens_on_the_gpu_that_it_names(visible: list[str], answer: str
     arguments += (b"memory", 16, 0, False, b"counter", 0, b"event", True)
     spec = TensorSpec("a", torch.float32, (2, 2), 0, 16)
     bucket = Bucket(flat, (spec,), {"4": CudaHandle("GPU-4", arguments)})
-    command = [str(server_python("sglang")), str(Path(__file__).with_name("cuda_payload.py")), _CPU_LAUNCHER, *visible]
+    command = [
+        str(server_python("sglang")),
+        str(Path(__file__).with_name("cuda_payload.py")),
+        _LAUNCHERS["cpu"],
+        *visible,
+    ]
     payload = _serialize(bucket, bucket.handles["4"])
     theirs = subprocess.run(command, input=payload, capture_output=True, text=True, check=True, timeout=300)
     assert theirs.stdout.strip().splitlines()[-1] == answer

@@ -21,6 +21,7 @@ from megatron_fipo.rollout.server_api import LaunchSpec
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.rollout.servers import Server, ServerPool, State, WatchSettings
 from megatron_fipo.rollout.sglang import SglangAdapter
+from tests.engines.guarding import JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import SIZES, Serving, launch_spec, request
 from tests.models import save_random_model
 
@@ -91,6 +92,23 @@ def test_generation_goes_through_the_router(serving: Serving) -> None:
     assert serving.pool.usable_router is not None
     expect_whole(serving, serving.generate(*(request(index, NUM_TOKENS) for index in range(NUM_SAMPLES))))
     assert serving.engine.metrics()["rollout/requests_resent"].value() == 0
+
+
+def test_strangers_and_web_pages_are_refused(serving: Serving) -> None:
+    """By the servers on every route but the one that tells that they live, and by the router before them."""
+    posts = ["/update_weights_from_tensor", "/release_memory_occupation", "/flush_cache", "/generate", "/abort_request"]
+    for server in serving.pool.servers:
+        expect_strangers_refused(server.client.url, ["/model_info", "/health_generate", "/openapi.json"], posts)
+        assert ask(server.client.url, "/health") == (200, "{}")
+    assert serving.pool.router is not None
+    generating = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}}
+    assert ask(serving.pool.router.url, "/generate", generating, JSON)[0] == 401
+    assert ask(serving.pool.router.url, "/workers", {"url": "http://127.0.0.1:9"}, JSON)[0] == 401
+    assert ask(serving.pool.router.url, "/generate", generating, JSON | WITH_KEY)[0] == 200
+    log = serving.pool.servers[0].log
+    assert log is not None
+    assert b"(the run's key)" in log.read_bytes(), "SGLang logs its arguments"
+    expect_key_nowhere(serving, log.parents[1])
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["round-robin", "router"])

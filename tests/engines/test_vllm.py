@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +23,16 @@ from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.packers import Packers
 from megatron_fipo.rollout.server_api import Bucket, Completion, LaunchSpec, TensorSpec
 from megatron_fipo.rollout.server_http import ServerRefusedError
+from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.sealed import seal
 from megatron_fipo.rollout.server_process import ServerProcess
 from megatron_fipo.rollout.vllm import VllmAdapter
 from megatron_fipo.rollout.weight_sync import Method, WeightSync
 from tests.engines.attaching import expect_two_nodes_to_share
+from tests.engines.guarding import FROM_A_PAGE, JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import (
     CONTEXT_TOKENS,
     GROUP_SIZE,
+    KEY,
     PROMPT_TOKENS,
     SIZES,
     TIMEOUT_S,
@@ -275,6 +279,55 @@ def test_checksums_catch_what_goes_wrong_on_the_way(
         with pytest.raises(CanaryError, match=r"down_proj" if fault == "swap" else r"layers\.1\.self_attn\.qkv_proj"):
             sync.run(sharded.weights(1), "5")
     sync.run(sharded.weights(1), "6")
+
+
+CALL: dict[str, Any] = {"method": "fipo_checksums", "args": []}
+
+
+def test_strangers_and_web_pages_are_refused(serving: Serving) -> None:
+    url = serving.client.url
+    posts = [
+        "/collective_rpc",
+        "/pause",
+        "/sleep",
+        "/abort_requests",
+        "/inference/v1/generate",
+        "/update_weight_version",
+    ]
+    expect_strangers_refused(url, ["/v1/models", "/metrics", "/weight_info", "/openapi.json"], posts)
+    for arguments in ([], seal(KEY[:-1], "fipo_checksums", []), seal(KEY, "fipo_end_update", [])):
+        status, answer = ask(url, "/collective_rpc", CALL | {"args": arguments}, JSON | WITH_KEY)
+        assert status == 200
+        assert "PermissionError: fipo_checksums was called without this server's key" in answer, "the worker asks too"
+        assert KEY not in answer
+    log = serving.pool.servers[0].log
+    assert log is not None
+    expect_key_nowhere(serving, log.parents[1])
+    assert serving.loop.run(serving.client.checksums(TIMEOUT_S)), "and the trainer goes on"
+
+
+def test_without_the_guard_strangers_and_web_pages_get_through_to_all_but_the_weights(tmp_path: Path) -> None:
+    """What the guard is for; the worker refuses unsealed calls by itself."""
+    spec = launch_spec("vllm", save_random_model(tmp_path / "model", **SIZES))
+    plan = VllmAdapter().launch_plan(spec)
+    place = plan.command.index("--middleware")
+    process = ServerProcess(replace(plan, command=plan.command[:place] + plan.command[place + 2 :]), tmp_path / "log")
+    url = f"http://{spec.host}:{spec.port}"
+    deadline = time.monotonic() + 300
+    while True:
+        assert process.exit_status is None, process.log_tail()
+        assert time.monotonic() < deadline, process.log_tail()
+        try:
+            if ask(url, "/health")[0] == 200:
+                break
+        except OSError:
+            time.sleep(0.25)
+    try:
+        assert ask(url, "/pause", {}, FROM_A_PAGE)[0] == 200
+        status, answer = ask(url, "/collective_rpc", CALL, FROM_A_PAGE)
+        assert (status, "PermissionError: fipo_checksums" in answer) == (200, True)
+    finally:
+        process.kill()
 
 
 def test_a_trainer_elsewhere_attaches_and_leaves_the_server_running(serving: Serving, tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_the_other_process_answers_with_what_arrived() -> None:
         ours.send((transport.pack(buffer), True))
         answers.append(ours.recv())
     ours.send(({"neither": "value nor handle"}, True))
-    assert "KeyError" in ours.recv()
+    assert "ValueError: a bucket is" in ours.recv()
     ours.send(None)
     thread.join()
     assert answers[0] == digest(flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -15,23 +16,33 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
 import pytest
 import torch
 
-from megatron_fipo.config import ConfigError, load_config, validate
+from megatron_fipo.config import Config, ConfigError, load_config, validate, warnings_for
 from megatron_fipo.rollout import process_guard
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, check_request
 from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.server_api import LaunchPlan, LaunchSpec
+from megatron_fipo.rollout.server_api import LaunchPlan, LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import ServerConnection, ServerError, ServerRefusedError, ServerUnreachableError
+from megatron_fipo.rollout.server_http import (
+    ANSWER_BYTES,
+    ServerConnection,
+    ServerError,
+    ServerRefusedError,
+    ServerUnreachableError,
+    reading,
+)
+from megatron_fipo.rollout.server_plugins.server_guard import KEY_VARIABLE
 from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
-from megatron_fipo.rollout.server_setup import _cores
+from megatron_fipo.rollout.server_setup import _cores, _launch_specs
 from megatron_fipo.rollout.servers import ServerPool, WatchSettings
 from megatron_fipo.rollout.sglang import SglangAdapter, _completion, router_plan
+from megatron_fipo.rollout.vllm import VllmAdapter
 
 FAMILY = """
     import os, signal, subprocess, sys, time
@@ -143,6 +154,10 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         route = self.path[1:]
+        self.server.seen.append((route, dict(self.headers)))  # type: ignore[attr-defined]
+        if route == "endless":
+            self._write_for_ever()
+            return
         if route == "drop":
             self.connection.close()
             return
@@ -158,34 +173,67 @@ class Answers(BaseHTTPRequestHandler):
             "gateway": (503, "no worker"),
             "short": (200, '{"a": [1'),
             "slow": (200, "{}"),
+            "moved": (302, ""),
+            "moved-on": (307, ""),
+            "deep": (200, "[" * 100_000),
+            "digits": (200, "9" * 5000),
+            "packed": (200, "no gzip"),
+            "long-error": (400, "x" * 10**6),
+            "coloured": (400, '{"error": "\\u001b]52;c;aGk=\\u0007 \\ud800"}'),
+            "keyless": (401, '{"error": "Unauthorized"}'),
         }[route]
         self.send_response(status)
+        if route == "packed":
+            self.send_header("Content-Encoding", "gzip")
+        if status in (302, 307):
+            self.send_header("Location", "/good")
         self.send_header("Content-Length", str(len(text) + (100 if route == "short" else 0)))
         self.end_headers()
         self.wfile.write(text.encode())
         if route == "short":
             self.close_connection = True
 
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path[1:], dict(self.headers)))  # type: ignore[attr-defined]
+        self.send_error(404)
+
+    def _write_for_ever(self) -> None:
+        """Until nobody reads it any more; counts what went out."""
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while self.server.num_written < 2**32:  # type: ignore[attr-defined]
+                self.server.num_written += self.connection.send(bytes(2**20))  # type: ignore[attr-defined]
+        self.server.release.set()  # type: ignore[attr-defined]
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.release = threading.Event()  # type: ignore[attr-defined]
+def answering() -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.release = threading.Event()
+    server.seen, server.num_written = [], 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.release.set()  # type: ignore[attr-defined]
+    yield server
+    server.release.set()
     server.shutdown()
     server.server_close()
 
 
-def post(url: str, route: str, timeout_s: float = 60.0, is_gateway: bool = False) -> object:
+@pytest.fixture
+def url(answering: Any) -> str:
+    return f"http://127.0.0.1:{answering.server_port}"
+
+
+def post(url: str, route: str, timeout_s: float = 60.0, is_gateway: bool = False, **connecting: Any) -> object:
+    longest = connecting.pop("longest_answer", ANSWER_BYTES)
+
     async def ask() -> object:
-        async with aiohttp.ClientSession() as session:
-            connection = ServerConnection(session, url, is_gateway=is_gateway)
-            return await connection.post(f"/{route}", {"x": 1}, timeout_s=timeout_s)
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            connection = ServerConnection(session, url, is_gateway=is_gateway, **connecting)
+            return await connection.post(f"/{route}", {"x": 1}, timeout_s=timeout_s, longest_answer=longest)
 
     return asyncio.run(ask())
 
@@ -227,6 +275,51 @@ def test_late_answers_may_be_asked_for_again(url: str) -> None:
         post(url, "slow", timeout_s=0.1)
 
 
+def test_an_answer_without_end_is_refused_where_it_must_have_ended(url: str, answering: Any) -> None:
+    with pytest.raises(ServerRefusedError, match="/endless gave more than the 1048576 bytes that its answer can have"):
+        post(url, "endless", longest_answer=2**20)
+    assert answering.release.wait(60), "the connection was closed"
+    assert answering.num_written < 2**26, "some megabytes are on their way when it is noticed, and no gigabytes"
+
+
+def test_a_bound_is_the_last_byte_that_is_read(url: str) -> None:
+    assert post(url, "good", longest_answer=len('{"a": [1]}')) == {"a": [1]}
+    with pytest.raises(ServerRefusedError, match="more than the 9 bytes"):
+        post(url, "good", longest_answer=len('{"a": [1]}') - 1)
+
+
+@pytest.mark.parametrize("route", ["moved", "moved-on"])
+def test_redirections_are_not_followed(url: str, route: str, answering: Any) -> None:
+    with pytest.raises(ServerRefusedError, match=f"/{route} answered 30[27]: a redirection, which is not followed"):
+        post(url, route)
+    assert [seen for seen, _ in answering.seen] == [route]
+
+
+@pytest.mark.parametrize(
+    ("route", "words"),
+    [
+        ("deep", "/deep gave an answer that cannot be read: maximum recursion"),
+        ("digits", "/digits gave an answer that cannot be read: .*4300 digits"),
+        ("packed", "/packed answered in 'gzip', which it was not asked for"),
+        ("long-error", "/long-error answered 400: x{2000}$"),
+        ("coloured", r"/coloured answered 400: \\x1b\]52;c;aGk=\\x07 \\ud800$"),
+        ("keyless", r"/keyless answered 401: Unauthorized\. Of a server in servers\.urls, servers\.api_key_env must"),
+    ],
+)
+def test_answers_that_would_do_harm(url: str, route: str, words: str) -> None:
+    with pytest.raises(ServerRefusedError, match=words):
+        post(url, route)
+
+
+def test_the_key_goes_along_where_there_is_one(url: str, answering: Any) -> None:
+    post(url, "good", key="secret")
+    post(url, "good")
+    (_, with_key), (_, without) = answering.seen
+    assert with_key["Authorization"] == "Bearer secret"
+    assert "Authorization" not in without
+    assert with_key["Accept-Encoding"] == "identity"
+
+
 def test_nobody_at_home() -> None:
     with pytest.raises(ServerUnreachableError, match="could not be asked"):
         post(f"http://127.0.0.1:{free_port()}", "good")
@@ -266,7 +359,9 @@ def test_coroutines_run_in_the_thread_and_are_cancelled_with_their_caller() -> N
 
 # --- SGLang -----------------------------------------------------------------------------------------------------------
 
-SPEC = LaunchSpec("python", Path("/models/tiny"), "127.0.0.1", 3000, "bfloat16", "7", tp=2, cpu_cores=((0, 1), (2, 3)))
+SPEC = LaunchSpec(
+    "python", Path("/models/tiny"), "127.0.0.1", 3000, "bfloat16", "7", tp=2, cpu_cores=((0, 1), (2, 3)), key="the-key"
+)
 
 
 def test_the_command_on_the_cpu() -> None:
@@ -285,13 +380,25 @@ def test_the_command_on_the_cpu() -> None:
 def test_the_command_on_gpus() -> None:
     spec = replace(SPEC, device="cuda", gpus=("4", "5"), releases_memory=True, reproducible=True)
     plan = SglangAdapter().launch_plan(spec)
-    assert plan.command[1:3] == ("-m", "sglang.launch_server")
+    assert plan.command[1].endswith("/sglang_launcher.py")
     assert {"--enable-memory-saver", "--enable-deterministic-inference"} <= set(plan.command)
     assert "--enable-fp32-lm-head" in plan.command, "logits as the actor has them"
     assert "--enable-fp32-lm-head" not in SglangAdapter().launch_plan(replace(spec, dtype="float32")).command
     assert plan.environment["PYTORCH_ALLOC_CONF"] is None, "memory that is released bears no expandable segments"
     assert plan.environment["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert router_plan(spec, ["http://a:1"], 9).command[1:3] == ("-m", "sglang_router.launch_router")
+    router = router_plan(spec, ["http://a:1"], 9)
+    assert router.command[1].endswith("/sglang_launcher.py")
+    assert router.command[2] == "router"
+    assert router.environment[KEY_VARIABLE] == "the-key"
+
+
+@pytest.mark.parametrize("adapter", [SglangAdapter(), VllmAdapter()])
+def test_the_key_is_in_the_environment_and_in_no_text(adapter: ServerAdapter) -> None:
+    for spec in (SPEC, replace(SPEC, device="cuda", gpus=("4", "5"))):
+        plan = adapter.launch_plan(replace(spec, max_total_tokens=None))
+        assert plan.environment[KEY_VARIABLE] == "the-key"
+        for text in (*plan.command, repr(plan), repr(spec)):
+            assert "the-key" not in text
 
 
 def test_seeds_on_the_cpu_are_refused() -> None:
@@ -329,10 +436,21 @@ def test_an_answer_becomes_a_completion() -> None:
         {"weight_versions": [{"version": "3", "start": 1, "end": 2}]},
         {"finish_reason": None},
         {"finish_reason": {"type": "oops"}},
+        {"output_token_logprobs": [["-1.0", 5, None], [-2.0, 6, None]]},
+        {"output_token_logprobs": [[True, 5, None], [-2.0, 6, None]]},
     ],
 )
 def test_an_answer_whose_parts_do_not_fit_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ServerRefusedError, match="do not belong together"):
+        _completion(answer(**changes), "http://s")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weight_versions": [{"version": "3"}]}, {"output_token_logprobs": [5]}, {"finish_reason": "stop"}]
+)
+def test_an_answer_of_another_form_is_a_refusal_and_no_traceback(changes: dict[str, object]) -> None:
+    words = "http://s gave an answer of a form that is not known here"
+    with pytest.raises(ServerRefusedError, match=words), reading("http://s"):
         _completion(answer(**changes), "http://s")
 
 
@@ -355,6 +473,74 @@ def test_a_pool_whose_server_cannot_start_says_why_and_leaves_nothing(tmp_path: 
     ):
         loop.run(pool.start())
     loop.stop()
+
+
+STRANGER = """
+    import http.server, json, os, sys
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            is_known = "open" in sys.argv or self.headers["Authorization"] == "Bearer " + os.environ["THE_KEY"]
+            self.send_response(200 if is_known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps({"model_path": "m", "weight_version": "7"}).encode())
+        def log_message(self, *words): pass
+    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("kind", ["guarded", "open"])
+def test_a_server_that_answers_without_the_key_is_refused(kind: str, tmp_path: Path) -> None:
+    class Adapter(SglangAdapter):
+        def launch_plan(self, spec: LaunchSpec) -> LaunchPlan:
+            command = (sys.executable, "-c", textwrap.dedent(STRANGER), str(spec.port), kind)
+            return LaunchPlan(command, {"THE_KEY": spec.key})
+
+    loop = EventLoopThread()
+    spec = replace(SPEC, port=free_port())
+    pool = ServerPool(Adapter(), [spec], log_folder=tmp_path, settings=WatchSettings(start_timeout_s=60.0))
+    if kind == "open":
+        with pytest.raises(ServerError, match="sglang-0 answers requests without the run's key"):
+            loop.run(pool.start())
+    else:
+        loop.run(pool.start())
+        loop.run(pool.close())
+    loop.stop()
+
+
+def config_with(*overrides: str) -> Config:
+    return load_config(None, [*SOUND, "rollout.engine=sglang", "servers.device=cpu", *overrides])
+
+
+def test_servers_of_a_run_have_a_random_key_and_others_that_of_their_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [_launch_specs(config_with("servers.num_per_node=2"), "cpu", [])[0].key for _ in range(2)]
+    assert len(set(keys)) == 2
+    assert min(map(len, keys)) >= 40
+    first, second = _launch_specs(config_with("servers.num_per_node=2"), "cpu", [])
+    assert first.key == second.key, "of a pool"
+    urls = ["http://127.0.0.1:3000"]
+    assert _launch_specs(config_with(f"servers.urls={urls}"), "cpu", urls)[0].key == ""
+    config = config_with(f"servers.urls={urls}", "servers.api_key_env=THEIR_KEY")
+    for value, words in ((None, "is not set or empty"), ("", "is not set or empty"), ("a b\n", "something else than")):
+        monkeypatch.delenv("THEIR_KEY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("THEIR_KEY", value)
+        with pytest.raises(ValueError, match=rf"servers\.api_key_env=THEIR_KEY: .*{words}") as refused:
+            _launch_specs(config, "cpu", urls)
+        assert "a b" not in str(refused.value)
+    monkeypatch.setenv("THEIR_KEY", "theirs")
+    assert _launch_specs(config, "cpu", urls)[0].key == "theirs"
+
+
+def test_keys_in_the_open_are_warned_of() -> None:
+    def warnings(*overrides: str) -> list[str]:
+        return [words for words in warnings_for(config_with(*overrides)) if "api_key_env" in words]
+
+    assert warnings() == []
+    (without,) = warnings("servers.urls=[http://127.0.0.1:1]")
+    assert "SGLang unpickles what is posted to it" in without
+    assert warnings("servers.urls=[http://127.0.0.1:1,http://localhost:2]", "servers.api_key_env=K") == []
+    (plain,) = warnings("servers.urls=[http://127.0.0.1:1,http://node7:2]", "servers.api_key_env=K")
+    assert "goes to http://node7:2 as plain text" in plain
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,6 +568,11 @@ SOUND = ["model.path=m", "data.train.a.kind=chain_arithmetic", "data.train.a.ver
             ["servers.device=cuda", "servers.placement=colocated", "servers.urls=[http://a:1]"],
             "servers.gpus is empty: weight_sync=tensor .* Name them in the servers' order",
         ),
+        (["servers.api_key_env=K"], "api_key_env: is for the servers in servers.urls, and that is empty"),
+        (["servers.urls=[http://a:1]", "servers.api_key_env=sk_12"], r"not the name of .* \(its value is not shown"),
+        (["servers.urls=[http://a:1]", "rollout.engine=vllm"], "servers.api_key_env=null: the worker extension of a"),
+        (["servers.extra_args=[--api-key,x]"], r"extra_args: --api-key would replace the random key .* servers.urls"),
+        (["servers.extra_args=[--admin-api-key=x]"], "extra_args: --admin-api-key would replace"),
         (["servers.placement=shared"], "must be one of dedicated, colocated"),
         (["servers.base_port=80"], "must be between 1024 and 65535"),
     ],

@@ -11,9 +11,11 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from megatron_fipo.parallel.external_group import ExternalGroup
 from megatron_fipo.rollout import sglang
@@ -101,6 +103,7 @@ def test_a_snapshot_is_a_model_folder(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items())
     assert (folders[0] / "tokenizer.json").exists()
     assert len(list(folders[0].glob("*.safetensors"))) > 2
+    assert (tmp_path / "snapshots").stat().st_mode & 0o077 == 0, "for this user's servers alone"
     index = json.loads((folders[0] / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in other.state_dict().values())
     snapshots.keep_only(folders[1])
@@ -119,6 +122,24 @@ def test_an_unfinished_snapshot_is_none(tmp_path: Path) -> None:
 
 
 # --- the group -------------------------------------------------------------------------------------------------------
+
+
+def listening_at(port: int) -> list[str]:
+    """Addresses at which this process listens on a port."""
+    return [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    ]
+
+
+def test_members_are_met_at_one_address_of_the_host() -> None:
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    assert listening_at(group.port) == ["127.0.0.1"]
+    left_to_itself = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert listening_at(left_to_itself.port) != ["127.0.0.1"], "this is why the socket is made first"
+    with pytest.raises(OSError, match=r"meet the servers at 192\.0\.2\.1, .* cannot listen there"):
+        ExternalGroup("192.0.2.1", "weights", "gloo", 2, TIMEOUT_S)
 
 
 def join(group: ExternalGroup, num_bytes: int) -> subprocess.Popen[str]:

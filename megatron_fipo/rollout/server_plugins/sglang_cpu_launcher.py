@@ -1,7 +1,8 @@
 """Starts an SGLang server, or its router, on a host without CUDA and without AMX, from its published wheels.
 
-Run by path with the interpreter that has SGLang installed; it imports nothing of this package. What stands at module
-level is needed before SGLang is imported, and again in the processes that it spawns, which import this file anew.
+Run by path with the interpreter that has SGLang installed; all but the stand-ins is `sglang_launcher`'s. What stands
+at module level is needed before SGLang is imported, and again in the processes that it spawns, which import this file
+anew.
 """
 
 from __future__ import annotations
@@ -48,19 +49,8 @@ def _stand_in_for_kernels() -> types.ModuleType:
 
 _operators = _define_torchvision_operators()
 sys.modules["sgl_kernel"] = _stand_in_for_kernels()
-
-
-def main(arguments: list[str]) -> None:
-    """Serve until the process is told to end; with `router` as the first argument, route."""
-    # By name: SGLang is not installed where this file is type-checked.
-    if arguments[:1] == ["router"]:
-        router = importlib.import_module("sglang_router.launch_router")
-        router.launch_router(router.parse_router_args(arguments[1:]))
-    else:
-        server = importlib.import_module("sglang.launch_server")
-        server_args = importlib.import_module("sglang.srt.server_args")
-        server.run_server(server_args.prepare_server_args(arguments))
-
+# By name: it lies beside this file, whose folder is on the path of what runs by path alone.
+_launcher: Any = importlib.import_module("sglang_launcher")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _launcher.main(sys.argv[1:])

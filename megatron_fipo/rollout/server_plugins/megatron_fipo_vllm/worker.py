@@ -1,4 +1,4 @@
-"""vLLM's worker extension: weights in, checksums out, by /collective_rpc.
+"""vLLM's worker extension: weights in, checksums out, by /collective_rpc, for who has the server's key.
 
 An update is `fipo_begin_update`, then any of `fipo_load_bucket`, `fipo_receive_bucket` and `fipo_load_folder`, then
 `fipo_end_update`. In between, vLLM's layerwise reload buffers what arrives and writes a layer once it is whole: calling
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from server_guard import own_key  # type: ignore[import-not-found]  # its folder is this server's PYTHONPATH
 from torch import Tensor, nn
 from torch.distributed import Backend, BroadcastOptions, PrefixStore, ProcessGroup, rendezvous
 from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper
@@ -26,18 +27,21 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from .digest import digest, label
+from .sealed import unseal
 from .transport import unpack
 
 _logger = logging.getLogger("vllm.megatron_fipo")
+_KEY = own_key()
 
 
 def _answered(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """Answer with what the method returns, or with its error: vLLM drops the connection over an exception."""
+    """Take a sealed call, and answer with what the method returns, or with its error: vLLM drops the connection over an
+    exception."""
 
     @functools.wraps(method)
-    def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def answer(self: WeightExtension, *sealed: Any, **named: Any) -> dict[str, Any]:
         try:
-            return {"value": method(*args, **kwargs)}
+            return {"value": method(self, *unseal(_KEY, method.__name__, [*sealed, *named.values()]))}
         except Exception as error:
             _logger.exception("%s failed", method.__name__)
             return {"error": f"{type(error).__name__}: {error}"}
@@ -58,7 +62,7 @@ if current_platform.is_cpu():  # a worker imports this before it loads the model
 
 
 class WeightExtension:
-    """Mixed into vLLM's worker class; arguments and results are JSON."""
+    """Mixed into vLLM's worker class; arguments come sealed (`sealed`), they and the results are JSON."""
 
     model_runner: Any
     model_config: Any
@@ -81,7 +85,7 @@ class WeightExtension:
             initialize_layerwise_reload(model)
 
     @_answered
-    def fipo_load_bucket(self, messages: list[dict[str, str]], specs: list[dict[str, Any]]) -> None:
+    def fipo_load_bucket(self, messages: list[dict[str, Any]], specs: list[dict[str, Any]]) -> None:
         """Take over a bucket; one message for each tensor-parallel rank, see `transport.pack`."""
         flat = unpack(messages[get_tensor_model_parallel_rank()], self.device)
         self._fipo_load(_tensors(flat, specs))
@@ -178,7 +182,9 @@ class WeightExtension:
 def _tensors(flat: Tensor, specs: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
     """Views into a bucket. vLLM keeps those of a layer that is not whole yet, and with them the bucket."""
     for spec in specs:
-        dtype = getattr(torch, spec["dtype"])
+        dtype = getattr(torch, spec["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{spec['name']} is of dtype {spec['dtype']!r}, which torch does not know")
         yield spec["name"], flat[spec["start"] : spec["stop"]].view(dtype).view(spec["shape"])
 
 

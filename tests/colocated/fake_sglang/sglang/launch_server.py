@@ -30,6 +30,7 @@ from torch.multiprocessing import reductions
 
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT
+from megatron_fipo.rollout.server_plugins.server_guard import refusal
 from megatron_fipo.rollout.sglang_checksums import SglangLedger
 from tests.colocated.fake_gpus import FakeGpus, OutOfGpuMemoryError
 
@@ -207,6 +208,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
+        if self._refuses():
+            return
         if self.path == "/health_generate":
             self.server.fake.health()
             self._answer({})
@@ -220,7 +223,17 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # noqa: BLE001 - what ends SGLang's scheduler ends this
             die(f"{type(error).__name__}: {error}")
 
+    def _refuses(self) -> bool:
+        """What the guard does that the launcher puts before the real server's application, which this has none of."""
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        refused = refusal(headers, "127.0.0.1", self.server.key)
+        if refused is not None:
+            self._answer({"error": refused[1]}, refused[0])
+        return refused is not None
+
     def _do_post(self) -> None:
+        if self._refuses():
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fake = self.server.fake
         if self.path == "/pause_generation":
@@ -244,9 +257,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._answer({"success": True})
 
-    def _answer(self, content: Any) -> None:
+    def _answer(self, content: Any, status: int = 200) -> None:
         text = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
@@ -265,9 +278,11 @@ def main() -> None:
     parser.add_argument("--weight-version")
     parser.add_argument("--mem-fraction-static", type=float)
     parser.add_argument("--enable-memory-saver", action="store_true")
+    parser.add_argument("--api-key", required=True)
     arguments, _ = parser.parse_known_args()
     server: Any = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     server.daemon_threads = True
+    server.key = arguments.api_key
     server.fake = FakeServer(arguments)
     server.serve_forever()
 
