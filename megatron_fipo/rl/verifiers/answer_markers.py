@@ -31,6 +31,10 @@ _BLOCKS = (
 """What may open the answer on a line of its own, and what closes it."""
 
 
+_MINERVA_FRAME = re.compile(r"The final answer is (.{1,1000}?)\. I hope it is correct", re.IGNORECASE | re.DOTALL)
+"""How the few-shot prompt of Minerva (arXiv 2206.14858), which many evaluations use, has its answers end."""
+
+
 def last_answer_tag(text: str) -> str | None:
     """Content of the last <answer>…</answer>, stripped; None if there is none."""
     opened_at, content = None, None
@@ -83,7 +87,9 @@ def last_answer_line(text: str) -> tuple[int, str] | None:
         pass
     if last is None:
         return None
-    return len(text) - len(end) + last.start(), _content(end[last.end() :])
+    content = _content(end[last.end() :])
+    framed = _MINERVA_FRAME.fullmatch(content)
+    return len(text) - len(end) + last.start(), framed[1] if framed else content
 
 
 def last_marked_answer(text: str) -> str | None:

@@ -11,7 +11,7 @@ import sympy
 
 from megatron_fipo.rl.verifiers.answers import algebra
 from megatron_fipo.rl.verifiers.answers.clock_times import same_time
-from megatron_fipo.rl.verifiers.answers.number_sets import TURNED, as_set, names_of
+from megatron_fipo.rl.verifiers.answers.number_sets import TURNED, as_set
 from megatron_fipo.rl.verifiers.answers.numerals import same_digits
 from megatron_fipo.rl.verifiers.answers.reader import read
 from megatron_fipo.rl.verifiers.answers.readings import (
@@ -203,25 +203,14 @@ def _several_equal(several: Several, other: Reading) -> bool:
         return False
     if {several.brackets, other.brackets} & {"[)", "(]"} and not (several.brackets and other.brackets):
         return False
-    tuples = all(side.brackets not in ("", "{}") or _names_values(side) for side in (several, other))
-    if tuples and not (several.brackets or other.brackets):
-        tuples = False  # names say which value is which
+    # A tuple's order is part of it, also for a list without brackets: "5, 2" is not the point (2,5).
+    tuples = any(side.brackets not in ("", "{}") for side in (several, other))
     if tuples or several.in_order or other.in_order:
         return len(several.items) == len(other.items) and all(map(equal, several.items, other.items))
     first, second = list(several.items), list(other.items)
     if "{}" in (several.brackets, other.brackets):  # a set has no repeats
         first, second = _distinct(first), _distinct(second)
     return _matched(first, second) or _equal_as_sets(several, other)
-
-
-def _names_values(several: Several) -> bool:
-    """Whether a bare list gives values to different names, "a = 1, b = 2", which stands for the tuple in that order."""
-    names = [names_of(item) for item in several.items]
-    return (
-        not several.brackets
-        and all(len(name) == 1 for name in names)
-        and len({name[0] for name in names}) == len(names)
-    )
 
 
 def _distinct(items: list[Reading]) -> list[Reading]:
