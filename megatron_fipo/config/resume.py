@@ -8,6 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_fipo.config.environment import (
+    environment_digests,
+    value_digest,
+    values_for_comparison,
+    written_values,
+)
 from megatron_fipo.config.schema import Config
 
 _BESIDE = (
@@ -62,15 +68,28 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
     """Compare with a checkpoint's configuration.
 
     Args:
-        saved: `asdict` of the configuration that the checkpoint was saved under.
+        saved: `recorded_values` of the configuration that the checkpoint was saved under; of older checkpoints
+            `asdict`. A value that came from an environment variable counts as changed when it has changed, unless it is
+            a secret: another key to the same reward model is the same run.
         is_mid_step: the checkpoint stands between the updates of a step; nothing that decides numbers may change then.
     """
-    before, now = dict(_flat(saved)), dict(_flat(asdict(config)))
+    environment = saved.get("environment", {"salt": "00", "digests": {}})
+    before = dict(_flat({key: value for key, value in saved.items() if key != "environment"}))
+    now, values = dict(_flat(written_values(config))), dict(_flat(asdict(config)))
+    digests = environment_digests(config, environment["salt"])["digests"]
+    moved = {key for key, digest in environment["digests"].items() if digests.get(key, digest) != digest}
     refused, shown, same_numbers = [], [], True
     for key in sorted(before.keys() | now.keys()):
-        if key in before and key in now and before[key] == now[key]:
-            continue
+        is_moved = any(f"{other}.".startswith(f"{key}.") for other in moved)
+        if key in before and key in now and not is_moved:
+            was = environment["digests"].get(key)
+            if before[key] in (now[key], values[key]) or was == value_digest(values[key], environment["salt"]):
+                continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
+        if is_moved and before.get(key) == now.get(key):
+            difference += " (the environment variable has another value)"
+        elif key in now and now[key] != values[key]:  # a checkpoint from before references were kept may hold a secret
+            difference = f"{key}: another value -> {_text(now, key)}"
         decides = _decides_numbers(key)
         same_numbers &= not decides
         if reason := _reason_to_refuse(key):
@@ -86,7 +105,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
 
 def numbers_fingerprint(config: Config) -> str:
     """The same for two configurations that come to the same rollouts and weights, up to rounding."""
-    decisive = {key: value for key, value in _flat(asdict(config)) if _decides_numbers(key)}
+    decisive = {key: value for key, value in _flat(values_for_comparison(config)) if _decides_numbers(key)}
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
