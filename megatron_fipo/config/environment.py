@@ -24,7 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from megatron_fipo.config.schema import Config
 
 _SECRET_PARTS = frozenset(
-    ["AUTH", "BEARER", "COOKIE", "CRED", "CREDS", "CREDENTIAL", "CREDENTIALS", "DSN", "JWT", "KEY", "KEYS", "OAUTH", "PASS", "PASSPHRASE", "PASSWD", "PASSWORD", "PASSWORDS", "PAT", "PSW", "PW", "PWD", "SECRET", "SECRETS", "SIGNATURE", "TOKEN", "TOKENS"]
+    {
+        *("AUTH", "BEARER", "COOKIE", "CRED", "CREDS", "CREDENTIAL", "CREDENTIALS", "DSN", "JWT", "KEY", "KEYS"),
+        *("OAUTH", "PASS", "PASSPHRASE", "PASSWD", "PASSWORD", "PASSWORDS", "PAT", "PSW", "PW", "PWD", "SECRET"),
+        *("SECRETS", "SIGNATURE", "TOKEN", "TOKENS"),
+    }
 )
 """Parts of names between underscores and humps."""
 _SECRET_WORDS = re.compile(r"TOKEN(?!IZER|S\b|S_)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY")
@@ -218,7 +222,9 @@ def _map_leaves(value: Any, path: Path, change: Callable[[Path, Any], Any]) -> A
 
 def _at(tree: Any, path: Path) -> Any:
     for part in path:
-        if (isinstance(tree, Mapping) and part in tree) or (isinstance(tree, list) and isinstance(part, int) and part < len(tree)):
+        if isinstance(tree, Mapping):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]
         else:
             return None

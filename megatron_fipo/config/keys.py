@@ -68,7 +68,8 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
             yield from key_problems(value, types[key], f"{prefix}{key}.", place)
         elif entry := entry_type(types[key]):
             if not isinstance(value, Mapping):
-                yield f"{prefix}{key}={shown(value)} in {place}: sources by name were expected ({prefix}{key}.<name>.kind)."
+                given = f"{prefix}{key}={shown(value)} in {place}"
+                yield f"{given}: sources by name were expected ({prefix}{key}.<name>.kind)."
                 continue
             for name, source in value.items():
                 yield from key_problems(source, entry, f"{prefix}{key}.{name}.", place)

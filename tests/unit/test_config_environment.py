@@ -64,11 +64,14 @@ def test_a_secret_is_used_and_written_as_its_reference(tmp_path: Path) -> None:
         ("servers.extra_args=[--api-key, '${oc.env:RM_KEY}']",),
         ("run.name=${oc.env:RM_KEY}", "metrics.wandb_project=x-${run.name}", "model.path=${metrics.wandb_project}"),
         ("data.train.chains.params.a=${oc.env:RM_KEY}", "data.train.chains.params.b=x${.a}"),
-        ("data.train.chains.params={a: {key: '${oc.env:RM_KEY}'}}", "data.evaluation.held_out.params=${data.train.chains.params.a}"),
+        (
+            "data.train.chains.params={a: {key: '${oc.env:RM_KEY}'}}",
+            "data.evaluation.held_out.params=${data.train.chains.params.a}",
+        ),
         ("data.train.chains.params.a=${oc.env:NOT_SET_ANYWHERE,${oc.env:RM_KEY}}",),
         ("data.train.chains.params.a=${oc.decode:${oc.env:RM_KEY}}",),
     ],
-)  # fmt: skip
+)
 def test_wherever_it_stands(overrides: tuple[str, ...]) -> None:
     settings = config(*overrides)
     assert "s3cret" in repr(settings), "the control: it is used"
@@ -152,18 +155,53 @@ def test_a_variable_that_is_not_set_is_named_with_the_remedy(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "name",
-    ["DB_PASS", "GITHUB_PAT", "HF_AUTH", "MY_PWD", "HF_TOKEN", "WANDB_API_KEY", "RM_KEY", "OPENAI_KEY", "AWS_SECRET_ACCESS_KEY",
-     "MYTOKEN", "dbPassword", "hfToken", "PGPASSWORD", "SSH_PASSPHRASE", "GOOGLE_CREDENTIALS", "APIKEY2", "TOKEN1", "AUTH",
-     "SENTRY_DSN", "DB_CREDS", "JWT"],
-)  # fmt: skip
+    [
+        "DB_PASS",
+        "GITHUB_PAT",
+        "HF_AUTH",
+        "MY_PWD",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "RM_KEY",
+        "OPENAI_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "MYTOKEN",
+        "dbPassword",
+        "hfToken",
+        "PGPASSWORD",
+        "SSH_PASSPHRASE",
+        "GOOGLE_CREDENTIALS",
+        "APIKEY2",
+        "TOKEN1",
+        "AUTH",
+        "SENTRY_DSN",
+        "DB_CREDS",
+        "JWT",
+    ],
+)
 def test_names_of_secrets(name: str) -> None:
     assert looks_secret(name)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["PATH", "PWD", "HOME", "NCCL_DEBUG", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "VLLM_MAX_NUM_BATCHED_TOKENS", "MONKEY",
-     "PATIENCE", "AUTHOR", "PASSES", "KEYBOARD", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "COMPASS"],
-)  # fmt: skip
+    [
+        "PATH",
+        "PWD",
+        "HOME",
+        "NCCL_DEBUG",
+        "TOKENIZERS_PARALLELISM",
+        "MAX_TOKENS",
+        "VLLM_MAX_NUM_BATCHED_TOKENS",
+        "MONKEY",
+        "PATIENCE",
+        "AUTHOR",
+        "PASSES",
+        "KEYBOARD",
+        "NCCL_SOCKET_IFNAME",
+        "OMP_NUM_THREADS",
+        "COMPASS",
+    ],
+)
 def test_names_of_no_secrets(name: str) -> None:
     assert not looks_secret(name)

@@ -144,9 +144,16 @@ def test_a_comment_is_still_a_comment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["train.num_steps=5 #6", "servers.gpus=[0] #1", "data.train.a.params={a: 1} #x", "data.train.a.params=#x",
-     "data.train.a.params={a: b #c}", "servers.extra_args=[--a, b #c]", "data.train.a.params=a: 5 #x"],
-)  # fmt: skip
+    [
+        "train.num_steps=5 #6",
+        "servers.gpus=[0] #1",
+        "data.train.a.params={a: 1} #x",
+        "data.train.a.params=#x",
+        "data.train.a.params={a: b #c}",
+        "servers.extra_args=[--a, b #c]",
+        "data.train.a.params=a: 5 #x",
+    ],
+)
 def test_an_override_has_no_comments(override: str) -> None:
     with pytest.raises(ConfigError, match="into quotes"):
         load_config(None, [override])
