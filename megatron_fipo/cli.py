@@ -11,7 +11,7 @@ from megatron_fipo.convert.command import CONVERSIONS, run_conversion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error that the message explains, or the command's own."""
+    """Run one command. Returns the exit status: 0, 2 for input that cannot be used, or the command's own."""
     parser = _parser()
     # An override may stand behind an option, where argparse no longer takes it for one.
     args, rest = parser.parse_known_args(argv)
@@ -21,11 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         status: int = args.run(args)
-    except ValueError as error:
-        if args.command == "train":  # reports its own errors, on many ranks
-            raise
-        print(f"megatron-fipo {args.command}: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
+        from megatron_fipo.error_net import report, say_on_stderr
+
+        return report(error, say_on_stderr, f"megatron-fipo {args.command}")
     return status
 
 
@@ -205,21 +204,17 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _preflight(args: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config
-    from megatron_fipo.preflight.command import EXIT_BAD_INPUT, Options, run
+    from megatron_fipo.preflight.command import Options, run
     from megatron_fipo.preflight.work import Assumptions
 
-    try:
-        config = load_config(args.config, args.overrides)
-        assumptions = Assumptions(
-            mfu=args.mfu,
-            rollout_tokens_per_s=args.rollout_tokens_per_s,
-            response_tokens=args.response_tokens,
-            prompt_tokens=args.prompt_tokens,
-            kept_share=args.kept_share,
-        )
-    except ValueError as error:
-        print(f"megatron-fipo preflight: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    config = load_config(args.config, args.overrides)
+    assumptions = Assumptions(
+        mfu=args.mfu,
+        rollout_tokens_per_s=args.rollout_tokens_per_s,
+        response_tokens=args.response_tokens,
+        prompt_tokens=args.prompt_tokens,
+        kept_share=args.kept_share,
+    )
     options = Options(
         args.world_size, args.gpus_per_node, args.gpu, args.model_config, not args.sizes_only, assumptions
     )

@@ -43,14 +43,14 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         ConfigError: naming the sizes that do not divide.
     """
     names = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
-    if missing := [name for name in names if not _is_size(model_config.get(name))]:
+    given = {name: model_config.get(name) for name in names}
+    optional = ("hidden_size", "num_key_value_heads", "head_dim")
+    given |= {name: model_config[name] for name in optional if model_config.get(name) is not None}
+    if wrong := [name for name, size in given.items() if type(size) is not int or size < 1]:
         raise ConfigError(
-            f"model.path={config.model.path}: config.json has no whole number above 0 for {', '.join(missing)}."
+            f"model.path={config.model.path}: config.json has no whole number for {', '.join(wrong)}: one from 1 on "
+            "was expected."
         )
-    optional = ("hidden_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-    if wrong := [name for name in optional if model_config.get(name) is not None and not _is_size(model_config[name])]:
-        shown = ", ".join(f"{name}={model_config[name]!r:.50}" for name in wrong)
-        raise ConfigError(f"model.path={config.model.path}: config.json has {shown}; whole numbers were expected.")
     heads, layers, intermediate = (model_config[name] for name in names)
     groups = model_config.get("num_key_value_heads") or heads
     parallel, problems = config.parallel, []
@@ -80,7 +80,3 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
             )
     if problems:
         raise ConfigError.of(problems, where="the layout of the model")
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

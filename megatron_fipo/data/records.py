@@ -209,7 +209,7 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str) -> Rec
             else [text for message in prompt for text in (message["role"], message["content"])]
         ):
             check_characters(text, prompt_name)
-        reference = checked_reference(reference, source.verifier, reference_name)
+        reference = checked_reference(reference, [source.verifier], reference_name)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     return Record(prompt, reference, place)

@@ -16,7 +16,7 @@ reason that no log tells. The rules, by verifier:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
@@ -27,12 +27,12 @@ COMPARED = (*MATHEMATICAL, "chain_arithmetic", "exact")
 PROGRAMS = ("code", "code_unprotected")
 
 
-def checked_reference(reference: Any, verifier: str, name: str) -> Any:
-    """The reference that the verifier gets.
+def checked_reference(reference: Any, verifiers: Sequence[str], name: str) -> Any:
+    """The reference that the verifiers get.
 
     Args:
         reference: as the file has it.
-        verifier: name of the source's.
+        verifiers: names of the source's; each must be able to compare with it.
         name: of the reference, for messages: "column 'answer'".
 
     Raises:
@@ -44,7 +44,7 @@ def checked_reference(reference: Any, verifier: str, name: str) -> Any:
         raise ValueError(f"{name} is {reference}; every prompt needs a reference answer. Leave such rows out")
     for text in _texts(reference):
         check_characters(text, name)
-    if verifier in PROGRAMS:
+    if any(verifier in PROGRAMS for verifier in verifiers):
         # Imported here: other sources need nothing of it.
         from megatron_fipo.rl.verifiers.code import read_reference
 
@@ -52,7 +52,10 @@ def checked_reference(reference: Any, verifier: str, name: str) -> Any:
             read_reference(reference)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return _compared(reference, verifier, name) if verifier in COMPARED else reference
+    for verifier in verifiers:
+        if verifier in COMPARED:
+            reference = _compared(reference, verifier, name)
+    return reference
 
 
 def check_characters(text: str, name: str) -> None:
@@ -86,7 +89,7 @@ def _compared(reference: Any, verifier: str, name: str) -> Any:
                 f"{name} holds a list of {len(reference)} ({shown}), and verifier={verifier} compares with one answer. "
                 "Write the one that counts, or judge by a function of your own (package.module:function)"
             )
-        return checked_reference(reference[0], verifier, name)
+        return checked_reference(reference[0], [verifier], name)
     if isinstance(reference, bool) or not isinstance(reference, (str, int, float, Decimal, date, time)):
         raise ValueError(
             f"{name} is {shown}, and verifier={verifier} compares with a text or a number. Write what a right answer "

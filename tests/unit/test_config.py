@@ -510,7 +510,7 @@ def test_a_model_without_grouped_queries_has_as_many_groups_as_heads() -> None:
 
 
 def test_a_model_config_without_sizes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"config\.json has no whole number above 0 for num_hidden_layers"):
+    with pytest.raises(ConfigError, match=r"config\.json has no whole number for num_hidden_layers"):
         validate_model_layout(load_config(None), {"num_attention_heads": 2, "intermediate_size": 8})
 
 
