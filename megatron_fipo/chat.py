@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import read_model_config
+from megatron_fipo.data.formatting import raw_token_ids
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
@@ -110,7 +111,10 @@ class Chat:
         prompt, messages = text, [*self._messages, {"role": "user", "content": text}]
         if self.uses_template:
             prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        token_ids = tuple(self.tokenizer(prompt, add_special_tokens=not self.uses_template)["input_ids"])
+        if self.uses_template:
+            token_ids = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        else:
+            token_ids = tuple(raw_token_ids(self.tokenizer, [prompt])[0])
         if self.tokenizer.unk_token_id in token_ids:
             raise ValueError(f"the model's tokenizer does not know every character of {text!r}")
         options, printer = self.options, TextPrinter(self.tokenizer, self._out)

@@ -15,8 +15,6 @@ from megatron_fipo.convert.command import CONVERSIONS, run_conversion
 if TYPE_CHECKING:
     from megatron_fipo.config import ParallelSection
 
-EXIT_BAD_INPUT = 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for input that cannot be used, or the command's own."""
@@ -30,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
-    except ValueError as error:
-        print(f"megatron-fipo {args.command}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
+        from megatron_fipo.error_net import report, say_on_stderr
+
+        return report(error, say_on_stderr, f"megatron-fipo {args.command}")
     return status
 
 
@@ -261,21 +260,17 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _preflight(args: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config
-    from megatron_fipo.preflight.command import EXIT_BAD_INPUT, Options, run
+    from megatron_fipo.preflight.command import Options, run
     from megatron_fipo.preflight.work import Assumptions
 
-    try:
-        config = load_config(args.config, args.overrides)
-        assumptions = Assumptions(
-            mfu=args.mfu,
-            rollout_tokens_per_s=args.rollout_tokens_per_s,
-            response_tokens=args.response_tokens,
-            prompt_tokens=args.prompt_tokens,
-            kept_share=args.kept_share,
-        )
-    except ValueError as error:
-        print(f"megatron-fipo preflight: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    config = load_config(args.config, args.overrides)
+    assumptions = Assumptions(
+        mfu=args.mfu,
+        rollout_tokens_per_s=args.rollout_tokens_per_s,
+        response_tokens=args.response_tokens,
+        prompt_tokens=args.prompt_tokens,
+        kept_share=args.kept_share,
+    )
     options = Options(
         args.world_size, args.gpus_per_node, args.gpu, args.model_config, not args.sizes_only, assumptions
     )

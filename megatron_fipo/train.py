@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import shlex
 import sys
@@ -41,6 +42,9 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
+from megatron_fipo.error_net import EXIT_STOPPED as EXIT_STOPPED
+from megatron_fipo.error_net import report
 from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.handover import Handover
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
@@ -63,15 +67,12 @@ from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
 from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
 from megatron_fipo.saved_run import SavedRun
 from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
-
-EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
@@ -482,15 +483,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
         return _train(config, warnings_for(config, model_config), [arguments.config, *arguments.overrides])
-    except ValueError as error:  # what the user gave cannot be used
-        say_once(f"error: {error}")
-        return EXIT_BAD_INPUT
+    except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
+        return report(error, say_once)
 
 
 def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) -> int:
     cpu.install()
     prefer_expandable_segments()
     ranks = parallel_groups.initialize(config.parallel, config.run.seed)
+    if ranks.rank != 0:  # every rank reads the same data, and one tells of it
+        logging.getLogger("megatron_fipo.data").setLevel(logging.ERROR)
     console = Console(config, enabled=ranks.rank == 0 and config.metrics.console)
     trainer = None
     try:
@@ -505,9 +507,11 @@ def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) ->
         command = _command_that_goes_on(config, arguments)
         console.command("stopped by a signal, and saved; this goes on from the checkpoint:", command)
         return EXIT_STOPPED
-    except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
+    except (BatchNotFilledError, NonFiniteError, NotFiniteError, CheckpointError, ServerError, OtherRankError) as error:
         say_once(f"error: {error}")
         return EXIT_STOPPED
+    except Exception as error:  # noqa: BLE001 - told before the groups go, at whose end other ranks would speak up
+        return report(error, say_once)
     finally:
         if trainer is not None:
             trainer.close()

@@ -9,6 +9,13 @@ Order of precedence, lowest first: the dataclass defaults, the algorithm's prese
 overrides. Nothing rewrites a value that the user wrote.
 """
 
+from megatron_fipo.config.environment import (
+    looks_secret,
+    recorded_values,
+    values_for_comparison,
+    without_secrets,
+    written_values,
+)
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
@@ -45,6 +52,7 @@ from megatron_fipo.config.schema import (
     VerifierSection,
 )
 from megatron_fipo.config.stop_rule import StopRule
+from megatron_fipo.config.text_files import parse_json, read_text
 from megatron_fipo.config.validation import (
     microbatch_token_multiple,
     pad_multiple,
@@ -89,12 +97,16 @@ __all__ = [
     "check_resume",
     "load_config",
     "log_prob_chunk_tokens",
+    "looks_secret",
     "microbatch_token_multiple",
     "num_decay_steps",
     "numbers_fingerprint",
     "pad_multiple",
+    "parse_json",
     "read_model_config",
+    "read_text",
     "recomputed_part",
+    "recorded_values",
     "required_pad_multiple",
     "resolved_yaml",
     "save_resolved",
@@ -102,5 +114,8 @@ __all__ = [
     "updates_per_step",
     "validate",
     "validate_model_layout",
+    "values_for_comparison",
     "warnings_for",
+    "without_secrets",
+    "written_values",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -26,6 +26,17 @@ def entry_type(annotation: Any) -> type | None:
     return entry if is_dataclass(entry) else None
 
 
+def annotation_at(parts: Sequence[str]) -> Any:
+    """Type of the key with these parts: a section's dataclass, the type of an entry, or Any where there is none."""
+    annotation: Any = Config
+    for part in parts:
+        if is_dataclass(annotation):
+            annotation = field_types(annotation).get(part, Any)
+        else:
+            annotation = get_args(annotation)[1] if get_origin(annotation) is dict else Any
+    return annotation
+
+
 @cache
 def _known_keys() -> tuple[str, ...]:
     """Every key, dotted; <name> stands for the name of a data source."""
@@ -45,7 +56,7 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
     """Unknown keys, and values where a section was expected, at any depth."""
     if not isinstance(layer, Mapping):
         yield (
-            f"{prefix[:-1]}={layer!r} in {place}: a section was expected, with keys such as "
+            f"{prefix[:-1]}={shown(layer)} in {place}: a section was expected, with keys such as "
             f"{', '.join(list(field_types(section))[:3])}. Indent its keys under it, or remove it."
         )
         return
@@ -57,7 +68,8 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
             yield from key_problems(value, types[key], f"{prefix}{key}.", place)
         elif entry := entry_type(types[key]):
             if not isinstance(value, Mapping):
-                yield f"{prefix}{key}={value!r} in {place}: sources by name were expected ({prefix}{key}.<name>.kind)."
+                given = f"{prefix}{key}={shown(value)} in {place}"
+                yield f"{given}: sources by name were expected ({prefix}{key}.<name>.kind)."
                 continue
             for name, source in value.items():
                 yield from key_problems(source, entry, f"{prefix}{key}.{name}.", place)
@@ -87,13 +99,22 @@ def type_problem(error: OmegaConfBaseException, layer: Mapping[str, Any], place:
     """Name key, value and expected type of what OmegaConf could not convert."""
     if not error.full_key:
         return f"{place}: {str(error).splitlines()[0]}."
-    annotation: Any = Config
-    for part in error.full_key.split("."):
-        if is_dataclass(annotation):
-            annotation = field_types(annotation)[part]
-        elif get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    annotation = annotation_at(error.full_key.split("."))
     arguments = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
-    expected = " or ".join("null" if kind is type(None) else names.get(kind, "a section") for kind in arguments)
-    return f"{error.full_key}={look_up(layer, error.full_key)!r} in {place}: {expected} was expected."
+    expected = " or ".join(map(_expectation, arguments))
+    value = look_up(layer, error.full_key)
+    remedy = " Put it into quotes." if str in arguments else ""
+    return f"{error.full_key}={shown(value)} in {place}: {expected} was expected.{remedy}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: not too long, and null by its name in YAML."""
+    return "null" if value is None else f"{value!r:.200}"
+
+
+def _expectation(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if get_origin(kind) is list:
+        item = get_args(kind)[0]
+        return f"a list of {'whole numbers, such as [0,1],' if item is int else 'texts, such as [one,two],'}"
+    return names.get(kind, "a section")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.config.environment import remember_references, written_values
 from megatron_fipo.config.errors import ConfigError, choice_problem
-from megatron_fipo.config.keys import key_problems, look_up, type_problem
+from megatron_fipo.config.keys import annotation_at, key_problems, look_up, type_problem
 from megatron_fipo.config.schema import ALGORITHMS, Config
+from megatron_fipo.config.text_files import read_text
+from megatron_fipo.config.yaml_values import override_text, read_yaml, text_type
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -23,6 +24,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Precedence, lowest first: dataclass defaults, the algorithm's preset, the file, the overrides in their order.
     `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. Paths in the
     configuration are relative to the current directory. Rules between values are `validate`'s business.
+
+    A key that takes text gets it as it is written, in the file and in overrides: 1.10, 1e3, true and 007 are texts
+    there. In an override it is all that stands behind the equals sign ("####" and brackets included), unless quotes
+    stand around the whole of it. Null means null where the key may be null, and is refused where it may not; in quotes
+    it is the word. In a file, YAML ends a text without quotes at " #"; anything but a comment there ("# " with a space)
+    is refused.
 
     Args:
         path: YAML file; None starts from the defaults.
@@ -53,51 +60,26 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         value = OmegaConf.to_container(merged, resolve=False)
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{error.full_key}={look_up(value, error.full_key or '')}: {reason}.") from error
+        raise ConfigError(
+            f"{error.full_key}={look_up(value, error.full_key or '')}: {_interpolation_problem(error)}"
+        ) from error
     assert isinstance(config, Config)
+    remember_references(merged, config)
     return config
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2 (`off` is a word, 1e-6 a number); a key given twice is an error."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - emptied of version 1.1's; filled below
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-):
-    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
+def _interpolation_problem(error: OmegaConfBaseException) -> str:
+    reason = str(error).splitlines()[0]
+    if found := re.search(r"Environment variable '([^']*)' not found", reason):
+        return (
+            f"the environment variable {found[1]} is not set. Set it (export {found[1]}=…) where the run starts, or "
+            f"give a value to take instead: ${{oc.env:{found[1]},VALUE}}."
+        )
+    return f"{reason}. ${{…}} stands for another key's value; write \\${{…}} for the characters themselves."
 
 
 def _read_yaml_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}.") from error
-    try:
-        content = yaml.load(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    content = read_yaml(read_text(path, "configuration file"), Config, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -110,10 +92,12 @@ def _parse_override(text: str) -> dict[str, Any]:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {text!r} is not of the form section.key=value, such as train.num_steps=5.")
-    try:
-        value: Any = yaml.load(value_text, Loader=_YamlLoader) if value_text.strip() else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}.") from error
+    annotation, place = annotation_at(parts), f"override {text!r}"
+    value: Any
+    if text_type(annotation):
+        value = override_text(value_text, annotation, place)
+    else:
+        value = read_yaml(value_text, annotation, place, is_override=True) if value_text.strip() else ""
     for part in reversed(parts):
         value = {part: value}
     assert isinstance(value, dict)
@@ -121,17 +105,16 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def resolved_yaml(config: Config) -> str:
-    """Every key with its value; `load_config` reads it back to an equal Config, whatever the preset says by then."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape_interpolations(asdict(config))))
+    """Every key with its value; `load_config` reads it back to an equal Config, whatever the preset says by then.
+
+    What came from an environment variable stands there as the reference that the configuration had.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(written_values(config, literal=_escaped)))
 
 
-def _escape_interpolations(value: Any) -> Any:
-    """Resolved text that holds ${...} means it literally."""
-    if isinstance(value, dict):
-        return {key: _escape_interpolations(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escape_interpolations(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+def _escaped(text: str) -> str:
+    """Text in which ${...} means itself."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def save_resolved(config: Config, folder: str | Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.schema import FP8_ALIGNMENT, Config
+from megatron_fipo.config.text_files import decode_text, parse_json
 
 
 def read_model_config(path: str | Path) -> dict[str, Any]:
@@ -19,14 +19,15 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+        raw = file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"model.path={path}: {file} cannot be read ({error.strerror}). A folder with a Hugging Face checkpoint was "
+            f"model.path={path}: {file} cannot be read ({reason}). A folder with a Hugging Face checkpoint was "
             f"expected; a relative path starts from the current directory, {Path.cwd()}."
         ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.path={path}: {file} is not valid JSON: {error}.") from error
+    place = f"model.path={path}: {file}"
+    content = parse_json(decode_text(raw, place), place)
     if not isinstance(content, dict):
         raise ConfigError(f"model.path={path}: {file} holds a {type(content).__name__}; an object was expected.")
     return content
@@ -42,8 +43,14 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         ConfigError: naming the sizes that do not divide.
     """
     names = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
-    if missing := [name for name in names if not isinstance(model_config.get(name), int)]:
-        raise ConfigError(f"model.path={config.model.path}: config.json has no whole number for {', '.join(missing)}.")
+    given = {name: model_config.get(name) for name in names}
+    optional = ("hidden_size", "num_key_value_heads", "head_dim")
+    given |= {name: model_config[name] for name in optional if model_config.get(name) is not None}
+    if wrong := [name for name, size in given.items() if type(size) is not int or size < 1]:
+        raise ConfigError(
+            f"model.path={config.model.path}: config.json has no whole number for {', '.join(wrong)}: one from 1 on "
+            "was expected."
+        )
     heads, layers, intermediate = (model_config[name] for name in names)
     groups = model_config.get("num_key_value_heads") or heads
     parallel, problems = config.parallel, []

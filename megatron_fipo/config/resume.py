@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_fipo.config.schema import Config
+from megatron_fipo.config.environment import (
+    environment_digests,
+    value_digest,
+    values_for_comparison,
+    written_values,
+)
+from megatron_fipo.config.schema import Config, DataSourceConfig
 
 _BESIDE = (
     "run.name",
@@ -63,17 +70,29 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
     """Compare with a checkpoint's configuration.
 
     Args:
-        saved: `asdict` of the configuration that the checkpoint was saved under.
+        saved: `recorded_values` of the configuration that the checkpoint was saved under; of older checkpoints
+            `asdict`. A value that came from an environment variable counts as changed when it has changed, unless it is
+            a secret: another key to the same reward model is the same run.
         is_mid_step: the checkpoint stands between the updates of a step; nothing that decides numbers may change then.
     """
-    before, now = _settled(saved), _settled(asdict(config))
-    defaults = dict(_flat(asdict(Config())))
+    environment = saved.get("environment", {"salt": "00", "digests": {}})
+    before = _settled({key: value for key, value in saved.items() if key != "environment"})
+    now, values = _settled(written_values(config)), _settled(asdict(config))
+    digests = environment_digests(config, environment["salt"])["digests"]
+    moved = {key for key, digest in environment["digests"].items() if digests.get(key, digest) != digest}
     refused, shown, same_numbers = [], [], True
     for key in sorted(before.keys() | now.keys()):
-        if key in before and key in now and before[key] == now[key]:
-            continue
+        is_moved = any(f"{other}.".startswith(f"{key}.") for other in moved)
+        if key in before and key in now and not is_moved:
+            was = environment["digests"].get(key)
+            if before[key] in (now[key], values[key]) or was == value_digest(values[key], environment["salt"]):
+                continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
-        is_new = key not in before and key in now and now[key] == defaults.get(key)  # and changes nothing
+        if is_moved and before.get(key) == now.get(key):
+            difference += " (the environment variable has another value)"
+        elif key in now and now[key] != values[key]:  # a checkpoint from before references were kept may hold a secret
+            difference = f"{key}: another value -> {_text(now, key)}"
+        is_new = key not in before and key in now and _is_default(key, now[key])  # and changes nothing
         decides = _decides_numbers(key) and not is_new
         same_numbers &= not decides
         if reason := _reason_to_refuse(key):
@@ -89,7 +108,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
 
 def numbers_fingerprint(config: Config) -> str:
     """The same for two configurations that come to the same rollouts and weights, up to rounding."""
-    decisive = {key: value for key, value in _settled(asdict(config)).items() if _decides_numbers(key)}
+    decisive = {key: value for key, value in _settled(values_for_comparison(config)).items() if _decides_numbers(key)}
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -102,6 +121,16 @@ def _settled(values: Mapping[str, Any]) -> dict[str, Any]:
     if flat.get("optimizer.schedule", "constant") != "constant" and flat["optimizer.num_decay_steps"] is None:
         flat["optimizer.num_decay_steps"] = flat["train.num_steps"]
     return flat
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether a key that a checkpoint of an earlier version lacks has the value that means what was done then."""
+    source = re.fullmatch(r"data\.(?:train|evaluation)\.[^.]+\.(\w+)", key)
+    if source is not None:
+        defaults, key = asdict(DataSourceConfig()), source[1]
+    else:
+        defaults = dict(_flat(asdict(Config())))
+    return key in defaults and bool(defaults[key] == value)
 
 
 def _decides_numbers(key: str) -> bool:

@@ -71,6 +71,9 @@ class _Rule:
     holds: Callable[[Any], bool]
 
 
+MAX_VERIFIER_WORKERS = 1024
+"""More processes than the largest machine has cores."""
+
 _AT_LEAST_0 = _Rule("must be at least 0", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = _Rule("must be at least 1", lambda value: 1 <= value < math.inf)
 _ABOVE_0 = _Rule("must be above 0 and finite", lambda value: 0 < value < math.inf)
@@ -129,7 +132,13 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "canary_sequences": _AT_LEAST_0,
         "canary_tolerance": _ABOVE_0,
     },
-    VerifierSection: {"num_workers": _AT_LEAST_1, "timeout_s": _ABOVE_0},
+    VerifierSection: {
+        "num_workers": _Rule(
+            f"must be between 1 and {MAX_VERIFIER_WORKERS}: these are processes on each rank",
+            lambda value: 1 <= value <= MAX_VERIFIER_WORKERS,
+        ),
+        "timeout_s": _ABOVE_0,
+    },
     RewardSection: {
         "correct": _FINITE,
         "incorrect": _FINITE,

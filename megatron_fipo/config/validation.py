@@ -37,21 +37,22 @@ def validate(config: Config, world_size: int | None = None, *, is_for_training: 
     Args:
         config: as `load_config` returned it.
         world_size: number of processes; None leaves out what depends on it.
-        is_for_training: needs data to train on; evaluation alone does not.
+        is_for_training: false leaves out what only training needs: its data, batches, objective and layout.
 
     Raises:
         ConfigError: naming for every problem the key, its value, the rule and what to do.
     """
     problems = list(value_problems(config, ""))
     if not problems:  # combinations divide by values that must be sound first
-        problems += _algorithm_problems(config)
         problems += _data_problems(config, is_for_training)
-        problems += _batch_problems(config)
-        problems += _objective_problems(config)
         problems += _server_problems(config)
-        problems += _precision_problems(config)
-        problems += _layout_problems(config, world_size)
-        problems += milestone_problems(config)
+        if is_for_training:
+            problems += _algorithm_problems(config)
+            problems += _batch_problems(config)
+            problems += _objective_problems(config)
+            problems += _precision_problems(config)
+            problems += _layout_problems(config, world_size)
+            problems += milestone_problems(config)
     if problems:
         raise ConfigError.of(problems)
 
@@ -77,7 +78,7 @@ def _algorithm_problems(config: Config) -> Iterator[str]:
 def _data_problems(config: Config, is_for_training: bool) -> Iterator[str]:
     if is_for_training and not config.data.train:
         yield "data.train is empty: a run needs at least one source of prompts, such as data.train.<name>.kind=jsonl."
-    for part in ("train", "evaluation"):
+    for part in ("train", "evaluation") if is_for_training else ("evaluation",):
         for name, source in getattr(config.data, part).items():
             yield from _source_problems(f"data.{part}.{name}", source, is_evaluation=part == "evaluation")
 

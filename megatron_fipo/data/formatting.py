@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_fipo.config import DataSourceConfig
+from megatron_fipo.data import chat_templates
 from megatron_fipo.data.records import Record
+from megatron_fipo.data.references import check_characters
 
 
 class PromptFormatter:
     """Formats the prompts of one source."""
 
-    def __init__(self, source: DataSourceConfig, tokenizer: Any) -> None:
+    def __init__(self, source: DataSourceConfig, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Keep what formatting needs.
 
         Args:
             source: its prompt_template, system_prompt and chat_template.
             tokenizer: a transformers tokenizer.
+            vocab_size: tokens that the model has; None leaves out what depends on it.
 
         Raises:
             ValueError: for a template without {prompt}, a system prompt without chat, or a tokenizer without a chat
@@ -31,8 +34,12 @@ class PromptFormatter:
                 "chat_template=true, but the model's tokenizer has no chat template. Set chat_template=false and "
                 "prompt_template, or take an instruction-tuned model."
             )
+        for key in ("prompt_template", "system_prompt"):
+            check_characters(getattr(source, key), key)
         self._source = source
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._is_template_tried = False
         self._known_characters: set[str] = set()
 
     def text(self, record: Record) -> str:
@@ -56,31 +63,40 @@ class PromptFormatter:
             messages = [*history, {**last, "content": template.replace("{prompt}", last["content"])}]
         if self._source.system_prompt:
             messages.insert(0, {"role": "system", "content": self._source.system_prompt})
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        if not self._is_template_tried:
+            chat_templates.try_out(self._tokenizer, messages, record.place)
+            self._is_template_tried = True
+        return chat_templates.render(self._tokenizer, messages, record.place)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of formatted texts.
 
-        Raw text gets the special tokens that the tokenizer adds by itself (Llama's beginning of sequence); a chat
-        template has written its own.
+        Raw text gets the special tokens that the tokenizer adds by itself (Llama's beginning of sequence), unless it
+        begins with that token; a chat template has written its own.
         """
-        add_special_tokens = not self._source.chat_template
-        encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)[
-            "input_ids"
-        ]
+        if not self._source.chat_template:
+            return raw_token_ids(self._tokenizer, texts)
+        encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return encoded
 
     def check_known(self, token_ids: list[int], text: str, place: str) -> None:
-        """Check that the tokenizer represents every character.
+        """Check that the tokenizer represents every character, and the model every token.
 
         Tokenizers of the byte-level BPE kind with a small vocabulary leave out what they do not know without a trace,
         so each visible character is tried by itself, once.
 
         Raises:
             ValueError: naming the place and the characters, if one is left out or the text gives the unknown token
-                (other than by spelling it out).
+                (other than by spelling it out), or if the model has no such token.
         """
+        if self._vocab_size is not None and token_ids and max(token_ids) >= self._vocab_size:
+            token_id = max(token_ids)
+            raise ValueError(
+                f"{place}: the prompt holds token {token_id} ({self._tokenizer.decode([token_id])!r}), and the model "
+                f"has tokens 0 … {self._vocab_size - 1} (vocab_size in its config.json). The tokenizer is another "
+                "model's, or tokens were added to it without a row in the embedding: leave them out of prompts and "
+                "templates, or take a model that was trained with them"
+            )
         unknown_id = self._tokenizer.unk_token_id
         has_unknown = unknown_id in token_ids and self._tokenizer.unk_token not in text
         new_characters = sorted(set(text) - self._known_characters)
@@ -93,6 +109,22 @@ class PromptFormatter:
     def _represents(self, character: str) -> bool:
         token_ids = self._tokenizer(character, add_special_tokens=False)["input_ids"]
         return bool(token_ids) and self._tokenizer.unk_token_id not in token_ids
+
+
+def raw_token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of raw texts, with the special tokens that the tokenizer adds by itself.
+
+    A text that begins with the beginning-of-sequence token has it once: who writes a chat format by hand writes that
+    token, too, and a model has never seen two.
+    """
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+    bos = getattr(tokenizer, "bos_token_id", None)  # a tokenizer need not have the concept
+    if bos is None:
+        return encoded
+    return [
+        ids[1:] if ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token) else ids
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
 
 
 def _raw_text(record: Record) -> str:

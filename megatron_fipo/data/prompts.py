@@ -6,10 +6,12 @@ import logging
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_fipo.config import FILE_KINDS, SCHEMAS, SOURCE_KINDS, Config, DataSourceConfig
+from megatron_fipo.config import FILE_KINDS, SCHEMAS, SOURCE_KINDS, Config, DataSourceConfig, read_model_config
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
@@ -24,6 +26,28 @@ MAX_ATTEMPTS = 1024
 _TOKENIZER_BATCH = 1024
 
 
+@dataclass(frozen=True)
+class PromptLimits:
+    """What a prompt may be.
+
+    Attributes:
+        max_prompt_tokens: longest prompt.
+        overlong: what happens to a longer one, "error" or "skip".
+        vocab_size: tokens that the model has; None where no model is known.
+    """
+
+    max_prompt_tokens: int
+    overlong: str = "error"
+    vocab_size: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Config) -> PromptLimits:
+        """The limits of a run and, where its folder is here, of its model."""
+        is_here = (Path(config.model.path) / "config.json").is_file()
+        vocab_size = read_model_config(config.model.path).get("vocab_size") if is_here else None
+        return cls(config.rollout.max_prompt_tokens, config.data.overlong_prompts, vocab_size)
+
+
 class PromptSource(ABC):
     """One source's prompts by index.
 
@@ -33,17 +57,15 @@ class PromptSource(ABC):
         num_duplicates: rows of a file left out because they repeat a prompt.
     """
 
-    def __init__(
-        self, name: str, config: DataSourceConfig, tokenizer: Any, max_prompt_tokens: int, overlong: str
-    ) -> None:
+    def __init__(self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits) -> None:
         self.name = name
         self.num_prompts: int | None = config.num_prompts
         self.num_skipped = 0
         self.num_duplicates = 0
         self._verifier = config.verifier
-        self._formatter = PromptFormatter(config, tokenizer)
-        self._max_prompt_tokens = max_prompt_tokens
-        self._skip_overlong = overlong == "skip"
+        self._formatter = PromptFormatter(config, tokenizer, limits.vocab_size)
+        self._max_prompt_tokens = limits.max_prompt_tokens
+        self._skip_overlong = limits.overlong == "skip"
 
     @abstractmethod
     def prompt(self, index: int, prompt_id: int) -> Prompt:
@@ -59,10 +81,8 @@ class PromptSource(ABC):
 class FilePrompts(PromptSource):
     """Rows of a jsonl or parquet file. All are tokenized once at the start, so that no error waits for hour ten."""
 
-    def __init__(
-        self, name: str, config: DataSourceConfig, tokenizer: Any, max_prompt_tokens: int, overlong: str
-    ) -> None:
-        super().__init__(name, config, tokenizer, max_prompt_tokens, overlong)
+    def __init__(self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits) -> None:
+        super().__init__(name, config, tokenizer, limits)
         file = read_records(config)
         self._records = file.records
         self.num_duplicates = file.num_duplicates
@@ -82,7 +102,7 @@ class FilePrompts(PromptSource):
             texts = [self._formatter.text(record) for record in records]
             for offset, token_ids in enumerate(self._formatter.encode(texts)):
                 self._formatter.check_known(token_ids, texts[offset], records[offset].place)
-                if len(token_ids) > max_prompt_tokens:
+                if len(token_ids) > self._max_prompt_tokens:
                     overlong_rows.append((start + offset, len(token_ids)))
         if overlong_rows:
             self._leave_out(overlong_rows)
@@ -119,13 +139,12 @@ class ProceduralPrompts(PromptSource):
         name: str,
         config: DataSourceConfig,
         tokenizer: Any,
-        max_prompt_tokens: int,
-        overlong: str,
+        limits: PromptLimits,
         *,
         seed: int,
         held_out: bool,
     ) -> None:
-        super().__init__(name, config, tokenizer, max_prompt_tokens, overlong)
+        super().__init__(name, config, tokenizer, limits)
         self._generate = record_generator(config, seed)
         self._held_out = held_out
         # A source that can give nothing says so before a model is built.
@@ -170,6 +189,7 @@ class PromptStream:
         seed: int,
         max_prompt_tokens: int,
         overlong: str = "error",
+        vocab_size: int | None = None,
     ) -> None:
         """Open the sources.
 
@@ -179,6 +199,7 @@ class PromptStream:
             seed: run.seed, for the order and for sources without a seed of their own.
             max_prompt_tokens: longest prompt.
             overlong: "error" or "skip".
+            vocab_size: tokens that the model has; None leaves out what depends on it.
 
         Raises:
             ValueError: for a source that cannot be used, naming it.
@@ -188,11 +209,12 @@ class PromptStream:
         self._sources: list[PromptSource] = []
         self._seeds: list[int] = []
         self._slots: list[tuple[int, int]] = []
+        limits = PromptLimits(max_prompt_tokens, overlong, vocab_size)
         for position, (name, config) in enumerate(sources.items()):
             if config.weight < 1:
                 raise ValueError(f"data source {name!r}: weight is at least 1, got {config.weight}")
             self._sources.append(
-                _open(name, config, tokenizer, seed, max_prompt_tokens, overlong, held_out=False),
+                _open(name, config, tokenizer, seed, limits, held_out=False),
             )
             self._seeds.append(seed if config.seed is None else config.seed)
             self._slots += [(position, turn) for turn in range(config.weight)]
@@ -203,13 +225,8 @@ class PromptStream:
     @classmethod
     def from_config(cls, config: Config, tokenizer: Any) -> PromptStream:
         """Open the training sources of a run."""
-        return cls(
-            config.data.train,
-            tokenizer,
-            seed=config.run.seed,
-            max_prompt_tokens=config.rollout.max_prompt_tokens,
-            overlong=config.data.overlong_prompts,
-        )
+        limits = PromptLimits.from_config(config)
+        return cls(config.data.train, tokenizer, seed=config.run.seed, **asdict(limits))
 
     def prompt(self, prompt_id: int) -> Prompt:
         """Prompt at a position, from 0; does not move the cursor."""
@@ -281,6 +298,7 @@ def evaluation_prompts(
     seed: int,
     max_prompt_tokens: int,
     overlong: str = "error",
+    vocab_size: int | None = None,
 ) -> list[Prompt]:
     """All prompts of an evaluation source, in their order.
 
@@ -289,7 +307,8 @@ def evaluation_prompts(
     Raises:
         ValueError: for a source that cannot be used, or an endless one without num_prompts.
     """
-    opened = _open(name, source, tokenizer, seed, max_prompt_tokens, overlong, held_out=True)
+    limits = PromptLimits(max_prompt_tokens, overlong, vocab_size)
+    opened = _open(name, source, tokenizer, seed, limits, held_out=True)
     if opened.num_prompts is None:
         raise ValueError(f"evaluation source {name!r} is endless ({source.kind}); set its num_prompts")
     first_id = -((zlib.crc32(name.encode()) + 1) << 24)
@@ -298,15 +317,9 @@ def evaluation_prompts(
 
 def evaluation_sets(config: Config, tokenizer: Any) -> dict[str, list[Prompt]]:
     """Prompts of every evaluation source of a run, by name."""
+    limits = asdict(PromptLimits.from_config(config))
     return {
-        name: evaluation_prompts(
-            name,
-            source,
-            tokenizer,
-            seed=config.run.seed,
-            max_prompt_tokens=config.rollout.max_prompt_tokens,
-            overlong=config.data.overlong_prompts,
-        )
+        name: evaluation_prompts(name, source, tokenizer, seed=config.run.seed, **limits)
         for name, source in config.data.evaluation.items()
     }
 
@@ -316,8 +329,7 @@ def _open(
     config: DataSourceConfig,
     tokenizer: Any,
     run_seed: int,
-    max_prompt_tokens: int,
-    overlong: str,
+    limits: PromptLimits,
     *,
     held_out: bool,
 ) -> PromptSource:
@@ -325,9 +337,9 @@ def _open(
     try:
         _check(config)
         if config.kind in FILE_KINDS:
-            return FilePrompts(name, config, tokenizer, max_prompt_tokens, overlong)
+            return FilePrompts(name, config, tokenizer, limits)
         seed = run_seed if config.seed is None else config.seed
-        return ProceduralPrompts(name, config, tokenizer, max_prompt_tokens, overlong, seed=seed, held_out=held_out)
+        return ProceduralPrompts(name, config, tokenizer, limits, seed=seed, held_out=held_out)
     except ValueError as error:
         raise ValueError(f"data source {name!r}: {error}") from error
 

@@ -14,10 +14,11 @@ from random import Random
 from typing import Any, TypeAlias, overload
 
 import pyarrow as pa
-import pyarrow.parquet as parquet
 
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data.chain_arithmetic import ChainArithmetic
+from megatron_fipo.data.prompt_files import check_file, json_rows, open_parquet, parquet_batches
+from megatron_fipo.data.references import check_characters, checked_reference
 from megatron_fipo.data.schemas import SCHEMAS, select_columns
 
 
@@ -59,11 +60,11 @@ def read_records(source: DataSourceConfig) -> RecordFile:
     """Read a jsonl or parquet source.
 
     Raises:
-        ValueError: if the file does not exist, holds no prompt or a malformed row, or lacks a column.
+        ValueError: if the file does not exist, is none of its kind, holds no prompt or a malformed row, lacks a column,
+            or has a reference that no answer can equal (`references`); the message names file and row.
     """
     path = Path(source.path)
-    if not path.is_file():
-        raise ValueError(f"prompt file {source.path!r} does not exist (looked for {path.resolve()})")
+    check_file(path, source.kind)
     repeats = _Repeats(source.deduplicate)
     read = _read_jsonl if source.kind == "jsonl" else _ParquetRecords
     records = read(path, source, repeats)
@@ -109,22 +110,12 @@ def record_generator(source: DataSourceConfig, seed: int) -> RecordGenerator:
 
 def _read_jsonl(path: Path, source: DataSourceConfig, repeats: _Repeats) -> list[Record]:
     records: list[Record] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(records) == source.num_prompts:
-                break
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} is not valid JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} holds a JSON {type(row).__name__}; every line is an object with columns")
-            record = _record(row, source, place)
-            if repeats.is_new(record):
-                records.append(record)
+    for place, row in json_rows(path):
+        if len(records) == source.num_prompts:
+            break
+        record = _record(row, source, place)
+        if repeats.is_new(record):
+            records.append(record)
     return records
 
 
@@ -140,11 +131,11 @@ class _ParquetRecords(Sequence[Record]):
         kept: list[pa.RecordBatch] = []
         self._rows = array("q")
         """Row in the file of each record."""
-        with parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             columns = _parquet_columns(file.schema_arrow.names, source, str(path))
             start = 0
             # Only the columns in use: some data sets carry others that are many times larger.
-            for batch in file.iter_batches(_PARQUET_BATCH, columns=columns):
+            for batch in parquet_batches(file, path, columns, _PARQUET_BATCH):
                 new = [i for i, row in enumerate(batch.to_pylist()) if repeats.is_new(self._record(row, start + i))]
                 if source.num_prompts is not None:
                     new = new[: source.num_prompts - len(self._rows)]
@@ -153,7 +144,7 @@ class _ParquetRecords(Sequence[Record]):
                 start += batch.num_rows
                 if len(self._rows) == source.num_prompts:
                     break
-            self._table = pa.Table.from_batches(kept, schema=kept[0].schema if kept else None).combine_chunks()
+        self._table = pa.Table.from_batches(kept).combine_chunks() if kept else pa.table({})
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,14 +167,21 @@ class _ParquetRecords(Sequence[Record]):
 def _parquet_columns(names: Sequence[str], source: DataSourceConfig, place: str) -> list[str]:
     """The file's columns that the source reads."""
     if source.schema != "columns":
-        return list(select_columns(SCHEMAS[source.schema], names, place).values())
-    columns = []
+        return _given_once(list(select_columns(SCHEMAS[source.schema], names, place).values()), names, place)
+    columns: list[str] = []
     for name in (source.prompt_field, source.answer_field):
         column = name if name in names else name.split(".")[0]
         if column not in names:
             raise ValueError(_missing_column(name, names, place))
         columns.append(column)
-    return list(dict.fromkeys(columns))
+    return _given_once(list(dict.fromkeys(columns)), names, place)
+
+
+def _given_once(columns: list[str], names: Sequence[str], place: str) -> list[str]:
+    for column in columns:
+        if names.count(column) > 1:
+            raise ValueError(f"{place} has {names.count(column)} columns {column!r}; which one counts cannot be told")
+    return columns
 
 
 def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str) -> Record:
@@ -193,20 +191,46 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str) -> Rec
     else:
         schema = SCHEMAS[source.schema]
         names = select_columns(schema, list(row), place)
-        prompt, reference = schema.read({name: row[column] for name, column in names.items()})
+        try:
+            prompt, reference = schema.read({name: row[column] for name, column in names.items()})
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         prompt_name, reference_name = f"the prompt (schema {source.schema})", f"the answer (schema {source.schema})"
-    is_chat = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in prompt
-    )
-    if not prompt or not (isinstance(prompt, str) or is_chat):
+    prompt = _from_json_text(prompt, _is_chat)
+    if not prompt or not (isinstance(prompt, str) or _is_chat(prompt)):
         raise ValueError(
             f"{place}: {prompt_name} holds {prompt!r:.100}; a prompt is a text that is not empty, "
             "or a list of chat messages with role and content"
         )
-    if reference is None:
-        raise ValueError(f"{place}: {reference_name} is null; every prompt needs a reference answer")
+    try:
+        for text in (
+            [prompt]
+            if isinstance(prompt, str)
+            else [text for message in prompt for text in (message["role"], message["content"])]
+        ):
+            check_characters(text, prompt_name)
+        reference = checked_reference(reference, [source.verifier], reference_name)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
     return Record(prompt, reference, place)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in prompt
+    )
+
+
+def _from_json_text(value: Any, is_wanted: Callable[[Any], bool]) -> Any:
+    """A structure that travelled as JSON text, as in tables whose cells hold text only; anything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:2] not in ("[{", '{"'):
+        return value
+    try:
+        structure = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return structure if is_wanted(structure) else value
 
 
 def _column(row: Mapping[str, Any], name: str, place: str) -> Any:
@@ -215,6 +239,7 @@ def _column(row: Mapping[str, Any], name: str, place: str) -> Any:
         return row[name]
     value: Any = row
     for part in name.split("."):
+        value = _from_json_text(value, lambda structure: isinstance(structure, dict))
         if not isinstance(value, Mapping) or part not in value:
             raise ValueError(_missing_column(name, _column_names(row), place))
         value = value[part]

@@ -6,6 +6,7 @@ prompt_template: only dapo_math's prompts carry their instruction with them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -49,7 +50,26 @@ def select_columns(schema: Schema, existing: Sequence[str], place: str) -> dict[
 
 def _dapo_math(row: Row) -> tuple[Any, Any]:
     reward_model = row["reward_model"]
+    if isinstance(reward_model, str):  # a table whose cells hold text only
+        reward_model = _parsed(reward_model, "reward_model", dict)
     return row["prompt"], reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
+
+
+def _parsed(text: str, column: str, kind: type) -> Any:
+    """A structure that is given as JSON text.
+
+    Raises:
+        ValueError: if the text is none; the caller adds the place.
+    """
+    try:
+        structure = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"column {column!r} holds text that is no JSON: {text!r:.100}. Write the structure itself, or its JSON"
+        ) from error
+    if not isinstance(structure, kind):
+        raise ValueError(f"column {column!r} holds {text!r:.100}; the JSON of a {kind.__name__} was expected")
+    return structure
 
 
 def _problem_and_answer(row: Row) -> tuple[Any, Any]:
@@ -71,6 +91,9 @@ def _humaneval(row: Row) -> tuple[Any, Any]:
 def _mbpp(row: Row) -> tuple[Any, Any]:
     """The tests belong to the question: they alone say what the function is called."""
     tests = row["test_list"]
+    if isinstance(tests, str) and tests.lstrip().startswith("["):
+        # Run as it stands, a list of texts would test nothing, and every program would pass.
+        tests = _parsed(tests, "test_list", list)
     source = tests if isinstance(tests, str) else "\n".join(tests or ())
     setup = row.get("test_setup_code") or ""
     setup = setup if isinstance(setup, str) else "\n".join(setup)

@@ -64,7 +64,7 @@ def node_script(settings: Settings, project_dir: str, arguments: Sequence[str]) 
         names = " ".join(settings.secrets)
         parts.append(_SECRET_CHECK.format(names=names, remedy=_where_to_set(settings), exit_bad_input=EXIT_BAD_INPUT))
     parts += settings.setup
-    python, options = shlex.quote(settings.python), " ".join(_torchrun_options(settings))
+    python, options = shlex.quote(settings.interpreter(project_dir)), " ".join(_torchrun_options(settings))
     parts.append(_RUN.format(python=python, options=options, arguments=shlex.join(arguments)))
     return "\n".join(parts)
 

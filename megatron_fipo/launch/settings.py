@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fipo.config import ConfigError
+from megatron_fipo.config import ConfigError, looks_secret, read_text
 from megatron_fipo.config.errors import choice_problem
 from megatron_fipo.config.keys import key_problems, look_up
+from megatron_fipo.config.yaml_values import read_yaml
 
 EXECUTORS = ("slurm", "local")
 SLURM_LEAD_S = 60
 """Slurm may send the signal before the time limit so much earlier than asked."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_LIKE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
 _SET_ELSEWHERE = {
     "account": "account",
     "error": "job_dir",
@@ -77,8 +77,9 @@ class Settings:
     requeue: bool = True
     """Queue the job again after it has saved before its limit; it goes on from there."""
     max_requeues: int = 100
-    python: str = "python"
-    """Interpreter of the training environment as the nodes see it; inside the container where there is one."""
+    python: Optional[str] = None
+    """Interpreter of the training environment as the nodes see it, inside the container where there is one; null takes
+    .venv/bin/python in project_dir where that is there, else python."""
     project_dir: Optional[str] = None
     """This project's folder as the nodes see it, in which the run starts; null for the current directory."""
     job_dir: Optional[str] = None
@@ -101,6 +102,18 @@ class Settings:
     """On the first node; null derives one from the job's number."""
     sbatch: Dict[str, str] = field(default_factory=dict)
     """Further options of sbatch, such as {reservation: week12, gres: "gpu:8"}."""
+
+    def interpreter(self, project_dir: str) -> str:
+        """`python`, or what stands for it: the environment that `make install` puts into the project's folder.
+
+        Args:
+            project_dir: the project's folder, as the nodes see it; a folder of this machine without ssh.host.
+        """
+        if self.python is not None:
+            return self.python
+        installed = Path(project_dir) / ".venv" / "bin" / "python"
+        is_seen_here = not (self.ssh.host or self.container_image)
+        return str(installed) if is_seen_here and os.access(installed, os.X_OK) else "python"
 
     @property
     def is_local(self) -> bool:
@@ -161,22 +174,11 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's content with every scalar as the text that stands there: 12:00:00 and `on` are what they look like."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise ConfigError(f"settings file {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    """The file's content; what takes text gets it as it stands there: 12:00:00 and `on` are what they look like."""
+    content = read_yaml(read_text(path, "settings file"), Settings, str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys such as nodes and partition.")
-    return {key: _with_nulls(value) for key, value in content.items()}
-
-
-def _with_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_nulls(item) for key, item in value.items()}
-    return None if value in ("null", "~", "") else value
+    return content
 
 
 def _problems(settings: Settings) -> list[str]:
@@ -247,7 +249,7 @@ def _environment_problems(settings: Settings) -> list[str]:
     problems += [
         f"env.{name} looks like a secret, and env is written into the script. List the name below secrets instead."
         for name in settings.env
-        if _SECRET_LIKE.search(name)
+        if looks_secret(name)
     ]
     twice = sorted(set(settings.env) & set(settings.secrets))
     return problems + [f"{name} stands below env and below secrets." for name in twice]

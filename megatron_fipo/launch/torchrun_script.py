@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_fipo.config import Config, load_config, resolved_yaml, validate
+from megatron_fipo.config import Config, load_config, resolved_yaml, validate, without_secrets
 from megatron_fipo.launch.tiny import TINY, TINY_RANKS, tiny_overrides
+from megatron_fipo.text_hygiene import clean_text
 
 EXIT_BAD_INPUT = 2
 DEFAULT_PORT = 29501
@@ -97,7 +98,7 @@ def main(config_file: Path, argv: Sequence[str], *, planned_nodes: int = 1) -> i
         nodes = nodes_of(os.environ, arguments.is_tiny)
         validate(config, nodes.number * nodes.processes)  # once, and not by every process
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(clean_text(without_secrets(f"error: {error}")), file=sys.stderr)
         return EXIT_BAD_INPUT
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options(nodes)]
     return _become([*command, "-m", "megatron_fipo.train", str(config_file), *overrides], without_torchrun(os.environ))

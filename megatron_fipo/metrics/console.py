@@ -26,7 +26,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fipo.config import Config, updates_per_step
+from megatron_fipo.config import Config, updates_per_step, without_secrets
 
 MISSING = "–"
 PIPE_WIDTH = 130
@@ -419,8 +419,8 @@ def _shorten(text: str, max_lines: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escape control characters, so that no text can move the cursor or colour the terminal."""
-    text = text.replace("\r\n", "\n").expandtabs(4)
+    """Escape control characters, so that no text can move the cursor or colour the terminal; secrets as references."""
+    text = without_secrets(text).replace("\r\n", "\n").expandtabs(4)
     return "".join(char if char == "\n" or char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -11,11 +11,10 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, written_values
 
 
 class Sink(Protocol):
@@ -123,7 +122,7 @@ class WandbSink:
             resume="allow",
             mode=config.metrics.wandb,
             dir=str(folder),
-            config=asdict(config),
+            config=written_values(config),
         )
         self._run.define_metric("*", step_metric="step")
 

@@ -8,11 +8,17 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
+from megatron_fipo.config import without_secrets
+from megatron_fipo.text_hygiene import clean_text
+
 _PATIENCE = timedelta(seconds=10)
 
 
 def say_once(message: str) -> None:
     """Print to standard error unless another rank speaks; whichever comes first speaks for all.
+
+    Secrets from the environment are shown as references, and control codes escaped: part of the message may be what a
+    verifier or a server wrote.
 
     torchrun ends every rank as soon as one has left. So none is appointed to speak (it might be ended before it could,
     or not have the error at all), and none returns from here before somebody has spoken. Where the launcher has no
@@ -34,4 +40,4 @@ def say_once(message: str) -> None:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(clean_text(without_secrets(message)), file=sys.stderr, flush=True)

@@ -11,12 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.config import Config, ConfigError, read_model_config, validate, validate_model_layout
+from megatron_fipo.config import (
+    Config,
+    ConfigError,
+    read_model_config,
+    validate,
+    validate_model_layout,
+    without_secrets,
+)
 from megatron_fipo.preflight.findings import FAILS, MISSING, WARNS
 from megatron_fipo.preflight.hardware import GPUS
 from megatron_fipo.preflight.parameters import whole_parameters
 from megatron_fipo.preflight.plan import Plan, make_plan
 from megatron_fipo.preflight.work import Assumptions
+from megatron_fipo.text_hygiene import clean_text
 
 EXIT_FITS = 0
 EXIT_DOES_NOT = 1
@@ -49,7 +57,7 @@ def run(config: Config, options: Options) -> int:
     try:
         plan = plan_of(config, options)
     except ValueError as error:
-        print(f"preflight: {error}", file=sys.stderr)
+        print(clean_text(without_secrets(f"megatron-fipo preflight: {error}")), file=sys.stderr)
         return EXIT_BAD_INPUT
     show(plan, Console(width=WIDTH, highlight=False))
     return EXIT_FITS if plan.fits else EXIT_DOES_NOT

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
+from megatron_fipo.config import without_secrets
 from megatron_fipo.rl.types import Group, Prompt, Sample
 from megatron_fipo.rl.verifiers.verdict import Verdict
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, sample_seed
@@ -75,7 +76,8 @@ async def generate_groups(
             sample.error = ABORTED
         else:
             verdict = await judge(prompt, sample.response_text, sample.finish_reason)
-            sample.accuracy, sample.answer, sample.error = verdict.score, verdict.answer, verdict.error
+            sample.accuracy, sample.answer = verdict.score, verdict.answer
+            sample.error = without_secrets(verdict.error)  # a reward model's URL may hold one
         if on_sample is not None:
             on_sample(sample)
         return sample

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from megatron_fipo.rollout.engine import GenerationRequest
+from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError
 from megatron_fipo.rollout.sampling import request_uniforms, sample_tokens
 from megatron_fipo.rollout.slot_cache import SlotCache
 
@@ -150,9 +150,11 @@ class DecodeBatch(Generic[RowT]):
         ended = (self._is_stop[tokens] | (num_new >= self._limits[:n]) | broken).nonzero().flatten().tolist()
         for row in ended:
             if broken[row]:
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"the model gave log-prob {float(log_probs[row])} at response token {int(num_new[row]) - 1} of "
-                    f"sample {self.rows[row].request.sample_id!r}: its weights or activations are not finite"
+                    f"sample {self.rows[row].request.sample_id!r}: its weights or activations are not finite. If that "
+                    "is so from the start, the files in model.path hold such numbers; if later, lower "
+                    "optimizer.learning_rate and go on from a checkpoint before."
                 )
         return ended
 

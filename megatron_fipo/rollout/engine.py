@@ -79,6 +79,10 @@ def check_request(request: GenerationRequest, vocab_size: int, stop_token_ids: C
         raise ValueError(f"{what}: its prefix ends in stop token {request.prefix[-1]}; there is nothing to continue")
 
 
+class NotFiniteError(RuntimeError):
+    """The policy gives numbers that are not finite, so that nothing can be sampled from it."""
+
+
 class RolloutEngine(Protocol):
     """Generates responses with the policy that it was last given."""
 

@@ -149,6 +149,7 @@ def test_train_hands_its_arguments_on(config: Path, monkeypatch: pytest.MonkeyPa
 
 def test_evaluate_writes_problems_and_metrics(config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", str(config), "evaluation.temperature=1.0", "--model", str(model)]
+    arguments.append("train.num_minibatches=3")  # does not divide the batch, and nothing is trained
     assert cli.main(arguments) == 0
     folder = config.parent / "out" / "evaluation"
     first = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]

@@ -190,7 +190,10 @@ def test_unknown_keys_of_a_file_are_all_reported_with_the_file(tmp_path: Path) -
             "data.train.chain.weight=heavy",
             "data.train.chain.weight='heavy' in override 'data.train.chain.weight=heavy': a whole number was expected.",
         ),
-        ("run.name=[1]", "run.name=[1] in override 'run.name=[1]': text was expected."),
+        (
+            "servers.gpus=0,1",
+            "servers.gpus='0,1' in override 'servers.gpus=0,1': a list of whole numbers, such as [0,1], was expected.",
+        ),
     ],
 )
 def test_a_wrong_type_names_key_value_and_type(sound: Path, override: str, expected: str) -> None:
@@ -202,10 +205,10 @@ def test_a_wrong_type_names_key_value_and_type(sound: Path, override: str, expec
     [
         ("train=3", "train=3 in override 'train=3': a section was expected"),
         ("data.train=[1]", "data.train=[1] in override 'data.train=[1]': sources by name were expected"),
-        ("data.train.chain=null", "data.train.chain=None in override 'data.train.chain=null': a section was expected"),
+        ("data.train.chain=null", "data.train.chain=null in override 'data.train.chain=null': a section was expected"),
         ("train.num_steps", "override 'train.num_steps' is not of the form section.key=value"),
         ("train..num_steps=3", "is not of the form section.key=value"),
-        ("run.name=[1", "override 'run.name=[1': the value is not valid YAML"),
+        ("servers.gpus=[1", "override 'servers.gpus=[1' is not valid YAML"),
         ("train.num_steps=${run.nme}", "train.num_steps=${run.nme}: Interpolation key 'run.nme' not found."),
         ("train.num_steps=${run.name}", "could not be converted to Integer"),
         ("algorithm=fippo", "algorithm=fippo: must be one of fipo, dapo,"),
@@ -223,7 +226,7 @@ def test_malformed_input(sound: Path, override: str, fragment: str) -> None:
         ("train: {num_steps: 1}\ntrain: {num_steps: 2}\n", "train is given twice"),
         ("train: [1\nrun: 2\n", "is not valid YAML"),
         ("- train\n", "holds a list; sections such as 'train:' were expected"),
-        ("train:\n", "train=None"),
+        ("train:\n", "train=null"),
     ],
 )
 def test_malformed_files(tmp_path: Path, text: str, fragment: str) -> None:

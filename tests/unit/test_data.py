@@ -57,10 +57,11 @@ def test_jsonl_prompts_by_hand(tokenizer: Any, tmp_path: Path) -> None:
         tmp_path / "a.jsonl",
         [{"prompt": "1+1", "answer": 2}, "", {"prompt": "2+2", "answer": {"nested": "4"}}],
         prompt_template="?{prompt}=",
+        verifier="judges:verify",
     )
     first, second = evaluation_prompts("a", source, tokenizer, seed=0, max_prompt_tokens=5)
     assert (first.text, first.token_ids, first.reference) == ("?1+1=", (16, 3, 12, 3, 14), 2)
-    assert (second.source, second.text, second.verifier) == ("a", "?2+2=", "exact")
+    assert (second.source, second.text, second.verifier) == ("a", "?2+2=", "judges:verify")
     assert second.reference == {"nested": "4"}
 
 

@@ -201,9 +201,10 @@ def test_dapo_math_as_chat_and_as_raw_text(tmp_path: Path) -> None:
     ],
 )
 def test_published_rows(tmp_path: Path, schema: str, row: dict[str, Any], prompt: Any, reference: Any) -> None:
+    settings = {"schema": schema, "verifier": "code" if schema in ("humaneval", "mbpp") else "math"}
     for source in (
-        write_jsonl(tmp_path / "a.jsonl", [row], schema=schema),
-        write_parquet(tmp_path / "a.parquet", [row], schema=schema),
+        write_jsonl(tmp_path / "a.jsonl", [row], **settings),
+        write_parquet(tmp_path / "a.parquet", [row], **settings),
     ):
         (record,) = read_records(source).records
         assert (record.prompt, record.reference) == (prompt, reference)
@@ -213,7 +214,8 @@ def test_code_references_are_what_the_code_verifier_reads(tmp_path: Path) -> Non
     from megatron_fipo.rl.verifiers.verdict import VerifierJob
 
     row = {"prompt": "def f(x):\n", "test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "f"}
-    (record,) = read_records(write_jsonl(tmp_path / "a.jsonl", [row], schema="humaneval")).records
+    source = write_jsonl(tmp_path / "a.jsonl", [row], schema="humaneval", verifier="code")
+    (record,) = read_records(source).records
     verifier = load_verifier("code")
     assert isinstance(verifier, JobVerifier)
     assert verifier.judge(VerifierJob("code", "    return x + 1", record.reference), 10.0).correct

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "interrupt": set(),
     "quiet": set(),
     "text_hygiene": set(),
+    "error_net": {"config"},
     "cuda_start": set(),
     "run_folder": {"config", "metrics"},
 }

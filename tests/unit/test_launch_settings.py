@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_fipo.config import ConfigError
-from megatron_fipo.launch.settings import Settings, load_settings, seconds_of
+from megatron_fipo.launch.settings import Settings, SshSettings, load_settings, seconds_of
 
 
 def settings_of(tmp_path: Path, text: str, **flags: Any) -> Settings:
@@ -89,6 +90,8 @@ def test_time_limits_are_slurms(time_limit: str, seconds: int | None) -> None:
         ("{ssh: {host: login}, project_dir: /p, job_dir: /j}", r"ssh\.host=login needs ssh\.user"),
         ("env: {WANDB_API_KEY: abc}", r"env\.WANDB_API_KEY looks like a secret.*below secrets"),
         ("env: {hf_token: abc}", r"env\.hf_token looks like a secret"),
+        ("env: {DB_PASS: abc}", r"env\.DB_PASS looks like a secret"),
+        ("env: {MY_PWD: abc}", r"env\.MY_PWD looks like a secret"),
         (
             "secrets: ['WANDB_API_KEY=abc']",
             r"secrets: entry 1 is no name of an environment variable\. Only names belong here",
@@ -109,3 +112,21 @@ def test_a_secrets_value_is_not_repeated(tmp_path: Path) -> None:
         settings_of(tmp_path, "{env: {HF_TOKEN: hf_5f0c}, secrets: ['X=hf_77aa']}")
     assert "hf_5f0c" not in str(refused.value)
     assert "hf_77aa" not in str(refused.value)
+
+
+def test_the_interpreter_is_that_of_the_installation_beside_the_project(tmp_path: Path) -> None:
+    assert Settings().interpreter(str(tmp_path)) == "python"
+    installed = tmp_path / ".venv" / "bin" / "python"
+    installed.parent.mkdir(parents=True)
+    installed.symlink_to(sys.executable)
+    assert Settings().interpreter(str(tmp_path)) == str(installed)
+    assert Settings(python="/opt/python").interpreter(str(tmp_path)) == "/opt/python"
+    # This machine's folder says nothing about a container's, or about another machine's.
+    assert Settings(container_image="image").interpreter(str(tmp_path)) == "python"
+    assert Settings(ssh=SshSettings(host="login")).interpreter(str(tmp_path)) == "python"
+
+
+def test_text_is_kept_as_written(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, "{account: 007, qos: 1e3, env: {A: 1.10, B: true, C: ''}, time: 30}")
+    assert (settings.account, settings.qos, settings.time) == ("007", "1e3", "30")
+    assert settings.env == {"A": "1.10", "B": "true", "C": ""}

@@ -25,7 +25,20 @@ HEAD = """# Configuration
 A run is one YAML file with dotted overrides behind it (`train.num_steps=5`). Later ones win: defaults, the preset of
 `algorithm`, the file, the overrides. Unknown keys and impossible combinations are refused before anything is built;
 `megatron-fipo validate CONFIG` shows the whole of it. Paths are relative to the current directory; `${section.key}`
-stands for another value, `${oc.env:NAME}` for an environment variable.
+stands for another value, `${oc.env:NAME}` for an environment variable, `\\${` for those two characters.
+
+**Text.** A key that takes text (names, paths, templates, URLs) gets it as it is written: `1.10`, `1e3`, `true` and
+`007` stay what they are. In an override it is all that stands behind the first `=`, with `#`, brackets and spaces,
+unless quotes stand around the whole of it (`run.name='a b'` for the shell, `"run.name='null'"` for a text that
+would mean something else). `null` is null where the key may be null, and refused where it may not. In a file YAML's
+rules hold: put text with `: `, ` #`, `{` or `[` into quotes; what YAML would drop as a comment is refused unless a
+space stands behind the `#`. Lists are written `[0,1]`. What a source's `params` hold is plain YAML.
+
+**Secrets.** A value that comes from `${oc.env:NAME}` is used, and written down as that reference: in config.yaml,
+checkpoints, W&B, the ledger, on the console and in messages (there, paths and names are shown as they are unless
+the variable is called like a secret: KEY, TOKEN, PASS, PWD, PAT, AUTH, SECRET, CRED …). A run that goes on with
+another key is the same run; one whose paths have changed by the environment says so. Values that stand in the file
+or the override themselves are no secrets to the program.
 
 This page is generated from `megatron_fipo/config/schema.py` by `tools/docs/config_reference.py`.
 """

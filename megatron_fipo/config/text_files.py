@@ -1,0 +1,81 @@
+"""Reading text files: whatever is wrong with one is said with its name, the line and what to do."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config.errors import ConfigError
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def decode_text(content: bytes, place: str) -> str:
+    """UTF-8 text, with or without a byte-order mark.
+
+    Args:
+        content: the file's bytes.
+        place: the file's name for messages, with what it is: "configuration file run.yaml".
+
+    Raises:
+        ConfigError: for any other encoding, with the line.
+    """
+    if content.startswith(_UTF16_MARKS):
+        raise ConfigError(f"{place} is encoded in UTF-16; text files are UTF-8 here. {_reencode('UTF-16')}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}, {encoding_problem(content, error)}") from error
+
+
+def encoding_problem(content: bytes, error: UnicodeDecodeError, first_line: int = 1) -> str:
+    """Line, byte and remedy of what is no UTF-8, to stand behind a file's name.
+
+    Args:
+        content: what was to be decoded, from the beginning of line `first_line` of the file on.
+    """
+    line = first_line + content.count(b"\n", 0, error.start)
+    return (
+        f"line {line}: byte 0x{content[error.start]:02x} is no UTF-8. Save the file as UTF-8. "
+        f"{_reencode('ISO-8859-1')} if it is Latin-1"
+    )
+
+
+def _reencode(encoding: str) -> str:
+    return f"`iconv -f {encoding} -t UTF-8` turns it into that"
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file.
+
+    Args:
+        path: the file.
+        what: it is, for messages: "configuration file".
+
+    Raises:
+        ConfigError: if it cannot be read or is no UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{what} {path} cannot be read: {reason}.") from error
+    return decode_text(content, f"{what} {path}")
+
+
+def parse_json(text: str, place: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ConfigError: naming the place, and what is wrong where.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{place} is nested too deeply to be read.") from error
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise ConfigError(f"{place} cannot be read: {error}.") from error

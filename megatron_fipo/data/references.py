@@ -1,0 +1,117 @@
+"""Which reference answers a verifier can compare with anything: others are refused when the data is read.
+
+A reference that no response can equal makes every response wrong without an error, and a run learns nothing for a
+reason that no log tells. The rules, by verifier:
+
+- all: not null, not NaN or infinite (what a missing number becomes in a table), no half characters (lone surrogates).
+- the mathematical ones (math, math_answer, math_boxed), chain_arithmetic and exact: a text or a number; a list of one
+  counts as what is in it. Refused are lists of several (which of them counts cannot be told: write one, or judge by a
+  function of your own), empty lists, structs (name the field: answer_field=answer.target), true and false, bytes. The
+  mathematical ones and chain_arithmetic also refuse a text without a letter, digit or symbol in it: a response without
+  an answer is wrong there, so nothing would be right. For exact an empty text is an empty response.
+- code and code_unprotected: what `rl.verifiers.code.read_reference` reads.
+- your own and reward models: whatever the first rule lets through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
+from typing import Any
+
+MATHEMATICAL = ("math", "math_answer", "math_boxed")
+COMPARED = (*MATHEMATICAL, "chain_arithmetic", "exact")
+"""Verifiers that compare the answer with the reference's text."""
+PROGRAMS = ("code", "code_unprotected")
+
+
+def checked_reference(reference: Any, verifiers: Sequence[str], name: str) -> Any:
+    """The reference that the verifiers get.
+
+    Args:
+        reference: as the file has it.
+        verifiers: names of the source's; each must be able to compare with it.
+        name: of the reference, for messages: "column 'answer'".
+
+    Raises:
+        ValueError: if no response can be right, with the rule and the remedy; the caller adds the place.
+    """
+    if reference is None:
+        raise ValueError(f"{name} is null; every prompt needs a reference answer")
+    if isinstance(reference, (float, Decimal)) and not math.isfinite(reference):
+        raise ValueError(f"{name} is {reference}; every prompt needs a reference answer. Leave such rows out")
+    for text in _texts(reference):
+        check_characters(text, name)
+    if any(verifier in PROGRAMS for verifier in verifiers):
+        # Imported here: other sources need nothing of it.
+        from megatron_fipo.rl.verifiers.code import read_reference
+
+        try:
+            read_reference(reference)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for verifier in verifiers:
+        if verifier in COMPARED:
+            reference = _compared(reference, verifier, name)
+    return reference
+
+
+def check_characters(text: str, name: str) -> None:
+    """Refuse half characters.
+
+    Raises:
+        ValueError: for a lone surrogate, which no tokenizer and no file takes.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds \\u{ord(text[error.start]):04x} at character {error.start + 1}, half of a character (a lone "
+            "surrogate), which is no text. Mend it where the file was made"
+        ) from error
+
+
+def _compared(reference: Any, verifier: str, name: str) -> Any:
+    """A reference that is compared as text."""
+    shown = f"{reference!r:.100}"
+    if isinstance(reference, Mapping):
+        fields = ", ".join(map(str, reference)) or "nothing"
+        is_program = reference.keys() & {"tests", "inputs", "outputs"}
+        remedy = "Set verifier=code" if is_program else "Name the field that holds it, as in answer_field=answer.target"
+        raise ValueError(f"{name} is a struct of {fields}, and verifier={verifier} compares with one answer. {remedy}")
+    if isinstance(reference, list):
+        if len(reference) != 1:
+            raise ValueError(
+                f"{name} holds a list of {len(reference)} ({shown}), and verifier={verifier} compares with one answer. "
+                "Write the one that counts, or judge by a function of your own (package.module:function)"
+            )
+        return checked_reference(reference[0], [verifier], name)
+    if isinstance(reference, bool) or not isinstance(reference, (str, int, float, Decimal, date, time)):
+        raise ValueError(
+            f"{name} is {shown}, and verifier={verifier} compares with a text or a number. Write what a right answer "
+            "says, as text"
+        )
+    if verifier != "exact" and isinstance(reference, str) and not _says_something(reference):
+        raise ValueError(f"{name} is {shown}: no answer equals it. Every prompt needs a reference answer")
+    return reference
+
+
+def _says_something(text: str) -> bool:
+    """Whether a letter, a digit or a symbol beyond punctuation stands in the text ("####" and "$$" say nothing)."""
+    return any(character.isalnum() or ord(character) > 127 or character in "{}[]()" for character in text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
