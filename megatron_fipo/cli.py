@@ -163,9 +163,11 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate
+    from megatron_fipo.rl.verifiers.registry import also_look_in
     from megatron_fipo.standalone_evaluation import run
 
     config = load_config(args.config, args.overrides)
+    also_look_in(Path(args.config).parent)
     validate(config, is_for_training=False)
     return run(config, args.model or config.model.path, args.output or f"{config.run.output_dir}/evaluation")
 
@@ -188,10 +190,15 @@ def _validate(args: argparse.Namespace) -> int:
         validate_model_layout,
         warnings_for,
     )
+    from megatron_fipo.rl.verifiers.registry import also_look_in
+    from megatron_fipo.verifier_check import inspect_own
 
     config = load_config(args.config, args.overrides)
+    also_look_in(Path(args.config).parent)
     validate(config, args.world_size)
-    model_config, warnings = None, []
+    findings = inspect_own(config)
+    findings.raise_problems()
+    model_config, warnings = None, list(findings.warnings)
     if Path(config.model.path).is_dir():
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)

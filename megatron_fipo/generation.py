@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ class GroupGenerator:
             if round_index is not None:
                 self._ledger.secure()
         self._leave_if_asked()
+        for group in own:  # a row was there to be judged by: it goes neither to other ranks nor into checkpoints
+            group.prompt = replace(group.prompt, row=None)
         if round_index is not None:
             _make_compact(own)
         shares = exchange.all_gather_objects(own, self._ranks.world)
@@ -144,7 +147,7 @@ class GroupGenerator:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
-        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text)
+        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text, prompt.row)
         return await self._verifiers.judge(job)
 
 

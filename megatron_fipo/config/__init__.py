@@ -52,6 +52,7 @@ from megatron_fipo.config.validation import (
     validate,
     warnings_for,
 )
+from megatron_fipo.config.verifiers import verifier_weights
 
 __all__ = [
     "ALGORITHMS",
@@ -98,5 +99,6 @@ __all__ = [
     "updates_per_step",
     "validate",
     "validate_model_layout",
+    "verifier_weights",
     "warnings_for",
 ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from random import Random
 from typing import Any
 
-from megatron_fipo.config import FILE_KINDS, SCHEMAS, SOURCE_KINDS, Config, DataSourceConfig
+from megatron_fipo.config import FILE_KINDS, SCHEMAS, SOURCE_KINDS, Config, DataSourceConfig, verifier_weights
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
 from megatron_fipo.rl.types import Prompt
+from megatron_fipo.rl.verifiers.combined import combined_name
 from megatron_fipo.rl.verifiers.registry import check_verifier_name
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,11 @@ MAX_ATTEMPTS = 1024
 """Replacements tried for one item of a procedural source before it is given up."""
 
 _TOKENIZER_BATCH = 1024
+
+
+def verifier_of(source: DataSourceConfig) -> str:
+    """The name under which the verifier pool knows what judges a source: its verifier, or several with weights."""
+    return combined_name(verifier_weights(source))
 
 
 class PromptSource(ABC):
@@ -34,13 +40,20 @@ class PromptSource(ABC):
     """
 
     def __init__(
-        self, name: str, config: DataSourceConfig, tokenizer: Any, max_prompt_tokens: int, overlong: str
+        self,
+        name: str,
+        config: DataSourceConfig,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        overlong: str,
+        with_rows: bool,
     ) -> None:
         self.name = name
+        self._with_rows = with_rows
         self.num_prompts: int | None = config.num_prompts
         self.num_skipped = 0
         self.num_duplicates = 0
-        self._verifier = config.verifier
+        self._verifier = verifier_of(config)
         self._formatter = PromptFormatter(config, tokenizer)
         self._max_prompt_tokens = max_prompt_tokens
         self._skip_overlong = overlong == "skip"
@@ -60,10 +73,16 @@ class FilePrompts(PromptSource):
     """Rows of a jsonl or parquet file. All are tokenized once at the start, so that no error waits for hour ten."""
 
     def __init__(
-        self, name: str, config: DataSourceConfig, tokenizer: Any, max_prompt_tokens: int, overlong: str
+        self,
+        name: str,
+        config: DataSourceConfig,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        overlong: str,
+        with_rows: bool,
     ) -> None:
-        super().__init__(name, config, tokenizer, max_prompt_tokens, overlong)
-        file = read_records(config)
+        super().__init__(name, config, tokenizer, max_prompt_tokens, overlong, with_rows)
+        file = read_records(config, with_rows)
         self._records = file.records
         self.num_duplicates = file.num_duplicates
         if file.num_duplicates:
@@ -108,7 +127,7 @@ class FilePrompts(PromptSource):
         record = self._records[self._rows[index]]
         text = self._formatter.text(record)
         token_ids = tuple(self._formatter.encode([text])[0])
-        return Prompt(prompt_id, self.name, text, token_ids, self._verifier, record.reference)
+        return Prompt(prompt_id, self.name, text, token_ids, self._verifier, record.reference, record.row)
 
 
 class ProceduralPrompts(PromptSource):
@@ -121,11 +140,12 @@ class ProceduralPrompts(PromptSource):
         tokenizer: Any,
         max_prompt_tokens: int,
         overlong: str,
+        with_rows: bool,
         *,
         seed: int,
         held_out: bool,
     ) -> None:
-        super().__init__(name, config, tokenizer, max_prompt_tokens, overlong)
+        super().__init__(name, config, tokenizer, max_prompt_tokens, overlong, with_rows)
         self._generate = record_generator(config, seed)
         self._held_out = held_out
         # A source that can give nothing says so before a model is built.
@@ -142,7 +162,8 @@ class ProceduralPrompts(PromptSource):
             token_ids = self._formatter.encode([text])[0]
             self._formatter.check_known(token_ids, text, record.place)
             if len(token_ids) <= self._max_prompt_tokens:
-                return Prompt(prompt_id, self.name, text, tuple(token_ids), self._verifier, record.reference)
+                row = {"prompt": record.prompt, "reference": record.reference} if self._with_rows else None
+                return Prompt(prompt_id, self.name, text, tuple(token_ids), self._verifier, record.reference, row)
             if not self._skip_overlong:
                 raise ValueError(self._overlong_message(record.place, len(token_ids)))
             self.num_skipped += 1
@@ -170,6 +191,7 @@ class PromptStream:
         seed: int,
         max_prompt_tokens: int,
         overlong: str = "error",
+        row_readers: Collection[str] = (),
     ) -> None:
         """Open the sources.
 
@@ -179,6 +201,7 @@ class PromptStream:
             seed: run.seed, for the order and for sources without a seed of their own.
             max_prompt_tokens: longest prompt.
             overlong: "error" or "skip".
+            row_readers: verifiers that ask for rows; the prompts that they judge carry them.
 
         Raises:
             ValueError: for a source that cannot be used, naming it.
@@ -192,7 +215,7 @@ class PromptStream:
             if config.weight < 1:
                 raise ValueError(f"data source {name!r}: weight is at least 1, got {config.weight}")
             self._sources.append(
-                _open(name, config, tokenizer, seed, max_prompt_tokens, overlong, held_out=False),
+                _open(name, config, tokenizer, seed, max_prompt_tokens, overlong, row_readers, held_out=False),
             )
             self._seeds.append(seed if config.seed is None else config.seed)
             self._slots += [(position, turn) for turn in range(config.weight)]
@@ -201,7 +224,7 @@ class PromptStream:
         self._next_prompt_id = 0
 
     @classmethod
-    def from_config(cls, config: Config, tokenizer: Any) -> PromptStream:
+    def from_config(cls, config: Config, tokenizer: Any, row_readers: Collection[str] = ()) -> PromptStream:
         """Open the training sources of a run."""
         return cls(
             config.data.train,
@@ -209,7 +232,17 @@ class PromptStream:
             seed=config.run.seed,
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             overlong=config.data.overlong_prompts,
+            row_readers=row_readers,
         )
+
+    def first_prompts(self) -> dict[str, Prompt]:
+        """The first prompt of each source, by the source's name; moves no cursor and counts no prompt."""
+        first = {}
+        for source in self._sources:
+            num_skipped = source.num_skipped
+            first[source.name] = source.prompt(0, 0)
+            source.num_skipped = num_skipped
+        return first
 
     def prompt(self, prompt_id: int) -> Prompt:
         """Prompt at a position, from 0; does not move the cursor."""
@@ -281,6 +314,7 @@ def evaluation_prompts(
     seed: int,
     max_prompt_tokens: int,
     overlong: str = "error",
+    row_readers: Collection[str] = (),
 ) -> list[Prompt]:
     """All prompts of an evaluation source, in their order.
 
@@ -289,14 +323,14 @@ def evaluation_prompts(
     Raises:
         ValueError: for a source that cannot be used, or an endless one without num_prompts.
     """
-    opened = _open(name, source, tokenizer, seed, max_prompt_tokens, overlong, held_out=True)
+    opened = _open(name, source, tokenizer, seed, max_prompt_tokens, overlong, row_readers, held_out=True)
     if opened.num_prompts is None:
         raise ValueError(f"evaluation source {name!r} is endless ({source.kind}); set its num_prompts")
     first_id = -((zlib.crc32(name.encode()) + 1) << 24)
     return [opened.prompt(index, first_id + index) for index in range(opened.num_prompts)]
 
 
-def evaluation_sets(config: Config, tokenizer: Any) -> dict[str, list[Prompt]]:
+def evaluation_sets(config: Config, tokenizer: Any, row_readers: Collection[str] = ()) -> dict[str, list[Prompt]]:
     """Prompts of every evaluation source of a run, by name."""
     return {
         name: evaluation_prompts(
@@ -306,6 +340,7 @@ def evaluation_sets(config: Config, tokenizer: Any) -> dict[str, list[Prompt]]:
             seed=config.run.seed,
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             overlong=config.data.overlong_prompts,
+            row_readers=row_readers,
         )
         for name, source in config.data.evaluation.items()
     }
@@ -318,16 +353,20 @@ def _open(
     run_seed: int,
     max_prompt_tokens: int,
     overlong: str,
+    row_readers: Collection[str],
     *,
     held_out: bool,
 ) -> PromptSource:
     """Open a source; every error names it."""
     try:
         _check(config)
+        with_rows = any(verifier in row_readers for verifier in verifier_weights(config))
         if config.kind in FILE_KINDS:
-            return FilePrompts(name, config, tokenizer, max_prompt_tokens, overlong)
+            return FilePrompts(name, config, tokenizer, max_prompt_tokens, overlong, with_rows)
         seed = run_seed if config.seed is None else config.seed
-        return ProceduralPrompts(name, config, tokenizer, max_prompt_tokens, overlong, seed=seed, held_out=held_out)
+        return ProceduralPrompts(
+            name, config, tokenizer, max_prompt_tokens, overlong, with_rows, seed=seed, held_out=held_out
+        )
     except ValueError as error:
         raise ValueError(f"data source {name!r}: {error}") from error
 
@@ -343,7 +382,7 @@ def _check(config: DataSourceConfig) -> None:
             f"unknown kind {config.kind!r}; known are {', '.join(SOURCE_KINDS)}."
             f"{nearest_name(config.kind, SOURCE_KINDS)}"
         )
-    check_verifier_name(config.verifier)
+    check_verifier_name(verifier_of(config))
     if config.num_prompts is not None and config.num_prompts < 1:
         raise ValueError(f"num_prompts is at least 1, got {config.num_prompts}")
     if config.kind in FILE_KINDS and not config.path:
@@ -354,5 +393,5 @@ def _check(config: DataSourceConfig) -> None:
         )
     if config.kind in FILE_KINDS and config.params:
         raise ValueError(f"params belong to procedural sources; kind {config.kind} takes none")
-    if config.kind == "reasoning_gym" and config.verifier != "reasoning_gym":
+    if config.kind == "reasoning_gym" and "reasoning_gym" not in verifier_weights(config):
         raise ValueError(f"kind reasoning_gym needs verifier reasoning_gym, got {config.verifier!r}")

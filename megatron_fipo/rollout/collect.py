@@ -76,6 +76,7 @@ async def generate_groups(
         else:
             verdict = await judge(prompt, sample.response_text, sample.finish_reason)
             sample.accuracy, sample.answer, sample.error = verdict.score, verdict.answer, verdict.error
+            sample.parts = dict(verdict.parts)
         if on_sample is not None:
             on_sample(sample)
         return sample

@@ -47,6 +47,7 @@ COMPOSING = {
     "standalone_evaluation",
     "chat",
     "cli",
+    "verifier_check",
 }
 """Modules that may import everything, as `__main__` modules may."""
 

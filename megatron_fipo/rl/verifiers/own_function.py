@@ -77,7 +77,8 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
         return None, ""
     if _goes_by_position(parameters):
         return None, ""
-    by_name, missing, doubts = {}, [], []
+    by_name: dict[str, str] = {}
+    missing, doubts = [], []
     for parameter in parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:
             by_name |= {known: field for known, field in _FIELD_OF.items() if known not in parameters}
@@ -100,9 +101,9 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
 def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
     """Whether it is of the form (response_text, reference, finish_reason), under whatever names.
 
-    Three parameters are if none has a name that is known, or if those that have one stand at its place and the third is
-    finish_reason. So (text, truth, reason) works, and (response, answer, difficulty) is never given the reason for which
-    the response ended in place of a difficulty.
+    Three parameters are if none has a name that is known, or if those that have one stand at its place and the third
+    is finish_reason. So (text, truth, reason) works, and (response, answer, difficulty) is never given the reason for
+    which the response ended in place of a difficulty.
     """
     values = list(parameters.values())
     names_one = any(name in _FIELD_OF for name in parameters)
@@ -124,12 +125,14 @@ def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
 
 def _refusal(name: str, missing: list[Parameter]) -> str:
     named = ", ".join(repr(parameter.name) for parameter in missing)
-    hints = [f"{hint} for {parameter.name!r}?" for parameter in missing if (hint := _nearest(parameter.name).rstrip("?"))]
+    hints = [
+        f"{hint} for {parameter.name!r}?" for parameter in missing if (hint := _nearest(parameter.name).rstrip("?"))
+    ]
     by_position = [p.name for p in missing if p.kind is Parameter.POSITIONAL_ONLY]
     more = " Parameters before a '/' have no name to go by; remove it." if by_position else ""
     return (
-        f"verifier {name} takes {named}, which a verifier is not given.{''.join(hints)}{more} It judges one response at "
-        f"a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or exactly "
+        f"verifier {name} takes {named}, which a verifier is not given.{''.join(hints)}{more} It judges one response "
+        f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or exactly "
         f"three by position: {', '.join(_BY_POSITION)}. Other parameters need a default."
     )
 

@@ -129,8 +129,8 @@ def _own(name: str) -> JobVerifier:
         return found
     if inspect.isclass(found):
         raise CannotLoadError(
-            f"verifier {name!r} is a class. Name an instance of it: `{attribute.lower()} = {attribute}(…)` in the module, "
-            f"and verifier: {module_name}:{attribute.lower()}."
+            f"verifier {name!r} is a class. Name an instance of it: `{attribute.lower()} = {attribute}(…)` in the "
+            f"module, and verifier: {module_name}:{attribute.lower()}."
         )
     if not callable(found):
         raise CannotLoadError(f"verifier {name!r} is a {type(found).__name__} and no function.")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-
 
 RAISED = "raised"
 """`Verdict.fault` of a verifier that raised an exception."""
 
 NO_VERDICT = "no verdict"
 """`Verdict.fault` of a verifier that returned something that is no verdict, or that could not be loaded at all."""
+
+
+def metric_part(name: str) -> str:
+    """A part's name as one step of a metric's name: a reward model's URL without scheme and slashes."""
+    return re.sub(r"[^\w.:-]+", "_", name.partition("://")[2] or name)
 
 
 def score_remedy(value: float) -> str:
@@ -105,8 +110,8 @@ class JobVerifier(ABC):
 
 
 VerifierFunction: TypeAlias = Callable[[str, Any, str], Verdict]
-"""(response_text, reference, finish_reason) -> Verdict, as the built-in ones are. Pure; may raise, which becomes an error
-verdict. What a function of a user's own may look like is `own_function`'s business."""
+"""(response_text, reference, finish_reason) -> Verdict, as the built-in ones are. Pure; may raise, which becomes a
+verdict with an error. What a function of a user's own may look like is `own_function`'s business."""
 
 Verifier: TypeAlias = VerifierFunction | JobVerifier
 """What judges: a function, or an object for what a function's arguments do not tell."""
