@@ -141,7 +141,9 @@ class ProblemResult:
     def row(self) -> dict[str, object]:
         """The problem as a JSON object, with its own scores."""
         k = len(self.correct)
-        return asdict(self) | {
+        # Most verdicts have no parts; a column of nothing would be all there is to see of them.
+        columns = {name: value for name, value in asdict(self).items() if name != "parts" or value}
+        return columns | {
             f"avg@{k}": avg_at_k(self.correct),
             f"cons@{k}": cons_at_k(self.answers, self.correct),
             f"pass@{k}": pass_at_k(k, sum(self.correct), k),

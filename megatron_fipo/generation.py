@@ -16,6 +16,7 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.parallel.waiting import Work
 from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.verifiers.combined import judge_combined
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
@@ -148,7 +149,7 @@ class GroupGenerator:
 
     async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
         job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text, prompt.row)
-        return await self._verifiers.judge(job)
+        return await judge_combined(self._verifiers, job)
 
 
 def _make_compact(groups: Sequence[Group]) -> None:

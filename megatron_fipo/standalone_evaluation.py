@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.config import Config, ParallelSection, read_model_config
+from megatron_fipo.config import Config, ParallelSection, read_model_config, verifier_weights
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.evaluation import (
@@ -31,13 +31,15 @@ from megatron_fipo.metrics.console import Console
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.verifiers.combined import judge_combined
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.verifier_check import VerifierProbes, first_held_out, inspect_own
+from megatron_fipo.verifier_check import inspect_own
+from megatron_fipo.verifier_probes import VerifierProbes, first_held_out
 
 EXIT_STOPPED = 3
 
@@ -107,7 +109,7 @@ def _judged_groups(
     if finished:
         console.info(f"{len(finished)} responses are there from an evaluation that was interrupted")
     sources = {prompt.prompt_id: prompt.source for prompt in prompts}
-    names = sorted({prompt.verifier for prompt in prompts})
+    names = sorted({name for source in config.data.evaluation.values() for name in verifier_weights(source)})
     interrupt = Interrupt(engine.abort)
     with (
         _probed_pool(config, names, sets, console) as pool,
@@ -118,7 +120,7 @@ def _judged_groups(
 
         async def judge(prompt: Prompt, text: str, finish_reason: str) -> Verdict:
             job = VerifierJob(prompt.verifier, text, prompt.reference, finish_reason, prompt.text, prompt.row)
-            return await pool.judge(job)
+            return await judge_combined(pool, job)
 
         def note(sample: Sample) -> None:
             if sample.finish_reason != "abort":

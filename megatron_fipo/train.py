@@ -33,9 +33,10 @@ from megatron_fipo.config import (
     read_model_config,
     validate,
     validate_model_layout,
+    verifier_weights,
     warnings_for,
 )
-from megatron_fipo.data.prompts import PromptStream, evaluation_sets, verifier_of
+from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.handover import Handover
@@ -66,7 +67,8 @@ from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
 from megatron_fipo.saved_run import SavedRun
 from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
-from megatron_fipo.verifier_check import Findings, VerifierProbes, first_prompts, inspect_own
+from megatron_fipo.verifier_check import Findings, inspect_own
+from megatron_fipo.verifier_probes import VerifierProbes, first_prompts
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
@@ -106,7 +108,8 @@ class Trainer:
         self.prompts = PromptStream.from_config(config, tokenizer, inspected.row_readers)
         held_out = evaluation_sets(config, tokenizer, inspected.row_readers)
         # Named at the start: an import that came later would count as its first response's time.
-        in_use = {verifier_of(source) for source in (*config.data.train.values(), *config.data.evaluation.values())}
+        sources = (*config.data.train.values(), *config.data.evaluation.values())
+        in_use = {name for source in sources for name in verifier_weights(source)}
         self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
         try:
             probes = VerifierProbes(self.verifiers, first_prompts(self.prompts, held_out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
@@ -71,7 +70,5 @@ def _form_problems(key: str, source: DataSourceConfig) -> Iterator[str]:
             f"{key}.verifier_weights={weights}: one for each of the {len(names)} verifiers was expected "
             f"({', '.join(names)})."
         )
-    elif not all(math.isfinite(weight) and weight >= 0.0 for weight in weights):
-        yield f"{key}.verifier_weights={weights}: a weight is finite and not negative; 0 only shows a verifier's score."
     elif weights and not any(weights):
         yield f"{key}.verifier_weights={weights}: no verifier counts. Give at least one a weight above 0."

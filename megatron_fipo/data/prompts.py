@@ -14,8 +14,8 @@ from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
 from megatron_fipo.rl.types import Prompt
-from megatron_fipo.rl.verifiers.combined import combined_name
 from megatron_fipo.rl.verifiers.registry import check_verifier_name
+from megatron_fipo.rl.verifiers.verdict import combined_name
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _TOKENIZER_BATCH = 1024
 
 
 def verifier_of(source: DataSourceConfig) -> str:
-    """The name under which the verifier pool knows what judges a source: its verifier, or several with weights."""
+    """What judges a source as one name: its verifier's, or those of several with their weights."""
     return combined_name(verifier_weights(source))
 
 
@@ -382,7 +382,8 @@ def _check(config: DataSourceConfig) -> None:
             f"unknown kind {config.kind!r}; known are {', '.join(SOURCE_KINDS)}."
             f"{nearest_name(config.kind, SOURCE_KINDS)}"
         )
-    check_verifier_name(verifier_of(config))
+    for verifier in verifier_weights(config):
+        check_verifier_name(verifier)
     if config.num_prompts is not None and config.num_prompts < 1:
         raise ValueError(f"num_prompts is at least 1, got {config.num_prompts}")
     if config.kind in FILE_KINDS and not config.path:

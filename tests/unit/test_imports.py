@@ -48,6 +48,7 @@ COMPOSING = {
     "chat",
     "cli",
     "verifier_check",
+    "verifier_probes",
 }
 """Modules that may import everything, as `__main__` modules may."""
 

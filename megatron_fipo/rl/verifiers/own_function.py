@@ -132,8 +132,8 @@ def _refusal(name: str, missing: list[Parameter]) -> str:
     more = " Parameters before a '/' have no name to go by; remove it." if by_position else ""
     return (
         f"verifier {name} takes {named}, which a verifier is not given.{''.join(hints)}{more} It judges one response "
-        f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or exactly "
-        f"three by position: {', '.join(_BY_POSITION)}. Other parameters need a default."
+        f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or "
+        f"exactly three by position: {', '.join(_BY_POSITION)}. Other parameters need a default."
     )
 
 

@@ -1,7 +1,7 @@
 """Verifiers by name.
 
 A built-in name stands for a dotted path, so any other importable function works the same way. The URL of a reward model
-is a name, too, and so are several of them with weights (`combined`).
+is a name, too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_fipo.rl.verifiers.combined import Combined, Part, split_name
 from megatron_fipo.rl.verifiers.own_function import OwnFunction, SignatureError
 from megatron_fipo.rl.verifiers.reward_model import RewardModel, without_secrets
-from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verifier
+from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verifier, split_name
 
 BUILTIN_VERIFIERS = {
     "chain_arithmetic": "megatron_fipo.rl.verifiers.chain_arithmetic:verify",
@@ -51,14 +50,8 @@ def check_verifier_name(name: str) -> None:
     """Check that a name can stand for a verifier, without importing anything.
 
     Raises:
-        ValueError: if it, or one of the several that it names, is neither built in, nor of the form
-            "package.module:function", nor the URL of a reward model.
+        ValueError: if it is neither built in, nor of the form "package.module:function", nor the URL of a reward model.
     """
-    for part in split_name(name):
-        _check_single(part)
-
-
-def _check_single(name: str) -> None:
     if name in BUILTIN_VERIFIERS or _URL.fullmatch(name) or is_own(name):
         return
     nearest = difflib.get_close_matches(name, BUILTIN_VERIFIERS, n=1, cutoff=0.5)
@@ -70,13 +63,13 @@ def _check_single(name: str) -> None:
 
 
 def is_own(name: str) -> bool:
-    """Whether one verifier's name is the path of a user's own, "package.module:function"."""
+    """Whether a verifier's name is the path of a user's own, "package.module:function"."""
     module, separator, function = name.partition(":")
     return bool(separator) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def shown_name(name: str) -> str:
-    """The name as messages show it: a URL without what may be a key in it."""
+    """A name, or several with weights in one (`combined_name`), as messages show it: no key that a URL may hold."""
     weights = split_name(name)
     if len(weights) == 1:
         return without_secrets(name) if _URL.fullmatch(name) else name
@@ -104,9 +97,6 @@ def load_verifier(name: str) -> Verifier:
         ImportError: if a package that a built-in one needs is not installed.
     """
     check_verifier_name(name)
-    weights = split_name(name)
-    if len(weights) > 1:
-        return Combined([Part(shown_name(part), weight, load_verifier(part)) for part, weight in weights.items()])
     if _URL.fullmatch(name):
         return RewardModel(name)
     if name not in BUILTIN_VERIFIERS:

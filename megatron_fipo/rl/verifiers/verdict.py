@@ -15,6 +15,28 @@ NO_VERDICT = "no verdict"
 """`Verdict.fault` of a verifier that returned something that is no verdict, or that could not be loaded at all."""
 
 
+_SEPARATOR = " + "
+
+
+def combined_name(weights: Mapping[str, float]) -> str:
+    """One name for several verifiers with their weights; a single verifier's own."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    return _SEPARATOR.join(f"{float(weight)!r}*{name}" for name, weight in weights.items())
+
+
+def split_name(name: str) -> dict[str, float]:
+    """Verifiers and weights of a name that `combined_name` gave; {name: 1.0} for any other."""
+    parts = name.split(_SEPARATOR)
+    if len(parts) == 1:
+        return {name: 1.0}
+    weights = {}
+    for part in parts:
+        weight, _, verifier = part.partition("*")
+        weights[verifier] = float(weight)
+    return weights
+
+
 def metric_part(name: str) -> str:
     """A part's name as one step of a metric's name: a reward model's URL without scheme and slashes."""
     return re.sub(r"[^\w.:-]+", "_", name.partition("://")[2] or name)
