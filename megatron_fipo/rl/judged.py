@@ -79,8 +79,8 @@ class GradedScores:
         each = f" Means by verifier: {parts}; a response is right where each that counts gives 1." if parts else ""
         return (
             f"{self.count} of {self.num_responses} responses of source {self.source} were given a score between 0 "
-            f"and 1 by verifier {shown_name(self.verifier)}, the largest {self.largest:.3g}; {self.num_right} were given 1. "
-            f"Only 1 counts as right: a lower score is rewarded as a wrong answer.{each}"
+            f"and 1 by verifier {shown_name(self.verifier)}, the largest {self.largest:.3g}; {self.num_right} were "
+            f"given 1. Only 1 counts as right: a lower score is rewarded as a wrong answer.{each}"
         )
 
 

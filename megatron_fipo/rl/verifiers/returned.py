@@ -47,7 +47,7 @@ def number(value: Any) -> float | None:
         try:
             return float(value)
         except OverflowError:
-            return math.copysign(math.inf, value)
+            return math.inf if value > 0 else -math.inf
     return None
 
 
@@ -84,7 +84,7 @@ def _parts(returned: Mapping[Any, Any]) -> dict[str, float]:
 
 def _checked(score: float, returned: Any) -> float:
     if not 0.0 <= score <= 1.0:
-        raise NoVerdictError(f"returned the score {returned!r}; a score lies in [0, 1]. {score_remedy(score)}")
+        raise NoVerdictError(f"returned the score {returned!r:.80}; a score lies in [0, 1]. {score_remedy(score)}")
     return score
 
 
