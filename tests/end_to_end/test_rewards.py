@@ -1,4 +1,4 @@
-"""Rewards as people write them, in runs: several verifiers with weights, and what is refused before it costs anything."""
+"""Rewards as people write them, in runs: several verifiers with weights, and what is refused before it costs much."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_fipo.train import EXIT_BAD_INPUT
-from tests.end_to_end.runs import ROOT, quickstart_with, step_lines, train
+from tests.end_to_end.runs import quickstart_with, step_lines, train
 
 OWN = "tests.end_to_end.verifiers"
 
@@ -31,11 +31,12 @@ def test_a_float_and_a_row_reader_judge_together(tmp_path: Path) -> None:
     several = {"verifier": [f"{OWN}:half_by_hash", f"{OWN}:as_the_row_says"], "verifier_weights": [1.0, 0.0]}
     path = quickstart_with(tmp_path / "config.yaml", _source(tmp_path, **several))
     config = yaml.safe_load(path.read_text())
-    config["data"]["evaluation"] = {"graded": _source(tmp_path, verifier=several["verifier"], num_prompts=8)}
+    config["data"]["evaluation"] = {"held_out": _source(tmp_path, verifier=several["verifier"])}
     path.write_text(yaml.safe_dump(config))
     (outcome,) = train(
         tmp_path / "run",
         "train.num_steps=1",
+        "data.evaluation.held_out.num_prompts=8",
         "evaluation.num_samples_per_prompt=2",
         config=path,
         world_size=1,
@@ -48,7 +49,9 @@ def test_a_float_and_a_row_reader_judge_together(tmp_path: Path) -> None:
     assert line[second] == pytest.approx(line[f"reward/verifier/{OWN}:as_the_row_says.level/mean"] / 4)
     assert line["optim/grad_norm"] > 0
 
-    problems = [json.loads(text) for text in (tmp_path / "run/evaluation/before_graded.jsonl").read_text().splitlines()]
+    problems = [
+        json.loads(text) for text in (tmp_path / "run/evaluation/before_held_out.jsonl").read_text().splitlines()
+    ]
     levels = [1 + 1, 1 + 2, 1 + 3, 1 + 4, 1 + 5, 1 + 6, 1 + 7, 1 + 8]
     for problem, level in zip(problems, levels, strict=True):
         for score, part in zip(problem["scores"], problem["parts"], strict=True):
@@ -58,14 +61,14 @@ def test_a_float_and_a_row_reader_judge_together(tmp_path: Path) -> None:
         assert problem["errors"] == ["", ""]
         assert problem["answers"] == (problem["responses"] if level % 4 == 0 else ["", ""])
     evaluated = json.loads((tmp_path / "run/evaluation/before.json").read_text())
-    assert evaluated[f"evaluation/graded/verifier/{OWN}:as_the_row_says/mean"] == pytest.approx(0.375)
+    assert evaluated[f"evaluation/held_out/verifier/{OWN}:as_the_row_says/mean"] == pytest.approx(0.375)
     assert "Traceback" not in outcome.output
 
 
 @pytest.mark.parametrize(
     ("verifier", "said"),
     [
-        ([f"{OWN}:half_by_hsh", "exact"], (f"data.train.source.verifier: verifier '{OWN}:half_by_hsh'", "half_by_hash'?")),
+        ([f"{OWN}:half_by_hsh", "exact"], (f"source.verifier: verifier '{OWN}:half_by_hsh'", "half_by_hash'?")),
         (f"{OWN}:from_minus_1", ("returned the score -1; a score lies in [0, 1]", "(reward + 1) / 2", "first row")),
         ("http://127.0.0.1:9/score?key=secret", ("http://127.0.0.1:9/score?… did not answer", "Connection refused")),
     ],
@@ -90,4 +93,3 @@ def test_a_verifier_that_cannot_judge_stops_before_anything_is_generated(
     assert "Traceback" not in messages[0]
     assert "secret" not in messages[0]
     assert not (tmp_path / "run").exists(), "nothing is written for a run that cannot be"
-    assert str(ROOT) not in messages[0] or "verifiers.py" in messages[0]

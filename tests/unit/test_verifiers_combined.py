@@ -179,9 +179,8 @@ def test_a_first_call_tells_mistakes_from_odd_responses() -> None:
 
 @pytest.mark.usefixtures("judges")
 def test_what_cannot_be_loaded_is_named_with_its_key_and_rows_are_asked_for() -> None:
-    found = inspect_own(
-        config_of("[math, judges:sond]", "data.evaluation.b={kind: jsonl, path: q, verifier: 'judges:sound'}")
-    )
+    held_out = "data.evaluation.b={kind: jsonl, path: q, verifier: 'judges:sound'}"
+    found = inspect_own(config_of("[math, judges:sond]", held_out))
     assert found.row_readers == {"judges:sound"}
     (problem,) = found.problems
     assert problem.startswith("data.train.a.verifier: verifier 'judges:sond': ")
@@ -197,7 +196,8 @@ def test_failures_are_told_by_kind_with_a_count() -> None:
     groups += [make_group(90, (0.0, 1.0), error="raised KeyError"), make_group(91, (0.0, 1.0))]
     many, one = failures_by_kind(groups)
     assert str(many) == (
-        "dropped 48 groups that could not be judged, for one kind of reason; first: arithmetic prompt 0: took 0 s over 'x0'"
+        "dropped 48 groups that could not be judged, for one kind of reason; first: arithmetic prompt 0: took 0 s "
+        "over 'x0'"
     )
     assert str(one) == "dropped a group that could not be judged: arithmetic prompt 90: raised KeyError"
 
@@ -208,8 +208,8 @@ def test_scores_in_between_are_told_with_the_largest(monkeypatch: pytest.MonkeyP
         sample.parts = {"math": 1.0, "judges:format": sample.accuracy}
     (scores,) = graded_scores([graded, make_group(1, (0.0, 0.0))])
     assert str(scores).startswith(
-        "2 of 6 responses of source arithmetic were given a score between 0 and 1 by verifier exact, the largest 0.9; 0 "
-        "were given 1. Only 1 counts as right"
+        "2 of 6 responses of source arithmetic were given a score between 0 and 1 by verifier exact, the largest 0.9; "
+        "0 were given 1. Only 1 counts as right"
     )
     assert "Means by verifier: math 1, judges:format 0.287" in str(scores)
     assert graded_scores([make_group(1, (0.0, 1.0))]) == []
@@ -223,7 +223,7 @@ def test_scores_in_between_are_told_with_the_largest(monkeypatch: pytest.MonkeyP
     with pytest.raises(BatchNotFilledError) as raised:
         sampler.take()
     account = str(raised.value)
-    assert "graded: 10 of 20 responses" in account
+    assert "graded: 10 of 25 responses" in account
     assert "the largest 0.9" in account
     assert "Remedy: have the verifier return 1 for what is to count as right" in account
     assert account.count("failed: arithmetic prompt") == 3
