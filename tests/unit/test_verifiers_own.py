@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.rl.verifiers import registry
+from megatron_fipo.rl.verifiers import asking, registry
 from megatron_fipo.rl.verifiers.inspection import inspect_verifiers
 from megatron_fipo.rl.verifiers.judging import judge
 from megatron_fipo.rl.verifiers.own_function import OwnFunction, SignatureError
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.returned import NoVerdictError, as_verdict
-from megatron_fipo.rl.verifiers.verdict import NO_VERDICT, RAISED, Verdict, VerifierJob
+from megatron_fipo.rl.verifiers.verdict import NO_VERDICT, RAISED, JobVerifier, Verdict, VerifierJob
 
 JOB = VerifierJob("own", "4", "four", "length", "2+2=", {"level": 3})
 
@@ -239,6 +239,15 @@ def test_workers_look_beside_the_configuration_and_faults_say_what_they_are(fold
     assert (raised.fault, minus.fault) == (RAISED, NO_VERDICT)
     assert "raised KeyError: 'x'" in raised.error
     assert "verifier beside:minus returned the score -1.0; a score lies in [0, 1]." in minus.error
+
+
+class _Odd(JobVerifier):
+    def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
+        return Verdict(1.0, parts={"length": "long"})  # type: ignore[dict-item]
+
+
+def test_a_verdict_that_holds_what_it_should_not_is_an_error() -> None:
+    assert "raised ValueError: could not convert string to float: 'long'" in asking.ask("odd", _Odd(), JOB, 1.0).error
 
 
 def test_half_a_character_in_a_verdict_is_written_out() -> None:

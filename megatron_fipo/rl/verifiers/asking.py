@@ -16,9 +16,8 @@ def ask(name: str, verifier: Verifier, job: VerifierJob, timeout_s: float) -> Ve
     """
     try:
         if isinstance(verifier, JobVerifier):
-            verdict = as_verdict(verifier.judge(job, timeout_s))
-        else:
-            verdict = as_verdict(verifier(job.response_text, job.reference, job.finish_reason))
+            return _plain(as_verdict(verifier.judge(job, timeout_s)))
+        return _plain(as_verdict(verifier(job.response_text, job.reference, job.finish_reason)))
     except NoVerdictError as error:
         return Verdict(0.0, error=writable(f"verifier {name} {error}"), fault=NO_VERDICT)
     except Exception as error:  # noqa: BLE001 - a verifier may raise anything; the verdict carries it to the run's report
@@ -26,7 +25,10 @@ def ask(name: str, verifier: Verifier, job: VerifierJob, timeout_s: float) -> Ve
         place = f"{last_frame.filename}:{last_frame.lineno}"
         text = f"verifier {name} raised {type(error).__name__}: {error} ({place})"
         return Verdict(0.0, error=writable(text), fault=RAISED)
-    # Plain types only: the pool's process may lack the modules of whatever a verifier put in here.
+
+
+def _plain(verdict: Verdict) -> Verdict:
+    """With plain types only: the pool's process may lack the modules of whatever a verifier put in there."""
     return Verdict(
         float(verdict.score),
         writable(str(verdict.answer)),
