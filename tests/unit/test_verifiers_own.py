@@ -226,6 +226,7 @@ def test_own_verifiers_are_inspected_in_words_and_never_here(folders: Path) -> N
         assert "Traceback" not in found[name].problem
     assert "Did you mean 'judges:verify'?" in found["judgess:verify"].problem
     assert str(folders / "configuration") in found["judgess:verify"].problem
+    assert "site-packages" not in found["judgess:verify"].problem
     assert [found[name].problem for name in sound] == ["", ""]
     assert "exit code 5" in inspect_verifiers(["leaves:f"])["leaves:f"].problem
     assert "judges" not in os.sys.modules  # type: ignore[attr-defined]

@@ -173,8 +173,8 @@ def _searched() -> list[Path]:
     folders = []
     for entry in sys.path:
         folder = Path(entry or ".").resolve()
-        is_installed = folder.is_relative_to(sys.base_prefix) or folder.is_relative_to(sys.prefix)
-        if folder.is_dir() and folder not in folders and not is_installed:
+        is_installed = any(folder.is_relative_to(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix))
+        if folder.is_dir() and folder not in folders and not is_installed and folder.name != "site-packages":
             folders.append(folder)
     return folders
 
