@@ -212,9 +212,11 @@ def _num_processes(given: str | None, parallel: ParallelSection) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate
+    from megatron_fipo.rl.verifiers.registry import also_look_in
     from megatron_fipo.standalone_evaluation import run
 
     config = load_config(args.config, args.overrides)
+    also_look_in(Path(args.config).parent)
     validate(config, is_for_training=False)
     return run(config, args.model or config.model.path, args.output or f"{config.run.output_dir}/evaluation")
 
@@ -238,20 +240,24 @@ def _validate(args: argparse.Namespace) -> int:
         warnings_for,
     )
     from megatron_fipo.preflight.findings import file_findings
+    from megatron_fipo.rl.verifiers.registry import also_look_in
+    from megatron_fipo.verifier_check import inspect_own
 
     config = load_config(args.config, args.overrides)
+    also_look_in(Path(args.config).parent)
     validate(config, args.world_size)
     missing = [finding.text for finding in file_findings(config)]
     if missing and not args.files_elsewhere:
         raise ValueError(
-            "\n".join(missing)
-            + "\nIf they are on the machine that will train, add --files-elsewhere, and they are not looked for."
+            "\n".join([*missing, "Where they are on another machine, the one that will train, add --files-elsewhere."])
         )
+    findings = inspect_own(config)
+    findings.raise_problems()
     model_config = None
     if Path(config.model.path).is_dir():
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-    for warning in [*missing, *warnings_for(config, model_config)]:
+    for warning in [*missing, *findings.warnings, *warnings_for(config, model_config)]:
         print(f"warning: {warning}", file=sys.stderr)
     print(resolved_yaml(config), end="", flush=True)
     print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_fipo.rl.verifiers.verdict import metric_part
+
 if TYPE_CHECKING:
     from megatron_fipo.rl.types import Group
 
@@ -114,6 +116,8 @@ class ProblemResult:
     response_tokens: tuple[int, ...]
     finish_reasons: tuple[str, ...]
     errors: tuple[str, ...]
+    parts: tuple[dict[str, float], ...] = ()
+    """Of each verdict that has some: several verifiers' own scores, and other numbers."""
 
     @classmethod
     def from_group(cls, group: Group) -> ProblemResult:
@@ -131,12 +135,15 @@ class ProblemResult:
             response_tokens=tuple(len(sample.response_ids) for sample in samples),
             finish_reasons=tuple(sample.finish_reason for sample in samples),
             errors=tuple(sample.error for sample in samples),
+            parts=tuple(sample.parts for sample in samples) if any(sample.parts for sample in samples) else (),
         )
 
     def row(self) -> dict[str, object]:
         """The problem as a JSON object, with its own scores."""
         k = len(self.correct)
-        return asdict(self) | {
+        # Most verdicts have no parts; a column of nothing would be all there is to see of them.
+        columns = {name: value for name, value in asdict(self).items() if name != "parts" or value}
+        return columns | {
             f"avg@{k}": avg_at_k(self.correct),
             f"cons@{k}": cons_at_k(self.answers, self.correct),
             f"pass@{k}": pass_at_k(k, sum(self.correct), k),
@@ -215,6 +222,7 @@ def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationRe
         "no_answer/share": float(np.mean([not answer for problem in problems for answer in problem.answers])),
         "errors/count": float(sum(bool(error) for problem in problems for error in problem.errors)),
         "problems/count": float(len(problems)),
+        **_means_of_parts(problems),
     }
     return EvaluationResult(
         source=source,
@@ -226,6 +234,14 @@ def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationRe
         avg_ci95=ci95,
         metrics={f"evaluation/{source}/{name}": value for name, value in metrics.items()},
     )
+
+
+def _means_of_parts(problems: Iterable[ProblemResult]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for part in (part for problem in problems for part in problem.parts):
+        for name, value in part.items():
+            values.setdefault(f"verifier/{metric_part(name)}/mean", []).append(value)
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
 
 
 def write_problems(path: str | Path, problems: Iterable[ProblemResult]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.parallel.waiting import Work
 from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.verifiers.combined import judge_combined
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
@@ -117,6 +119,8 @@ class GroupGenerator:
             if round_index is not None:
                 self._ledger.secure()
         self._leave_if_asked()
+        for group in own:  # a row was there to be judged by: it goes neither to other ranks nor into checkpoints
+            group.prompt = replace(group.prompt, row=None)
         if round_index is not None:
             _make_compact(own)
         shares = exchange.all_gather_objects(own, self._ranks.world)
@@ -144,8 +148,8 @@ class GroupGenerator:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
-        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text)
-        return await self._verifiers.judge(job)
+        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text, prompt.row)
+        return await judge_combined(self._verifiers, job)
 
 
 def _make_compact(groups: Sequence[Group]) -> None:

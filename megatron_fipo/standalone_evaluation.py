@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.config import Config, ParallelSection, read_model_config, values_for_comparison
+from megatron_fipo.config import (
+    Config,
+    ParallelSection,
+    read_model_config,
+    values_for_comparison,
+    verifier_weights,
+)
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.evaluation import (
@@ -31,12 +37,15 @@ from megatron_fipo.metrics.console import Console
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.verifiers.combined import judge_combined
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.verifier_check import inspect_own
+from megatron_fipo.verifier_probes import VerifierProbes, first_held_out
 
 EXIT_STOPPED = 3
 
@@ -69,7 +78,11 @@ def evaluate_folder(
     read_model_config(model_path)
     config = replace(config, model=replace(config.model, path=model_path))
     tokenizer = load_tokenizer(model_path)
-    sets = evaluation_sets(config, tokenizer)
+    inspected = inspect_own(config)
+    inspected.raise_problems()
+    for warning in inspected.warnings:
+        console.warning(warning)
+    sets = evaluation_sets(config, tokenizer, inspected.row_readers)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -80,7 +93,7 @@ def evaluate_folder(
         console.warning("responses recorded for another model or other settings were found and deleted")
     with _engine(config, tokenizer, folder / "servers") as engine:
         try:
-            groups = _judged_groups(config, list(sets.values()), engine, ledger, decode, console)
+            groups = _judged_groups(config, sets, engine, ledger, decode, console)
         finally:
             ledger.close()
     problems = [ProblemResult.from_group(group) for group in groups]
@@ -88,11 +101,11 @@ def evaluate_folder(
 
 
 def _judged_groups(
-    config: Config, sets: Sequence[Sequence[Prompt]], engine: RolloutEngine, ledger: RolloutLedger, decode: Any,
+    config: Config, sets: Mapping[str, Sequence[Prompt]], engine: RolloutEngine, ledger: RolloutLedger, decode: Any,
     console: Console,
 ) -> list[Group]:  # fmt: skip
-    settings, verifier = config.evaluation, config.verifier
-    prompts = [prompt for prompts in sets for prompt in prompts]
+    settings = config.evaluation
+    prompts = [prompt for prompts in sets.values() for prompt in prompts]
     sampling = SamplingParams(
         max_tokens=settings.max_response_tokens or config.rollout.max_response_tokens,
         temperature=settings.temperature,
@@ -102,17 +115,18 @@ def _judged_groups(
     if finished:
         console.info(f"{len(finished)} responses are there from an evaluation that was interrupted")
     sources = {prompt.prompt_id: prompt.source for prompt in prompts}
-    names = sorted({prompt.verifier for prompt in prompts})
+    names = sorted({name for source in config.data.evaluation.values() for name in verifier_weights(source)})
     interrupt = Interrupt(engine.abort)
     with (
-        VerifierPool(verifier.num_workers, verifier.timeout_s, verifiers=names) as pool,
+        _probed_pool(config, names, sets, console) as pool,
         console.evaluation_progress(len(prompts) * settings.num_samples_per_prompt) as progress,
         interrupt,
     ):
         progress.advance(len(finished))
 
         async def judge(prompt: Prompt, text: str, finish_reason: str) -> Verdict:
-            return await pool.judge(VerifierJob(prompt.verifier, text, prompt.reference, finish_reason, prompt.text))
+            job = VerifierJob(prompt.verifier, text, prompt.reference, finish_reason, prompt.text, prompt.row)
+            return await judge_combined(pool, job)
 
         def note(sample: Sample) -> None:
             if sample.finish_reason != "abort":
@@ -136,6 +150,19 @@ def _judged_groups(
     if interrupt.received is not None:
         raise EvaluationStoppedError
     return groups
+
+
+@contextmanager
+def _probed_pool(
+    config: Config, names: Sequence[str], sets: Mapping[str, Sequence[Prompt]], console: Console
+) -> Iterator[VerifierPool]:
+    """The verifiers' processes, once each verifier has answered a first call."""
+    with VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=names) as pool:
+        findings = VerifierProbes(pool, first_held_out(sets)).findings()
+        findings.raise_problems()
+        for warning in findings.warnings:
+            console.warning(warning)
+        yield pool
 
 
 @contextmanager

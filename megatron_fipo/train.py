@@ -38,6 +38,7 @@ from megatron_fipo.config import (
     read_model_config,
     validate,
     validate_model_layout,
+    verifier_weights,
     warnings_for,
 )
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
@@ -63,16 +64,20 @@ from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.parallel.waiting import OtherRankError
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
+from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
 from megatron_fipo.rl.verifiers.pool import VerifierPool
+from megatron_fipo.rl.verifiers.registry import also_look_in
 from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
 from megatron_fipo.saved_run import SavedRun
 from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
+from megatron_fipo.verifier_check import Findings, inspect_own
+from megatron_fipo.verifier_probes import VerifierProbes, first_prompts
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
@@ -105,9 +110,20 @@ class Trainer:
         self.is_leader = ranks.rank == 0
         tokenizer = load_tokenizer(config.model.path)
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.prompts = PromptStream.from_config(config, tokenizer)
-        held_out = evaluation_sets(config, tokenizer)
-        self.actor = Actor(config, ranks)
+        inspected = self._told_by_leader(lambda: inspect_own(config))
+        self.prompts = PromptStream.from_config(config, tokenizer, inspected.row_readers)
+        held_out = evaluation_sets(config, tokenizer, inspected.row_readers)
+        # Named at the start: an import that came later would count as its first response's time.
+        sources = (*config.data.train.values(), *config.data.evaluation.values())
+        in_use = {name for source in sources for name in verifier_weights(source)}
+        self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
+        try:
+            probes = VerifierProbes(self.verifiers, first_prompts(self.prompts, held_out))
+            self.actor = Actor(config, ranks)  # while verifiers are imported and answer
+            self.warnings = [*inspected.warnings, *self._told_by_all(probes.findings())]
+        except BaseException:
+            self.verifiers.close()
+            raise
         self.folder, self._lock = self._prepare_folder()  # nothing is written for what cannot run
         self.engine, share = build_engine(config, ranks, tokenizer, self.folder.servers)
         self.handover = Handover(config, self.actor, self.engine)
@@ -116,9 +132,6 @@ class Trainer:
         except BaseException:
             self.engine.close()
             raise
-        # Named at the start: an import that came later would count as its first response's time.
-        in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
-        self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
         self.interrupt = Interrupt(self.engine.abort)
         self.ledger = RolloutLedger(
             self.folder.rollouts,
@@ -218,7 +231,7 @@ class Trainer:
         max_response_tokens = self.config.rollout.max_response_tokens
         numbers, warning = step_metrics(groups, generated, updates, clock, more, max_response_tokens, self.ranks)
         if warning:
-            self.console.warning(warning)
+            self.console.warning(warning, kind="noise")
         return numbers
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
@@ -247,9 +260,11 @@ class Trainer:
                 )
             assign_rewards(groups, self.config.reward, rollout.max_response_tokens)
             self.sampler.add_round(groups)
+            for failure in failures_by_kind(groups):
+                self.console.warning(f"step {step}: {failure}", kind=failure.kind)
             generated += groups
-        for error in self.sampler.errors:
-            self.console.warning(f"step {step}: dropped a group that could not be judged: {error}")
+        for scores in graded_scores(generated):
+            self.console.warning(f"step {step}: {scores}", kind=f"graded scores of {scores.source}")
         try:
             return self.sampler.take(), generated
         except BatchNotFilledError:
@@ -363,6 +378,22 @@ class Trainer:
             f"train.stop_when={self._ended_by}: {rule.metric} is {metrics[rule.metric]:g} after {self.next_step} "
             "steps, and the run ends here"
         )
+
+    # --- before the start -------------------------------------------------------------------------------------------
+
+    def _told_by_leader(self, look: Callable[[], Findings]) -> Findings:
+        """What the leader finds, on every rank. Collective; a problem that it finds is raised everywhere."""
+        findings = look() if self.is_leader else Findings()
+        findings = exchange.all_gather_objects(findings, self.ranks.world)[0]
+        findings.raise_problems()
+        return findings
+
+    def _told_by_all(self, own: Findings) -> tuple[str, ...]:
+        """The warnings of all ranks, each once. Collective; a problem that one of them finds is raised everywhere."""
+        found = exchange.all_gather_objects(own, self.ranks.world)
+        for findings in found:
+            findings.raise_problems()
+        return tuple(dict.fromkeys(warning for findings in found for warning in findings.warnings))
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -479,6 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_with_the_launcher()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        also_look_in(Path(arguments.config).parent)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
@@ -500,7 +532,7 @@ def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) ->
         facts = {"parameters": f"{trainer.actor.num_parameters / 1e6:.2f} M on each rank"}
         facts["layers"] = layers_in_use(config.model, trainer.actor.shape.head_dim)
         console.banner(ranks.world.size(), facts)
-        for warning in warnings:
+        for warning in (*warnings, *trainer.warnings):
             console.warning(warning)
         trainer.run()
     except Interrupted:

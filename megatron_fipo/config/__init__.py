@@ -62,6 +62,7 @@ from megatron_fipo.config.validation import (
     validate,
     warnings_for,
 )
+from megatron_fipo.config.verifiers import verifier_weights
 
 __all__ = [
     "ALGORITHMS",
@@ -115,6 +116,7 @@ __all__ = [
     "validate",
     "validate_model_layout",
     "values_for_comparison",
+    "verifier_weights",
     "warnings_for",
     "without_secrets",
     "written_values",

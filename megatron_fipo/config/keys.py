@@ -64,6 +64,8 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
     for key, value in layer.items():
         if key not in types:
             yield _unknown_key_problem(str(key), prefix, tuple(types), place)
+        elif types[key] is Any and isinstance(value, Mapping):  # the others of its type are texts and lists
+            yield f"{prefix}{key}={dict(value)!r} in {place}: a text or a list of texts was expected."
         elif is_dataclass(types[key]):
             yield from key_problems(value, types[key], f"{prefix}{key}.", place)
         elif entry := entry_type(types[key]):

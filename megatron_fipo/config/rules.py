@@ -94,6 +94,10 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "prompt_field": _NOT_EMPTY,
         "answer_field": _NOT_EMPTY,
         "prompt_template": _Rule("must hold {prompt}, where the prompt goes", lambda value: "{prompt}" in value),
+        "verifier_weights": _Rule(
+            "must be finite and not negative; 0 shows a verifier's score without counting it",
+            lambda value: all(0 <= weight < math.inf for weight in value),
+        ),
         "weight": _AT_LEAST_1,
     },
     RolloutSection: {

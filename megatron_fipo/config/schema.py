@@ -82,10 +82,14 @@ class DataSourceConfig:
     """System message in front of the chat; needs chat_template=true."""
     chat_template: bool = False
     """Format the prompt with the tokenizer's chat template; false feeds the text as it is."""
-    verifier: str = ""
+    verifier: Any = ""
     """Judge of its responses: math (last \\boxed{} or "Answer:"), math_answer (DAPO's "Answer:" line), math_boxed,
     exact, code (Python against tests), code_unprotected (the same without a sandbox), reasoning_gym, chain_arithmetic,
-    a reward model as http://host:port/path, or your own as package.module:function."""
+    a reward model as http://host:port/path, or your own as package.module:function. A list names several; a response is
+    right if each that counts gives 1."""
+    verifier_weights: List[float] = field(default_factory=list)
+    """Weights of several verifiers in the mean that is the score; empty weighs them alike. With 0 a verifier's score is
+    shown in the metrics and does not count."""
     weight: int = 1
     """Prompts taken from this source in each round over the sources."""
 

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_fipo.config.errors import ConfigError, choice_problem
+from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.milestones import milestone_problems
 from megatron_fipo.config.rules import value_problems
 from megatron_fipo.config.schema import (
     ALGORITHMS,
     FP8_ALIGNMENT,
     PROCEDURAL_KINDS,
-    VERIFIERS,
     Config,
     DataSourceConfig,
 )
+from megatron_fipo.config.verifiers import verifier_problems
 
 _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
 """Keys without which an algorithm would not be what its name says, where its preset sets them."""
@@ -27,8 +27,6 @@ LONGEST_FOR_SEQUENCE_RATIOS = 2048
 """Tokens beyond which a whole response's probability ratio says little: a bias of 1e-3 a token is a factor of 8."""
 WIDEST_GEOMETRIC_RATIO = 1.1
 """rollout_ratio_max beyond which the mean ratio of a response is hardly ever masked."""
-
-_CUSTOM_VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|https?://[^\s/]+\S*")
 
 
 def validate(config: Config, world_size: int | None = None, *, is_for_training: bool = True) -> None:
@@ -110,19 +108,7 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
                     f"{key}.{name}={getattr(source, name)}: schema={source.schema} knows its columns and would not "
                     f"read it. Remove {name}, or set {key}.schema=columns."
                 )
-    if source.verifier not in VERIFIERS and not _CUSTOM_VERIFIER.fullmatch(source.verifier):
-        names = (*VERIFIERS, "package.module:function", "http://host:port/path")
-        yield choice_problem(f"{key}.verifier", source.verifier, names)
-    if source.kind == "reasoning_gym" and source.verifier != "reasoning_gym":
-        yield (
-            f"{key}.verifier={source.verifier}: entries of kind=reasoning_gym are judged by their own task. "
-            f"Set {key}.verifier=reasoning_gym."
-        )
-    if source.verifier == "reasoning_gym" and source.kind != "reasoning_gym":
-        yield (
-            f"{key}.verifier=reasoning_gym: judges entries of kind=reasoning_gym, and this kind is {source.kind}. "
-            "Use math or exact."
-        )
+    yield from verifier_problems(key, source)
     if source.system_prompt and not source.chat_template:
         yield f"{key}.system_prompt is set, but chat_template=false leaves it out. Set {key}.chat_template=true."
 

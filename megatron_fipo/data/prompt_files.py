@@ -169,14 +169,14 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
 
 
 def parquet_batches(
-    file: parquet.ParquetFile, path: Path, columns: Sequence[str], size: int
+    file: parquet.ParquetFile, path: Path, columns: Sequence[str] | None, size: int
 ) -> Iterator[pa.RecordBatch]:
-    """Some columns of a parquet file, a batch of rows at a time, in types of which rows can be taken.
+    """Some columns of a parquet file (None: all), a batch of rows at a time, in types of which rows can be taken.
 
     Raises:
         ValueError: naming the file, if it is damaged, or holds types that cannot be read.
     """
-    batches = file.iter_batches(size, columns=list(columns))
+    batches = file.iter_batches(size, columns=None if columns is None else list(columns))
     while True:
         try:
             batch = next(batches, None)

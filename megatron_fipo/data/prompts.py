@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_fipo.config import FILE_KINDS, SCHEMAS, SOURCE_KINDS, Config, DataSourceConfig, read_model_config
+from megatron_fipo.config import (
+    FILE_KINDS,
+    SCHEMAS,
+    SOURCE_KINDS,
+    Config,
+    DataSourceConfig,
+    read_model_config,
+    verifier_weights,
+)
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
 from megatron_fipo.rl.types import Prompt
 from megatron_fipo.rl.verifiers.registry import check_verifier_name
+from megatron_fipo.rl.verifiers.verdict import combined_name
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,11 @@ class PromptLimits:
         return cls(config.rollout.max_prompt_tokens, config.data.overlong_prompts, vocab_size)
 
 
+def verifier_of(source: DataSourceConfig) -> str:
+    """What judges a source as one name: its verifier's, or those of several with their weights."""
+    return combined_name(verifier_weights(source))
+
+
 class PromptSource(ABC):
     """One source's prompts by index.
 
@@ -57,12 +71,15 @@ class PromptSource(ABC):
         num_duplicates: rows of a file left out because they repeat a prompt.
     """
 
-    def __init__(self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits) -> None:
+    def __init__(
+        self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits, with_rows: bool
+    ) -> None:
         self.name = name
+        self._with_rows = with_rows
         self.num_prompts: int | None = config.num_prompts
         self.num_skipped = 0
         self.num_duplicates = 0
-        self._verifier = config.verifier
+        self._verifier = verifier_of(config)
         self._formatter = PromptFormatter(config, tokenizer, limits.vocab_size)
         self._max_prompt_tokens = limits.max_prompt_tokens
         self._skip_overlong = limits.overlong == "skip"
@@ -81,9 +98,11 @@ class PromptSource(ABC):
 class FilePrompts(PromptSource):
     """Rows of a jsonl or parquet file. All are tokenized once at the start, so that no error waits for hour ten."""
 
-    def __init__(self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits) -> None:
-        super().__init__(name, config, tokenizer, limits)
-        file = read_records(config)
+    def __init__(
+        self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits, with_rows: bool
+    ) -> None:
+        super().__init__(name, config, tokenizer, limits, with_rows)
+        file = read_records(config, with_rows)
         self._records = file.records
         self.num_duplicates = file.num_duplicates
         if file.num_duplicates:
@@ -128,7 +147,7 @@ class FilePrompts(PromptSource):
         record = self._records[self._rows[index]]
         text = self._formatter.text(record)
         token_ids = tuple(self._formatter.encode([text])[0])
-        return Prompt(prompt_id, self.name, text, token_ids, self._verifier, record.reference)
+        return Prompt(prompt_id, self.name, text, token_ids, self._verifier, record.reference, record.row)
 
 
 class ProceduralPrompts(PromptSource):
@@ -140,11 +159,12 @@ class ProceduralPrompts(PromptSource):
         config: DataSourceConfig,
         tokenizer: Any,
         limits: PromptLimits,
+        with_rows: bool,
         *,
         seed: int,
         held_out: bool,
     ) -> None:
-        super().__init__(name, config, tokenizer, limits)
+        super().__init__(name, config, tokenizer, limits, with_rows)
         self._generate = record_generator(config, seed)
         self._held_out = held_out
         # A source that can give nothing says so before a model is built.
@@ -161,7 +181,8 @@ class ProceduralPrompts(PromptSource):
             token_ids = self._formatter.encode([text])[0]
             self._formatter.check_known(token_ids, text, record.place)
             if len(token_ids) <= self._max_prompt_tokens:
-                return Prompt(prompt_id, self.name, text, tuple(token_ids), self._verifier, record.reference)
+                row = {"prompt": record.prompt, "reference": record.reference} if self._with_rows else None
+                return Prompt(prompt_id, self.name, text, tuple(token_ids), self._verifier, record.reference, row)
             if not self._skip_overlong:
                 raise ValueError(self._overlong_message(record.place, len(token_ids)))
             self.num_skipped += 1
@@ -190,6 +211,7 @@ class PromptStream:
         max_prompt_tokens: int,
         overlong: str = "error",
         vocab_size: int | None = None,
+        row_readers: Collection[str] = (),
     ) -> None:
         """Open the sources.
 
@@ -200,6 +222,7 @@ class PromptStream:
             max_prompt_tokens: longest prompt.
             overlong: "error" or "skip".
             vocab_size: tokens that the model has; None leaves out what depends on it.
+            row_readers: verifiers that ask for rows; the prompts that they judge carry them.
 
         Raises:
             ValueError: for a source that cannot be used, naming it.
@@ -214,7 +237,7 @@ class PromptStream:
             if config.weight < 1:
                 raise ValueError(f"data source {name!r}: weight is at least 1, got {config.weight}")
             self._sources.append(
-                _open(name, config, tokenizer, seed, limits, held_out=False),
+                _open(name, config, tokenizer, seed, limits, row_readers, held_out=False),
             )
             self._seeds.append(seed if config.seed is None else config.seed)
             self._slots += [(position, turn) for turn in range(config.weight)]
@@ -223,10 +246,19 @@ class PromptStream:
         self._next_prompt_id = 0
 
     @classmethod
-    def from_config(cls, config: Config, tokenizer: Any) -> PromptStream:
+    def from_config(cls, config: Config, tokenizer: Any, row_readers: Collection[str] = ()) -> PromptStream:
         """Open the training sources of a run."""
         limits = PromptLimits.from_config(config)
-        return cls(config.data.train, tokenizer, seed=config.run.seed, **asdict(limits))
+        return cls(config.data.train, tokenizer, seed=config.run.seed, row_readers=row_readers, **asdict(limits))
+
+    def first_prompts(self) -> dict[str, Prompt]:
+        """The first prompt of each source, by the source's name; moves no cursor and counts no prompt."""
+        first = {}
+        for source in self._sources:
+            num_skipped = source.num_skipped
+            first[source.name] = source.prompt(0, 0)
+            source.num_skipped = num_skipped
+        return first
 
     def prompt(self, prompt_id: int) -> Prompt:
         """Prompt at a position, from 0; does not move the cursor."""
@@ -299,6 +331,7 @@ def evaluation_prompts(
     max_prompt_tokens: int,
     overlong: str = "error",
     vocab_size: int | None = None,
+    row_readers: Collection[str] = (),
 ) -> list[Prompt]:
     """All prompts of an evaluation source, in their order.
 
@@ -308,18 +341,18 @@ def evaluation_prompts(
         ValueError: for a source that cannot be used, or an endless one without num_prompts.
     """
     limits = PromptLimits(max_prompt_tokens, overlong, vocab_size)
-    opened = _open(name, source, tokenizer, seed, limits, held_out=True)
+    opened = _open(name, source, tokenizer, seed, limits, row_readers, held_out=True)
     if opened.num_prompts is None:
         raise ValueError(f"evaluation source {name!r} is endless ({source.kind}); set its num_prompts")
     first_id = -((zlib.crc32(name.encode()) + 1) << 24)
     return [opened.prompt(index, first_id + index) for index in range(opened.num_prompts)]
 
 
-def evaluation_sets(config: Config, tokenizer: Any) -> dict[str, list[Prompt]]:
+def evaluation_sets(config: Config, tokenizer: Any, row_readers: Collection[str] = ()) -> dict[str, list[Prompt]]:
     """Prompts of every evaluation source of a run, by name."""
     limits = asdict(PromptLimits.from_config(config))
     return {
-        name: evaluation_prompts(name, source, tokenizer, seed=config.run.seed, **limits)
+        name: evaluation_prompts(name, source, tokenizer, seed=config.run.seed, row_readers=row_readers, **limits)
         for name, source in config.data.evaluation.items()
     }
 
@@ -330,16 +363,18 @@ def _open(
     tokenizer: Any,
     run_seed: int,
     limits: PromptLimits,
+    row_readers: Collection[str],
     *,
     held_out: bool,
 ) -> PromptSource:
     """Open a source; every error names it."""
     try:
         _check(config)
+        with_rows = any(verifier in row_readers for verifier in verifier_weights(config))
         if config.kind in FILE_KINDS:
-            return FilePrompts(name, config, tokenizer, limits)
+            return FilePrompts(name, config, tokenizer, limits, with_rows)
         seed = run_seed if config.seed is None else config.seed
-        return ProceduralPrompts(name, config, tokenizer, limits, seed=seed, held_out=held_out)
+        return ProceduralPrompts(name, config, tokenizer, limits, with_rows, seed=seed, held_out=held_out)
     except ValueError as error:
         raise ValueError(f"data source {name!r}: {error}") from error
 
@@ -355,7 +390,8 @@ def _check(config: DataSourceConfig) -> None:
             f"unknown kind {config.kind!r}; known are {', '.join(SOURCE_KINDS)}."
             f"{nearest_name(config.kind, SOURCE_KINDS)}"
         )
-    check_verifier_name(config.verifier)
+    for verifier in verifier_weights(config):
+        check_verifier_name(verifier)
     if config.num_prompts is not None and config.num_prompts < 1:
         raise ValueError(f"num_prompts is at least 1, got {config.num_prompts}")
     if config.kind in FILE_KINDS and not config.path:
@@ -366,5 +402,5 @@ def _check(config: DataSourceConfig) -> None:
         )
     if config.kind in FILE_KINDS and config.params:
         raise ValueError(f"params belong to procedural sources; kind {config.kind} takes none")
-    if config.kind == "reasoning_gym" and config.verifier != "reasoning_gym":
+    if config.kind == "reasoning_gym" and "reasoning_gym" not in verifier_weights(config):
         raise ValueError(f"kind reasoning_gym needs verifier reasoning_gym, got {config.verifier!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import hashlib
 import json
@@ -15,7 +16,7 @@ from typing import Any, TypeAlias, overload
 
 import pyarrow as pa
 
-from megatron_fipo.config import DataSourceConfig
+from megatron_fipo.config import DataSourceConfig, verifier_weights
 from megatron_fipo.data.chain_arithmetic import ChainArithmetic
 from megatron_fipo.data.prompt_files import check_file, json_rows, open_parquet, parquet_batches
 from megatron_fipo.data.references import check_characters, checked_reference
@@ -30,11 +31,13 @@ class Record:
         prompt: the question as text, or as chat messages with "role" and "content".
         reference: what the verifier compares with.
         place: where it comes from, for error messages: "train.jsonl:17".
+        row: all its columns, where they are asked for.
     """
 
     prompt: str | list[dict[str, str]]
     reference: Any
     place: str
+    row: dict[str, Any] | None = None
 
 
 RecordGenerator: TypeAlias = Callable[[int, int], Record]
@@ -56,8 +59,11 @@ class RecordFile:
     num_conflicts: int
 
 
-def read_records(source: DataSourceConfig) -> RecordFile:
+def read_records(source: DataSourceConfig, with_rows: bool = False) -> RecordFile:
     """Read a jsonl or parquet source.
+
+    Args:
+        with_rows: keep all columns of each row beside the question, for a verifier that asks for them.
 
     Raises:
         ValueError: if the file does not exist, is none of its kind, holds no prompt or a malformed row, lacks a column,
@@ -67,7 +73,7 @@ def read_records(source: DataSourceConfig) -> RecordFile:
     check_file(path, source.kind)
     repeats = _Repeats(source.deduplicate)
     read = _read_jsonl if source.kind == "jsonl" else _ParquetRecords
-    records = read(path, source, repeats)
+    records = read(path, source, repeats, with_rows)
     if not records:
         raise ValueError(f"prompt file {source.path} holds no prompts")
     return RecordFile(records, repeats.num_duplicates, repeats.num_conflicts)
@@ -108,12 +114,12 @@ def record_generator(source: DataSourceConfig, seed: int) -> RecordGenerator:
     return _reasoning_gym(source.task, source.params, seed)
 
 
-def _read_jsonl(path: Path, source: DataSourceConfig, repeats: _Repeats) -> list[Record]:
+def _read_jsonl(path: Path, source: DataSourceConfig, repeats: _Repeats, with_rows: bool) -> list[Record]:
     records: list[Record] = []
     for place, row in json_rows(path):
         if len(records) == source.num_prompts:
             break
-        record = _record(row, source, place)
+        record = _record(row, source, place, with_rows)
         if repeats.is_new(record):
             records.append(record)
     return records
@@ -125,8 +131,8 @@ _PARQUET_BATCH = 4096
 class _ParquetRecords(Sequence[Record]):
     """Rows of a parquet file, made when asked for: as Python objects, millions of them would fill the memory."""
 
-    def __init__(self, path: Path, source: DataSourceConfig, repeats: _Repeats) -> None:
-        self._source = source
+    def __init__(self, path: Path, source: DataSourceConfig, repeats: _Repeats, with_rows: bool) -> None:
+        self._source, self._with_rows = source, with_rows
         self._path = path
         kept: list[pa.RecordBatch] = []
         self._rows = array("q")
@@ -135,7 +141,7 @@ class _ParquetRecords(Sequence[Record]):
             columns = _parquet_columns(file.schema_arrow.names, source, str(path))
             start = 0
             # Only the columns in use: some data sets carry others that are many times larger.
-            for batch in parquet_batches(file, path, columns, _PARQUET_BATCH):
+            for batch in parquet_batches(file, path, None if with_rows else columns, _PARQUET_BATCH):
                 new = [i for i, row in enumerate(batch.to_pylist()) if repeats.is_new(self._record(row, start + i))]
                 if source.num_prompts is not None:
                     new = new[: source.num_prompts - len(self._rows)]
@@ -161,7 +167,7 @@ class _ParquetRecords(Sequence[Record]):
         return self._record(self._table.slice(row, 1).to_pylist()[0], self._rows[row])
 
     def _record(self, row: Mapping[str, Any], number: int) -> Record:
-        return _record(row, self._source, f"{self._path}, row {number}")
+        return _record(row, self._source, f"{self._path}, row {number}", self._with_rows)
 
 
 def _parquet_columns(names: Sequence[str], source: DataSourceConfig, place: str) -> list[str]:
@@ -184,7 +190,7 @@ def _given_once(columns: list[str], names: Sequence[str], place: str) -> list[st
     return columns
 
 
-def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str) -> Record:
+def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str, with_row: bool) -> Record:
     if source.schema == "columns":
         prompt, reference = _column(row, source.prompt_field, place), _column(row, source.answer_field, place)
         prompt_name, reference_name = f"column {source.prompt_field!r}", f"column {source.answer_field!r}"
@@ -209,10 +215,21 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str) -> Rec
             else [text for message in prompt for text in (message["role"], message["content"])]
         ):
             check_characters(text, prompt_name)
-        reference = checked_reference(reference, [source.verifier], reference_name)
+        reference = checked_reference(reference, list(verifier_weights(source)), reference_name)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    return Record(prompt, reference, place)
+    return Record(prompt, reference, place, {name: _plain(value) for name, value in row.items()} if with_row else None)
+
+
+def _plain(value: Any) -> Any:
+    """A column's value as JSON can hold it: a date or a decimal number as its text, bytes in base64."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _is_chat(prompt: Any) -> bool:

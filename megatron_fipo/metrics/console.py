@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ class Console:
         if enabled and isinstance(self._rich.file, TextIOWrapper):
             self._rich.file.reconfigure(errors="replace")  # a log in ASCII must not end the run over a dash
         self._num_lines = 0
+        self._num_told: Counter[str] = Counter()
         self._step_width = max(5, 2 * len(str(config.train.num_steps)) + 1)
 
     # --- before and after -------------------------------------------------------------------------------------------
@@ -280,8 +282,19 @@ class Console:
         self.info(introduction)
         self._rich.print(Text(f"    {_printable(command)}", style="bold cyan"), soft_wrap=True)
 
-    def warning(self, text: str) -> None:
-        """Something that the user should know, in full sentences."""
+    def warning(self, text: str, kind: str = "") -> None:
+        """Something that the user should know, in full sentences.
+
+        Args:
+            kind: what may come again and again. It is told the first, tenth, hundredth … time, with a count.
+        """
+        if kind:
+            self._num_told[kind] += 1
+            count = self._num_told[kind]
+            if count > 1:
+                if not _is_power_of_ten(count):
+                    return
+                text = f"{text} (this is the {count:,}th time in this run that it could be said)"
         line = Text.assemble(("Warning: ", "bold yellow"), (_printable(text), "yellow"))
         self._rich.print(Padding(line, (0, 0, 0, 2), expand=False))
 
@@ -354,6 +367,10 @@ class _PipeProgress:
 
     def _set_note(self, text: str) -> None:
         self._note = text
+
+
+def _is_power_of_ten(count: int) -> bool:
+    return str(count).strip("0") == "1"
 
 
 def _title(config: Config) -> str:

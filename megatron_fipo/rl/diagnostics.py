@@ -9,7 +9,9 @@ import torch
 
 from megatron_fipo.metrics.reductions import Distribution, Last, Mean, Metrics, Std
 from megatron_fipo.rl.advantages import is_correct
+from megatron_fipo.rl.judged import parts_of
 from megatron_fipo.rl.types import Group
+from megatron_fipo.rl.verifiers.verdict import metric_part
 
 NUM_LENGTH_BUCKETS = 8
 NOISE_DOMINATES_ABOVE = 0.5
@@ -38,6 +40,8 @@ def rollout_metrics(groups: Sequence[Group], max_response_tokens: int) -> Metric
         "rollout/response_tokens/mean": Mean(lengths.sum(dtype=torch.float64), len(samples)),
         "rollout/truncated_share": Mean(sum(sample.truncated for sample in samples), len(samples)),
     }
+    for name, values in parts_of(samples).items():
+        metrics[f"reward/verifier/{metric_part(name)}/mean"] = Mean(sum(values), len(values))
     # A response of exactly `end` tokens belongs to the bucket that ends there.
     bounds = [index * max_response_tokens // NUM_LENGTH_BUCKETS for index in range(1, NUM_LENGTH_BUCKETS)]
     buckets = torch.bucketize(lengths, torch.tensor(bounds, dtype=lengths.dtype))

@@ -21,9 +21,11 @@ from typing import Any
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.rl.advantages import is_correct
+from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.types import Group, Prompt, Sample
 
-NUM_NAMED_ERRORS = 3
+NUM_NAMED_KINDS = 3
+"""Kinds of failure that the account of a batch that was not filled names."""
 
 
 class BatchNotFilledError(RuntimeError):
@@ -65,7 +67,7 @@ class DynamicSampler:
         self._config = config
         self._step = 0
         self._ready: list[Group] = []
-        self._errors: list[str] = []
+        self._judged: list[Group] = []
         self._counts = _Counts()
         self._taken_ages: list[int] = []
 
@@ -73,7 +75,7 @@ class DynamicSampler:
         """Begin a step: surplus groups older than max_surplus_age_steps go, the others open the batch."""
         self._step = step
         self._counts = _Counts()
-        self._errors, self._taken_ages = [], []
+        self._judged, self._taken_ages = [], []
         oldest = step - self._config.max_surplus_age_steps
         young = [group for group in self._ready if group.created_at_step >= oldest]
         self._counts.expired = len(self._ready) - len(young)
@@ -83,6 +85,7 @@ class DynamicSampler:
         """Judge one round's groups, each complete and in any order."""
         self._counts.rounds += 1
         self._counts.generated += len(groups)
+        self._judged += groups
         for group in groups:
             errors = [sample.error for sample in group.samples if sample.error]
             num_correct = sum(is_correct(sample) for sample in group.samples)
@@ -90,9 +93,7 @@ class DynamicSampler:
             self._counts.failed += bool(errors)
             self._counts.all_right += all_right and not errors
             self._counts.all_wrong += all_wrong and not errors
-            if errors:
-                self._errors.append(f"{group.prompt.source} prompt {group.prompt.prompt_id}: {errors[0]}")
-            elif not (self._config.dynamic and (all_right or all_wrong)):
+            if not errors and not (self._config.dynamic and (all_right or all_wrong)):
                 self._ready.append(group)
         self._ready.sort(key=lambda group: (group.prompt.prompt_id, group.prompt.source))
 
@@ -116,11 +117,6 @@ class DynamicSampler:
         """Whether to generate another round: the batch is not full and rounds are left."""
         return not self.full and self._counts.rounds < self._config.max_generation_rounds
 
-    @property
-    def errors(self) -> tuple[str, ...]:
-        """Why groups failed this step: one line for each, naming its prompt and its first error."""
-        return tuple(self._errors)
-
     def take(self) -> list[Group]:
         """The step's groups in prompt order. What is left over is kept for later steps, or discarded at age 0.
 
@@ -132,6 +128,7 @@ class DynamicSampler:
         """
         if not self._ready or (not self.full and not self._config.allow_short_batch):
             raise BatchNotFilledError(self._diagnosis())
+        self._judged = []
         taken, self._ready = self._ready[: self._num_groups], self._ready[self._num_groups :]
         if not self._config.max_surplus_age_steps:
             self._ready = []
@@ -177,7 +174,12 @@ class DynamicSampler:
             f"generated groups {counts.all_right} were all right, {counts.all_wrong} all wrong, {counts.failed} failed "
             "in generation or verification."
         ]
-        lines += [f"  failed: {error}" for error in self._errors[:NUM_NAMED_ERRORS]]
+        failures = failures_by_kind(self._judged)
+        lines += [f"  failed: {failure.told()}" for failure in failures[:NUM_NAMED_KINDS]]
+        if others := failures[NUM_NAMED_KINDS:]:
+            num_groups = sum(failure.count for failure in others)
+            lines.append(f"  failed: {num_groups} more groups, for {len(others)} other kinds of reason")
+        lines += [f"  graded: {scores}" for scores in graded_scores(self._judged)]
         lines.append(f"Remedy: {self._remedy()}")
         return "\n".join(lines)
 
@@ -185,6 +187,12 @@ class DynamicSampler:
         counts = self._counts
         if counts.failed and counts.failed >= max(counts.all_right, counts.all_wrong):
             return "see the failures above; a larger verifier.timeout_s helps where they are time-outs."
+        if counts.all_wrong > counts.all_right and graded_scores(self._judged):
+            return (
+                "have the verifier return 1 for what is to count as right, such as float(score > 0.5): only 1 is "
+                "rewarded as right. If 1 is what you mean, the prompts are too hard for this model: easier data, or "
+                "more rollout.num_samples_per_prompt."
+            )
         if counts.all_wrong > counts.all_right:
             return (
                 "the prompts are too hard for this model: easier data, more rollout.num_samples_per_prompt, a larger "

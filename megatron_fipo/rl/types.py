@@ -31,6 +31,8 @@ class Prompt:
     """Name of the verifier that judges its responses."""
     reference: Any
     """What the verifier compares with: an answer string, or a task entry; must be picklable."""
+    row: dict[str, Any] | None = None
+    """The data's row, on its way to a verifier that asks for it; None for all others, and once it is judged."""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Sample:
     advantage: float = 0.0
     error: str = ""
     """Why the verifier could not judge it; the whole group is dropped then."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Scores of several verifiers, and other numbers of the verdict, by name; metrics show their means."""
 
     @property
     def num_tokens(self) -> int:

@@ -78,6 +78,7 @@ async def generate_groups(
             verdict = await judge(prompt, sample.response_text, sample.finish_reason)
             sample.accuracy, sample.answer = verdict.score, verdict.answer
             sample.error = without_secrets(verdict.error)  # a reward model's URL may hold one
+            sample.parts = dict(verdict.parts)
         if on_sample is not None:
             on_sample(sample)
         return sample

@@ -80,6 +80,7 @@ class RolloutLedger:
                 "accuracy": sample.accuracy,
                 "answer": sample.answer,
                 "error": sample.error,
+                **({"parts": sample.parts} if sample.parts else {}),
             }
         )
 
@@ -160,6 +161,7 @@ def _sample(record: dict[str, Any]) -> tuple[int, SampleKey, Sample]:
         accuracy=record["accuracy"],
         answer=record["answer"],
         error=record["error"],
+        parts=record.get("parts", {}),
     )
     return record["round"], (record["source"], record["prompt_id"], record["sample_index"]), sample
 

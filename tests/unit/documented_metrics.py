@@ -34,6 +34,7 @@ def measured_names() -> set[str]:
     """Names that the package's own functions give for a made-up step, under every rollout correction."""
     config = FipoConfig(kl_coefficient=0.1, entropy_coefficient=0.1)
     groups = [make_group(0, (1.0, 0.0)), make_group(1, (1.0, 1.0, 0.5, 0.0))]
+    groups[0].samples[0].parts = {"math": 1.0}
     assign_rewards(groups, RewardSection(), max_response_tokens=16)
     assign_advantages(groups, "group_std")
     sampler = DynamicSampler(1, SamplingSection())

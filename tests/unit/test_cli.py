@@ -85,6 +85,21 @@ def test_validate_refuses_what_cannot_run(config: Path, capsys: pytest.CaptureFi
     assert "num_attention_heads=4" in capsys.readouterr().err
 
 
+def test_validate_loads_verifiers_of_ones_own_from_beside_the_configuration(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_FIPO_VERIFIER_FOLDERS", "")
+    (config.parent / "beside_it.py").write_text("def verify(response, reference): return 1.0\n")
+    name = next(iter(load_config(config).data.train))
+    assert cli.main(["validate", str(config), f"data.train.{name}.verifier=beside_it:verify"]) == 0
+    capsys.readouterr()
+    assert cli.main(["validate", str(config), f"data.train.{name}.verifier=beside_it:verfy"]) != 0
+    error = capsys.readouterr().err
+    assert f"data.train.{name}.verifier: verifier 'beside_it:verfy'" in error
+    assert "Did you mean 'beside_it:verify'?" in error
+    assert "Traceback" not in error
+
+
 def test_validate_says_that_a_configuration_is_valid(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(config)]) == 0
     assert capsys.readouterr().err.splitlines()[-1] == f"{config} is valid"

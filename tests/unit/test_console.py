@@ -59,6 +59,18 @@ def test_without_future_kl_there_are_no_influence_columns() -> None:
     assert "5,678" in out.getvalue()
 
 
+def test_what_comes_again_and_again_is_told_with_a_count() -> None:
+    console, out = printed()
+    for step in range(12):
+        console.warning(f"step {step}: flood", kind="flood")
+        console.warning("one of its own")
+    text = " ".join(out.getvalue().split())
+    assert text.count("flood") == 2
+    assert "step 0: flood" in text
+    assert "step 9: flood (this is the 10th time in this run that it could be said)" in text
+    assert text.count("one of its own") == 12
+
+
 def test_the_heading_comes_back() -> None:
     console, out = printed()
     for step in range(1, HEADER_EVERY_LINES + 2):

@@ -53,6 +53,8 @@ COMPOSING = {
     "standalone_evaluation",
     "chat",
     "cli",
+    "verifier_check",
+    "verifier_probes",
 }
 """Modules that may import everything, as `__main__` modules may."""
 

@@ -30,6 +30,7 @@ def sample(prompt_id: int, index: int) -> Sample:
         accuracy=0.1,
         answer="½",
         error="",
+        parts={"judges:format": 0.25},
     )
 
 

@@ -43,8 +43,8 @@ def behave(response_text, reference, finish_reason):
         return Verdict(float(len(bytearray(3 << 30)) > 0))
     if response_text == "raise":
         raise KeyError("no such thing")
-    if response_text == "bool":
-        return True
+    if response_text == "list":
+        return [True]
     if response_text == "score":
         return Verdict(1.5)
     if response_text == "torch":
@@ -242,7 +242,7 @@ def test_verdicts_come_in_order_over_several_workers_and_batches() -> None:
         ("hang in C", "took longer than verifier.timeout_s=0.5"),
         ("memory", "raised MemoryError"),
         ("raise", "raised KeyError: 'no such thing'"),
-        ("bool", "returned a bool, not a Verdict"),
+        ("list", "returned a list ([True]). A verifier judges one response"),
         ("score", "raised ValueError: a verdict's score lies in [0, 1], got 1.5"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.rl.verifiers import reward_model
+from megatron_fipo.rl.verifiers.judging import judge
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.registry import check_verifier_name, load_verifier
 from megatron_fipo.rl.verifiers.reward_model import RewardModel, RewardModelError
@@ -27,6 +28,8 @@ class Server:
     answers: list[tuple[int, bytes]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     content_types: list[str] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of every answer, in place of its own."""
     silence: threading.Event = field(default_factory=threading.Event)
     """Set while it answers; cleared, it keeps every request waiting."""
 
@@ -43,9 +46,16 @@ def server() -> Iterator[Server]:
             status, body = state.answers[min(len(state.requests), len(state.answers)) - 1]
             state.silence.wait(60)
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
+            for name, value in {"Content-Length": str(len(body)), **state.headers}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            state.requests.append({"method": "GET"})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"score": 1}')
 
         def log_message(self, format: str, *args: Any) -> None:
             """Stay quiet."""
@@ -94,6 +104,41 @@ def test_refusals_are_not_tried_again(server: Server) -> None:
     with pytest.raises(RewardModelError, match=r"\(1 requests\): status 404 Not Found"):
         ask(server)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(server: Server, status: int) -> None:
+    server.answers = [(status, b"")]
+    server.headers = {"Location": f"{server.url}/elsewhere?key=secret"}
+    with pytest.raises(RewardModelError, match=rf"\(1 requests\): status {status} ") as raised:
+        ask(server)
+    assert f"a redirect to {server.url}/elsewhere?…, which is not followed" in str(raised.value)
+    assert len(server.requests) == 1, "nothing was asked of the other address"
+
+
+def test_an_answer_cut_short_is_none(server: Server) -> None:
+    server.answers = [(200, b'{"score": 1}')]
+    server.headers = {"Content-Length": "1000", "Connection": "close"}
+    with pytest.raises(RewardModelError, match=r"\(3 requests\): the answer was cut short: 988 of its bytes"):
+        ask(server)
+    server.headers = {}
+    assert ask(server).correct
+
+
+def test_another_status_of_success_is_an_error(server: Server) -> None:
+    server.answers = [(202, b'{"score": 1}')]
+    with pytest.raises(RewardModelError, match="answered with status 202, not 200"):
+        ask(server)
+
+
+def test_no_message_shows_what_may_be_a_key(server: Server) -> None:
+    server.answers = [(404, b""), (200, b"no"), (200, b'{"score": 1, "answer": "\\ud800"}')]
+    url = f"{server.url}?key=secret"
+    for _ in range(2):
+        with pytest.raises(RewardModelError, match=r"score\?… ") as raised:
+            RewardModel(url).judge(VerifierJob(url, "4", None), 2.0)
+        assert "secret" not in str(raised.value)
+    assert judge(VerifierJob(url, "4", None), 2.0) == Verdict(1.0, "\\ud800")
 
 
 @pytest.mark.parametrize(

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import traceback
-
-from megatron_fipo.rl.verifiers.registry import load_verifier
-from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict, VerifierJob
+from megatron_fipo.rl.verifiers.asking import ask, writable
+from megatron_fipo.rl.verifiers.registry import load_verifier, shown_name
+from megatron_fipo.rl.verifiers.verdict import NO_VERDICT, Verdict, VerifierJob
 
 
 def judge(job: VerifierJob, timeout_s: float) -> Verdict:
     """Run one job's verifier; whatever it raises becomes a verdict with an error.
 
-    A verifier that cannot be imported, returns something else than a Verdict, or runs out of memory is an error too.
+    A verifier that cannot be imported, returns what is no verdict, or runs out of memory is an error too.
     """
+    name = shown_name(job.verifier)
     try:
         verifier = load_verifier(job.verifier)
-        if isinstance(verifier, JobVerifier):
-            verdict = verifier.judge(job, timeout_s)
-        else:
-            verdict = verifier(job.response_text, job.reference, job.finish_reason)
-    except Exception as error:  # noqa: BLE001 - a verifier may raise anything; the verdict carries it to the run's report
-        last_frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{last_frame.filename}:{last_frame.lineno}"
-        return Verdict(0.0, error=f"verifier {job.verifier} raised {type(error).__name__}: {error} ({place})")
-    if not isinstance(verdict, Verdict):
-        return Verdict(0.0, error=f"verifier {job.verifier} returned a {type(verdict).__name__}, not a Verdict")
-    # Plain types only: the pool's process may lack the modules of whatever a verifier put in here.
-    return Verdict(float(verdict.score), str(verdict.answer), str(verdict.error))
+    except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
+        text = f"verifier {name} could not be loaded: {type(error).__name__}: {error}"
+        return Verdict(0.0, error=writable(text), fault=NO_VERDICT)
+    return ask(name, verifier, job, timeout_s)

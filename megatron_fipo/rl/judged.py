@@ -1,0 +1,116 @@
+"""What a user should hear about judged groups: which could not be judged, and scores that count for nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_fipo.rl.types import Group, Sample
+from megatron_fipo.rl.verifiers.registry import shown_name
+
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
+"""What differs between errors of one kind: quoted text and numbers."""
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Groups that could not be judged, all for one kind of reason. Its text is a sentence.
+
+    Attributes:
+        kind: the same for reasons that differ in a number or a quoted text only.
+        first: place and reason of the first one.
+        count: groups.
+    """
+
+    kind: str
+    first: str
+    count: int
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return f"dropped a group that could not be judged: {self.first}"
+        return f"dropped {self.count} groups that could not be judged, for one kind of reason; first: {self.first}"
+
+    def told(self) -> str:
+        """The reason with the count, for a list."""
+        return self.first if self.count == 1 else f"{self.count} groups, first: {self.first}"
+
+
+def failures_by_kind(groups: Iterable[Group]) -> list[Failures]:
+    """Groups with an error by the kind of their first one, kinds in order of appearance."""
+    found: dict[str, Failures] = {}
+    for group in groups:
+        error = next((sample.error for sample in group.samples if sample.error), "")
+        if not error:
+            continue
+        kind = f"{group.prompt.source}: {_VARYING.sub('…', error)}"
+        if kind in found:
+            found[kind] = Failures(kind, found[kind].first, found[kind].count + 1)
+        else:
+            found[kind] = Failures(kind, f"{group.prompt.source} prompt {group.prompt.prompt_id}: {error}", 1)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class GradedScores:
+    """Scores strictly between 0 and 1 of one source's responses. Its text is a sentence.
+
+    Attributes:
+        source: of the data.
+        verifier: what gave them.
+        count: of them.
+        num_responses: of the source that were judged.
+        num_right: those with the score 1.
+        largest: of the scores below 1.
+        means: of each of several verifiers, by name.
+    """
+
+    source: str
+    verifier: str
+    count: int
+    num_responses: int
+    num_right: int
+    largest: float
+    means: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {mean:.3g}" for name, mean in self.means)
+        each = f" Means by verifier: {parts}; a response is right where each that counts gives 1." if parts else ""
+        return (
+            f"{self.count} of {self.num_responses} responses of source {self.source} were given a score between 0 "
+            f"and 1 by verifier {shown_name(self.verifier)}, the largest {self.largest:.3g}; {self.num_right} were "
+            f"given 1. Only 1 counts as right: a lower score is rewarded as a wrong answer.{each}"
+        )
+
+
+def graded_scores(groups: Sequence[Group]) -> list[GradedScores]:
+    """Scores strictly between 0 and 1, by source; sources without any are left out."""
+    found = []
+    for source in dict.fromkeys(group.prompt.source for group in groups):
+        members = [group for group in groups if group.prompt.source == source]
+        samples = [sample for group in members for sample in group.samples if not sample.error]
+        graded = [sample.accuracy for sample in samples if 0.0 < sample.accuracy < 1.0]
+        if not graded:
+            continue
+        found.append(
+            GradedScores(
+                source,
+                members[0].prompt.verifier,
+                len(graded),
+                len(samples),
+                sum(sample.accuracy == 1.0 for sample in samples),
+                max(graded),
+                tuple((name, sum(values) / len(values)) for name, values in parts_of(samples).items()),
+            )
+        )
+    return found
+
+
+def parts_of(samples: Iterable[Sample]) -> dict[str, list[float]]:
+    """Every value of each part of a verdict, by the part's name, in order of first appearance."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.parts.items():
+            values.setdefault(name, []).append(value)
+    return values
