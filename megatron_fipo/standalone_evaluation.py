@@ -31,6 +31,7 @@ from megatron_fipo.metrics.console import Console
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.verifiers.isolation import isolation_warnings
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
@@ -103,9 +104,13 @@ def _judged_groups(
         console.info(f"{len(finished)} responses are there from an evaluation that was interrupted")
     sources = {prompt.prompt_id: prompt.source for prompt in prompts}
     names = sorted({prompt.verifier for prompt in prompts})
+    if verifier.trusted:
+        console.warning(f"verifier.trusted: {', '.join(verifier.trusted)} judges with all rights of this process")
+    for warning in isolation_warnings(names, verifier.trusted):
+        console.warning(warning)
     interrupt = Interrupt(engine.abort)
     with (
-        VerifierPool(verifier.num_workers, verifier.timeout_s, verifiers=names) as pool,
+        VerifierPool(verifier.num_workers, verifier.timeout_s, verifiers=names, trusted=verifier.trusted) as pool,
         console.evaluation_progress(len(prompts) * settings.num_samples_per_prompt) as progress,
         interrupt,
     ):

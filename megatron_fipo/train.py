@@ -57,7 +57,8 @@ from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
-from megatron_fipo.rl.verifiers.pool import VerifierPool
+from megatron_fipo.rl.verifiers.isolation import isolation_warnings
+from megatron_fipo.rl.verifiers.pool import VerifierPool, WorkerStartError
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_http import ServerError
@@ -112,7 +113,12 @@ class Trainer:
             raise
         # Named at the start: an import that came later would count as its first response's time.
         in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
-        self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
+        verifier = config.verifier
+        self.verifiers = VerifierPool(
+            verifier.num_workers, verifier.timeout_s, verifiers=sorted(in_use), trusted=verifier.trusted
+        )
+        for warning in isolation_warnings(in_use, verifier.trusted):
+            console.warning(warning)
         self.interrupt = Interrupt(self.engine.abort)
         self.ledger = RolloutLedger(
             self.folder.rollouts,
@@ -139,6 +145,7 @@ class Trainer:
             Interrupted: after a signal, with everything saved.
         """
         config = self.config
+        self.verifiers.wait_until_ready()  # what cannot judge is told before anything is generated
         if config.train.resume:
             self._resume()
         if self.is_leader:
@@ -434,7 +441,9 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
     except Interrupted:
         console.info("stopped by a signal; the same command goes on from the checkpoint")
         return EXIT_STOPPED
-    except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
+    except (
+        BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError, WorkerStartError
+    ) as error:  # fmt: skip
         say_once(f"error: {error}")
         return EXIT_STOPPED
     finally:

@@ -1,8 +1,7 @@
-"""What judges a model's text runs apart from the trainer: attacks by a response, by a worker, and what is left of them."""
+"""What judges a model's text runs apart from the trainer: attacks by a response and by a worker."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -141,7 +140,7 @@ def test_a_response_that_runs_as_code_reaches_nothing(
         }
         verdict = run(running, text, reference)
     assert any(part in verdict.error or part == verdict.answer for part in outcome.split("|")), verdict
-    assert "secret" not in verdict.answer + verdict.error
+    assert "a secret" not in verdict.answer + verdict.error
     assert not marker.exists()
     assert (modules / "words.txt").read_text() == "some words"
 
@@ -237,17 +236,270 @@ def test_no_task_of_reasoning_gym_runs_its_answer(modules: Path, tmp_path: Path)
         "setattr(__import__('sys').modules['__main__'], 'judge_one', lambda *a: 1 / 0), "
         "__import__('os').write(2, __import__('os').environ.get('WANDB_API_KEY').encode())]"
     )
-    jobs, rights = [], []
+    jobs = []
+    right = ["countdown", "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix"]
     for task, entry in gym_entries():
         reference = {"task": task, "params": {}, "entry": entry}
-        jobs.append(VerifierJob("reasoning_gym", f"<answer>{code}</answer>", reference))
-        rights.append(task in ("countdown", "spiral_matrix", "simple_integration", "word_ladder"))
-        if rights[-1]:
+        # Its scorer takes any text for "yes": bool(answer) == bool("True").
+        if task != "game_of_life_halting":
+            jobs.append(VerifierJob("reasoning_gym", f"<answer>{code}</answer>", reference))
+        if task in right:
             jobs.append(VerifierJob("reasoning_gym", f"<answer>{entry['answer']}</answer>", reference))
     assert len(jobs) >= 100
     with VerifierPool(num_workers=2, timeout_s=60.0, verifiers=["reasoning_gym"]) as pool:
         verdicts = pool.judge_all(jobs)
     assert [verdict.error for verdict in verdicts if verdict.error] == []
     accepted = [job.reference["task"] for job, verdict in zip(jobs, verdicts, strict=True) if verdict.correct]
-    assert accepted == ["countdown", "simple_integration", "spiral_matrix", "word_ladder"]
+    assert accepted == right
     assert not marker.exists()
+
+
+# ------------------------------------------------------------------------------------------------- what workers know
+
+
+@linux
+def test_workers_know_no_secret_and_their_command_lines_neither(modules: Path) -> None:
+    url = "http://127.0.0.1:9/score?key=a-secret-in-a-name"
+    names = [RUNS, "math", "code", "reasoning_gym", url]
+    others = children_running("megatron_fipo.rl.verifiers.worker")
+    with VerifierPool(verifiers=names) as pool:
+        pool.wait_until_ready()
+        workers = [worker for worker in children_running("megatron_fipo.rl.verifiers.worker") if worker not in others]
+        assert len(workers) == len({isolation_of(name) for name in names}) == 5
+        for worker in workers:
+            environment = (worker / "environ").read_bytes()
+            assert b"PATH=" in environment
+            assert b"secret" not in environment + (worker / "cmdline").read_bytes()
+            assert os.readlink(worker / "fd/0") == os.devnull
+
+
+def children_running(module: str) -> list[Path]:
+    """Folders in /proc of this process's children that run a module."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == os.getpid() and module.encode() in (folder / "cmdline").read_bytes():
+                found.append(folder)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def test_every_name_has_its_kind() -> None:
+    kinds = {name: isolation_of(name) for name in BUILTIN_VERIFIERS}
+    assert {name for name, kind in kinds.items() if kind is Isolation.PROGRAMS} == {"code", "code_unprotected"}
+    assert isolation_of("reasoning_gym").is_forked
+    assert isolation_of("judges:verify") is Isolation.OWN
+    assert isolation_of("judges:verify").is_forked
+    assert isolation_of("judges:verify", ["judges:verify"]) is Isolation.TRUSTED
+    assert isolation_of("https://host/score") is Isolation.REMOTE
+    for name, path in BUILTIN_VERIFIERS.items():
+        assert isolation_of(path) is isolation_of(name)
+
+
+def test_a_kernel_without_landlock_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    for has, expected in ((True, []), (False, ["judges:verify can read files"])):
+        monkeypatch.setattr("megatron_fipo.rl.verifiers.isolation.has_landlock", lambda has=has: has)
+        warnings = isolation_warnings(["math", "judges:verify"], [])
+        assert [part in warning for part, warning in zip(expected, warnings, strict=True)] == [True] * len(expected)
+        assert isolation_warnings(["math", "judges:verify"], ["judges:verify"]) == []
+
+
+NOWHERE = """
+import platform, sys
+platform.machine = lambda: "riscv64"
+from megatron_fipo.rl.verifiers.isolation import Isolation, WorkerSetup
+from megatron_fipo.rl.verifiers.worker import CannotJudgeError, start
+name, isolation = sys.argv[1:]
+try:
+    start(WorkerSetup((name,), Isolation(isolation), 1.0, 8.0), -1)
+except CannotJudgeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "refused"),
+    [("reasoning_gym", "evaluating", True), (RUNS, "own", True), ("math", "computing", False)],
+)
+def test_where_nothing_can_be_confined_what_evaluates_text_is_refused(
+    modules: Path, name: str, kind: str, refused: bool
+) -> None:
+    path = os.pathsep.join([str(Path(pool_module.__file__).parents[3]), str(modules)])
+    run = subprocess.run(
+        [sys.executable, "-c", NOWHERE, name, kind],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = f"verifier {name} cannot be used here: a response may turn into code there, so it runs confined, and"
+    assert (said in run.stdout) is refused
+    assert (f"set verifier.trusted=[{name}]" in run.stdout) is refused
+
+
+# ------------------------------------------------------------------------------------------------ workers that attack
+
+
+TALKS_BACK = r"""
+import os, pickle, struct
+from megatron_fipo.rl.verifiers.verdict import Verdict
+
+class Bomb:
+    def __init__(self, folder):
+        self.folder = folder
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+def is_open_for_writing(fd):
+    try:
+        os.write(fd, b"")
+    except OSError:
+        return False
+    return fd > 2
+
+def verify(response_text, reference, finish_reason):
+    if response_text == "judge":
+        return Verdict(1.0, "\ud800\x1b[31m", error="")
+    frame = lambda body: struct.pack(">I", len(body)) + body
+    content = {
+        "pickle": lambda: frame(pickle.dumps(Bomb(reference))),
+        "bare pickle": lambda: pickle.dumps(Bomb(reference)),
+        "score": lambda: frame(b'{"score": 2, "answer": "", "error": "", "done_at": 1}'),
+        "true": lambda: frame(b'{"score": true, "answer": "", "error": "", "done_at": 1}'),
+        "nan": lambda: frame(b'{"score": NaN, "answer": "", "error": "", "done_at": 1}'),
+        "number": lambda: frame(b'{"score": 1, "answer": 7, "error": "", "done_at": 1}'),
+        "no time": lambda: frame(b'{"score": 1, "answer": "", "error": ""}'),
+        "list": lambda: frame(b"[1]"),
+        "deep": lambda: frame(b"[" * 100_000),
+        "huge": lambda: struct.pack(">I", 2**31),
+        "half": lambda: struct.pack(">I", 1000) + b"{",
+    }[response_text]()
+    for fd in filter(is_open_for_writing, range(3, 64)):
+        os.write(fd, content)
+    while response_text == "half":
+        pass
+    return Verdict(0.0)
+"""
+TALKS = "talks_back:verify"
+
+
+def test_whatever_a_worker_sends_is_data(modules: Path, tmp_path: Path) -> None:
+    (modules / "talks_back.py").write_text(TALKS_BACK)
+    forged = {
+        "pickle": "what is no JSON",
+        "bare pickle": "a message of",
+        "score": "a score that is no number in [0, 1]: 2",
+        "true": "a score that is no number in [0, 1]: True",
+        "nan": "a score that is no number in [0, 1]: nan",
+        "number": "an answer or an error that is no text",
+        "no time": "a time that is none",
+        "list": "what is no JSON object",
+        "deep": "what is no JSON",
+        "huge": "a message of 2147483648 bytes",
+        "half": "took longer than verifier.timeout_s=5",
+    }
+    bomb = tmp_path / "unpickled"
+    jobs = [VerifierJob(TALKS, text, str(bomb)) for text in [*forged, "judge"]]
+    # Trusted, so that it holds the way to the pool, as no confined verifier does.
+    with VerifierPool(num_workers=2, timeout_s=5.0, verifiers=[TALKS], trusted=[TALKS]) as pool:
+        *verdicts, good = pool.judge_all(jobs)
+    for text, verdict in zip(forged, verdicts, strict=True):
+        assert forged[text] in verdict.error, text
+        assert not verdict.correct
+    assert not bomb.exists()
+    assert good == Verdict(1.0, r"\ud800\x1b[31m")
+
+
+# --------------------------------------------------------------------------------------------- starting, and its ends
+
+DIES_AT_ITS_START = """
+import os, signal
+from pathlib import Path
+from megatron_fipo.rl.verifiers.verdict import Verdict
+
+starts = Path(__file__).with_name("starts")
+starts.mkdir(exist_ok=True)
+(starts / str(os.getpid())).touch()
+if len(list(starts.iterdir())) < {lives_at}:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def verify(response_text, reference, finish_reason):
+    return Verdict(1.0)
+"""
+
+
+def test_a_worker_killed_while_it_starts_is_started_again(
+    modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 0.01)
+    (tmp_path / "dies.py").write_text(DIES_AT_ITS_START.format(lives_at=3))
+    with VerifierPool(timeout_s=60.0, verifiers=["dies:verify"]) as pool:
+        assert pool.judge_all([VerifierJob("dies:verify", "", "")]) == [Verdict(1.0)]
+    assert len(list((tmp_path / "starts").iterdir())) == 3
+
+
+def test_one_that_is_killed_each_time_ends_the_run_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(pool_module, "MAX_START_ATTEMPTS", 2)
+    (tmp_path / "dies.py").write_text(DIES_AT_ITS_START.format(lives_at=99))
+    with VerifierPool(verifiers=["dies:verify"]) as pool, pytest.raises(WorkerStartError, match="started 2 times"):
+        pool.wait_until_ready()
+
+
+@linux
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import no_such_package", "No module named 'no_such_package'. Install that package into this environment"),
+        ("import sys; sys.exit('no')", r"SystemExit: no \(.*broken.py:1\)"),
+        ("1 / 0", r"ZeroDivisionError: division by zero \(.*broken.py:1\)"),
+        ("def verify(:", r"SyntaxError: invalid syntax \(broken.py, line 1\)"),
+        (
+            "from threading import Event, Thread\nThread(target=Event().wait, daemon=True).start()\nverify = print",
+            "1 threads run beside it, and each response is judged in a fork. Start threads where they are needed",
+        ),
+    ],
+)
+def test_what_would_fail_again_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 3600.0)  # would be noticed
+    (tmp_path / "broken.py").write_text(source)
+    with VerifierPool(verifiers=["broken:verify"]) as pool, pytest.raises(VerifierUnavailableError, match=words):
+        pool.wait_until_ready()
+
+
+LEAVES_FILES = """
+import tempfile, time
+from megatron_fipo.rl.verifiers.verdict import Verdict
+
+folder = tempfile.mkdtemp()
+
+def verify(response_text, reference, finish_reason):
+    open(tempfile.mkdtemp() + "/left", "w").close()
+    if response_text == "hang":
+        while True:
+            pass
+    return Verdict(1.0, folder)
+"""
+
+
+def test_nothing_is_left_of_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "leaves_files.py").write_text(LEAVES_FILES)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    name = "leaves_files:verify"
+    with VerifierPool(timeout_s=1.0, verifiers=[name, "math"], trusted=[name]) as pool:
+        hung, judged = pool.judge_all([VerifierJob(name, text, "") for text in ("hang", "right")])
+        assert "took longer" in hung.error
+        assert judged.answer.startswith(str(temporary))
+        assert len(list(temporary.iterdir())) == 2
+    assert list(temporary.iterdir()) == []

@@ -26,7 +26,7 @@ import traceback
 
 from megatron_fipo.rl.verifiers import confinement
 from megatron_fipo.rl.verifiers.judging import judge
-from megatron_fipo.rl.verifiers.syscall_filter import SandboxUnavailableError, syscall_filter
+from megatron_fipo.rl.verifiers.syscall_filter import SandboxUnavailableError
 from megatron_fipo.rl.verifiers.verdict import Verdict
 from megatron_fipo.rl.verifiers.wire import (
     MAX_FRAME_BYTES,
@@ -52,22 +52,21 @@ class ThreadsError(RuntimeError):
 class ForkingJudge:
     """Forks from this process, which must have one thread: a fork of several copies their locks, held for ever."""
 
-    def __init__(self, timeout_s: float, connection_fd: int, tasks_fd: int, hint: str = "") -> None:
+    def __init__(self, timeout_s: float, program: bytes, own_fds: tuple[int, int], hint: str = "") -> None:
         """Prepare, and try it once.
 
         Args:
             timeout_s: longest time for one response.
-            connection_fd: the way to the pool, closed in every child.
-            tasks_fd: the folder /proc/self/task, opened before files were restricted; closed in every child, too.
+            program: filter of system calls (`syscall_filter`) of every child.
+            own_fds: the way to the pool, and the folder /proc/self/task, opened before files were restricted; closed
+                in every child.
             hint: appended to an error that looks like the confinement's doing.
 
         Raises:
             SandboxUnavailableError: if children cannot be confined here.
             ThreadsError: if this process has several threads.
         """
-        self._timeout_s, self._connection_fd, self._hint = timeout_s, connection_fd, hint
-        self._filter = syscall_filter(threads=False)
-        self._tasks_fd = tasks_fd
+        self._timeout_s, self._filter, self._own_fds, self._hint = timeout_s, program, own_fds, hint
         # What is there now stays for ever: the collector of a child need not look at it, which would copy it.
         gc.collect()
         gc.freeze()
@@ -101,7 +100,7 @@ class ForkingJudge:
         return verdict
 
     def _fork(self) -> int:
-        num_threads = len(os.listdir(self._tasks_fd))
+        num_threads = len(os.listdir(self._own_fds[1]))
         if num_threads != 1:
             raise ThreadsError(f"{num_threads - 1} threads run beside it, and each response is judged in a fork")
         return os.fork()
@@ -122,8 +121,8 @@ class ForkingJudge:
             os._exit(code & 0xFF)
 
     def _confine_child(self) -> None:
-        os.close(self._connection_fd)
-        os.close(self._tasks_fd)
+        for fd in self._own_fds:
+            os.close(fd)
         confinement.end_with_parent()
         cpu_s = math.ceil(self._timeout_s) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))

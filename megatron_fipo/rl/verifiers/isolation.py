@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import site
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -120,19 +120,12 @@ def package_root() -> str:
     return str(Path(megatron_fipo.__file__).parents[1])
 
 
-def isolation_warnings(verifiers: Sequence[str], trusted: Collection[str]) -> list[str]:
-    """What whoever starts a run with these verifiers should know."""
-    warnings = []
-    named = [name for name in verifiers if name in trusted]
-    if named:
-        warnings.append(
-            f"verifier.trusted: {', '.join(named)} judges what the model writes with all rights of this run: its "
-            "environment, files and network"
-        )
-    confined = [name for name in verifiers if isolation_of(name, trusted).is_forked]
-    if confined and sys.platform == "linux" and not has_landlock():
-        warnings.append(
-            f"this kernel has no Landlock, so that the processes of {', '.join(confined)} can read files; they can "
-            "neither write any nor reach the network"
-        )
-    return warnings
+def isolation_warnings(verifiers: Iterable[str], trusted: Collection[str]) -> list[str]:
+    """What of the protection cannot be had on this machine, for these verifiers."""
+    confined = sorted(name for name in verifiers if isolation_of(name, trusted).is_forked)
+    if not confined or not sys.platform.startswith("linux") or has_landlock():
+        return []
+    return [
+        f"this kernel has no Landlock, so that the processes of {', '.join(confined)} can read files; they can neither "
+        "write any nor reach the network"
+    ]

@@ -104,6 +104,7 @@ class VerifierPool:
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._closed_because: RuntimeError | None = None
+        self._num_ready = 0
         self._wake_read_fd, self._wake_write_fd = os.pipe()
         self._threads = [
             threading.Thread(target=self._run, name=f"verifier-pool-{index}", daemon=True)
@@ -111,6 +112,19 @@ class VerifierPool:
         ]
         for thread in self._threads:
             thread.start()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the verifiers named at the start can judge; without a call, the first response finds out.
+
+        Raises:
+            VerifierUnavailableError: if one of them cannot be used.
+            WorkerStartError: if a worker was killed or too slow every time.
+            RuntimeError: if the pool is closed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_ready == self._num_workers or self._closed_because is not None)
+            if self._closed_because is not None:
+                raise _again(self._closed_because)
 
     def submit(self, job: VerifierJob) -> Future[Verdict]:
         """Queue one response; see `submit_all`."""
@@ -199,6 +213,10 @@ class VerifierPool:
         workers: dict[Isolation, WorkerProcess] = {}
         batch: deque[_Pending] = deque()
         try:
+            self._start_missing(workers)
+            with self._changed:
+                self._num_ready += 1
+                self._changed.notify_all()
             while self._closed_because is None:
                 self._start_missing(workers)
                 batch = batch or self._next_batch()

@@ -60,24 +60,25 @@ def start(setup: WorkerSetup, connection_fd: int) -> Judge:
     if isolation in (Isolation.PROGRAMS, Isolation.TRUSTED):
         return _judge_here(setup.timeout_s)
     try:
+        # First of all: it says whether anything of this can be had on this system.
+        program = syscall_filter(threads=isolation is Isolation.REMOTE, sockets=isolation is Isolation.REMOTE)
+        # Opened now: what lies in /proc cannot be opened later.
+        tasks_fd = os.open("/proc/self/task", os.O_RDONLY) if isolation.is_forked else -1
+        confinement.limit_files()
         if isolation is Isolation.REMOTE:
-            confinement.limit_files()
-            confinement.restrict_calls(syscall_filter(sockets=True))
+            confinement.restrict_calls(program)
             return _judge_here(setup.timeout_s)
         modules = [BUILTIN_VERIFIERS.get(name, name).partition(":")[0] for name in setup.verifiers]
-        # Opened now: what lies in /proc cannot be opened later.
-        tasks_fd = os.open("/proc/self/task", os.O_RDONLY) if isolation.is_forked and sys.platform == "linux" else -1
-        confinement.limit_files()
         confinement.restrict_reading(confinement.readable_folders(modules, package_root()))
         if isolation is Isolation.COMPUTING:
-            confinement.restrict_calls(syscall_filter(threads=False))
+            confinement.restrict_calls(program)
             return _judge_expressions(setup.timeout_s)
-        return _fork_for_each(setup, connection_fd, tasks_fd)
+        return _fork_for_each(setup, program, connection_fd, tasks_fd)
     except SandboxUnavailableError as error:
         if isolation.is_forked:
             raise CannotJudgeError(_no_confinement(setup.verifiers, error)) from error
-        # These turn no text into code; the environment is without secrets here as well.
-        return _judge_expressions(setup.timeout_s)
+        # Neither turns a text into code, and their environment has no secret.
+        return _judge_here(setup.timeout_s) if isolation is Isolation.REMOTE else _judge_expressions(setup.timeout_s)
 
 
 def _judge_here(timeout_s: float) -> Judge:
@@ -92,7 +93,7 @@ def _judge_expressions(timeout_s: float) -> Judge:
     return judge_one
 
 
-def _fork_for_each(setup: WorkerSetup, connection_fd: int, tasks_fd: int) -> Judge:
+def _fork_for_each(setup: WorkerSetup, program: bytes, connection_fd: int, tasks_fd: int) -> Judge:
     names = ", ".join(setup.verifiers)
     hint = ""
     if setup.isolation is Isolation.OWN:
@@ -102,7 +103,7 @@ def _fork_for_each(setup: WorkerSetup, connection_fd: int, tasks_fd: int) -> Jud
             "in verifier.trusted"
         )
     try:
-        judging = ForkingJudge(setup.timeout_s, connection_fd, tasks_fd, hint)
+        judging = ForkingJudge(setup.timeout_s, program, (connection_fd, tasks_fd), hint)
     except ThreadsError as error:
         raise CannotJudgeError(
             f"verifier {names} cannot be used: {error}. Start threads where they are needed, or name the verifier in "
@@ -168,7 +169,8 @@ def _reason(name: str, error: BaseException) -> str:
 
 def _unforeseen(names: Sequence[str], error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"the worker of {', '.join(names)} cannot start: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+    place = f"{frame.filename}:{frame.lineno}"
+    return f"the worker of {', '.join(names)} cannot start: {type(error).__name__}: {error} ({place})"
 
 
 def serve(connection: Connection, judge_one: Judge, timeout_s: float) -> None:
