@@ -32,6 +32,8 @@ _NODES = (
 _MATHEMATICS = frozenset(
     ("abs", "bool", "complex", "divmod", "float", "int", "len", "max", "min", "pow", "range", "round", "sum")
 )
+_COMPUTING = frozenset(("builtins.id", "object.__getattr__", "sys._getframe"))
+"""Audit events that computing may raise. One that is missing here costs a fork, no more."""
 _SYMPYS_OWN = "from sympy import *"
 """How parse_expr fills the names that it reads an expression with; harmless, whoever writes it."""
 _REFUSED_NAMES = frozenset(dir(builtins)) - _MATHEMATICS
@@ -44,10 +46,18 @@ class NotAnExpressionError(ValueError):
     """Text was to be read as Python that is no expression of the harmless kind."""
 
 
+class Watch:
+    """Whether anything in a block of `no_code` tried to run text, or to do more than compute."""
+
+    tripped = False
+
+
 class _State(threading.local):
     block: FrameType | None = None
     """The function that the block is in; None outside."""
     looking = False
+    watch: Watch | None = None
+    """What `no_code` notes; None outside."""
 
 
 _state = _State()
@@ -61,15 +71,34 @@ def expressions_only() -> Iterator[None]:
     Raises:
         NotAnExpressionError: out of whatever call tried, which may well be caught before it comes here.
     """
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        sys.addaudithook(_audit)  # for the rest of the process; it does nothing outside the block
+    _hook()
     before, _state.block = _state.block, sys._getframe(2)  # past this function and contextlib's
     try:
         yield
     finally:
         _state.block = before
+
+
+@contextlib.contextmanager
+def no_code() -> Iterator[Watch]:
+    """Refuse, in this thread, whatever is more than computing: to run text, to import, to open, to start, to call out.
+
+    Python announces all of that to audit hooks. Whoever tried may swallow the exception, so that what the block came to
+    counts only if the watch has not tripped.
+    """
+    _hook()
+    before, _state.watch = _state.watch, Watch()
+    try:
+        yield _state.watch
+    finally:
+        _state.watch = before
+
+
+def _hook() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        sys.addaudithook(_audit)  # for the rest of the process; it does nothing outside the blocks
 
 
 def check_expression(source: str | bytes | ast.AST) -> None:
@@ -121,6 +150,9 @@ def _without_indentation(source: str | bytes) -> str | bytes:
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _state.watch is not None and event not in _COMPUTING:
+        _state.watch.tripped = True
+        raise NotAnExpressionError(f"nothing but computing is allowed here, and this is {event}")
     if event != "compile" or _state.block is None or _state.looking:
         return
     source, filename = arguments[:2]
