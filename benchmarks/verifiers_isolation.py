@@ -32,7 +32,7 @@ def verify(response_text, reference, finish_reason):
     answer = response_text.rpartition("=")[2].strip()
     return Verdict(float(answer == reference), answer)
 """
-TASKS = ("chain_sum", "gcd", "spiral_matrix", "word_ladder", "zebra_puzzles")
+TASKS = ("chain_sum", "gcd", "maze", "word_ladder", "zebra_puzzles")
 EVALUATING_TASKS = ("countdown", "polynomial_multiplication", "puzzle24", "simple_integration")
 
 

@@ -114,25 +114,25 @@ def check_expression(source: str | bytes | ast.AST) -> None:
     tree = source if isinstance(source, ast.AST) else ast.parse(_without_indentation(source), mode="eval")
     for node in ast.walk(tree):
         if not isinstance(node, _NODES):
-            raise NotAnExpressionError(f"an answer is an expression, and this has a {type(node).__name__}")
+            raise NotAnExpressionError(f"it has a {type(node).__name__}")
         if isinstance(node, ast.Name) and (node.id in _REFUSED_NAMES or node.id.startswith("_")):
-            raise NotAnExpressionError(f"an answer is an expression of mathematics, and this has {node.id!r:.100}")
+            raise NotAnExpressionError(f"{node.id!r:.100} is not mathematics")
         if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name | ast.Call):
-            raise NotAnExpressionError("an answer is an expression, and this calls something that has no name")
+            raise NotAnExpressionError("it calls something that has no name")
         if isinstance(node, ast.BinOp):
             _check_size(node)
 
 
 def _check_size(node: ast.BinOp) -> None:
     if isinstance(node.op, ast.LShift):
-        raise NotAnExpressionError("an answer is an expression of mathematics, and this shifts bits")
+        raise NotAnExpressionError("it shifts bits")
     if isinstance(node.op, ast.Pow):
         parts = list(ast.walk(node.right))
         is_number = not any(isinstance(part, ast.Name) and part.id not in _MAKERS_OF_NUMBERS for part in parts)
         if is_number and any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow) for part in parts):
-            raise NotAnExpressionError("an answer is computed, and this is a tower of powers")
+            raise NotAnExpressionError("a tower of powers is not computed")
         if any(isinstance(part, ast.Constant) and _size(part.value) > MAX_EXPONENT for part in parts):
-            raise NotAnExpressionError(f"an answer is computed, and this has an exponent above {MAX_EXPONENT}")
+            raise NotAnExpressionError(f"its exponent is above {MAX_EXPONENT}")
 
 
 def _size(value: object) -> float:
@@ -162,11 +162,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     _state.looking = True  # looking means compiling, too
     try:
         check_expression(source)
-    except NotAnExpressionError:
+    except (NotAnExpressionError, SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
         if not _is_importing():
-            raise
-    except (SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
-        raise NotAnExpressionError(f"an answer is an expression, and this is none: {error}") from error
+            raise NotAnExpressionError(f"an answer is an expression, and this is none: {error}") from error
     finally:
         _state.looking = False
 
