@@ -336,14 +336,14 @@ def test_cancelled_jobs_are_not_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no_such_module:verify", "there is no module no_such_module. It is looked for in the current folder"),
-        ("misbehaviour:behav", r"misbehaviour.py has nothing by the name of behav. Did you mean misbehaviour:behave\?"),
+        ("no_such_module:verify", "there is no module '?no_such_module"),
+        ("misbehaviour:behav", r"misbehaviour.py has .*behav.*Did you mean '?misbehaviour:behave'?\?"),
     ],
 )
 def test_verifier_that_cannot_be_used_stops_the_run_in_words(name: str, words: str) -> None:
     with VerifierPool(verifiers=[name]) as pool:
         # A ValueError is what the user gave: exit code 2, no traceback.
-        with pytest.raises(ValueError, match=f"verifier {name} cannot be used: .*{words}"):
+        with pytest.raises(ValueError, match=f"verifier '?{name}.*{words}"):
             pool.judge_all([VerifierJob(name, "", "")])
         with pytest.raises(VerifierUnavailableError, match=words):
             pool.submit(VerifierJob(name, "", ""))
