@@ -77,9 +77,9 @@ def _data_problems(config: Config, is_for_training: bool) -> Iterator[str]:
     for part in ("train", "evaluation"):
         for name, source in getattr(config.data, part).items():
             yield from _source_problems(f"data.{part}.{name}", source, is_evaluation=part == "evaluation")
-    in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
-    for name in config.verifier.trusted:
-        if name not in in_use:
+    if config.verifier.trusted:
+        in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
+        for name in sorted(set(config.verifier.trusted) - in_use):
             yield (
                 f"verifier.trusted: {name!r} is no verifier in use; these are {', '.join(sorted(in_use))}. Remove it, "
                 "or spell it as the source does."
