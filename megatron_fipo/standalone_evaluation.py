@@ -38,6 +38,7 @@ from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.rl.types import Group, Prompt, Sample
 from megatron_fipo.rl.verifiers.combined import judge_combined
+from megatron_fipo.rl.verifiers.isolation import isolation_warnings
 from megatron_fipo.rl.verifiers.pool import VerifierPool
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.rollout.collect import generate_groups
@@ -116,6 +117,8 @@ def _judged_groups(
         console.info(f"{len(finished)} responses are there from an evaluation that was interrupted")
     sources = {prompt.prompt_id: prompt.source for prompt in prompts}
     names = sorted({name for source in config.data.evaluation.values() for name in verifier_weights(source)})
+    for warning in isolation_warnings(names, config.verifier.trusted):
+        console.warning(warning)
     interrupt = Interrupt(engine.abort)
     with (
         _probed_pool(config, names, sets, console) as pool,
@@ -157,7 +160,8 @@ def _probed_pool(
     config: Config, names: Sequence[str], sets: Mapping[str, Sequence[Prompt]], console: Console
 ) -> Iterator[VerifierPool]:
     """The verifiers' processes, once each verifier has answered a first call."""
-    with VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=names) as pool:
+    verifier = config.verifier
+    with VerifierPool(verifier.num_workers, verifier.timeout_s, verifiers=names, trusted=verifier.trusted) as pool:
         findings = VerifierProbes(pool, first_held_out(sets)).findings()
         findings.raise_problems()
         for warning in findings.warnings:

@@ -68,7 +68,8 @@ from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
-from megatron_fipo.rl.verifiers.pool import VerifierPool
+from megatron_fipo.rl.verifiers.isolation import isolation_warnings
+from megatron_fipo.rl.verifiers.pool import VerifierPool, WorkerStartError
 from megatron_fipo.rl.verifiers.registry import also_look_in
 from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
@@ -116,11 +117,18 @@ class Trainer:
         # Named at the start: an import that came later would count as its first response's time.
         sources = (*config.data.train.values(), *config.data.evaluation.values())
         in_use = {name for source in sources for name in verifier_weights(source)}
-        self.verifiers = VerifierPool(config.verifier.num_workers, config.verifier.timeout_s, verifiers=sorted(in_use))
+        verifier = config.verifier
+        self.verifiers = VerifierPool(
+            verifier.num_workers, verifier.timeout_s, verifiers=sorted(in_use), trusted=verifier.trusted
+        )
         try:
             probes = VerifierProbes(self.verifiers, first_prompts(self.prompts, held_out))
             self.actor = Actor(config, ranks)  # while verifiers are imported and answer
-            self.warnings = [*inspected.warnings, *self._told_by_all(probes.findings())]
+            self.warnings = [
+                *inspected.warnings,
+                *isolation_warnings(in_use, verifier.trusted),
+                *self._told_by_all(probes.findings()),
+            ]
         except BaseException:
             self.verifiers.close()
             raise
@@ -164,6 +172,7 @@ class Trainer:
             Interrupted: after a signal, with everything saved.
         """
         config = self.config
+        self.verifiers.wait_until_ready()  # what cannot judge is told before anything is generated
         if config.train.resume:
             self._resume()
         if self.is_leader:
@@ -539,7 +548,10 @@ def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) ->
         command = _command_that_goes_on(config, arguments)
         console.command("stopped by a signal, and saved; this goes on from the checkpoint:", command)
         return EXIT_STOPPED
-    except (BatchNotFilledError, NonFiniteError, NotFiniteError, CheckpointError, ServerError, OtherRankError) as error:
+    except (
+        *(BatchNotFilledError, NonFiniteError, NotFiniteError, CheckpointError),
+        *(ServerError, OtherRankError, WorkerStartError),
+    ) as error:
         say_once(f"error: {error}")
         return EXIT_STOPPED
     except Exception as error:  # noqa: BLE001 - told before the groups go, at whose end other ranks would speak up

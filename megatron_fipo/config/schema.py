@@ -202,6 +202,9 @@ class VerifierSection:
     """Worker processes on each rank."""
     timeout_s: float = 10.0
     """Longest time for one response; one that takes longer is killed, reported, and its group dropped."""
+    trusted: List[str] = field(default_factory=list)
+    """Names of verifiers in use that judge with the environment, files, network and rights of the run instead of
+    confined (docs/security.md): for a function that needs a GPU, a server or threads."""
 
 
 @dataclass(frozen=True)

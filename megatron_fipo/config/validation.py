@@ -79,6 +79,13 @@ def _data_problems(config: Config, is_for_training: bool) -> Iterator[str]:
     for part in ("train", "evaluation") if is_for_training else ("evaluation",):
         for name, source in getattr(config.data, part).items():
             yield from _source_problems(f"data.{part}.{name}", source, is_evaluation=part == "evaluation")
+    if config.verifier.trusted:
+        in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
+        for name in sorted(set(config.verifier.trusted) - in_use):
+            yield (
+                f"verifier.trusted: {name!r} is no verifier in use; these are {', '.join(sorted(in_use))}. Remove it, "
+                "or spell it as the source does."
+            )
 
 
 def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) -> Iterator[str]:
@@ -380,6 +387,11 @@ def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) 
             f"influence weights cannot vary: objective.influence_min = influence_max = {objective.influence_max}."
         )
     found += _correction_warnings(config)
+    if config.verifier.trusted:
+        found.append(
+            f"verifier.trusted: {', '.join(config.verifier.trusted)} judges what the model writes with all rights of "
+            "this run, its environment, files and network. What goes wrong there goes wrong here."
+        )
     if rollout.top_p < 1:
         found.append(
             f"rollout.top_p={rollout.top_p} samples from a truncated distribution, but log-probs are taken over the "

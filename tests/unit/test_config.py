@@ -274,6 +274,7 @@ REFUSED = {
     "rollout.top_p=0": "rollout.top_p=0.0: must be above 0 and at most 1",
     "rollout.top_p=1.01": "rollout.top_p=1.01: must be above 0 and at most 1",
     "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and finite.",
+    "verifier.trusted=[judges:verify]": "verifier.trusted: 'judges:verify' is no verifier in use; these are cha",
     "reward.correct=-1": "reward.correct=-1.0: must be above reward.incorrect=-1.0.",
     "reward.overlong_buffer_tokens=50": "buffer_tokens=50: must be below rollout.max_response_tokens=50",
     "sampling.max_generation_rounds=0": "sampling.max_generation_rounds=0: must be at least 1.",
@@ -552,6 +553,7 @@ def test_one_update_per_step_makes_fipo_inert(sound: Path) -> None:
         ("train.num_steps=9", "the learning rate never reaches 1e-06"),
         ("objective.influence_max=1", "influence weights cannot vary"),
         ("objective.rollout_correction=geometric_masked", "hardly masks anything"),
+        ("verifier.trusted=[chain_arithmetic]", "chain_arithmetic judges what the model writes with all rights"),
     ],
 )
 def test_warnings(sound: Path, override: str, fragment: str) -> None:

@@ -19,6 +19,7 @@ from megatron_fipo.rl.verifiers.answer_markers import last_answer_line, last_box
 from megatron_fipo.rl.verifiers.pool import MAX_BATCH_SIZE, VerifierPool
 from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS, check_verifier_name, load_verifier
 from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.rl.verifiers.worker_process import VerifierUnavailableError
 
 MISBEHAVIOUR = """
 import ctypes, os, sys, time
@@ -32,7 +33,7 @@ def behave(response_text, reference, finish_reason):
         if reference != "right":
             open(reference, "w").close()
         # Holds the interpreter lock for ever, so that no Python code of the worker can run again.
-        ctypes.PyDLL(None).pause()
+        ctypes.PyDLL(None).sleep(3600)
     if response_text == "exit":
         os._exit(3)
     if response_text == "sys.exit":
@@ -53,6 +54,8 @@ def behave(response_text, reference, finish_reason):
         return Verdict(1.0, str(os.getpid()))
     if response_text == "print":
         print("a verifier's print")
+    if response_text == "flood":
+        print("\\x1b[31mred" * 100_000)
     if response_text == "child":
         child = os.fork()
         if child == 0:
@@ -297,7 +300,7 @@ def test_judge_from_an_event_loop() -> None:
 
 @pytest.mark.usefixtures("misbehaviour")
 def test_close_ends_the_workers_their_children_and_what_is_pending() -> None:
-    pool = VerifierPool(timeout_s=600.0, verifiers=[BEHAVE])
+    pool = VerifierPool(timeout_s=600.0, verifiers=[BEHAVE], trusted=[BEHAVE])  # nobody else may have children
     worker = int(pool.judge_all([job("pid")])[0].answer)
     child = int(pool.judge_all([job("child")])[0].answer)
     assert is_running(worker)
@@ -317,7 +320,7 @@ def test_close_ends_the_workers_their_children_and_what_is_pending() -> None:
 @pytest.mark.usefixtures("misbehaviour")
 def test_cancelled_jobs_are_not_judged(tmp_path: Path) -> None:
     release = tmp_path / "release"
-    with VerifierPool(timeout_s=60.0, verifiers=[BEHAVE]) as pool:
+    with VerifierPool(timeout_s=60.0, verifiers=[BEHAVE], trusted=[BEHAVE]) as pool:  # one process for all
         blocker = pool.submit(job("wait", str(release)))
         while not blocker.running():
             time.sleep(0.001)
@@ -329,9 +332,21 @@ def test_cancelled_jobs_are_not_judged(tmp_path: Path) -> None:
     assert unwanted.cancelled()
 
 
-def test_verifier_that_cannot_be_imported_fails_the_run_with_its_traceback() -> None:
-    with VerifierPool(verifiers=["no_such_module:verify"]) as pool, pytest.raises(RuntimeError, match="no_such_module"):
-        pool.judge_all([VerifierJob("no_such_module:verify", "", "")])
+@pytest.mark.usefixtures("misbehaviour")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_module:verify", "there is no module '?no_such_module"),
+        ("misbehaviour:behav", r"misbehaviour.py has .*behav.*Did you mean '?misbehaviour:behave'?\?"),
+    ],
+)
+def test_verifier_that_cannot_be_used_stops_the_run_in_words(name: str, words: str) -> None:
+    with VerifierPool(verifiers=[name]) as pool:
+        # A ValueError is what the user gave: exit code 2, no traceback.
+        with pytest.raises(ValueError, match=f"verifier '?{name}.*{words}"):
+            pool.judge_all([VerifierJob(name, "", "")])
+        with pytest.raises(VerifierUnavailableError, match=words):
+            pool.submit(VerifierJob(name, "", ""))
 
 
 def test_bad_arguments() -> None:
@@ -348,7 +363,8 @@ def test_worker_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
     program = """
         from megatron_fipo.rl.verifiers.pool import VerifierPool
         from megatron_fipo.rl.verifiers.verdict import VerifierJob
-        pool = VerifierPool(timeout_s=0.5, verifiers=["misbehaviour:behave"])
+        name = "misbehaviour:behave"
+        pool = VerifierPool(timeout_s=0.5, verifiers=[name], trusted=[name])  # may write its marker
         print(pool.judge_all([VerifierJob("misbehaviour:behave", "pid", "")])[0].answer, flush=True)
         pool.submit(VerifierJob("misbehaviour:behave", "hang in C", "hanging"))
         import os, signal
@@ -372,5 +388,9 @@ def test_worker_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
 def test_prints_of_a_verifier_stay_off_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
     with VerifierPool(verifiers=[BEHAVE]) as pool:
         pool.judge_all([job("print")])
+        assert pool.judge_all([job("flood")])[0].error == ""
     captured = capfd.readouterr()
-    assert "a verifier's print" not in captured.out
+    assert captured.out == ""
+    assert "a verifier's print" in captured.err
+    assert r"\x1b[31mred" in captured.err
+    assert len(captured.err) < 10_000

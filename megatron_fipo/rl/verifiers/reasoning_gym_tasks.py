@@ -1,7 +1,12 @@
-"""Tasks of the package reasoning-gym, judged by the package's own scorer."""
+"""Tasks of the package reasoning-gym, judged by the package's own scorer.
+
+Some scorers read the answer with Python's `eval`. The pool has each response judged in a confined process of its own
+(`forked_judge`), and here text becomes no more than an expression (`expressions_only`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +14,12 @@ import reasoning_gym
 from reasoning_gym.composite import DatasetSpec
 
 from megatron_fipo.rl.verifiers.answer_markers import last_answer_line, last_answer_tag, last_line
+from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
+from megatron_fipo.rl.verifiers.expressions_only import expressions_only
 from megatron_fipo.rl.verifiers.verdict import Verdict
+
+MAX_SCORING_CPU_S = 4.0
+"""Longest computation on one answer; one that takes longer is wrong, not an error: the response brought it about."""
 
 
 def open_task(task: str, params: Mapping[str, Any], *, seed: int, size: int) -> Any:
@@ -49,15 +59,17 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     Args:
         reference: {"task": name of the data set, "params": its parameters, "entry": the entry that the data set made}.
     """
-    if not isinstance(reference, Mapping) or not {"task", "params", "entry"} <= reference.keys():
-        raise ValueError(f"a reasoning_gym reference is a mapping with task, params and entry, got {reference!r:.200}")
+    _check(reference)
     answer = extract_answer(response_text)
     if not answer:
         return Verdict(0.0)
     entry = reference["entry"]
     score_answer = _dataset(reference["task"], reference["params"]).score_answer
     try:
-        score = float(score_answer(answer, entry))
+        with cpu_limit(MAX_SCORING_CPU_S), expressions_only():
+            score = float(score_answer(answer, entry))
+    except (CpuLimitError, RecursionError, MemoryError):
+        score = 0.0
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError):
         # Some scorers raise over an answer of the wrong form, which makes it a wrong answer; a scorer that raises over
         # the right one as well is broken, and so is the judgement.
@@ -67,12 +79,33 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     return Verdict(min(max(score, 0.0), 1.0), answer)
 
 
+def prepare(reference: Any) -> None:
+    """Load what judging against this reference takes, and have its own answer scored, so that caches are warm.
+
+    A worker calls it before it forks. What is wrong with a reference is said when a response is judged.
+    """
+    with contextlib.suppress(Exception):
+        _check(reference)
+        if _key(reference["task"], reference["params"]) not in _datasets:
+            dataset, entry = _dataset(reference["task"], reference["params"]), reference["entry"]
+            dataset.score_answer(entry["answer"], entry)
+
+
+def _check(reference: Any) -> None:
+    if not isinstance(reference, Mapping) or not {"task", "params", "entry"} <= reference.keys():
+        raise ValueError(f"a reasoning_gym reference is a mapping with task, params and entry, got {reference!r:.200}")
+
+
 _datasets: dict[tuple[str, str], Any] = {}
 """Data sets that scored before, by task and parameters: some scorers read the parameters, and some load word lists."""
 
 
 def _dataset(task: str, params: Mapping[str, Any]) -> Any:
-    key = (task, repr(sorted(params.items())))
+    key = _key(task, params)
     if key not in _datasets:
         _datasets[key] = open_task(task, params, seed=0, size=1)
     return _datasets[key]
+
+
+def _key(task: str, params: Mapping[str, Any]) -> tuple[str, str]:
+    return task, repr(sorted(params.items()))

@@ -65,6 +65,20 @@ _ARCHITECTURES = {
     "aarch64": _Architecture(0xC00000B7, _AARCH64, _AARCH64_CONDITIONAL),
 }
 
+_SOCKETS = {
+    "x86_64": {
+        "socket": 41, "connect": 42, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
+        "bind": 49, "getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "recvmmsg": 299,
+        "sendmmsg": 307,
+    },
+    "aarch64": {
+        "socket": 198, "bind": 200, "connect": 203, "getsockname": 204, "getpeername": 205, "sendto": 206,
+        "recvfrom": 207, "setsockopt": 208, "getsockopt": 209, "shutdown": 210, "sendmsg": 211, "recvmsg": 212,
+        "recvmmsg": 243, "sendmmsg": 269,
+    },
+}  # fmt: skip
+"""What a client of a server needs besides: to resolve a name, to connect, to send and to receive."""
+
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _AUDIT_NUMBER, _ARGUMENTS = 0, 4, 16
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -76,6 +90,7 @@ _FCNTL_COMMANDS = (0, 1, 2, 3, 1030)  # F_DUPFD F_GETFD F_SETFD F_GETFL F_DUPFD_
 _F_SETFL = 4
 _O_ASYNC = 0o20000
 _FIONBIO = 0x5421
+_SOCKET_IOCTLS = (_FIONBIO, 0x541B)  # and FIONREAD
 _AF_UNIX = 1
 _STREAM_SOCKETS = (0o1, 0o4001, 0o2000001, 0o2004001)  # SOCK_STREAM with SOCK_NONBLOCK, SOCK_CLOEXEC or both
 
@@ -84,8 +99,12 @@ class SandboxUnavailableError(RuntimeError):
     """Programs cannot be run under protection on this machine."""
 
 
-def syscall_filter() -> bytes:
+def syscall_filter(*, threads: bool = True, sockets: bool = False) -> bytes:
     """The filter for this machine, as the kernel takes it: struct sock_filter, one after another.
+
+    Args:
+        threads: whether new threads may be started; no filter can count them.
+        sockets: whether servers may be reached.
 
     Raises:
         SandboxUnavailableError: on another system than Linux, or another processor than x86_64 and aarch64.
@@ -105,15 +124,16 @@ def syscall_filter() -> bytes:
     ]
     if machine == "x86_64":  # a second numbering of the same calls
         program += [_step(_AT_LEAST, _FIRST_X32_CALL, 0, 1), _step(_RETURN, _KILL)]
-    for number in architecture.always.values():
+    always = {**architecture.always, **(_SOCKETS[machine] if sockets else {})}
+    for number in always.values():
         program += [_step(_EQUALS, number, 0, 1), _step(_RETURN, _ALLOW)]
     for name, number in architecture.conditional.items():
-        rule = _rule(name)
+        rule = _rule(name, threads, sockets)
         program += [_step(_EQUALS, number, 0, len(rule)), *rule]
     return b"".join([*program, _refuse(errno.EPERM)])
 
 
-def _rule(name: str) -> list[bytes]:
+def _rule(name: str, threads: bool, sockets: bool) -> list[bytes]:
     """What follows once a call with this name was recognized; every way through it returns."""
     if name in ("open", "openat"):
         return [
@@ -123,6 +143,8 @@ def _rule(name: str) -> list[bytes]:
             _step(_RETURN, _ALLOW),
         ]
     if name == "clone":
+        if not threads:
+            return [_refuse(errno.EPERM)]
         return [
             _load_argument(0),
             _step(_ANY_BIT, _NEW_NAMESPACES, 2, 0),
@@ -153,12 +175,9 @@ def _rule(name: str) -> list[bytes]:
             _step(_RETURN, _ALLOW),
         ]
     if name == "ioctl":
-        return [
-            _load_argument(1),
-            _step(_EQUALS, _FIONBIO, 0, 1),
-            _step(_RETURN, _ALLOW),
-            _refuse(errno.ENOTTY),
-        ]
+        requests = _SOCKET_IOCTLS if sockets else (_FIONBIO,)
+        allowed = [_step(_EQUALS, request, len(requests) - i, 0) for i, request in enumerate(requests)]
+        return [_load_argument(1), *allowed, _refuse(errno.ENOTTY), _step(_RETURN, _ALLOW)]
     if name == "socketpair":  # a pair of datagram sockets could send to the address of a third one
         types = [_step(_EQUALS, kind, len(_STREAM_SOCKETS) - i, 0) for i, kind in enumerate(_STREAM_SOCKETS)]
         return [
