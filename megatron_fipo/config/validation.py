@@ -18,7 +18,7 @@ from megatron_fipo.config.schema import (
     Config,
     DataSourceConfig,
 )
-from megatron_fipo.config.verifiers import verifier_problems
+from megatron_fipo.config.verifiers import verifier_problems, verifier_weights
 
 _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
 """Keys without which an algorithm would not be what its name says, where its preset sets them."""
@@ -80,7 +80,8 @@ def _data_problems(config: Config, is_for_training: bool) -> Iterator[str]:
         for name, source in getattr(config.data, part).items():
             yield from _source_problems(f"data.{part}.{name}", source, is_evaluation=part == "evaluation")
     if config.verifier.trusted:
-        in_use = {source.verifier for source in (*config.data.train.values(), *config.data.evaluation.values())}
+        sources = (*config.data.train.values(), *config.data.evaluation.values())
+        in_use = {name for source in sources for name in verifier_weights(source)}
         for name in sorted(set(config.verifier.trusted) - in_use):
             yield (
                 f"verifier.trusted: {name!r} is no verifier in use; these are {', '.join(sorted(in_use))}. Remove it, "
