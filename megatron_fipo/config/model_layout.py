@@ -25,7 +25,7 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
             f"model.path={path}: {file} cannot be read ({error.strerror}). A folder with a Hugging Face checkpoint was "
             f"expected; a relative path starts from the current directory, {Path.cwd()}."
         ) from error
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"model.path={path}: {file} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"model.path={path}: {file} holds a {type(content).__name__}; an object was expected.")
@@ -42,8 +42,13 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         ConfigError: naming the sizes that do not divide.
     """
     names = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
-    if missing := [name for name in names if not isinstance(model_config.get(name), int)]:
-        raise ConfigError(f"model.path={config.model.path}: config.json has no whole number for {', '.join(missing)}.")
+    sizes = {name: model_config.get(name) for name in names}
+    optional = ("hidden_size", "num_key_value_heads", "head_dim")
+    sizes |= {name: model_config[name] for name in optional if model_config.get(name) is not None}
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise ConfigError(
+            f"model.path={config.model.path}: config.json has no whole number from 1 on for {', '.join(wrong)}."
+        )
     heads, layers, intermediate = (model_config[name] for name in names)
     groups = model_config.get("num_key_value_heads") or heads
     parallel, problems = config.parallel, []
