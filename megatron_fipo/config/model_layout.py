@@ -42,12 +42,12 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         ConfigError: naming the sizes that do not divide.
     """
     names = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
-    sizes = {name: model_config.get(name) for name in names}
+    given = {name: model_config.get(name) for name in names}
     optional = ("hidden_size", "num_key_value_heads", "head_dim")
-    sizes |= {name: model_config[name] for name in optional if model_config.get(name) is not None}
-    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+    given |= {name: model_config[name] for name in optional if model_config.get(name) is not None}
+    if wrong := [name for name, size in given.items() if type(size) is not int or size < 1]:
         raise ConfigError(
-            f"model.path={config.model.path}: config.json has no whole number from 1 on for {', '.join(wrong)}."
+            f"model.path={config.model.path}: config.json has no whole number for {', '.join(wrong)}: one from 1 on was expected."
         )
     heads, layers, intermediate = (model_config[name] for name in names)
     groups = model_config.get("num_key_value_heads") or heads
