@@ -35,8 +35,10 @@ from megatron_fipo.config import (
     validate_model_layout,
     warnings_for,
 )
+from megatron_fipo.convert.weight_files import find_weight_files
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.disk import DiskError
 from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.handover import Handover
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
@@ -139,30 +141,30 @@ class Trainer:
             Interrupted: after a signal, with everything saved.
         """
         config = self.config
-        if config.train.resume:
-            self._resume()
-        if self.is_leader:
-            record_config(config, self.folder)
-        sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
+        if config.train.resume and self._resume():
+            self._finish_again()
+            return
+        self._on_leader(lambda: record_config(config, self.folder))
+        sinks = self._open_sinks()
         with sinks, self.interrupt:
             if self.next_step == 0:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
                 # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
                 is_untouched = self._half_step is None
-                sinks.write(0, self._evaluate("before") if is_untouched else self.evaluation.scores_before())
+                self._record(sinks, 0, self._evaluate("before") if is_untouched else self.evaluation.scores_before())
             if self._evaluation_is_due:
                 self._evaluate_step(sinks)
             for step in range(self.next_step, config.train.num_steps):
                 metrics = self.train_step(step)
                 self.next_step = step + 1
-                sinks.write(step, metrics)
+                self._record(sinks, step, metrics)
                 self.console.step_line(step, metrics)
                 if _is_due(self.next_step, config.evaluation.every_num_steps):
                     self._evaluate_step(sinks)
                 self._save_if_due()
             self._state_to_go_on_from = lambda: self._loop_state(self.next_step)
-            sinks.write(self.next_step, self._evaluate("after", compare=True))
-            self._save(self._loop_state(self.next_step))
+            self._record(sinks, self.next_step, self._evaluate("after", compare=True))
+            self._save({**self._loop_state(self.next_step), "finished": True})
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
         self._say_where_things_lie()
@@ -307,15 +309,59 @@ class Trainer:
     def _evaluate(self, when: str, **options: bool) -> dict[str, float]:
         """Evaluate the policy as it is now."""
         self.handover.to_rollout(self.next_step)
-        return self.evaluation.run(when, **options)
+        metrics: dict[str, float] = {}
+        self._on_every_rank(lambda: metrics.update(self.evaluation.run(when, **options)))
+        return metrics
 
     def _evaluate_step(self, sinks: SinkGroup) -> None:
         """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""
         self._state_to_go_on_from = lambda: {**self._loop_state(self.next_step), "evaluation_is_due": True}
-        sinks.write(self.next_step - 1, self._evaluate(f"step_{self.next_step:06d}", announce=False))
+        self._record(sinks, self.next_step - 1, self._evaluate(f"step_{self.next_step:06d}", announce=False))
         self._evaluation_is_due = False
 
     # --- saving -----------------------------------------------------------------------------------------------------
+
+    def _on_every_rank(self, action: Callable[[], object]) -> None:
+        """Do what one rank's disk may fail at; the error of any is raised on all. Collective."""
+        problem = ""
+        try:
+            action()
+        except DiskError as error:
+            problem = str(error)
+        for told in exchange.all_gather_objects(problem, self.ranks.world):
+            if told:
+                raise DiskError(told)
+
+    def _on_leader(self, action: Callable[[], object]) -> None:
+        self._on_every_rank(action if self.is_leader else lambda: None)
+
+    def _open_sinks(self) -> SinkGroup:
+        opened: list[SinkGroup] = []
+        enabled, first = self.is_leader, self.next_step
+        self._on_every_rank(
+            lambda: opened.append(open_sinks(self.config, self.folder.root, resumed_step=first, enabled=enabled))
+        )
+        return opened[0]
+
+    def _record(self, sinks: SinkGroup, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics down, after seeing that the run's folder is still its own. Collective."""
+
+        def record() -> None:
+            if self._lock is not None:
+                self._lock.check()
+            sinks.write(step, metrics)
+
+        self._on_every_rank(record)
+
+    def _finish_again(self) -> None:
+        """A run that was finished before has nothing to do but to export what is not there."""
+        self.console.info(
+            f"the run is finished: its {self.next_step} steps are done and saved, and nothing is done again. Raise "
+            "train.num_steps to go on, or set train.resume=false to start over (this run is renamed)"
+        )
+        if self.config.checkpoint.export_huggingface and not self.folder.huggingface.is_dir():
+            self.saved.export(self.folder.huggingface)
+        self._say_where_things_lie()
 
     def _prepare_folder(self) -> tuple[RunFolder, RunLock | None]:
         """The run's folder, and on the leader its lock. Collective; an error of the leader is raised everywhere."""
@@ -351,16 +397,18 @@ class Trainer:
         self.handover.to_training()  # the actor's weights may be lent out
         self.saved.save(state, in_background=in_background)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take up what was saved, if anything; whether the run was finished."""
         state = self.saved.restore()
         if state is None:
-            return
+            return False
         self.next_step = state["next_step"]
         self.prompts.load_state_dict(state["prompts"])
         self.sampler.load_state_dict(state["sampler"])
         self._evaluation_is_due = state.get("evaluation_is_due", False)
         if state.get("num_updates"):
             self._half_step = _HalfStep(restore_results(state["results"], self.ranks), state["old_log_probs"])
+        return bool(state.get("finished")) and self.next_step >= self.config.train.num_steps
 
     def _leave_if_asked(self) -> None:
         """Save and leave if any rank has received a signal: after every update, around every generation. Collective."""
@@ -411,7 +459,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-        return _train(config, warnings_for(config, model_config))
+        warnings = warnings_for(config, model_config)
+        if left_over := find_weight_files(config.model.path).warning():
+            warnings = [*warnings, left_over]
+        return _train(config, warnings)
     except ValueError as error:  # what the user gave cannot be used
         say_once(f"error: {error}")
         return EXIT_BAD_INPUT
@@ -434,7 +485,7 @@ def _train(config: Config, warnings: Sequence[str]) -> int:
     except Interrupted:
         console.info("stopped by a signal; the same command goes on from the checkpoint")
         return EXIT_STOPPED
-    except (BatchNotFilledError, NonFiniteError, CheckpointError, ServerError, OtherRankError) as error:
+    except (BatchNotFilledError, NonFiniteError, CheckpointError, DiskError, ServerError, OtherRankError) as error:
         say_once(f"error: {error}")
         return EXIT_STOPPED
     finally:

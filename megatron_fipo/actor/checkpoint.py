@@ -8,8 +8,10 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import queue
-import shutil
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import nn
+from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fipo.actor import checkpoint_folder, optimizer_state
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.forked_writers import ended_with_their_parent
+from megatron_fipo.convert.checkpoint_pickles import check_pickles
+from megatron_fipo.disk import free_space
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
@@ -179,32 +184,59 @@ class PendingCheckpoint:
             raise _could_not_write(self.target, error) from error
 
     def _publish(self) -> None:
-        exchange.barrier(self.groups.world)
-        names = exchange.all_gather_objects(checkpoint_folder.file_names(self.partial), self.groups.world)[0]
-        own = names[self.groups.rank :: self.groups.world.size()]
-        described = exchange.all_gather_objects(checkpoint_folder.describe_files(self.partial, own), self.groups.world)
+        try:
+            exchange.barrier(self.groups.world)
+            names = exchange.all_gather_objects(checkpoint_folder.file_names(self.partial), self.groups.world)[0]
+            own = names[self.groups.rank :: self.groups.world.size()]
+            described = self._together(lambda: checkpoint_folder.describe_files(self.partial, own))
+            self._together(lambda: self._take_its_place({k: v for part in described for k, v in part.items()}))
+        except (OSError, RuntimeError) as error:
+            raise _could_not_write(self.target, error) from error
+
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """What every rank's action gives; the first OSError of any is raised on all, so that none waits for it."""
+        outcome: Any
+        try:
+            outcome = action()
+        except OSError as error:
+            outcome = error
+        outcomes = exchange.all_gather_objects(outcome, self.groups.world)
+        for outcome in outcomes:
+            if isinstance(outcome, OSError):
+                raise outcome
+        return outcomes
+
+    def _take_its_place(self, files: Mapping[str, Mapping[str, int]]) -> None:
         if self.groups.rank == 0:
-            try:
-                checkpoint_folder.write_manifest(self.partial, {k: v for part in described for k, v in part.items()})
-                checkpoint_folder.publish(self.partial, self.target)
-                checkpoint_folder.delete_old(self.target.parent, self.keeping.last, self.keeping.every)
-            except OSError as error:
-                raise _could_not_write(self.target, error) from error
-        exchange.barrier(self.groups.world)
+            checkpoint_folder.write_manifest(self.partial, files)
+            checkpoint_folder.publish(self.partial, self.target)
+            checkpoint_folder.delete_old(self.target.parent, self.keeping.last, self.keeping.every)
+
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|peer|broken pipe|socket|timed? ?out|abort(ed)?|nccl|gloo|heartbeat|EOFError",
+    re.I,
+)
+"""How torch's process groups say that another rank is gone."""
+_DISK = re.compile(r"OSError|Errno|No space|File too large|PytorchStreamWriter|failed writing file", re.I)
 
 
 def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
-    reason = str(error)
+    """What to tell: a disk is full, another rank has died, or what the error says, none taken for another."""
+    reason = str(error) or type(error).__name__
     if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
         reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
-    try:
-        room = f" ({shutil.disk_usage(target.parent).free / 2**30:.1f} GiB are free there)"
-    except OSError:
-        room = ""
+    untouched = "Earlier checkpoints and the rollouts since then are untouched."
+    is_disk = (isinstance(error, OSError) and not isinstance(error, ConnectionError)) or _DISK.search(reason)
+    if not is_disk and (isinstance(error, (ConnectionError, EOFError, DistError)) or _LOST.search(reason)):
+        return CheckpointError(
+            f"the checkpoint {target} could not be written: another rank or its writer died or fell silent meanwhile "
+            f"({' '.join(reason.split())[:300]}). {untouched} See what the first rank that failed says, or whether the "
+            "system ended it (out of memory), and start the same command again: it goes on from them."
+        )
     return CheckpointError(
-        f"the checkpoint {target} could not be written: {reason}{room}. Earlier checkpoints and the rollouts since "
-        "then are untouched. Make room or mend the folder's permissions, and start the same command again: it goes on "
-        "from them."
+        f"the checkpoint {target} could not be written: {reason}{free_space(target.parent)}. {untouched} Make room or mend "
+        "the folder's permissions, and start the same command again: it goes on from them."
     )
 
 
@@ -258,9 +290,21 @@ def _faults(candidate: Path, groups: ParallelGroups) -> list[str]:
 
 
 def load_loop_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The loop's state alone. No communication."""
-    state = dist_checkpointing.load_common_state_dict(str(checkpoint))["loop"]
-    assert isinstance(state, dict)
+    """The loop's state alone. No communication.
+
+    Raises:
+        UntrustedCheckpointError: if opening the checkpoint would run code.
+        ValueError: if it is none of a run's.
+    """
+    check_pickles(checkpoint)
+    with _without_advice():
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    state = common.get("loop")
+    if not isinstance(state, dict) or type(state.get("next_step")) is not int:
+        raise ValueError(
+            f"{checkpoint} holds weights but not the state of a run, so that none can go on from it. Restore it from a copy, "
+            "or set train.resume=false to start over (the old run is renamed)."
+        )
     return state
 
 
@@ -268,13 +312,18 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
     """Load weights and optimizer state, in whatever layout they were saved, and return the loop's state.
 
     Learning rate and Adam's constants stay those of the actor's configuration. Collective over all ranks.
+
+    Raises:
+        UntrustedCheckpointError: on every rank, if opening the checkpoint would run code.
     """
+    check_pickles(checkpoint)
     settings = optimizer_state.settings(actor.optimizer)
     for optimizer in optimizer_state.single_optimizers(actor.optimizer):
         if hasattr(optimizer, "_set_main_param_and_optimizer_states"):
             optimizer_state.keep_adam_step(optimizer)
     state = _sharded_state(actor, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    with _without_advice():
+        loaded = dist_checkpointing.load(state, str(checkpoint))
     for name, model in _named_models(actor):
         model.load_state_dict(loaded[name])
     actor.optimizer.load_state_dict(loaded["optimizer"])
@@ -284,6 +333,20 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
     loop_state = loaded["loop"]
     assert isinstance(loop_state, dict)
     return loop_state
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without what torch advises Megatron-Core to do otherwise when it loads: no user of this one can act on it.
+
+    0.16 calls torch's load_state_dict and asks ShardedTensors for their size, both of which torch is to drop; 0.19 calls
+    load with its arguments in another order, and reads the common state on one rank alone, which torch points out.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
+        for message in ("torch.distributed is disabled, unavailable or uninit", "The argument order of load has been"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
 
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:

@@ -46,7 +46,12 @@ _WRITTEN_BY_TORCH = {
 """All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does anything."""
 
 _OF_TRANSFORMER_ENGINE = "transformer_engine."
-_REBUILT = {("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict"), ("torch", "Size"), ("_codecs", "encode")}
+_REBUILT = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("_codecs", "encode"),
+}
 """What Transformer Engine's state of FP8 names, besides its recipes' classes."""
 
 _DAMAGE = (
@@ -106,7 +111,9 @@ def read_metadata(folder: Path) -> Metadata:
         raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
     metadata = unpickle(data, file)
     if not _has_the_form(metadata):
-        raise ValueError(f"{file} is no description of a checkpoint. Restore it from a copy; without it the tensors are lost.")
+        raise ValueError(
+            f"{file} is no description of a checkpoint. Restore it from a copy; without it the tensors are lost."
+        )
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
             raise UntrustedCheckpointError(file, f"the file {info.relative_path!r} outside the checkpoint")

@@ -90,7 +90,9 @@ _SPEAKS_OF_THE_COMPUTATION = re.compile(
 )
 """Names of keys that none of the families knows and that would not be harmless if an engine knew them."""
 
-_TELLS_ONLY = re.compile(r"_tokens?(_|$)|_token_id|tokenizer|version|_name|_path|date|note|^_commit|chunk_size_feed_forward")
+_TELLS_ONLY = re.compile(
+    r"_tokens?(_|$)|_token_id|tokenizer|version|_name|_path|date|note|^_commit|chunk_size_feed_forward"
+)
 """Among them, names of what only describes the folder."""
 
 

@@ -64,7 +64,9 @@ def _check_table(table: dict[str, Any], place: str) -> None:
         if key in _FACTORS:
             _check_factor(table, key, f"{place}.{key}")
         elif isinstance(value, dict):
-            raise ValueError(f"{place}.{key}={value!r}: RoPE of a kind of layer's own is not supported; only one for all is.")
+            raise ValueError(
+                f"{place}.{key}={value!r}: RoPE of a kind of layer's own is not supported; only one for all is."
+            )
         elif key not in (*_KINDS, "rope_theta"):
             raise ValueError(f"{place}.{key}={value!r}: RoPE scaling is not supported; only plain RoPE is.")
 

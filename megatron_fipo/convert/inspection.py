@@ -74,7 +74,7 @@ def inspect_folder(folder: str | Path) -> tuple[ModelShape, list[Problem]]:
     """
     root = Path(folder)
     shape = read_model_shape(root)
-    weights = find_weight_files(root) if has_weights(root) else WeightFiles((), None, ())
+    weights = files_of_weights(root)
     owners = weights.owner_of or {}
     entries, problems = _read_headers(weights)
     damaged = {file.name for file in weights.files if file.is_file()} - {entry.file.name for entry in entries.values()}
@@ -93,6 +93,11 @@ def placed(problems: Iterable[Problem], folder: Path) -> list[Problem]:
 def has_weights(folder: Path) -> bool:
     """Whether there is any weight file."""
     return any(folder.glob("*.safetensors"))
+
+
+def files_of_weights(folder: str | Path) -> WeightFiles:
+    """See `find_weight_files`; none where the folder has none at all, as with a config.json alone."""
+    return find_weight_files(folder) if has_weights(Path(folder)) else WeightFiles((), None, ())
 
 
 def not_finite(name: str, place: str, tensor: Tensor) -> list[Problem]:
@@ -115,7 +120,9 @@ class NotFiniteError(ProblemsError):
     def __init__(self, folder: Path, problems: Sequence[Problem]) -> None:
         super().__init__(problems)
         remedy = "Copy or download the model again; if it was trained so, take an earlier save of it."
-        self.args = (f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from them.\n{self}\n{remedy}",)
+        self.args = (
+            f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from them.\n{self}\n{remedy}",
+        )
 
 
 def check_weights(folder: str | Path) -> str:
