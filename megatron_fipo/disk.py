@@ -25,7 +25,8 @@ def disk_error(path: str | Path, error: OSError, what_then: str = GOES_ON) -> Di
     """
     reason = error.strerror or str(error) or type(error).__name__
     return DiskError(
-        f"{path} cannot be written: {reason}{free_space(path)}. What was written before is whole. Make room or mend the "
+        f"{path} cannot be written: {reason}{free_space(path)}. What was written before is whole. Make room or mend "
+        "the "
         f"folder's permissions, and start the same command again: {what_then}."
     )
 
@@ -58,7 +59,8 @@ def append_whole(file: IO[bytes], data: bytes, path: Path) -> None:
         path: under which it was opened.
 
     Raises:
-        DiskError: if there is no room, or the file was deleted since it was opened. What was written of it is taken back.
+        DiskError: if there is no room, or the file was deleted since it was opened. What was written of it is taken
+            back.
     """
     descriptor = file.fileno()
     try:
@@ -79,8 +81,10 @@ def append_whole(file: IO[bytes], data: bytes, path: Path) -> None:
 def deleted(path: Path) -> DiskError:
     """The error of a file or folder that a run writes to and that somebody has taken away."""
     return DiskError(
-        f"{path} was deleted or replaced while the run was writing there. Nothing that it writes would be found again, and "
-        "another run may take the folder, so it stops. Restore the folder from a copy and start the same command again, or "
+        f"{path} was deleted or replaced while the run was writing there. Nothing that it writes would be found "
+        "again, and "
+        "another run may take the folder, so it stops. Restore the folder from a copy and start the same command "
+        "again, or "
         "start anew."
     )
 

@@ -117,7 +117,8 @@ class HeldOutEvaluation:
 
 def _no_scores(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{path} does not hold the scores that training began with ({reason}). Restore it from a copy, or delete it: the "
+        f"{path} does not hold the scores that training began with ({reason}). Restore it from a copy, or delete it: "
+        "the "
         "comparison at the end is then left out."
     )
 

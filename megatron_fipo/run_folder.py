@@ -109,8 +109,9 @@ class RunLock:
 def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
     """Make the run's folder, lock it, and write its provenance. One rank alone calls this.
 
-    With train.resume=false a folder of an earlier run is renamed, never overwritten; a folder of anything else is refused. The configuration is not written
-    yet (`record_config` does that): a run that may not resume is to leave the old one's as it was.
+    With train.resume=false a folder of an earlier run is renamed, never overwritten; a folder of anything else is
+    refused. The configuration is not written yet (`record_config` does that): a run that may not resume is to leave
+    the old one's as it was.
 
     Returns:
         (the folder, its lock, a line about what was set aside, or empty).
@@ -144,7 +145,8 @@ def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
 def _check_is_a_runs(root: Path) -> None:
     """Refuse to set aside a folder that no run has made, whatever else lies in it.
 
-    A run leaves its lock, or its configuration with its provenance; what is done before it leaves only folders of its own.
+    A run leaves its lock, or its configuration with its provenance; what is done before it leaves only folders of its
+    own.
     """
     names = {path.name for path in root.iterdir()}
     if _LOCK in names or {"config.yaml", "provenance.json"} <= names or names <= _BEFORE_A_RUN:

@@ -132,8 +132,10 @@ class SavedRun:
         """Compare the checkpoint's configuration and model with this run's."""
         if not all(isinstance(state.get(name), dict) for name in ("config", "model", "prompts", "sampler")):
             raise ValueError(
-                f"{checkpoint} does not hold what this version of a run goes on from. Go on with the version that saved it, "
-                "delete it to go on from the one before, or set train.resume=false to start over (the old run is renamed)."
+                f"{checkpoint} does not hold what this version of a run goes on from. Go on with the version that "
+                "saved it, "
+                "delete it to go on from the one before, or set train.resume=false to start over (the old run is "
+                "renamed)."
             )
         check = check_resume(state["config"], self._config, is_mid_step=bool(state.get("num_updates")))
         shape = asdict(self._actor.shape)

@@ -235,7 +235,8 @@ def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
             "system ended it (out of memory), and start the same command again: it goes on from them."
         )
     return CheckpointError(
-        f"the checkpoint {target} could not be written: {reason}{free_space(target.parent)}. {untouched} Make room or mend "
+        f"the checkpoint {target} could not be written: {reason}{free_space(target.parent)}. {untouched} Make room or "
+        "mend "
         "the folder's permissions, and start the same command again: it goes on from them."
     )
 
@@ -302,7 +303,8 @@ def load_loop_state(checkpoint: str | Path) -> dict[str, Any]:
     state = common.get("loop")
     if not isinstance(state, dict) or type(state.get("next_step")) is not int:
         raise ValueError(
-            f"{checkpoint} holds weights but not the state of a run, so that none can go on from it. Restore it from a copy, "
+            f"{checkpoint} holds weights but not the state of a run, so that none can go on from it. Restore it from "
+            "a copy, "
             "or set train.resume=false to start over (the old run is renamed)."
         )
     return state
@@ -339,8 +341,9 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
 def _without_advice() -> Iterator[None]:
     """Without what torch advises Megatron-Core to do otherwise when it loads: no user of this one can act on it.
 
-    0.16 calls torch's load_state_dict and asks ShardedTensors for their size, both of which torch is to drop; 0.19 calls
-    load with its arguments in another order, and reads the common state on one rank alone, which torch points out.
+    0.16 calls torch's load_state_dict and asks ShardedTensors for their size, both of which torch is to drop; 0.19
+    calls load with its arguments in another order, and reads the common state on one rank alone, which torch points
+    out.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")

@@ -7,8 +7,8 @@
 A checkpoint is written into a folder whose name ends in .partial and a word of its own, and renamed when it is whole;
 `latest` is moved last. Whenever a run is killed, `latest` names a whole checkpoint. One that is saved anew, as by a run
 that is resumed and stopped again before its next step, goes to step_000010.again, and the next time to step_000010:
-what `latest` names is never overwritten. manifest.json lists every file with its size and CRC-32, and has a CRC-32 of its
-own. Manifests from before it had one are read, too.
+what `latest` names is never overwritten. manifest.json lists every file with its size and CRC-32, and has a CRC-32 of
+its own. Manifests from before it had one are read, too.
 """
 
 from __future__ import annotations

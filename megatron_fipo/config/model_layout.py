@@ -47,7 +47,8 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
     given |= {name: model_config[name] for name in optional if model_config.get(name) is not None}
     if wrong := [name for name, size in given.items() if type(size) is not int or size < 1]:
         raise ConfigError(
-            f"model.path={config.model.path}: config.json has no whole number for {', '.join(wrong)}: one from 1 on was expected."
+            f"model.path={config.model.path}: config.json has no whole number for {', '.join(wrong)}: one from 1 on "
+            "was expected."
         )
     heads, layers, intermediate = (model_config[name] for name in names)
     groups = model_config.get("num_key_value_heads") or heads

@@ -79,7 +79,8 @@ _SHARE = _Rule("must be above 0 and at most 1; 1 samples from the whole distribu
 _SEED = _Rule("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 _NOT_EMPTY = _Rule("must not be empty", lambda value: bool(value.strip()))
 _ONE_FOLDER = _Rule(
-    "must be one folder's name, since run.output_dir is outputs/NAME by default: not empty, without / and not . or ..; set "
+    "must be one folder's name, since run.output_dir is outputs/NAME by default: not empty, without / and not . or "
+    "..; set "
     "run.output_dir to write elsewhere",
     lambda value: bool(value.strip()) and value not in (".", "..") and not {*value} & {"/", "\\", "\0", "\n"},
 )

@@ -1,9 +1,10 @@
 """What a checkpoint holds besides tensors is pickled. It is looked through before anything unpickles it.
 
-A pickle may name any function and have it called. torch's FileSystemReader unpickles `.metadata` as it is, and its planner
-the objects that lie between the tensors in the .distcp files. Here `.metadata` is read with a list of the classes that torch
-writes into it; objects, and common.pt, must pass torch's own reader of plain values (weights_only). Only then may torch's and
-Megatron's loaders have them. The files that tensors are read from must lie in the checkpoint.
+A pickle may name any function and have it called. torch's FileSystemReader unpickles `.metadata` as it is, and its
+planner the objects that lie between the tensors in the .distcp files. Here `.metadata` is read with a list of the
+classes that torch writes into it; objects, and common.pt, must pass torch's own reader of plain values
+(weights_only). Only then may torch's and Megatron's loaders have them. The files that tensors are read from must lie
+in the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _CHECKPOINT = "torch.distributed.checkpoint"
 _WRITTEN_BY_TORCH = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
+    ("pathlib", "PosixPath"),  # where it was written; from Python 3.13 on of another module
+    ("pathlib._local", "PosixPath"),
     ("torch.serialization", "_get_layout"),
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
     (f"{_CHECKPOINT}.storage", "WriteResult"),
@@ -43,7 +46,8 @@ _WRITTEN_BY_TORCH = {
     ),
     *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does anything."""
+"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does "
+"anything."""
 
 _OF_TRANSFORMER_ENGINE = "transformer_engine."
 _REBUILT = {
@@ -78,7 +82,8 @@ class UntrustedCheckpointError(ValueError):
     def __init__(self, file: Path, what: str) -> None:
         super().__init__(
             f"{file} names {what}, which no checkpoint of this project or of Megatron-Core does; opening it could run "
-            "anything. Only open checkpoints that you would run. If this one is yours, something has changed it: restore it "
+            "anything. Only open checkpoints that you would run. If this one is yours, something has changed it: "
+            "restore it "
             "from a copy."
         )
 

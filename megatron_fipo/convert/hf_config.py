@@ -217,7 +217,8 @@ def _check_switches(raw: dict[str, Any], place: str, family: str) -> None:
             raise ValueError(f"{place}: sliding_window={value!r}: sliding windows are not supported.")
         elif key not in _APPLIED | _WITHOUT_EFFECT and _may_compute(key, value):
             raise ValueError(
-                f"{place}: {key}={_short(value)}: this key is none of a {family} model's, it is not applied in training "
+                f"{place}: {key}={_short(value)}: this key is none of a {family} model's, it is not applied in "
+                "training "
                 "and an engine might apply it. Delete it from a copy of config.json if the model does not need it."
             )
 
@@ -271,7 +272,8 @@ def _head_dim(raw: dict[str, Any], place: str, family: str, heads: int) -> int:
             return _QWEN3_HEAD_DIM
         if raw["hidden_size"] % heads:
             raise ValueError(
-                f"{place}: num_attention_heads={heads} should divide hidden_size={raw['hidden_size']}, or head_dim be given."
+                f"{place}: num_attention_heads={heads} should divide hidden_size={raw['hidden_size']}, or head_dim be "
+                "given."
             )
         return int(raw["hidden_size"]) // heads
     head_dim = _whole_number(raw, place, "head_dim")

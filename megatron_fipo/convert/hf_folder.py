@@ -83,7 +83,8 @@ class CheckpointReader:
         if owner_of is not None and not file.is_file():
             lost = [name for name, owner in owner_of.items() if owner == file.name]
             raise ValueError(
-                f"{self.folder}: {INDEX_FILE} names {file.name}, which is not there. Missing: {first_of(lost)}. Copy or "
+                f"{self.folder}: {INDEX_FILE} names {file.name}, which is not there. Missing: {first_of(lost)}. Copy "
+                "or "
                 "download the folder again."
             )
         with _opened(file) as handle:
@@ -93,13 +94,15 @@ class CheckpointReader:
                 if owner_of is not None and owner_of.get(name) != file.name:
                     raise ValueError(
                         f"{self.folder}: {file.name} holds {name}, which {INDEX_FILE} "
-                        f"{'puts into ' + owner_of[name] if name in owner_of else 'does not name'}. The index is of another "
+                        f"{'puts into ' + owner_of[name] if name in owner_of else 'does not name'}. The index is of "
+                        "another "
                         "save of the model; copy or download the folder again."
                     )
                 entry = handle.get_slice(name)
                 if DTYPES.get(entry.get_dtype()) not in FLOATS:
                     raise ValueError(
-                        f"{file}: tensor {name} is {entry.get_dtype()}; supported are float32, float16 and bfloat16, not "
+                        f"{file}: tensor {name} is {entry.get_dtype()}; supported are float32, float16 and bfloat16, "
+                        "not "
                         "quantized weights."
                     )
                 self._file_of[name] = file
@@ -108,7 +111,8 @@ class CheckpointReader:
         lost = [] if owner_of is None else [n for n, f in owner_of.items() if f == file.name and n not in self._file_of]
         if lost := [name for name in lost if not is_buffer(name)]:
             raise ValueError(
-                f"{self.folder}: {INDEX_FILE} puts {first_of(lost)} into {file.name}, which has no such tensor. Copy or "
+                f"{self.folder}: {INDEX_FILE} puts {first_of(lost)} into {file.name}, which has no such tensor. Copy "
+                "or "
                 "download the folder again."
             )
 
@@ -131,7 +135,8 @@ class CheckpointReader:
         if detail := tied_difference(self.read(EMBEDDING), self.read(OUTPUT)):
             raise ValueError(
                 f"{self.folder}: config.json says tie_word_embeddings=true, so that {OUTPUT} is {EMBEDDING}, but "
-                f"{self.place(OUTPUT)} holds another: {detail}. Set tie_word_embeddings=false if the model has an output "
+                f"{self.place(OUTPUT)} holds another: {detail}. Set tie_word_embeddings=false if the model has an "
+                "output "
                 "layer of its own; otherwise take the tensor out of the file."
             )
 

@@ -1,8 +1,8 @@
 """RoPE as config.json describes it, in any of the places where transformers 4 and 5 and the engines look.
 
-transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters with both inside. A reader of version 5
-takes rope_scaling for the whole of rope_parameters where both are given, and puts rope_theta into it only where it has
-none; others read differently. So nothing is chosen here: places that disagree are refused.
+transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters with both inside. A reader of
+version 5 takes rope_scaling for the whole of rope_parameters where both are given, and puts rope_theta into it only
+where it has none; others read differently. So nothing is chosen here: places that disagree are refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def rope_theta(raw: dict[str, Any], place: str) -> float:
     if len(values) > 1:
         told = ", ".join(f"{key} {value!r}" if "means" in key else f"{key}={value!r}" for key, value in found.items())
         raise ValueError(
-            f"{place}: {told}: transformers and the engines would take different ones for the base of RoPE. Keep the one "
+            f"{place}: {told}: transformers and the engines would take different ones for the base of RoPE. Keep the "
+            "one "
             "that the model was trained with."
         )
     return values.pop() if values else _DEFAULT_THETA

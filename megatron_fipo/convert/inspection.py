@@ -121,7 +121,8 @@ class NotFiniteError(ProblemsError):
         super().__init__(problems)
         remedy = "Copy or download the model again; if it was trained so, take an earlier save of it."
         self.args = (
-            f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from them.\n{self}\n{remedy}",
+            f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from "
+            f"them.\n{self}\n{remedy}",
         )
 
 

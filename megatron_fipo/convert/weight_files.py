@@ -3,9 +3,9 @@
     model.safetensors                                  all tensors
     model.safetensors.index.json                       the file of each tensor
 
-transformers takes the first where there is one, else the second, and nothing else; vLLM and SGLang follow the index where
-there is one. So a folder with both is refused, unless they say the same. Any other *.safetensors file is left over from
-something else: it is never read, and `WeightFiles.left_over` names it for a warning.
+transformers takes the first where there is one, else the second, and nothing else; vLLM and SGLang follow the index
+where there is one. So a folder with both is refused, unless they say the same. Any other *.safetensors file is left
+over from something else: it is never read, and `WeightFiles.left_over` names it for a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BUFFER = re.compile(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is none of the weights but what early transformers stored beside them: it follows from config.json.
+    """Whether a tensor is no weight but what early transformers stored beside them: it follows from config.json.
 
     Frequencies and tables of RoPE, masks (`attn.bias` holds one; projections are called `q_proj.bias`), positions.
     """
@@ -77,7 +77,8 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
         files = set(owner_of.values())
         if SINGLE_FILE in found and files != {SINGLE_FILE}:
             raise ValueError(
-                f"{root} holds {SINGLE_FILE} and {INDEX_FILE}, which names {first_of(sorted(files))}: transformers would "
+                f"{root} holds {SINGLE_FILE} and {INDEX_FILE}, which names {first_of(sorted(files))}: transformers "
+                "would "
                 "take the one, rollout engines the other. Delete those that are not the model's."
             )
     elif single.is_file():
@@ -86,8 +87,10 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
         raise ValueError(f"{folder} holds no *.safetensors file; model.path needs weights in that format.")
     else:
         raise ValueError(
-            f"{root} holds {first_of(sorted(found))}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which says which file has "
-            f"which tensor; transformers reads nothing else. Copy or download the index too, or, if one file is the whole "
+            f"{root} holds {first_of(sorted(found))}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which says which "
+            "file has "
+            "which tensor; transformers reads nothing else. Copy or download the index too, or, if one file is the "
+            "whole "
             f"model, rename it to {SINGLE_FILE}."
         )
     return WeightFiles(tuple(root / name for name in sorted(files)), owner_of, tuple(sorted(found - files)))
@@ -119,7 +122,8 @@ def read_index_object(file: Path) -> dict[str, str]:
     weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not isinstance(raw.get("metadata", {}), dict):
         raise ValueError(
-            f"{file} is no index of weight files: it should hold the objects metadata and weight_map. Copy or download it "
+            f"{file} is no index of weight files: it should hold the objects metadata and weight_map. Copy or "
+            "download it "
             "again."
         )
     return weight_map

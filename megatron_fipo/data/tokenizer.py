@@ -32,7 +32,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not any(all((folder / name).is_file() for name in files) for files in _VOCABULARIES):
         raise ValueError(
             f"{folder} has no tokenizer: beside {description.name} there is none of "
-            f"{', '.join(' with '.join(files) for files in _VOCABULARIES)}. Copy the tokenizer's files next to the weights; "
+            f"{', '.join(' with '.join(files) for files in _VOCABULARIES)}. Copy the tokenizer's files next to the "
+            "weights; "
             "most models have a tokenizer.json."
         )
     name = _read(description).get("tokenizer_class")
@@ -41,7 +42,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder)
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise ValueError(
-            f"{folder}: the tokenizer cannot be loaded from {_files_there(folder)}: {type(error).__name__}: {error}. Copy or "
+            f"{folder}: the tokenizer cannot be loaded from {_files_there(folder)}: {type(error).__name__}: {error}. "
+            "Copy or "
             "download the tokenizer's files again."
         ) from error
     return tokenizer

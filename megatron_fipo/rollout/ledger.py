@@ -6,9 +6,9 @@ again, whatever the layout it goes on in:
     rollouts/step_000012/rank_003.jsonl
 
 A line is the CRC-32 of what follows it, a space, and a JSON object; the file's first one says which configuration the
-responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so that nothing is rounded.
-A line is written whole or, where the disk is full, not at all. One that a killed process tore is left out; any other that
-does not check is an error.
+responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so that nothing is
+rounded. A line is written whole or, where the disk is full, not at all. One that a killed process tore is left out;
+any other that does not check is an error.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 def _damaged(path: Path, number: int, reason: str) -> ValueError:
     return ValueError(
-        f"{path}, line {number} is not what was written there ({reason}). Restore the file from a copy, or delete the folder "
+        f"{path}, line {number} is not what was written there ({reason}). Restore the file from a copy, or delete the "
+        "folder "
         f"{path.parent}: its responses are then generated anew."
     )
 
