@@ -230,7 +230,7 @@ def _may_compute(key: str, value: Any) -> bool:
         return False
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
-    is_factor = re.search(r"scal|drop|embd|multiplier|factor|temper", name)
+    is_factor = re.search(r"scale|scaling|multiplier|factor", name)
     return value != (1 if is_factor else 0)
 
 
