@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 
@@ -159,17 +166,41 @@ def _check_format(file: Path) -> None:
 
 
 def _has_the_form(metadata: Any) -> bool:
-    if not isinstance(metadata, Metadata):
+    """Whether all that is read of it later is there and of its type: records may have lost any field."""
+    try:
+        stored, places = metadata.state_dict_metadata, metadata.storage_data
+        return (
+            isinstance(metadata, Metadata)
+            and isinstance(stored, dict)
+            and isinstance(places, dict)
+            and all(isinstance(name, str) and _is_stored(entry) for name, entry in stored.items())
+            and all(_is_index(index) and _is_place(info) for index, info in places.items())
+        )
+    except AttributeError:
         return False
-    stored, places = metadata.state_dict_metadata, metadata.storage_data
+
+
+def _is_stored(entry: Any) -> bool:
+    if isinstance(entry, BytesStorageMetadata):
+        return True
     return (
-        isinstance(stored, dict)
-        and isinstance(places, dict)
-        and all(isinstance(name, str) for name in stored)
-        and all(isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)) for entry in stored.values())
-        and all(isinstance(index, MetadataIndex) and isinstance(index.fqn, str) for index in places)
-        and all(_is_place(info) for info in places.values())
+        isinstance(entry, TensorStorageMetadata)
+        and isinstance(entry.size, torch.Size)
+        and isinstance(entry.properties, TensorProperties)
+        and isinstance(entry.properties.dtype, torch.dtype)
+        and isinstance(entry.chunks, list)
+        and all(
+            isinstance(chunk, ChunkStorageMetadata)
+            and isinstance(chunk.offsets, torch.Size)
+            and isinstance(chunk.sizes, torch.Size)
+            for chunk in entry.chunks
+        )
     )
+
+
+def _is_index(index: Any) -> bool:
+    has_place = isinstance(index, MetadataIndex) and isinstance(index.offset, (torch.Size, type(None)))
+    return has_place and isinstance(index.fqn, str)
 
 
 def _is_place(info: Any) -> bool:
