@@ -218,7 +218,7 @@ _LOST = re.compile(
     re.I,
 )
 """How torch's process groups say that another rank is gone."""
-_DISK = re.compile(r"OSError|Errno|No space|File too large|PytorchStreamWriter|failed writing file", re.I)
+_DISK = re.compile(r"OSError|No space|Disk quota|File too large|PytorchStreamWriter|failed writing file", re.I)
 
 
 def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
@@ -227,7 +227,7 @@ def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
     if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
         reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
     untouched = "Earlier checkpoints and the rollouts since then are untouched."
-    is_disk = (isinstance(error, OSError) and not isinstance(error, ConnectionError)) or _DISK.search(reason)
+    is_disk = not isinstance(error, ConnectionError) and (isinstance(error, OSError) or _DISK.search(reason))
     if not is_disk and (isinstance(error, (ConnectionError, EOFError, DistError)) or _LOST.search(reason)):
         return CheckpointError(
             f"the checkpoint {target} could not be written: another rank or its writer died or fell silent meanwhile "

@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a tensor in two files": (f"holds {EMBEDDING}, which", in_two_files),
     "a tensor that is elsewhere": (
         "puts into model-0000",
-        reindexed(lambda owner_of: owner_of.update({EMBEDDING: owner_of[OUTPUT], OUTPUT: owner_of[EMBEDDING]})),
+        reindexed(lambda of: of.update({EMBEDDING: of[OUTPUT], OUTPUT: of[EMBEDDING]})),
     ),
     "a tensor that the index lacks": ("does not name", reindexed(lambda owner_of: owner_of.pop(EMBEDDING))),
     "a tensor that no file has": (
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "an empty map": ("names no tensor", lambda folder: write_index(folder, {})),
     "eight bits": (
         "quantized weights",
-        lambda folder: put(folder, tensors_of(folder) | {EMBEDDING: torch.zeros(20, 32, dtype=torch.int8)}, "model.safetensors"),
+        lambda folder: put(folder, {**tensors_of(folder), EMBEDDING: torch.ones(20, 32).char()}, "model.safetensors"),
     ),
 }  # fmt: skip
 
