@@ -72,6 +72,8 @@ def evaluate_folder(
         raise ValueError("data.evaluation is empty: there is nothing to evaluate on. Name a source there.")
     read_model_config(model_path)
     if warning := check_weights(model_path):
+        if config.rollout.engine != "in_process":  # a server may read the files that are left over, and in training the
+            raise ValueError(warning)  # actor's weights then take their place; here nothing does
         console.warning(warning)
     config = replace(config, model=replace(config.model, path=model_path))
     tokenizer = load_tokenizer(model_path)

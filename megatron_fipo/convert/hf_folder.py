@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fipo.convert.families import expected_tensors
-from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.hf_config import ModelShape, read_object
 from megatron_fipo.convert.weight_files import INDEX_FILE, find_weight_files, first_of, is_buffer, tied_difference
 
 DEFAULT_SHARD_BYTES = 2 * 1000**3
@@ -292,7 +292,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def note_dtype(config_file: Path, dtype: torch.dtype) -> None:
     """Say in config.json which dtype the weights have."""
-    config = json.loads(config_file.read_text())
+    config = read_object(config_file)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")

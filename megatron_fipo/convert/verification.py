@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.convert.families import StoredRow, stored_rows
-from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
+from megatron_fipo.convert.hf_config import ModelShape, read_model_shape, read_object
 from megatron_fipo.convert.hf_folder import CheckpointReader, model_files, write_text
 from megatron_fipo.convert.inspection import Problem, ProblemsError, inspect_folder, not_finite
 from megatron_fipo.convert.to_hugging_face import MegatronSource
@@ -118,10 +118,11 @@ def read_checksums(file: str | Path) -> Checksums:
         ValueError: if the file is no such file.
     """
     try:
-        tensors = json.loads(Path(file).read_text())["tensors"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        tensors = read_object(Path(file)).get("tensors")
+    except ValueError as error:
         raise ValueError(f"{file} is no file of checksums as --write-checksums writes them: {error}") from error
-    assert isinstance(tensors, dict)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file} is no file of checksums as --write-checksums writes them: it has no tensors.")
     return tensors
 
 
