@@ -144,9 +144,7 @@ class RolloutLedger:
                     try:
                         round_index, key, sample = _sample(record)
                     except (LookupError, TypeError, ValueError) as error:  # binascii's error is a ValueError
-                        raise _damaged(
-                            file, number, f"is not what was written there (it holds no judged response: {error!r})"
-                        ) from error
+                        raise _damaged(file, number, f"it holds no judged response: {error!r}") from error
                     self._recorded.setdefault(round_index, {})[key] = sample
         self._path = folder / f"rank_{self._rank:03d}.jsonl"
         with writing(self._path):
@@ -196,20 +194,20 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                 return
             checksum, _, text = line[:-1].partition(b" ")
             if checksum != b"%08x" % zlib.crc32(text):
-                raise _damaged(path, number, "is not what was written there (its CRC-32 differs)")
+                raise _damaged(path, number, "its CRC-32 differs")
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise _damaged(path, number, f"is not what was written there (it is no JSON: {error})") from error
+                raise _damaged(path, number, f"it is no JSON: {error}") from error
             if not isinstance(record, dict):
-                raise _damaged(path, number, f"is not what was written there (it holds a {type(record).__name__})")
+                raise _damaged(path, number, f"it holds a {type(record).__name__}")
             yield record
 
 
-def _damaged(path: Path, number: int, what: str) -> ValueError:
+def _damaged(path: Path, number: int, reason: str) -> ValueError:
     return ValueError(
-        f"{path}, line {number} {what}. Restore the file from a copy, or delete the folder {path.parent}: its responses "
-        "are then generated anew."
+        f"{path}, line {number} is not what was written there ({reason}). Restore the file from a copy, or delete the "
+        f"folder {path.parent}: its responses are then generated anew."
     )
 
 
