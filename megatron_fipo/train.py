@@ -151,7 +151,7 @@ class Trainer:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
                 # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
                 is_untouched = self._half_step is None
-                self._record(sinks, 0, self._evaluate("before") if is_untouched else self.evaluation.scores_before())
+                self._record(sinks, 0, self._evaluate("before") if is_untouched else self._scores_before())
             if self._evaluation_is_due:
                 self._evaluate_step(sinks)
             for step in range(self.next_step, config.train.num_steps):
@@ -309,8 +309,14 @@ class Trainer:
     def _evaluate(self, when: str, **options: bool) -> dict[str, float]:
         """Evaluate the policy as it is now."""
         self.handover.to_rollout(self.next_step)
+        self._check_folder()
         metrics: dict[str, float] = {}
         self._on_every_rank(lambda: metrics.update(self.evaluation.run(when, **options)))
+        return metrics
+
+    def _scores_before(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        self._on_leader(lambda: metrics.update(self.evaluation.scores_before()))
         return metrics
 
     def _evaluate_step(self, sinks: SinkGroup) -> None:
@@ -322,15 +328,18 @@ class Trainer:
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def _on_every_rank(self, action: Callable[[], object]) -> None:
-        """Do what one rank's disk may fail at; the error of any is raised on all. Collective."""
-        problem = ""
+        """Do what one rank's disk or files may fail at; the error of any is raised on all. Collective."""
+        failed: tuple[type[DiskError] | type[ValueError], str] | None = None
         try:
             action()
         except DiskError as error:
-            problem = str(error)
-        for told in exchange.all_gather_objects(problem, self.ranks.world):
-            if told:
-                raise DiskError(told)
+            failed = DiskError, str(error)
+        except ValueError as error:
+            failed = ValueError, str(error)
+        for found in exchange.all_gather_objects(failed, self.ranks.world):
+            if found:
+                kind, message = found
+                raise kind(message)
 
     def _on_leader(self, action: Callable[[], object]) -> None:
         self._on_every_rank(action if self.is_leader else lambda: None)
@@ -344,14 +353,13 @@ class Trainer:
         return opened[0]
 
     def _record(self, sinks: SinkGroup, step: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics down, after seeing that the run's folder is still its own. Collective."""
+        """Write metrics down. Collective."""
+        self._check_folder()
+        self._on_every_rank(lambda: sinks.write(step, metrics))
 
-        def record() -> None:
-            if self._lock is not None:
-                self._lock.check()
-            sinks.write(step, metrics)
-
-        self._on_every_rank(record)
+    def _check_folder(self) -> None:
+        """See that nobody has taken the run's folder away, before more is written into it. Collective."""
+        self._on_every_rank(lambda: self._lock.check() if self._lock is not None else None)
 
     def _finish_again(self) -> None:
         """A run that was finished before has nothing to do but to export what is not there."""
@@ -394,6 +402,7 @@ class Trainer:
             self._save(self._loop_state(self.next_step), in_background=True)
 
     def _save(self, state: Mapping[str, Any], *, in_background: bool = False) -> None:
+        self._check_folder()
         self.handover.to_training()  # the actor's weights may be lent out
         self.saved.save(state, in_background=in_background)
 

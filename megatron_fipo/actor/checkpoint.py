@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import queue
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +20,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import nn
-from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fipo.actor import checkpoint_folder, optimizer_state
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.checkpoint_error import CheckpointError as CheckpointError
+from megatron_fipo.actor.checkpoint_error import could_not_write
 from megatron_fipo.actor.forked_writers import ended_with_their_parent
 from megatron_fipo.convert.checkpoint_pickles import check_pickles
-from megatron_fipo.disk import free_space
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
@@ -43,10 +42,6 @@ _FORMAT = {
 _MEGATRONS_OWN_WRITER: dict[str, Any] = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; those before it are untouched."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def begin_checkpoint(
             with ended_with_their_parent():
                 pending.queue.schedule_async_request(request)
     except (OSError, CheckpointException, RuntimeError) as error:
-        raise _could_not_write(target, error) from error
+        raise could_not_write(target, error) from error
     return pending
 
 
@@ -139,7 +134,7 @@ def _begin(root: Path, name: str, groups: ParallelGroups) -> tuple[Path, Path]:
             answer = error
     answer = exchange.all_gather_objects(answer, groups.world)[0]
     if isinstance(answer, OSError):
-        raise _could_not_write(root / name, answer) from answer
+        raise could_not_write(root / name, answer) from answer
     assert answer is not None
     return answer
 
@@ -181,7 +176,7 @@ class PendingCheckpoint:
         try:
             return bool(self.queue.maybe_finalize_async_calls(blocking=blocking))
         except (OSError, CheckpointException, RuntimeError) as error:
-            raise _could_not_write(self.target, error) from error
+            raise could_not_write(self.target, error) from error
 
     def _publish(self) -> None:
         try:
@@ -191,7 +186,7 @@ class PendingCheckpoint:
             described = self._together(lambda: checkpoint_folder.describe_files(self.partial, own))
             self._together(lambda: self._take_its_place({k: v for part in described for k, v in part.items()}))
         except (OSError, RuntimeError) as error:
-            raise _could_not_write(self.target, error) from error
+            raise could_not_write(self.target, error) from error
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """What every rank's action gives; the first OSError of any is raised on all, so that none waits for it."""
@@ -211,34 +206,6 @@ class PendingCheckpoint:
             checkpoint_folder.write_manifest(self.partial, files)
             checkpoint_folder.publish(self.partial, self.target)
             checkpoint_folder.delete_old(self.target.parent, self.keeping.last, self.keeping.every)
-
-
-_LOST = re.compile(
-    r"connection (closed|reset|refused)|peer|broken pipe|socket|timed? ?out|abort(ed)?|nccl|gloo|heartbeat|EOFError",
-    re.I,
-)
-"""How torch's process groups say that another rank is gone."""
-_DISK = re.compile(r"OSError|No space|Disk quota|File too large|PytorchStreamWriter|failed writing file", re.I)
-
-
-def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
-    """What to tell: a disk is full, another rank has died, or what the error says, none taken for another."""
-    reason = str(error) or type(error).__name__
-    if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
-        reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
-    untouched = "Earlier checkpoints and the rollouts since then are untouched."
-    is_disk = not isinstance(error, ConnectionError) and (isinstance(error, OSError) or _DISK.search(reason))
-    if not is_disk and (isinstance(error, (ConnectionError, EOFError, DistError)) or _LOST.search(reason)):
-        return CheckpointError(
-            f"the checkpoint {target} could not be written: another rank or its writer died or fell silent meanwhile "
-            f"({' '.join(reason.split())[:300]}). {untouched} See what the first rank that failed says, or whether the "
-            "system ended it (out of memory), and start the same command again: it goes on from them."
-        )
-    return CheckpointError(
-        f"the checkpoint {target} could not be written: {reason}{free_space(target.parent)}. {untouched} Make room or "
-        "mend "
-        "the folder's permissions, and start the same command again: it goes on from them."
-    )
 
 
 def _set_results_queue(asynchronous: bool) -> None:

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import DistBackendError
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fipo.actor.checkpoint import _could_not_write
+from megatron_fipo.actor.checkpoint_error import could_not_write
 
 CLOSED = "[../third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:43210"
 ZIP = "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"
@@ -30,7 +30,7 @@ def _failed(*errors: Exception) -> CheckpointException:
     ],
 )
 def test_a_dead_rank_is_no_full_disk(tmp_path: Path, error: Exception) -> None:
-    message = str(_could_not_write(tmp_path / "step_000001", error))
+    message = str(could_not_write(tmp_path / "step_000001", error))
     assert "another rank or its writer died or fell silent" in message
     assert "Make room" not in message
     assert "free there" not in message
@@ -49,7 +49,14 @@ def test_a_dead_rank_is_no_full_disk(tmp_path: Path, error: Exception) -> None:
     ],
 )
 def test_a_disk_is_one(tmp_path: Path, error: Exception) -> None:
-    message = str(_could_not_write(tmp_path / "step_000001", error))
+    message = str(could_not_write(tmp_path / "step_000001", error))
     assert "Make room or mend the folder's permissions" in message
     assert "GiB are free there" in message
+    assert "died" not in message
+
+
+def test_what_is_neither_is_told_as_it_is(tmp_path: Path) -> None:
+    message = str(could_not_write(tmp_path / "step_000001", RuntimeError("dictionary changed size")))
+    assert "could not be written: dictionary changed size. Earlier checkpoints" in message
+    assert "Make room" not in message
     assert "died" not in message
