@@ -38,7 +38,8 @@ def could_not_write(target: Path, error: BaseException) -> CheckpointError:
         )
     if not is_disk and not isinstance(error, CheckpointException):
         return CheckpointError(
-            f"the checkpoint {target} could not be written: {' '.join(reason.split())}. {untouched} Start the same command "
+            f"the checkpoint {target} could not be written: {' '.join(reason.split())}. {untouched} Start the same "
+            "command "
             "again: it goes on from them."
         )
     return CheckpointError(
