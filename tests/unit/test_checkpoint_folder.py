@@ -155,6 +155,15 @@ def test_an_entry_that_becomes_another_is_noticed(megatron: Path) -> None:
         assert "an entry is there twice" in what_is_said(megatron)[0]
 
 
+def test_an_entry_that_is_lost_with_its_file_is_noticed(megatron: Path) -> None:
+    """Only the manifest's own checksum knows that there was one."""
+    manifest = json.loads((megatron / "manifest.json").read_text())
+    del manifest["files"]["__1_0.distcp"]
+    (megatron / "__1_0.distcp").unlink()
+    (megatron / "manifest.json").write_text(json.dumps(manifest))
+    assert "has changed since it was written (its CRC-32 differs)" in what_is_said(megatron)[0]
+
+
 def test_a_file_that_is_not_listed_is_noticed_if_it_would_be_loaded(megatron: Path) -> None:
     (megatron / "note.txt").write_text("a note of somebody's does no harm")
     assert what_is_said(megatron) == []
