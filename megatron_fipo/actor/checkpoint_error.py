@@ -20,7 +20,10 @@ _LOST = re.compile(
     re.I,
 )
 """How torch's process groups say that another rank is gone."""
-_DISK = re.compile(r"OSError|No space|Disk quota|File too large|PytorchStreamWriter|failed writing file", re.I)
+# torch's zip writer tells of a full disk only where its file stands: "[enforce fail at inline_container.cc:672] . ...".
+_DISK = re.compile(
+    r"OSError|No space|Disk quota|File too large|PytorchStreamWriter|inline_container|failed writing", re.I
+)
 
 
 def could_not_write(target: Path, error: BaseException) -> CheckpointError:

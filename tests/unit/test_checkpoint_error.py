@@ -43,6 +43,7 @@ def test_a_dead_rank_is_no_full_disk(tmp_path: Path, error: Exception) -> None:
         OSError(28, "No space left on device"),
         PermissionError(13, "Permission denied"),
         RuntimeError(ZIP),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 19968 vs 19862"),
         RuntimeError("<class 'OSError'>"),
         _failed(OSError(28, "No space left on device"), RuntimeError(CLOSED)),
         _failed(),
