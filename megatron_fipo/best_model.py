@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from megatron_fipo.disk import write_text_whole
+
 RECORD = "best.json"
 """In the folder: which step's model it is, by which metric and value."""
 
@@ -41,6 +43,9 @@ class BestModel:
 
         Args:
             step: steps done.
+
+        Raises:
+            DiskError: on the rank that writes, after the last collective call.
         """
         value = metrics.get(self._metric, math.nan)
         if not self._metric or not value > self.value:  # NaN is never better
@@ -51,6 +56,6 @@ class BestModel:
         self._export(self._folder)
         if self._is_writer:
             record = {"step": step, "metric": self._metric, "value": value}
-            (self._folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_text_whole(self._folder / RECORD, json.dumps(record, indent=2) + "\n")
         than = f" (before: {before:.3f})" if math.isfinite(before) else ""
         return f"best so far: {self._metric} = {value:.3f} after {step} steps{than}; the model is in {self._folder}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_fipo.disk import write_text_whole
 from megatron_fipo.rl.verifiers.verdict import metric_part
 
 if TYPE_CHECKING:
@@ -245,12 +246,13 @@ def _means_of_parts(problems: Iterable[ProblemResult]) -> dict[str, float]:
 
 
 def write_problems(path: str | Path, problems: Iterable[ProblemResult]) -> None:
-    """Write one JSON object a line for each problem, replacing the file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for problem in problems:
-            file.write(json.dumps(problem.row(), ensure_ascii=False) + "\n")
+    """Write one JSON object a line for each problem, replacing the file when all of them are written.
+
+    Raises:
+        DiskError: if it cannot be written; the file is as it was.
+    """
+    lines = (json.dumps(problem.row(), ensure_ascii=False) + "\n" for problem in problems)
+    write_text_whole(Path(path), "".join(lines))
 
 
 def _pass_sizes(k: int) -> list[int]:

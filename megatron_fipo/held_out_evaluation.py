@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config
+from megatron_fipo.disk import DiskError, write_text_whole
 from megatron_fipo.evaluation import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
 from megatron_fipo.generation import GroupGenerator
 from megatron_fipo.metrics.console import Console, ShownSample
@@ -48,20 +49,30 @@ class HeldOutEvaluation:
             compare: show the scores of the evaluation "before" beside these, if this run or the one that it goes on
                 from has made it.
             announce: show samples and a table.
+
+        Raises:
+            DiskError: on the rank that writes, after the last collective call.
+            ValueError: there too, if the scores to compare with are damaged.
         """
         metrics: dict[str, float] = {}
         self._solved = []
+        unwritten: DiskError | None = None
         for source, prompts in self._sets.items():
             groups = self._generate(prompts)
             self._solved += [group.prompt for group in groups if all(sample.accuracy == 1 for sample in group.samples)]
             problems = [ProblemResult.from_group(group) for group in groups]
             metrics |= evaluate_problems(problems)[source].metrics
             if self._folder is not None:
-                write_problems(self._folder / f"{when}_{source}.jsonl", problems)
+                try:
+                    write_problems(self._folder / f"{when}_{source}.jsonl", problems)
+                except DiskError as error:  # told at the end, since other ranks go on to generate the next source
+                    unwritten = error
             if announce:
                 self._show_samples(when, source, groups)
+        if unwritten is not None:
+            raise unwritten
         if self._folder is not None and metrics:
-            (self._folder / f"{when}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_text_whole(self._folder / f"{when}.json", json.dumps(metrics, indent=2) + "\n")
             if announce:
                 before = self.scores_before() if compare else {}
                 title = "Held-out, before and after" if before else "Held-out"
@@ -90,8 +101,12 @@ class HeldOutEvaluation:
         """What training began with, as this run or the one that it goes on from wrote it; empty where nothing did."""
         if self._folder is None or not (path := self._folder / "before.json").is_file():
             return {}
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(scores, dict)
+        try:
+            scores = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise _no_scores(path, str(error)) from error
+        if not isinstance(scores, dict) or not all(type(value) in (int, float) for value in scores.values()):
+            raise _no_scores(path, "numbers by name were expected")
         return scores
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[Group]:
@@ -121,6 +136,14 @@ class HeldOutEvaluation:
                 for prompt, sample in shown
             ],
         )
+
+
+def _no_scores(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} does not hold the scores that training began with ({reason}). Restore it from a copy, or delete it: "
+        "the "
+        "comparison at the end is then left out."
+    )
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:

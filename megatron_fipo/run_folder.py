@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import IO
 
 from megatron_fipo.config import Config, save_resolved
+from megatron_fipo.disk import deleted, disk_error, writing
 from megatron_fipo.metrics.provenance import save_provenance
+
+_LOCK = "run.lock"
+_BEFORE_A_RUN = {"evaluation", "jobs", "servers"}
+"""What commands that come before a run make in its folder."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,14 @@ class RunLock:
         Raises:
             ValueError: if another process holds the folder, saying which.
         """
-        path = root / "run.lock"
-        self._file: IO[str] = path.open("a+", encoding="utf-8")
+        path = root / _LOCK
+        self._root, self._path = root, path
+        self._file: IO[str] = path.open("a+", encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            holder = self._file.read(300).strip() or "another process"
             self._file.close()
             raise ValueError(
                 f"run.output_dir={root}: another run is writing there ({holder}). Two would destroy each other's "
@@ -83,6 +89,22 @@ class RunLock:
         )
         self._file.flush()
 
+    def check(self) -> None:
+        """See that the folder is still the one that was locked.
+
+        Raises:
+            DiskError: if it, or its lock, was deleted or replaced: another run could take it.
+        """
+        held = os.fstat(self._file.fileno())
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            raise deleted(self._root if not self._root.exists() else self._path) from None
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            raise deleted(self._root)
+
     def release(self) -> None:
         """Let another run have the folder."""
         self._file.close()
@@ -91,21 +113,25 @@ class RunLock:
 def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
     """Make the run's folder, lock it, and write its provenance. One rank alone calls this.
 
-    With train.resume=false a folder of an earlier run is renamed, never overwritten. The configuration is not written
-    yet (`record_config` does that): a run that may not resume is to leave the old one's as it was.
+    With train.resume=false a folder of an earlier run is renamed, never overwritten; a folder of anything else is
+    refused. The configuration is not written yet (`record_config` does that): a run that may not resume is to leave
+    the old one's as it was.
 
     Returns:
         (the folder, its lock, a line about what was set aside, or empty).
 
     Raises:
-        ValueError: if the folder cannot be written to, or another run is writing to it.
+        ValueError: if the folder cannot be written to, another run is writing to it, or it is to be set aside and is no
+            run's.
     """
     folder = RunFolder(Path(config.run.output_dir))
     note = ""
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        if not config.train.resume:
+            _check_is_a_runs(folder.root)
         lock = RunLock(folder.root)
-        if not config.train.resume and any(path.name != "run.lock" for path in folder.root.iterdir()):
+        if not config.train.resume and any(path.name != _LOCK for path in folder.root.iterdir()):
             aside = _free_name(folder.root)
             folder.root.rename(aside)
             lock.release()
@@ -120,10 +146,31 @@ def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
     return folder, lock, note
 
 
+def _check_is_a_runs(root: Path) -> None:
+    """Refuse to set aside a folder that no run has made, whatever else lies in it.
+
+    A run leaves its lock, or its configuration with its provenance; what is done before it leaves only folders of its
+    own.
+    """
+    names = {path.name for path in root.iterdir()}
+    if _LOCK in names or {"config.yaml", "provenance.json"} <= names or names <= _BEFORE_A_RUN:
+        return
+    others = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3])
+    raise ValueError(
+        f"run.output_dir={root} holds {others}{' and more' if len(names) > 3 else ''}, and no run has written there; "
+        "train.resume=false would rename it. Set another run.output_dir, or move what is in it yourself."
+    )
+
+
 def record_config(config: Config, folder: RunFolder) -> None:
-    """Write the run's configuration and provenance beside it. One rank alone calls this."""
-    save_resolved(config, folder.root)
-    save_provenance(folder.root)
+    """Write the run's configuration and provenance beside it. One rank alone calls this.
+
+    Raises:
+        DiskError: if they cannot be written.
+    """
+    with writing(folder.root):
+        save_resolved(config, folder.root)
+        save_provenance(folder.root)
 
 
 def _free_name(path: Path) -> Path:

@@ -89,16 +89,17 @@ class SavedRun:
         warn = self._console.warning
         checkpoint = find_whole_checkpoint(self._folder.checkpoints, self._actor.groups, on_fault=warn)
         if checkpoint is None:
-            self._discard_foreign_rollouts()
+            self._discard_foreign_rollouts(0)
             return None
-        self._check(checkpoint, load_loop_state(checkpoint))
+        state = load_loop_state(checkpoint)
+        self._check(checkpoint, state)
         state = load_checkpoint(self._actor, checkpoint)
         num_updates = state.get("num_updates", 0)
         more = f" and {num_updates} updates of the next" if num_updates else ""
         self._console.info(f"resumed from {checkpoint}: {state['next_step']} steps are done{more}")
         if not rng_state.restore(state["rng"], self._actor.groups):
             self._console.info(f"the checkpoint was written by {len(state['rng'])} ranks; their random states are left")
-        self._discard_foreign_rollouts()
+        self._discard_foreign_rollouts(state["next_step"])
         return state
 
     def export(self, folder: Path) -> None:
@@ -129,6 +130,13 @@ class SavedRun:
 
     def _check(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Compare the checkpoint's configuration and model with this run's."""
+        if not all(isinstance(state.get(name), dict) for name in ("config", "model", "prompts", "sampler")):
+            raise ValueError(
+                f"{checkpoint} does not hold what this version of a run goes on from. Go on with the version that "
+                "saved it, "
+                "delete it to go on from the one before, or set train.resume=false to start over (the old run is "
+                "renamed)."
+            )
         check = check_resume(state["config"], self._config, is_mid_step=bool(state.get("num_updates")))
         shape = asdict(self._actor.shape)
         refused = [*check.refused]
@@ -147,8 +155,9 @@ class SavedRun:
         if check.shown:
             self._console.info("changed since the checkpoint: " + "; ".join(check.shown))
 
-    def _discard_foreign_rollouts(self) -> None:
-        discarded = self._ledger.discard_others() if self._is_leader else 0
+    def _discard_foreign_rollouts(self, first_step: int) -> None:
+        """Those of steps that are done stay, for the older checkpoints that they belong to."""
+        discarded = self._ledger.discard_others(first_step) if self._is_leader else 0
         exchange.barrier(self._actor.groups.world)
         if discarded:
             self._console.warning(

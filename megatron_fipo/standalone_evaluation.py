@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,8 +22,10 @@ from megatron_fipo.config import (
     values_for_comparison,
     verifier_weights,
 )
+from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.disk import DiskError, write_text_whole, writing
 from megatron_fipo.evaluation import (
     EVALUATION_STEP,
     EvaluationResult,
@@ -72,11 +75,16 @@ def evaluate_folder(
     Raises:
         ValueError: if the configuration has no evaluation data, or the folder no model.
         ServerError: if the rollout servers do not come up.
+        DiskError: if a response could not be recorded.
         EvaluationStoppedError: after Ctrl-C or SIGTERM.
     """
     if not config.data.evaluation:
         raise ValueError("data.evaluation is empty: there is nothing to evaluate on. Name a source there.")
     read_model_config(model_path)
+    if warning := check_weights(model_path):
+        if config.rollout.engine != "in_process":  # a server may read the files that are left over, and in training the
+            raise ValueError(warning)  # actor's weights then take their place; here nothing does
+        console.warning(warning)
     config = replace(config, model=replace(config.model, path=model_path))
     tokenizer = load_tokenizer(model_path)
     inspected = inspect_own(config)
@@ -88,7 +96,8 @@ def evaluate_folder(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     ledger = RolloutLedger(folder / "responses", 0, _fingerprint(config), decode)
     if ledger.discard_others():
         console.warning("responses recorded for another model or other settings were found and deleted")
@@ -213,9 +222,16 @@ def run(config: Config, model_path: str, output_dir: str) -> int:
     except EvaluationStoppedError:
         console.info("stopped by a signal; the same command generates what is missing")
         return EXIT_STOPPED
+    except DiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     metrics = {name: value for result in results.values() for name, value in result.metrics.items()}
-    write_problems(folder / "problems.jsonl", problems)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    try:
+        write_problems(folder / "problems.jsonl", problems)
+        write_text_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    except DiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     console.evaluation_table(model_path, {name.removeprefix("evaluation/"): value for name, value in metrics.items()})
     console.info(f"problems and metrics: {folder}")
     return 0

@@ -41,8 +41,10 @@ from megatron_fipo.config import (
     verifier_weights,
     warnings_for,
 )
+from megatron_fipo.convert.weight_files import find_weight_files
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.disk import DiskError
 from megatron_fipo.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
 from megatron_fipo.error_net import EXIT_STOPPED as EXIT_STOPPED
 from megatron_fipo.error_net import report
@@ -173,26 +175,26 @@ class Trainer:
         """
         config = self.config
         self.verifiers.wait_until_ready()  # what cannot judge is told before anything is generated
-        if config.train.resume:
-            self._resume()
-        if self.is_leader:
-            record_config(config, self.folder)
-        sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
+        if config.train.resume and self._resume():
+            self._finish_again()
+            return
+        self._on_leader(lambda: record_config(config, self.folder))
+        sinks = self._open_sinks()
         with sinks, self.interrupt:
             if self.next_step == 0:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
                 # A first step that was stopped half-way has been evaluated before, and its weights have moved since.
                 is_untouched = self._half_step is None
-                before = self._evaluate("before") if is_untouched else self.evaluation.scores_before()
+                before = self._evaluate("before") if is_untouched else self._scores_before()
                 self.best.note(0, before)
-                sinks.write(0, before)
+                self._record(sinks, 0, before)
             if self._evaluation_is_due:
                 self._evaluate_step(sinks)
             while self.next_step < config.train.num_steps and not self._ended_by:
                 step = self.next_step
                 metrics = self.train_step(step)
                 self.next_step = step + 1
-                sinks.write(step, metrics)
+                self._record(sinks, step, metrics)
                 self.console.step_line(step, metrics)
                 self._end_if_met(metrics)
                 if _is_due(self.next_step, config.evaluation.every_num_steps):
@@ -201,8 +203,8 @@ class Trainer:
             self._state_to_go_on_from = lambda: self._loop_state(self.next_step)
             after = self._evaluate("after", compare=True)
             self._keep_if_best(after)
-            sinks.write(self.next_step, after)
-            self._save(self._loop_state(self.next_step))
+            self._record(sinks, self.next_step, after)
+            self._save({**self._loop_state(self.next_step), "finished": True})
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
         self._say_where_things_lie()
@@ -349,7 +351,15 @@ class Trainer:
     def _evaluate(self, when: str, **options: bool) -> dict[str, float]:
         """Evaluate the policy as it is now."""
         self.handover.to_rollout(self.next_step)
-        return self.evaluation.run(when, **options)
+        self._check_folder()
+        metrics: dict[str, float] = {}
+        self._on_every_rank(lambda: metrics.update(self.evaluation.run(when, **options)))
+        return metrics
+
+    def _scores_before(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        self._on_leader(lambda: metrics.update(self.evaluation.scores_before()))
+        return metrics
 
     def _evaluate_step(self, sinks: SinkGroup) -> None:
         """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""
@@ -358,7 +368,7 @@ class Trainer:
         self._keep_if_best(scores)
         if self._stop_rule is not None and self._stop_rule.metric in scores:
             self._end_if_met(scores)
-        sinks.write(self.next_step - 1, scores)
+        self._record(sinks, self.next_step - 1, scores)
         self._evaluation_is_due = False
 
     def _keep_if_best(self, scores: Mapping[str, float]) -> None:
@@ -366,8 +376,10 @@ class Trainer:
         if not self.config.checkpoint.keep_best:
             return
         self.handover.to_training()  # its weights may be lent out
-        if said := self.best.note(self.next_step, scores):
-            self.console.info(said)
+        said: list[str] = []
+        self._on_every_rank(lambda: said.append(self.best.note(self.next_step, scores)))
+        if said[0]:
+            self.console.info(said[0])
 
     def _end_if_met(self, metrics: Mapping[str, float]) -> None:
         """Make this step the last one where `train.stop_when` says so."""
@@ -406,6 +418,51 @@ class Trainer:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
+    def _on_every_rank(self, action: Callable[[], object]) -> None:
+        """Do what one rank's disk or files may fail at; the error of any is raised on all. Collective."""
+        failed: tuple[type[DiskError] | type[ValueError], str] | None = None
+        try:
+            action()
+        except DiskError as error:
+            failed = DiskError, str(error)
+        except ValueError as error:
+            failed = ValueError, str(error)
+        for found in exchange.all_gather_objects(failed, self.ranks.world):
+            if found:
+                kind, message = found
+                raise kind(message)
+
+    def _on_leader(self, action: Callable[[], object]) -> None:
+        self._on_every_rank(action if self.is_leader else lambda: None)
+
+    def _open_sinks(self) -> SinkGroup:
+        opened: list[SinkGroup] = []
+        enabled, first = self.is_leader, self.next_step
+        self._on_every_rank(
+            lambda: opened.append(open_sinks(self.config, self.folder.root, resumed_step=first, enabled=enabled))
+        )
+        return opened[0]
+
+    def _record(self, sinks: SinkGroup, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics down. Collective."""
+        self._check_folder()
+        self._on_every_rank(lambda: sinks.write(step, metrics))
+
+    def _check_folder(self) -> None:
+        """See that nobody has taken the run's folder away, before more is written into it. Collective."""
+        self._on_every_rank(lambda: self._lock.check() if self._lock is not None else None)
+
+    def _finish_again(self) -> None:
+        """A run that was finished before has nothing to do but to export what is not there."""
+        self.console.info(
+            f"the run is finished: its {self.next_step} steps are done and saved, and nothing is done again. "
+            f"{f'Change train.stop_when={self._ended_by}' if self._ended_by else 'Raise train.num_steps'} to go on, or "
+            "set train.resume=false to start over (this run is renamed)"
+        )
+        if self.config.checkpoint.export_huggingface and not self.folder.huggingface.is_dir():
+            self.saved.export(self.folder.huggingface)
+        self._say_where_things_lie()
+
     def _prepare_folder(self) -> tuple[RunFolder, RunLock | None]:
         """The run's folder, and on the leader its lock. Collective; an error of the leader is raised everywhere."""
         folder, lock, note, problem = RunFolder(Path(self.config.run.output_dir)), None, "", ""
@@ -439,13 +496,15 @@ class Trainer:
             self._save(self._loop_state(self.next_step), in_background=True)
 
     def _save(self, state: Mapping[str, Any], *, in_background: bool = False) -> None:
+        self._check_folder()
         self.handover.to_training()  # the actor's weights may be lent out
         self.saved.save(state, in_background=in_background)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take up what was saved, if anything; whether the run was finished."""
         state = self.saved.restore()
         if state is None:
-            return
+            return False
         self.next_step = state["next_step"]
         self.prompts.load_state_dict(state["prompts"])
         self.sampler.load_state_dict(state["sampler"])
@@ -456,6 +515,8 @@ class Trainer:
         self._ended_by = self.config.train.stop_when if state.get("ended_by") == self.config.train.stop_when else ""
         if state.get("num_updates"):
             self._half_step = _HalfStep(restore_results(state["results"], self.ranks), state["old_log_probs"])
+        is_at_its_end = self.next_step >= self.config.train.num_steps or bool(self._ended_by)
+        return bool(state.get("finished")) and is_at_its_end
 
     def _leave_if_asked(self) -> None:
         """Save and leave if any rank has received a signal: after every update, around every generation. Collective."""
@@ -523,7 +584,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
-        return _train(config, warnings_for(config, model_config), [arguments.config, *arguments.overrides])
+        warnings = warnings_for(config, model_config)
+        if left_over := find_weight_files(config.model.path).warning():
+            warnings = [*warnings, left_over]
+        return _train(config, warnings, [arguments.config, *arguments.overrides])
     except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
         return report(error, say_once)
 
@@ -549,7 +613,7 @@ def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) ->
         console.command("stopped by a signal, and saved; this goes on from the checkpoint:", command)
         return EXIT_STOPPED
     except (
-        *(BatchNotFilledError, NonFiniteError, NotFiniteError, CheckpointError),
+        *(BatchNotFilledError, NonFiniteError, NotFiniteError, CheckpointError, DiskError),
         *(ServerError, OtherRankError, WorkerStartError),
     ) as error:
         say_once(f"error: {error}")

@@ -196,14 +196,21 @@ class Actor:
 
     def _load_chunks(self) -> list[nn.Module]:
         config = self._config
-        chunks = build_model(self.shape, config.model, config.parallel, self.groups)
-        load_weights(
-            [unwrap(chunk) for chunk in chunks],
-            config.model.path,
-            self.shape,
-            tp_size=self.groups.tp.size(),
-            tp_rank=self.groups.tp.rank(),
-        )
+        chunks, problem = build_model(self.shape, config.model, config.parallel, self.groups), ""
+        try:
+            load_weights(
+                [unwrap(chunk) for chunk in chunks],
+                config.model.path,
+                self.shape,
+                tp_size=self.groups.tp.size(),
+                tp_rank=self.groups.tp.rank(),
+            )
+        except ValueError as error:
+            problem = str(error)
+        # A weight that cannot be used may be one pipeline stage's alone; the others would wait for it.
+        for told in exchange.all_gather_objects(problem, self.groups.world):
+            if told:
+                raise ValueError(told)
         return chunks
 
     def _build_optimizer(self) -> Any:

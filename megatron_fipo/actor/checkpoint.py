@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import queue
-import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fipo.actor import checkpoint_folder, optimizer_state
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.checkpoint_error import CheckpointError as CheckpointError
+from megatron_fipo.actor.checkpoint_error import could_not_write
 from megatron_fipo.actor.forked_writers import ended_with_their_parent
+from megatron_fipo.convert.checkpoint_pickles import check_pickles
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
@@ -38,10 +42,6 @@ _FORMAT = {
 _MEGATRONS_OWN_WRITER: dict[str, Any] = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; those before it are untouched."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def begin_checkpoint(
             with ended_with_their_parent():
                 pending.queue.schedule_async_request(request)
     except (OSError, CheckpointException, RuntimeError) as error:
-        raise _could_not_write(target, error) from error
+        raise could_not_write(target, error) from error
     return pending
 
 
@@ -134,7 +134,7 @@ def _begin(root: Path, name: str, groups: ParallelGroups) -> tuple[Path, Path]:
             answer = error
     answer = exchange.all_gather_objects(answer, groups.world)[0]
     if isinstance(answer, OSError):
-        raise _could_not_write(root / name, answer) from answer
+        raise could_not_write(root / name, answer) from answer
     assert answer is not None
     return answer
 
@@ -176,36 +176,36 @@ class PendingCheckpoint:
         try:
             return bool(self.queue.maybe_finalize_async_calls(blocking=blocking))
         except (OSError, CheckpointException, RuntimeError) as error:
-            raise _could_not_write(self.target, error) from error
+            raise could_not_write(self.target, error) from error
 
     def _publish(self) -> None:
-        exchange.barrier(self.groups.world)
-        names = exchange.all_gather_objects(checkpoint_folder.file_names(self.partial), self.groups.world)[0]
-        own = names[self.groups.rank :: self.groups.world.size()]
-        described = exchange.all_gather_objects(checkpoint_folder.describe_files(self.partial, own), self.groups.world)
+        try:
+            exchange.barrier(self.groups.world)
+            names = exchange.all_gather_objects(checkpoint_folder.file_names(self.partial), self.groups.world)[0]
+            own = names[self.groups.rank :: self.groups.world.size()]
+            described = self._together(lambda: checkpoint_folder.describe_files(self.partial, own))
+            self._together(lambda: self._take_its_place({k: v for part in described for k, v in part.items()}))
+        except (OSError, RuntimeError) as error:
+            raise could_not_write(self.target, error) from error
+
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """What every rank's action gives; the first OSError of any is raised on all, so that none waits for it."""
+        outcome: Any
+        try:
+            outcome = action()
+        except OSError as error:
+            outcome = error
+        outcomes = exchange.all_gather_objects(outcome, self.groups.world)
+        for outcome in outcomes:
+            if isinstance(outcome, OSError):
+                raise outcome
+        return outcomes
+
+    def _take_its_place(self, files: Mapping[str, Mapping[str, int]]) -> None:
         if self.groups.rank == 0:
-            try:
-                checkpoint_folder.write_manifest(self.partial, {k: v for part in described for k, v in part.items()})
-                checkpoint_folder.publish(self.partial, self.target)
-                checkpoint_folder.delete_old(self.target.parent, self.keeping.last, self.keeping.every)
-            except OSError as error:
-                raise _could_not_write(self.target, error) from error
-        exchange.barrier(self.groups.world)
-
-
-def _could_not_write(target: Path, error: BaseException) -> CheckpointError:
-    reason = str(error)
-    if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
-        reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
-    try:
-        room = f" ({shutil.disk_usage(target.parent).free / 2**30:.1f} GiB are free there)"
-    except OSError:
-        room = ""
-    return CheckpointError(
-        f"the checkpoint {target} could not be written: {reason}{room}. Earlier checkpoints and the rollouts since "
-        "then are untouched. Make room or mend the folder's permissions, and start the same command again: it goes on "
-        "from them."
-    )
+            checkpoint_folder.write_manifest(self.partial, files)
+            checkpoint_folder.publish(self.partial, self.target)
+            checkpoint_folder.delete_old(self.target.parent, self.keeping.last, self.keeping.every)
 
 
 def _set_results_queue(asynchronous: bool) -> None:
@@ -258,9 +258,22 @@ def _faults(candidate: Path, groups: ParallelGroups) -> list[str]:
 
 
 def load_loop_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The loop's state alone. No communication."""
-    state = dist_checkpointing.load_common_state_dict(str(checkpoint))["loop"]
-    assert isinstance(state, dict)
+    """The loop's state alone. No communication.
+
+    Raises:
+        UntrustedCheckpointError: if opening the checkpoint would run code.
+        ValueError: if it is none of a run's.
+    """
+    check_pickles(checkpoint)
+    with _without_advice():
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    state = common.get("loop")
+    if not isinstance(state, dict) or type(state.get("next_step")) is not int:
+        raise ValueError(
+            f"{checkpoint} holds weights but not the state of a run, so that none can go on from it. Restore it from "
+            "a copy, "
+            "or set train.resume=false to start over (the old run is renamed)."
+        )
     return state
 
 
@@ -268,13 +281,18 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
     """Load weights and optimizer state, in whatever layout they were saved, and return the loop's state.
 
     Learning rate and Adam's constants stay those of the actor's configuration. Collective over all ranks.
+
+    Raises:
+        UntrustedCheckpointError: on every rank, if opening the checkpoint would run code.
     """
+    check_pickles(checkpoint)
     settings = optimizer_state.settings(actor.optimizer)
     for optimizer in optimizer_state.single_optimizers(actor.optimizer):
         if hasattr(optimizer, "_set_main_param_and_optimizer_states"):
             optimizer_state.keep_adam_step(optimizer)
     state = _sharded_state(actor, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    with _without_advice():
+        loaded = dist_checkpointing.load(state, str(checkpoint))
     for name, model in _named_models(actor):
         model.load_state_dict(loaded[name])
     actor.optimizer.load_state_dict(loaded["optimizer"])
@@ -284,6 +302,21 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
     loop_state = loaded["loop"]
     assert isinstance(loop_state, dict)
     return loop_state
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without what torch advises Megatron-Core to do otherwise when it loads: no user of this one can act on it.
+
+    0.16 calls torch's load_state_dict and asks ShardedTensors for their size, both of which torch is to drop; 0.19
+    calls load with its arguments in another order, and reads the common state on one rank alone, which torch points
+    out.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
+        for message in ("torch.distributed is disabled, unavailable or uninit", "The argument order of load has been"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
 
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:

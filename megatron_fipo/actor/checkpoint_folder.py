@@ -7,7 +7,8 @@
 A checkpoint is written into a folder whose name ends in .partial and a word of its own, and renamed when it is whole;
 `latest` is moved last. Whenever a run is killed, `latest` names a whole checkpoint. One that is saved anew, as by a run
 that is resumed and stopped again before its next step, goes to step_000010.again, and the next time to step_000010:
-what `latest` names is never overwritten. manifest.json lists every file with its size and CRC-32.
+what `latest` names is never overwritten. manifest.json lists every file with its size and CRC-32, and has a CRC-32 of
+its own. Manifests from before it had one are read, too.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial"
 _READ_BYTES = 1 << 24
+_NAME = re.compile(r"step_(\d+)(_update_\d+)?(\.again)?")
 
 
 def checkpoint_name(step: int, num_updates: int = 0) -> str:
@@ -33,20 +36,24 @@ def checkpoint_name(step: int, num_updates: int = 0) -> str:
 
 def step_of(checkpoint: Path) -> int:
     """Whole steps that are done in a checkpoint, from its name."""
-    match = re.match(r"step_(\d+)", checkpoint.name)
+    match = _NAME.fullmatch(checkpoint.name)
     assert match, f"{checkpoint} is no checkpoint's name"
     return int(match[1])
 
 
 def latest_name(root: Path) -> str | None:
-    """What `latest` says; None where there is none."""
+    """What `latest` says, fit to be printed whatever it says; None where there is none."""
     pointer = root / _LATEST
-    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    said = pointer.read_bytes()[:256].decode("utf-8", "backslashreplace").strip()
+    return said.encode("unicode_escape").decode("ascii")
 
 
 def by_trust(root: Path) -> list[Path]:
     """Checkpoints in the order in which they are to be tried: the one that `latest` names, then newest first."""
-    found = sorted((path for path in root.glob("step_*") if path.is_dir() and _PARTIAL not in path.name), reverse=True)
+    named = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name))  # others are not a run's
+    found = sorted((path for path in named if path.is_dir()), reverse=True)
     name = latest_name(root)
     return sorted(found, key=lambda path: path.name != name)
 
@@ -126,25 +133,62 @@ def describe_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, in
 
 def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
     """Note what belongs to a checkpoint."""
-    text = json.dumps({"files": dict(sorted(files.items()))}, indent=1)
+    text = json.dumps({"files": dict(sorted(files.items())), "crc32": _own_crc(files)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _own_crc(files: Mapping[str, Mapping[str, int]]) -> int:
+    """CRC-32 of what a manifest says, however it is spaced."""
+    return zlib.crc32(json.dumps(files, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, int]]:
     """The files of a checkpoint.
 
     Raises:
-        ValueError: if there is no manifest, or it cannot be read; the message says which.
+        ValueError: if there is no manifest, it cannot be read, or it is not as it was written; the message says which.
     """
     path = folder / MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} cannot be read ({error!r})") from error
-    assert isinstance(files, dict)
+    if not isinstance(manifest, dict) or not {"files"} <= manifest.keys() <= {"files", "crc32"}:
+        raise ValueError(f"{path} has changed since it was written (it is no list of files)")
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise ValueError(f"{path} has changed since it was written (an entry is not that of a file)")
+    if "crc32" in manifest and manifest["crc32"] != _own_crc(files):
+        raise ValueError(f"{path} has changed since it was written (its CRC-32 differs)")
+    if unlisted := [name for name in file_names(folder) if name not in files and _is_loaded(name)]:
+        raise ValueError(f"{path} does not list {', '.join(unlisted[:3])}, which is there")
     return files
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an entry is there twice")
+    return found
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether it describes a file that lies in the checkpoint."""
+    is_inside = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    return (
+        is_inside
+        and "\0" not in name
+        and isinstance(entry, dict)
+        and entry.keys() == {"bytes", "crc32"}
+        and all(type(number) is int and number >= 0 for number in entry.values())
+    )
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether a loader would read the file; others, such as a note that somebody has left, do no harm."""
+    return name.endswith(".distcp") or name in (".metadata", "metadata.json", "common.pt")
 
 
 def faults(folder: Path, names: Sequence[str], files: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -152,7 +196,7 @@ def faults(folder: Path, names: Sequence[str], files: Mapping[str, Mapping[str, 
     found = []
     for name in names:
         if not (folder / name).is_file():
-            found.append(f"{name} is missing")
+            found.append(f"{name!a} is missing" if not name.isprintable() else f"{name} is missing")
             continue
         size = (folder / name).stat().st_size
         if size != files[name]["bytes"]:

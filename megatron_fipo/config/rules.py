@@ -82,8 +82,14 @@ _DECAY = _Rule("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 _SHARE = _Rule("must be above 0 and at most 1; 1 samples from the whole distribution", lambda value: 0 < value <= 1)
 _SEED = _Rule("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 _NOT_EMPTY = _Rule("must not be empty", lambda value: bool(value.strip()))
+_ONE_FOLDER = _Rule(
+    "must be one folder's name, since run.output_dir is outputs/NAME by default: not empty, without / and not . or "
+    "..; set "
+    "run.output_dir to write elsewhere",
+    lambda value: bool(value.strip()) and value not in (".", "..") and not {*value} & {"/", "\\", "\0", "\n"},
+)
 _RULES: dict[type, dict[str, _Rule]] = {
-    RunSection: {"name": _NOT_EMPTY, "output_dir": _NOT_EMPTY, "seed": _SEED, "num_sample_prints": _AT_LEAST_0},
+    RunSection: {"name": _ONE_FOLDER, "output_dir": _NOT_EMPTY, "seed": _SEED, "num_sample_prints": _AT_LEAST_0},
     ModelSection: {
         "path": _Rule("must name a folder with a Hugging Face checkpoint", lambda value: bool(value.strip())),
         "log_prob_chunk_mib": _ABOVE_0,

@@ -70,11 +70,15 @@ def add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     """Arguments of megatron_to_hf."""
     parser.description = "Write a Megatron checkpoint (torch_dist) as a Hugging Face folder."
     parser.add_argument(
-        "source", metavar="MEGATRON", help="as hf_to_megatron wrote it, or a run's checkpoints/step_NNNNNN"
+        "source",
+        metavar="MEGATRON",
+        help="as hf_to_megatron wrote it, a run's checkpoints/step_NNNNNN, or a run's folder for its newest checkpoint",
     )
     _add_common(parser)
     parser.add_argument(
-        "--base", metavar="FOLDER", help="take config, tokenizer and generation config from here (default: MEGATRON)"
+        "--base",
+        metavar="FOLDER",
+        help="take config, tokenizer and generation config from here (default: MEGATRON, or the run's model.path)",
     )
     parser.add_argument("--shard-size", type=_size, default="2GB", metavar="SIZE", help="of a file (default: 2GB)")
     parser.set_defaults(conversion=_megatron_to_hf)
@@ -138,6 +142,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _hf_to_megatron(args: argparse.Namespace) -> int:
     from megatron_fipo.convert.to_megatron import plan_to_megatron
 
+    if warning := _left_over(args.source):
+        print(f"warning: {warning}", file=sys.stderr)
     conversion = plan_to_megatron(
         args.source,
         args.target,
@@ -150,12 +156,16 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
+    from megatron_fipo.convert.run_checkpoint import find_checkpoint
     from megatron_fipo.convert.to_hugging_face import plan_to_hugging_face
 
+    source, base = find_checkpoint(args.source, args.base)
+    if str(source) != args.source:
+        print(f"newest checkpoint: {source}", file=sys.stderr)
     conversion = plan_to_hugging_face(
-        args.source,
+        source,
         args.target,
-        base=args.base,
+        base=base,
         dtype=_dtype(args.dtype),
         shard_bytes=args.shard_size,
         overwrite=args.overwrite,
@@ -207,6 +217,8 @@ def _verify(args: argparse.Namespace) -> int:
         verified = verify_weights(
             args.source, args.others, base=args.base, dtype=_dtype(args.dtype), expected=expected, on_done=on_done
         )
+    if warning := _left_over(args.source):
+        print(f"warning: {warning}", file=sys.stderr)
     for problem in verified.problems:
         print(f"error: {problem}", file=sys.stderr)
     if verified.problems:
@@ -243,9 +255,15 @@ def _verify_logits(args: argparse.Namespace) -> int:
 
 
 def _weight_bytes(folder: str) -> int:
-    from pathlib import Path
+    from megatron_fipo.convert.inspection import files_of_weights
 
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files_of_weights(folder).files if file.is_file())
+
+
+def _left_over(folder: str) -> str:
+    from megatron_fipo.convert.inspection import files_of_weights
+
+    return files_of_weights(folder).warning()
 
 
 def _peak() -> str:

@@ -1,17 +1,99 @@
-"""What a Hugging Face config.json says about a dense decoder-only model, checked against what can be trained here."""
+"""What a Hugging Face config.json says about a dense decoder-only model, checked against what can be trained here.
+
+Every key that changes what the model computes is either applied or refused by name: one that the trainer passed over
+and a rollout engine did not would train another policy than the one that answers.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_fipo.convert.hf_rope import rope_theta
 
 FAMILIES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
 """config.json's model_type -> name of the conversion table."""
 
 _QWEN3_HEAD_DIM = 128
 """What transformers assumes for a qwen3 config without head_dim, whatever the hidden size."""
+
+_QWEN_KEY_VALUE_HEADS = 32
+"""What transformers assumes for a qwen2 or qwen3 config without num_key_value_heads."""
+
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+_APPLIED = {
+    *_SIZES,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_type",
+    "partial_rotary_factor",
+    "rotary_pct",
+    "rope_partial_factor",
+}
+"""Keys that are read, here or in `hf_rope`."""
+
+_WITHOUT_EFFECT = {
+    "initializer_range",  # of random weights
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "is_llama_config",
+    "attn_implementation",  # how, not what
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_flash_attn_2_enabled",
+    "use_flash_attn",
+    "use_flash_attention",
+    "use_flash_attention_2",
+    "original_max_position_embeddings",  # of scaled RoPE, which is refused
+    "max_window_layers",  # of sliding windows, which are refused
+    "sliding_window",  # the same
+}
+"""Keys that look as if they changed the computation, and do not."""
+
+_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "only silu is supported"),
+    "hidden_activation": (("silu", "swish"), "only silu is supported"),
+    "use_sliding_window": ((), "sliding windows are not supported"),
+    "mlp_bias": ((), "biases in the MLP are not supported"),
+    "attention_dropout": ((0,), "dropout is not supported"),
+    "pretraining_tp": ((0, 1), "weights that are multiplied in slices are not supported"),
+    "quantization_config": ((), "quantized weights are not supported; take the model's unquantized folder"),
+    "compression_config": ((), "quantized weights are not supported; take the model's unquantized folder"),
+    "is_decoder": ((True,), "only decoders are supported"),
+    "is_encoder_decoder": ((), "only decoders are supported"),
+    "is_causal": ((True,), "only causal attention is supported"),
+    "add_cross_attention": ((), "cross-attention is not supported"),
+    "position_embedding_type": (("rope", "absolute"), "only RoPE is supported"),
+    "transformers_weights": ((), "weights are read from model.safetensors or the files of its index"),
+    "adapters": ((), "adapters are not applied; merge them into the weights first"),
+    "peft_config": ((), "adapters are not applied; merge them into the weights first"),
+}
+"""Key -> (values besides null, false and nothing at all that change nothing, why any other is refused)."""
+
+_SPEAKS_OF_THE_COMPUTATION = re.compile(
+    r"scal|drop|embd|multiplier|softcap|soft_cap|capping|expert|moe|rope|rotary|window|bias|norm|quant|attn|attention|mup"
+    r"|alibi|residual|hidden|logit|embed|chunk|adapter|lora|mamba|ssm|conv|sparse|(^|_)mtp|nextn|layer|head|(^|_)act"
+    r"|_act(_|$)|activation|router|gate|qkv|clip"
+)
+"""Names of keys that none of the families knows and that would not be harmless if an engine knew them."""
+
+_TELLS_ONLY = re.compile(
+    r"_tokens?(_|$)|_token_id|tokenizer|version|_name|_path|date|note|^_commit|chunk_size_feed_forward"
+)
+"""Among them, names of what only describes the folder."""
 
 
 @dataclass(frozen=True)
@@ -55,60 +137,151 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist. model.path must be a folder with a Hugging Face checkpoint.")
+    return model_shape(read_object(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: if it cannot be read or holds something else, naming the file.
+    """
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return model_shape(raw, str(path))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+        raise ValueError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}; an object was expected. Copy or download it again.")
+    return raw
 
 
 def model_shape(raw: dict[str, Any], place: str) -> ModelShape:
     """The same from a config that is read already; `place` names it in errors."""
-    family = FAMILIES.get(raw.get("model_type", ""))
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{place}: model_type={raw.get('model_type')!r} is not supported; supported are {known}.")
-    _refuse(raw, place, "hidden_act", raw.get("hidden_act", "silu") != "silu", "only silu is supported")
-    _refuse(raw, place, "use_sliding_window", bool(raw.get("use_sliding_window")), "sliding windows are not supported")
-    _refuse(raw, place, "mlp_bias", bool(raw.get("mlp_bias")), "biases in the MLP are not supported")
-    _refuse(raw, place, "attention_dropout", bool(raw.get("attention_dropout")), "dropout is not supported")
-    sliding = any(kind != "full_attention" for kind in raw.get("layer_types") or [])
-    _refuse(raw, place, "layer_types", sliding, "only full attention is supported")
-    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(raw.get(key), int):
-            raise ValueError(f"{place}: {key}={raw.get(key)!r} should be a whole number.")
-    heads = raw["num_attention_heads"]
-    default_head_dim = _QWEN3_HEAD_DIM if family == "qwen3" else raw["hidden_size"] // heads
+        raise ValueError(f"{place}: model_type={model_type!r} is not supported; supported are {known}.")
+    _check_architecture(raw, place, family)
+    _check_switches(raw, place, family)
+    sizes = {key: _whole_number(raw, place, key) for key in _SIZES}
+    heads = sizes["num_attention_heads"]
+    groups = _key_value_heads(raw, place, family, heads)
     # Qwen2 has a bias on q, k and v and says so nowhere; where attention_bias exists, it means o_proj too.
-    attention_bias = family != "qwen2" and bool(raw.get("attention_bias"))
+    attention_bias = family != "qwen2" and _switch(raw, place, "attention_bias")
     return ModelShape(
         family=family,
-        num_layers=raw["num_hidden_layers"],
-        hidden_size=raw["hidden_size"],
-        ffn_hidden_size=raw["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        ffn_hidden_size=sizes["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or default_head_dim,
-        vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rope_theta=_rope_theta(raw, place),
-        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        num_query_groups=groups,
+        head_dim=_head_dim(raw, place, family, heads),
+        vocab_size=sizes["vocab_size"],
+        max_position_embeddings=_whole_number(raw, place, "max_position_embeddings", 2048),
+        rope_theta=rope_theta(raw, place),
+        norm_epsilon=_positive(raw, place, "rms_norm_eps", 1e-6),
+        tied_embeddings=_switch(raw, place, "tie_word_embeddings"),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         qk_norm=family == "qwen3",
     )
 
 
-def _refuse(raw: dict[str, Any], place: str, key: str, refused: bool, reason: str) -> None:
-    if refused:
-        raise ValueError(f"{place}: {key}={raw[key]!r}: {reason}.")
+def _check_architecture(raw: dict[str, Any], place: str, family: str) -> None:
+    """Engines choose the model's class by `architectures`, transformers by model_type: they must mean the same."""
+    named = raw.get("architectures")
+    expected = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]
+    if named and named != [expected]:
+        raise ValueError(
+            f"{place}: architectures={named!r}: a {family} model that generates is [{expected!r}], and rollout engines "
+            "would run another. Take the folder of a model for text generation."
+        )
 
 
-def _rope_theta(raw: dict[str, Any], place: str) -> float:
-    """RoPE's base, from where transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{place}: RoPE scaling of type {kind!r} is not supported; only plain RoPE is.")
-    return float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+def _check_switches(raw: dict[str, Any], place: str, family: str) -> None:
+    """Refuse whatever would change the computation and is not applied here."""
+    for key, value in raw.items():
+        if value is None or value is False or value in ([], {}, ""):
+            continue
+        neutral, reason = _NEUTRAL.get(key, (None, ""))
+        if neutral is not None:
+            if value not in neutral:
+                raise ValueError(f"{place}: {key}={_short(value)}: {reason}.")
+        elif key == "layer_types":
+            if not isinstance(value, list) or any(kind != "full_attention" for kind in value):
+                raise ValueError(f"{place}: layer_types={_short(value)}: only full attention is supported.")
+        elif key == "sliding_window" and family == "llama":  # the others have use_sliding_window beside it
+            raise ValueError(f"{place}: sliding_window={value!r}: sliding windows are not supported.")
+        elif key not in _APPLIED | _WITHOUT_EFFECT and _may_compute(key, value):
+            raise ValueError(
+                f"{place}: {key}={_short(value)}: this key is none of a {family} model's, it is not applied in "
+                "training "
+                "and an engine might apply it. Delete it from a copy of config.json if the model does not need it."
+            )
+
+
+def _may_compute(key: str, value: Any) -> bool:
+    """Whether a key that the family does not know could mean another computation."""
+    name = key.lower()
+    if not _SPEAKS_OF_THE_COMPUTATION.search(name) or _TELLS_ONLY.search(name):
+        return False
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return True
+    is_factor = re.search(r"scale|scaling|multiplier|factor", name)
+    return value != (1 if is_factor else 0)
+
+
+def _whole_number(raw: dict[str, Any], place: str, key: str, default: int | None = None) -> int:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{place}: {key}={value!r} should be a whole number.")
+    if value < 1:
+        raise ValueError(f"{place}: {key}={value!r} should be a whole number from 1 on.")
+    return value
+
+
+def _positive(raw: dict[str, Any], place: str, key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{place}: {key}={value!r} should be a number above 0.")
+    return value
+
+
+def _switch(raw: dict[str, Any], place: str, key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{place}: {key}={value!r} should be true or false.")
+    return bool(value)
+
+
+def _key_value_heads(raw: dict[str, Any], place: str, family: str, heads: int) -> int:
+    default = heads if family == "llama" else _QWEN_KEY_VALUE_HEADS
+    groups = heads if raw.get("num_key_value_heads", default) is None else None
+    groups = groups or _whole_number(raw, place, "num_key_value_heads", default)
+    if heads % groups:
+        raise ValueError(f"{place}: num_key_value_heads={groups} should divide num_attention_heads={heads}.")
+    return groups
+
+
+def _head_dim(raw: dict[str, Any], place: str, family: str, heads: int) -> int:
+    if raw.get("head_dim") is None:
+        if family == "qwen3":
+            return _QWEN3_HEAD_DIM
+        if raw["hidden_size"] % heads:
+            raise ValueError(
+                f"{place}: num_attention_heads={heads} should divide hidden_size={raw['hidden_size']}, or head_dim be "
+                "given."
+            )
+        return int(raw["hidden_size"]) // heads
+    head_dim = _whole_number(raw, place, "head_dim")
+    if head_dim % 2:
+        raise ValueError(f"{place}: head_dim={head_dim} should be even: RoPE turns pairs.")
+    return head_dim
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

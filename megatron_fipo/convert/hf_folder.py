@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fipo.convert.families import expected_tensors
-from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.hf_config import ModelShape, read_object
+from megatron_fipo.convert.weight_files import INDEX_FILE, find_weight_files, first_of, is_buffer, tied_difference
 
 DEFAULT_SHARD_BYTES = 2 * 1000**3
 """Of one safetensors file that is written: what is held in memory while a folder is written."""
@@ -41,53 +42,103 @@ DTYPES = {
 }
 """safetensors' names of dtypes."""
 
-INDEX_FILE = "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What weights may be stored in."""
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
 _PART = re.compile(r"part-\d{5}\.safetensors")
 _FINAL = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
 
 
 class CheckpointReader:
-    """The tensors of a Hugging Face folder, read one at a time.
+    """The tensors of a Hugging Face folder, read one at a time, out of the files that transformers takes.
 
-    A file is open, and mapped into memory, only while a tensor of it is in use.
+    A file is open, and mapped into memory, only while a tensor of it is in use. Buffers that early transformers stored
+    are left out; see `weight_files`.
+
+    Attributes:
+        files: which files those are.
 
     Raises:
         ValueError: if the folder's tensors are not those that its config.json describes, naming the first that are
-            missing, unexpected or of another shape, or if a file of it cannot be read.
+            missing, unexpected or of another shape, if it does not tell which of its files are meant, if a file of it
+            cannot be read, or if the output layer is not the embedding that it is to be.
     """
 
     def __init__(self, folder: str | Path, shape: ModelShape) -> None:
         self.folder = Path(folder)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} holds no *.safetensors file; model.path needs weights in that format.")
+        self.files = find_weight_files(folder)
         self._file_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         self._dtype_of: dict[str, torch.dtype] = {}
-        for file in files:
-            with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    entry = handle.get_slice(name)
-                    self._file_of[name] = file
-                    self._shape_of[name] = tuple(entry.get_shape())
-                    self._dtype_of[name] = DTYPES[entry.get_dtype()]
+        for file in self.files.files:
+            self._note_tensors(file)
         self._check(expected_tensors(shape), shape)
+        if shape.tied_embeddings and self.has(OUTPUT):
+            self._check_tied_output()
+
+    def _note_tensors(self, file: Path) -> None:
+        owner_of = self.files.owner_of
+        if owner_of is not None and not file.is_file():
+            lost = [name for name, owner in owner_of.items() if owner == file.name]
+            raise ValueError(
+                f"{self.folder}: {INDEX_FILE} names {file.name}, which is not there. Missing: {first_of(lost)}. Copy "
+                "or "
+                "download the folder again."
+            )
+        with _opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118
+                if is_buffer(name):
+                    continue
+                if owner_of is not None and owner_of.get(name) != file.name:
+                    raise ValueError(
+                        f"{self.folder}: {file.name} holds {name}, which {INDEX_FILE} "
+                        f"{'puts into ' + owner_of[name] if name in owner_of else 'does not name'}. The index is of "
+                        "another "
+                        "save of the model; copy or download the folder again."
+                    )
+                entry = handle.get_slice(name)
+                if DTYPES.get(entry.get_dtype()) not in FLOATS:
+                    raise ValueError(
+                        f"{file}: tensor {name} is {entry.get_dtype()}; supported are float32, float16 and bfloat16, "
+                        "not "
+                        "quantized weights."
+                    )
+                self._file_of[name] = file
+                self._shape_of[name] = tuple(entry.get_shape())
+                self._dtype_of[name] = DTYPES[entry.get_dtype()]
+        lost = [] if owner_of is None else [n for n, f in owner_of.items() if f == file.name and n not in self._file_of]
+        if lost := [name for name in lost if not is_buffer(name)]:
+            raise ValueError(
+                f"{self.folder}: {INDEX_FILE} puts {first_of(lost)} into {file.name}, which has no such tensor. Copy "
+                "or "
+                "download the folder again."
+            )
 
     def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
-        allowed = {"lm_head.weight"} if shape.tied_embeddings else set()
+        allowed = {OUTPUT} if shape.tied_embeddings else set()
         missing = sorted(expected.keys() - self._file_of.keys())
         extra = sorted(self._file_of.keys() - expected.keys() - allowed)
         if missing or extra:
             raise ValueError(
-                f"{self.folder}: the weights do not fit config.json. Missing: {_first(missing)}; unexpected: "
-                f"{_first(extra)}. The folder must hold one whole {shape.family} model."
+                f"{self.folder}: the weights do not fit config.json. Missing: {first_of(missing)}; unexpected: "
+                f"{first_of(extra)}. The folder must hold one whole {shape.family} model."
             )
         for name, size in expected.items():
             if self._shape_of[name] != size:
                 raise ValueError(
                     f"{self.folder}: tensor {name} has shape {self._shape_of[name]}; config.json implies {size}."
                 )
+
+    def _check_tied_output(self) -> None:
+        if detail := tied_difference(self.read(EMBEDDING), self.read(OUTPUT)):
+            raise ValueError(
+                f"{self.folder}: config.json says tie_word_embeddings=true, so that {OUTPUT} is {EMBEDDING}, but "
+                f"{self.place(OUTPUT)} holds another: {detail}. Set tie_word_embeddings=false if the model has an "
+                "output "
+                "layer of its own; otherwise take the tensor out of the file."
+            )
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, in the file's dtype."""
@@ -114,10 +165,8 @@ def _opened(file: Path) -> Iterator[Any]:
             yield handle
     except SafetensorError as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
-
-
-def _first(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 class ShardWriter:
@@ -243,7 +292,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def note_dtype(config_file: Path, dtype: torch.dtype) -> None:
     """Say in config.json which dtype the weights have."""
-    config = json.loads(config_file.read_text())
+    config = read_object(config_file)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_fipo.convert.families import TABLES, expected_tensors
-from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
-from megatron_fipo.convert.hf_folder import DTYPES, INDEX_FILE
+from megatron_fipo.convert.hf_config import ModelShape, read_model_shape, read_object
+from megatron_fipo.convert.hf_folder import DTYPES, EMBEDDING, FLOATS, OUTPUT, CheckpointReader
+from megatron_fipo.convert.weight_files import INDEX_FILE, WeightFiles, find_weight_files, is_buffer, tied_difference
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""What weights may be stored in."""
-
-_VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+_VOCABULARY_TENSORS = (EMBEDDING, OUTPUT)
 _MOST_SHOWN = 20
 
 
@@ -65,17 +64,24 @@ class Entry:
 
 
 def inspect_folder(folder: str | Path) -> tuple[ModelShape, list[Problem]]:
-    """Check config, tokenizer and the headers of all weight files, without reading weights.
+    """Check config, tokenizer and the headers of the weight files, without reading weights.
+
+    A tied output layer that is stored all the same is the exception: it is read, with the embedding, and compared.
 
     Raises:
-        ValueError: if config.json cannot be read or describes a model that is not supported.
+        ValueError: if config.json cannot be read or describes a model that is not supported, or if the folder does not
+            tell which of its files hold the weights.
     """
     root = Path(folder)
     shape = read_model_shape(root)
-    entries, problems = _read_headers(root)
-    owners = _weight_map(root)
-    problems += [*_check_index(shape, owners, entries), *_check_names(root, shape, owners, entries)]
+    weights = files_of_weights(root)
+    owners = weights.owner_of or {}
+    entries, problems = _read_headers(weights)
+    damaged = {file.name for file in weights.files if file.is_file()} - {entry.file.name for entry in entries.values()}
+    problems += [*_check_index(shape, owners, entries), *_check_names(shape, owners, entries, damaged)]
     problems += [*_check_shapes(shape, entries), *_check_dtypes(root, entries), *_check_tokenizer(root, shape)]
+    if shape.tied_embeddings and not problems:
+        problems += _check_tied_output(entries)
     return shape, placed(problems, root)
 
 
@@ -87,6 +93,11 @@ def placed(problems: Iterable[Problem], folder: Path) -> list[Problem]:
 def has_weights(folder: Path) -> bool:
     """Whether there is any weight file."""
     return any(folder.glob("*.safetensors"))
+
+
+def files_of_weights(folder: str | Path) -> WeightFiles:
+    """See `find_weight_files`; none where the folder has none at all, as with a config.json alone."""
+    return find_weight_files(folder) if has_weights(Path(folder)) else WeightFiles((), None, ())
 
 
 def not_finite(name: str, place: str, tensor: Tensor) -> list[Problem]:
@@ -103,13 +114,42 @@ def not_finite(name: str, place: str, tensor: Tensor) -> list[Problem]:
     return [Problem("not finite", name, place, detail)]
 
 
+class NotFiniteError(ProblemsError):
+    """Weights that hold NaN or infinity."""
+
+    def __init__(self, folder: Path, problems: Sequence[Problem]) -> None:
+        super().__init__(problems)
+        remedy = "Copy or download the model again; if it was trained so, take an earlier save of it."
+        self.args = (
+            f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from "
+            f"them.\n{self}\n{remedy}",
+        )
+
+
+def check_weights(folder: str | Path) -> str:
+    """Open a folder as training does, and look at every number in it.
+
+    Returns:
+        A warning about files that are not read, or nothing.
+
+    Raises:
+        ValueError: if it does not hold one whole model of finite numbers, saying what is wrong.
+    """
+    shape = read_model_shape(folder)
+    reader = CheckpointReader(folder, shape)
+    names = expected_tensors(shape)
+    if problems := [problem for name in names for problem in not_finite(name, reader.place(name), reader.read(name))]:
+        raise NotFiniteError(Path(folder), problems)
+    return reader.files.warning()
+
+
 def stated_dtype(folder: Path) -> torch.dtype | None:
     """The dtype that config.json states; None where it does not.
 
     Raises:
         ValueError: if it names none that weights may have.
     """
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_object(folder / "config.json")
     name = raw.get("dtype") or raw.get("torch_dtype")
     if name is None:
         return None
@@ -119,20 +159,19 @@ def stated_dtype(folder: Path) -> torch.dtype | None:
     raise ValueError(f"{folder / 'config.json'}: dtype={name!r}; supported are float32, float16 and bfloat16.")
 
 
-def _read_headers(root: Path) -> tuple[dict[str, Entry], list[Problem]]:
+def _read_headers(weights: WeightFiles) -> tuple[dict[str, Entry], list[Problem]]:
     entries: dict[str, Entry] = {}
     problems: list[Problem] = []
-    for file in sorted(root.glob("*.safetensors")):
+    for file in (file for file in weights.files if file.is_file()):
         try:
             header, data_bytes = _header(file)
-        except (struct.error, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError among them
+        except (struct.error, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
             problems.append(Problem("unreadable", "every tensor", file.name, f"its header is damaged: {error}"))
             continue
-        for name, entry in header.items():
-            if name == "__metadata__":
+        for name, (dtype, shape, begin, end) in header.items():
+            if is_buffer(name):
                 continue
-            begin, end = entry["data_offsets"]
-            whole = Entry(file, entry["dtype"], tuple(entry["shape"]), end <= data_bytes)
+            whole = Entry(file, dtype, shape, end <= data_bytes)
             if not whole.is_whole:
                 detail = f"{max(data_bytes - begin, 0)} of its {end - begin} bytes are there"
                 problems.append(Problem("truncated", name, file.name, detail))
@@ -143,29 +182,31 @@ def _read_headers(root: Path) -> tuple[dict[str, Entry], list[Problem]]:
     return entries, problems
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """(header of a safetensors file, bytes of data behind it)."""
+def _header(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], int]:
+    """({tensor: (dtype, shape, begin, end)} by a safetensors file's header, bytes of data behind it).
+
+    Raises:
+        ValueError, struct.error, RecursionError: if it is damaged.
+    """
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         size = file.stat().st_size - 8
         if length > size:
             raise struct.error(f"it should have {length} bytes and the file has {size} more")
-        return json.loads(stream.read(length)), size - length
+        raw = json.loads(stream.read(length))
+    if not isinstance(raw, dict):
+        raise ValueError(f"it holds a {type(raw).__name__}")
+    return {name: _header_entry(name, entry) for name, entry in raw.items() if name != "__metadata__"}, size - length
 
 
-def _weight_map(root: Path) -> dict[str, str]:
-    """Tensor -> file, as the index has it; empty without an index.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    file = root / INDEX_FILE
-    if not file.is_file():
-        return {}
+def _header_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     try:
-        return dict(json.loads(file.read_text())["weight_map"])
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no index of weight files: {error!r}. Copy or download it again.") from error
+        (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its entry of {name} has not the form of one ({error!r})") from error
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"its entry of {name} has not the form of one")
+    return dtype, shape, begin, end
 
 
 def _check_index(shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry]) -> Iterator[Problem]:
@@ -178,9 +219,10 @@ def _check_index(shape: ModelShape, owners: dict[str, str], entries: dict[str, E
             yield Problem("missing", name, owners[name], f"{INDEX_FILE} says so, but it is in {entry.file.name}")
 
 
-def _check_names(root: Path, shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry]) -> Iterator[Problem]:
+def _check_names(
+    shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry], damaged: set[str]
+) -> Iterator[Problem]:
     expected = expected_tensors(shape)
-    damaged = {file.name for file in root.glob("*.safetensors")} - {entry.file.name for entry in entries.values()}
     for name in (name for name in expected if name not in entries):
         if owners.get(name) not in damaged and (owners or not damaged):  # the file's damage is reported already
             where = owners.get(name, "*.safetensors")
@@ -190,7 +232,7 @@ def _check_names(root: Path, shape: ModelShape, owners: dict[str, str], entries:
         for row in TABLES[shape.family]
         for name in row.hugging_face
     ]
-    allowed = {"lm_head.weight"} if shape.tied_embeddings else set()
+    allowed = {OUTPUT} if shape.tied_embeddings else set()
     for name in sorted(entries.keys() - expected.keys() - allowed):
         if any(pattern.fullmatch(name) for pattern in patterns):
             yield Problem("extra", name, entries[name].file.name, "config.json describes a model without it")
@@ -217,7 +259,7 @@ def _check_dtypes(root: Path, entries: dict[str, Entry]) -> Iterator[Problem]:
     origin = "config.json says"
     if stated is None and entries:
         first = next(iter(entries))
-        stated, origin = DTYPES[entries[first].dtype], f"{first} is"
+        stated, origin = DTYPES.get(entries[first].dtype), f"{first} is"
     for name, entry in entries.items():
         dtype = DTYPES.get(entry.dtype)
         if dtype not in FLOATS:
@@ -232,29 +274,54 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _check_tied_output(entries: dict[str, Entry]) -> Iterator[Problem]:
+    """A model whose output layer is its embedding may carry the output layer too, if it is the same."""
+    if OUTPUT not in entries:
+        return
+    with safe_open(entries[EMBEDDING].file, framework="pt") as handle:
+        embedding = handle.get_tensor(EMBEDDING)
+    with safe_open(entries[OUTPUT].file, framework="pt") as handle:
+        detail = tied_difference(embedding, handle.get_tensor(OUTPUT))
+    if detail:
+        words = f"config.json ties it to the embedding (tie_word_embeddings): {detail}"
+        yield Problem("different", OUTPUT, entries[OUTPUT].file.name, words)
+
+
 def _check_tokenizer(root: Path, shape: ModelShape) -> Iterator[Problem]:
     """Every token must have a row in the embedding. More rows than tokens are usual."""
     if not (root / "tokenizer.json").is_file():
         return
-    raw = json.loads((root / "tokenizer.json").read_text())
-    vocabulary = raw.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # (token, score) by number, in unigram models
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    numbers = vocabulary | {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    try:
+        numbers = _token_numbers(read_object(root / "tokenizer.json"))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        words = str(error) if type(error) is ValueError else f"it has not the form of one ({error!r})"
+        yield Problem("unreadable", "no tensor", "tokenizer.json", words)
+        return
     beyond = {token: number for token, number in numbers.items() if number >= shape.vocab_size}
     if beyond:
         token, largest = max(beyond.items(), key=lambda item: item[1])
         detail = f"token {token!r} has the number {largest}; config.json says vocab_size={shape.vocab_size}"
-        yield Problem("vocabulary", _VOCABULARY_TENSORS[0], "tokenizer.json", detail)
+        yield Problem("vocabulary", EMBEDDING, "tokenizer.json", detail)
     yield from _check_special_tokens(root, shape)
+
+
+def _token_numbers(raw: dict[str, Any]) -> dict[str, int]:
+    """Token -> number, of a tokenizer.json."""
+    vocabulary = raw.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # (token, score) by number, in unigram models
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    numbers = {**vocabulary, **{token["content"]: token["id"] for token in raw.get("added_tokens") or []}}
+    if not all(type(number) is int for number in numbers.values()):
+        raise TypeError("a token's number is no whole number")
+    return numbers
 
 
 def _check_special_tokens(root: Path, shape: ModelShape) -> Iterator[Problem]:
     for file in ("config.json", "generation_config.json"):
-        raw = json.loads((root / file).read_text()) if (root / file).is_file() else {}
+        raw = read_object(root / file) if (root / file).is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = raw.get(key)
             numbers: Iterable[Any] = value if isinstance(value, list) else [value]
             if any(isinstance(number, int) and number >= shape.vocab_size for number in numbers):
                 detail = f"{key}={value}; config.json says vocab_size={shape.vocab_size}"
-                yield Problem("vocabulary", _VOCABULARY_TENSORS[0], file, detail)
+                yield Problem("vocabulary", EMBEDDING, file, detail)

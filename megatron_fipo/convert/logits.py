@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatron_fipo.actor.model import build_model, packed_sequence_params, unwrap
 from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.convert.checkpoint_pickles import check_pickles
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights
 from megatron_fipo.convert.torch_dist import EXTRA_STATE, is_torch_dist
@@ -213,6 +214,7 @@ def load_torch_dist(models: Sequence[nn.Module], checkpoint: str | Path, ranks: 
 
     Extra states are left as they are: without FP8 there is nothing in them.
     """
+    check_pickles(checkpoint)
     states: dict[str, Any] = {}
     for number, model in enumerate(models):
         state = model.sharded_state_dict(metadata={"dp_cp_group": ranks.dp_cp})  # type: ignore[operator]

@@ -106,7 +106,7 @@ def being_written(plan: Plan, **choices: Any) -> Iterator[Path]:
             raise ValueError(f"another conversion is writing {partial}. Wait for it, or stop it.") from error
         source = _fingerprint(plan.source)
         identity = {"version": __version__, "source": source, "tensors": _digest(plan), **choices}
-        if not noted.is_file() or json.loads(noted.read_text()) != identity:
+        if not noted.is_file() or _noted(noted) != identity:
             _clear(partial)
             write_text(noted, json.dumps(identity, indent=1))
         _check_room(partial, plan)
@@ -114,6 +114,14 @@ def being_written(plan: Plan, **choices: Any) -> Iterator[Path]:
         (partial / _LOCK).unlink()
         noted.unlink()
         publish(plan.target)
+
+
+def _noted(file: Path) -> Any:
+    """What an earlier conversion noted of itself; None where that is damaged, so that it starts over."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _fingerprint(folder: Path) -> dict[str, list[int]]:

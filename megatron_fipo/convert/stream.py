@@ -26,6 +26,7 @@ from megatron_fipo.convert.hf_folder import (
     partial_of,
     publish,
 )
+from megatron_fipo.convert.inspection import NotFiniteError, Problem, not_finite
 from megatron_fipo.convert.mapping import Row
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
@@ -62,12 +63,18 @@ def load_weights(
     """Fill this rank's model chunks from a Hugging Face folder. No communication.
 
     Raises:
-        ValueError: if the folder does not hold exactly the model that its config.json describes.
+        ValueError: if the folder does not hold exactly the model that its config.json describes, or a weight that this
+            rank's chunks need is NaN or infinite.
     """
     reader = CheckpointReader(folder, shape)
+    problems: list[Problem] = []
     for parameter in _parameters(chunks, shape):
         whole = [reader.read(name) for name in parameter.row.hugging_face]
+        for name, tensor in zip(parameter.row.hugging_face, whole, strict=True):
+            problems += not_finite(name, reader.place(name), tensor)
         _fill(parameter.tensor, parameter.row, whole, shape, tp_size, tp_rank)
+    if problems:
+        raise NotFiniteError(Path(folder), problems)
     if shape.tied_embeddings:
         _fill_tied_output(chunks, reader, shape, tp_size, tp_rank)
 

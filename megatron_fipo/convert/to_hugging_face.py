@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_fipo.convert.families import StoredRow, expected_tensors, stored_rows
 from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
-from megatron_fipo.convert.hf_folder import DEFAULT_SHARD_BYTES, ShardWriter, copy_model_files
-from megatron_fipo.convert.inspection import FLOATS, Problem, ProblemsError, not_finite, placed, stated_dtype
+from megatron_fipo.convert.hf_folder import DEFAULT_SHARD_BYTES, FLOATS, ShardWriter, copy_model_files
+from megatron_fipo.convert.inspection import Problem, ProblemsError, not_finite, placed, stated_dtype
 from megatron_fipo.convert.plan import PROCESS_BYTES, Plan, PlannedTensor, being_written, check_target
 from megatron_fipo.convert.torch_dist import TorchDistReader, is_torch_dist
 

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_fipo.convert.checkpoint_pickles import read_metadata, unpickle
 from megatron_fipo.convert.hf_folder import sync, write_text
 
 EXTRA_STATE = "._extra_state"
@@ -171,7 +172,7 @@ def write_checkpoint(
         if record.is_file():
             for piece in pieces:
                 on_written(piece.num_bytes)
-            results.append(pickle.loads(record.read_bytes()))
+            results.append(unpickle(record.read_bytes(), record))
             continue
         try:
             result: list[WriteResult] = writer.write_data(plan, _Planner(pieces, on_written)).wait()
@@ -213,18 +214,16 @@ class TorchDistReader:
     """The tensors of a torch_dist checkpoint, read one slice at a time, in whatever layout it was saved.
 
     Raises:
-        ValueError: if the folder is no such checkpoint, or a file of it is missing or cut off.
+        UntrustedCheckpointError: if opening it would run code.
+        ValueError: if the folder is no such checkpoint, or its description is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not is_torch_dist(self.folder):
             raise ValueError(f"{folder} is no whole torch_dist checkpoint: it has no .metadata with a metadata.json.")
+        metadata = read_metadata(self.folder)
         self._reader = FileSystemReader(self.folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(f"{self.folder / '.metadata'} cannot be read: {error}. The checkpoint is lost.") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
         self._tensors = {key: entry for key, entry in stored if isinstance(entry, TensorStorageMetadata)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_fipo.config import Config, written_values
+from megatron_fipo.disk import append_whole, write_text_whole, writing
 
 
 class Sink(Protocol):
@@ -41,16 +42,18 @@ class JsonlSink:
 
         Raises:
             ValueError: if a line before the last is no metrics line.
+            DiskError: if the file cannot be written.
         """
         self._path = path
-        _drop_lines_from(path, resumed_step)
-        self._file: IO[str] = path.open("a", buffering=1, encoding="utf-8")
+        with writing(path):
+            _drop_lines_from(path, resumed_step)
+            self._file: IO[bytes] = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if "step" in metrics:
             raise ValueError(f"{self._path}: a metric named 'step' would hide the step itself; rename it.")
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+        append_whole(self._file, json.dumps({"step": step, **line}, allow_nan=False).encode() + b"\n", self._path)
 
     def close(self) -> None:
         self._file.close()
@@ -60,23 +63,30 @@ def _drop_lines_from(path: Path, resumed_step: int) -> None:
     """Keep the lines of earlier steps; the file is replaced in one move, so a crash here loses nothing."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
+        if number == len(lines) and not line.endswith(b"\n"):
             break  # a killed run tore its last line
         try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no line of metrics ({error!r}). Repair or remove the file, or give the run "
-                "another run.output_dir."
-            ) from error
+            record = json.loads(line)
+            step = record["step"] if isinstance(record, dict) else None
+        except (ValueError, KeyError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+            raise _no_metrics(path, number, repr(error)) from error
+        if type(step) is not int:
+            raise _no_metrics(path, number, f"its step is {step!r}")
         if step < resumed_step:
             kept.append(line)
     replacement = path.with_suffix(".partial")
-    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.write_bytes(b"".join(kept))
     os.replace(replacement, path)
+
+
+def _no_metrics(path: Path, number: int, reason: str) -> ValueError:
+    return ValueError(
+        f"{path}, line {number} is no line of metrics ({reason}). Repair or remove the file, or give the run another "
+        "run.output_dir."
+    )
 
 
 class TensorBoardSink:
@@ -85,15 +95,19 @@ class TensorBoardSink:
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds of imports that only rank 0 needs
 
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
+        self._folder = folder
+        with writing(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, global_step=step)
+        with writing(self._folder):  # its thread's errors come up here, a step later
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, global_step=step)
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WandbSink:
@@ -114,7 +128,7 @@ class WandbSink:
 
         id_file = folder / "wandb_run_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+            write_text_whole(id_file, secrets.token_hex(8))
         self._run: Any = wandb.init(
             project=config.metrics.wandb_project,
             name=config.run.name,
@@ -165,13 +179,15 @@ def open_sinks(config: Config, folder: str | Path, resumed_step: int, enabled: b
 
     Raises:
         ValueError: if wandb is asked for and not installed, or an existing metrics.jsonl is damaged.
+        DiskError: if the folder cannot be written to.
     """
     group: list[Sink] = []
     sinks = SinkGroup(group)
     if not enabled:
         return sinks
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         if config.metrics.jsonl:
             group.append(JsonlSink(folder / "metrics.jsonl", resumed_step))

@@ -254,17 +254,28 @@ def find_stop_token_ids(model_path: str | Path, tokenizer: Any = None) -> tuple[
     Chat models end their turn with another token than their pre-training's documents; both are wanted.
 
     Raises:
-        ValueError: if none of them names one.
+        ValueError: if none of them names one, or a file cannot be read.
     """
-    named: list[int | list[int] | None] = [getattr(AutoConfig.from_pretrained(model_path), "eos_token_id", None)]
-    if (Path(model_path) / "generation_config.json").is_file():
-        named.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
+    try:
+        named: list[Any] = [getattr(AutoConfig.from_pretrained(model_path), "eos_token_id", None)]
+        if (Path(model_path) / "generation_config.json").is_file():
+            named.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # transformers raises each for a damaged file
+        raise ValueError(
+            f"{model_path}: config.json or generation_config.json cannot be used ({error}). Copy or download them "
+            "again."
+        ) from error
     if tokenizer is not None:
         named.append(tokenizer.eos_token_id)
     found: set[int] = set()
     for entry in named:
         if entry is not None:
-            found.update([entry] if isinstance(entry, int) else entry)
+            ids = entry if isinstance(entry, list) else [entry]
+            if wrong := [number for number in ids if type(number) is not int or number < 0]:
+                raise ValueError(
+                    f"{model_path}: eos_token_id={wrong[0]!r} is no token's number; mend it in its *.json."
+                )
+            found.update(ids)
     if not found:
         raise ValueError(
             f"{model_path}: neither config.json nor generation_config.json nor the tokenizer names an end-of-sequence "

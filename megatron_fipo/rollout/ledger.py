@@ -6,8 +6,9 @@ again, whatever the layout it goes on in:
     rollouts/step_000012/rank_003.jsonl
 
 A line is the CRC-32 of what follows it, a space, and a JSON object; the file's first one says which configuration the
-responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so that nothing is rounded.
-A line that a killed process tore is left out; any other that does not check is an error.
+responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so that nothing is
+rounded. A line is written whole or, where the disk is full, not at all. One that a killed process tore is left out;
+any other that does not check is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_fipo.disk import append_whole, writing
 from megatron_fipo.rl.types import Prompt, Sample
 
 SampleKey = tuple[str, int, int]
 """(source, prompt_id, sample_index)."""
+
+_STEP = re.compile(r"step_(-?\d+)")
 
 
 class RolloutLedger:
@@ -46,6 +51,7 @@ class RolloutLedger:
         self._step: int | None = None
         self._recorded: dict[int, dict[SampleKey, Sample]] = {}
         self._file: IO[bytes] | None = None
+        self._path = folder
 
     def finished(self, step: int, round_index: int, prompts: Sequence[Prompt]) -> dict[SampleKey, Sample]:
         """Recorded samples of one round of generation, of these prompts.
@@ -66,7 +72,11 @@ class RolloutLedger:
         return found
 
     def append(self, round_index: int, source: str, sample: Sample) -> None:
-        """Record a judged sample of the step that `finished` was last asked about."""
+        """Record a judged sample of the step that `finished` was last asked about.
+
+        Raises:
+            DiskError: if it cannot be written, or the file was deleted meanwhile.
+        """
         self._write(
             {
                 "round": round_index,
@@ -87,21 +97,27 @@ class RolloutLedger:
     def secure(self) -> None:
         """Have the operating system put what was appended on disk: it survives the machine's death from here on."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(self._folder):
+                os.fsync(self._file.fileno())
 
     def forget_before(self, step: int) -> None:
         """Delete the records of earlier steps. One rank alone calls this."""
-        for path in self._step_folders():
-            if int(path.name.removeprefix("step_")) < step:
+        for path, number in self._step_folders():
+            if number < step:
                 shutil.rmtree(path)
 
-    def discard_others(self) -> int:
-        """Delete the records that belong to another configuration; how many steps' there were. One rank alone."""
+    def discard_others(self, first_step: int | None = None) -> int:
+        """Delete the records that belong to another configuration; how many steps' there were. One rank alone.
+
+        Args:
+            first_step: those of steps before it are past, and stay; None looks at all.
+        """
         stale = {
             folder
-            for folder in self._step_folders()
+            for folder, number in self._step_folders()
             for file in folder.glob("*.jsonl")
             for header in [next(_read(file), None)]
+            if first_step is None or number >= first_step
             if header is not None and header.get("fingerprint") != self._fingerprint
         }
         for folder in stale:
@@ -114,8 +130,9 @@ class RolloutLedger:
             self._file.close()
             self._file = None
 
-    def _step_folders(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step_*") if path.is_dir())
+    def _step_folders(self) -> list[tuple[Path, int]]:
+        found = ((path, _STEP.fullmatch(path.name)) for path in self._folder.glob("step_*") if path.is_dir())
+        return sorted((path, int(match[1])) for path, match in found if match)
 
     def _open(self, step: int) -> None:
         """Read what there is of a step and go on at the end of this rank's file."""
@@ -123,22 +140,27 @@ class RolloutLedger:
         self._step, self._recorded = step, {}
         folder = self._folder / f"step_{step:06d}"
         for file in sorted(folder.glob("*.jsonl")):
-            for record in _read(file):
+            for number, record in enumerate(_read(file), start=1):
                 if "fingerprint" not in record:
-                    round_index, key, sample = _sample(record)
+                    try:
+                        round_index, key, sample = _sample(record)
+                    except (LookupError, TypeError, ValueError) as error:  # binascii's error is a ValueError
+                        raise _damaged(file, number, f"it holds no judged response: {error!r}") from error
                     self._recorded.setdefault(round_index, {})[key] = sample
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank_{self._rank:03d}.jsonl"
-        if path.exists():
-            _cut_torn_line(path)
-        self._file = path.open("ab", buffering=0)
-        if path.stat().st_size == 0:
+        self._path = folder / f"rank_{self._rank:03d}.jsonl"
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                _cut_torn_line(self._path)
+            self._file = self._path.open("ab", buffering=0)
+            is_new = self._path.stat().st_size == 0
+        if is_new:
             self._write({"fingerprint": self._fingerprint, "step": step})
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None, "finished() opens the step"
-        text = json.dumps(record, ensure_ascii=False).encode()
-        self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+        text = json.dumps(record).encode()  # ASCII: whatever a verifier answered can be written, lone surrogates too
+        append_whole(self._file, b"%08x %s\n" % (zlib.crc32(text), text), self._path)
 
 
 def _encoded(values: Tensor, dtype: str) -> str:
@@ -174,13 +196,21 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                 return
             checksum, _, text = line[:-1].partition(b" ")
             if checksum != b"%08x" % zlib.crc32(text):
-                raise ValueError(
-                    f"{path}, line {number} is not what was written there (its CRC-32 differs). Restore the file from "
-                    f"a copy, or delete the folder {path.parent}: its responses are then generated anew."
-                )
-            record = json.loads(text)
-            assert isinstance(record, dict)
+                raise _damaged(path, number, "its CRC-32 differs")
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise _damaged(path, number, f"it is no JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise _damaged(path, number, f"it holds a {type(record).__name__}")
             yield record
+
+
+def _damaged(path: Path, number: int, reason: str) -> ValueError:
+    return ValueError(
+        f"{path}, line {number} is not what was written there ({reason}). Restore the file from a copy, or delete the "
+        f"folder {path.parent}: its responses are then generated anew."
+    )
 
 
 def _cut_torn_line(path: Path) -> None:

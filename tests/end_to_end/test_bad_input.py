@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_fipo.train import EXIT_BAD_INPUT
 from tests.end_to_end.runs import quickstart_with, train
@@ -34,6 +36,10 @@ CASES = {
     ),
     "no model folder": BadInput(("model.path=nowhere/model",), said=("model.path=nowhere/model", "config.json")),
     "no weights": BadInput(("model.path={bare}",), said=("{bare}", "safetensors")),
+    "a weight that is NaN": BadInput(
+        ("model.path={nan}",), said=("{nan}", "NaN or infinity", "model.norm.weight in nan/model.safetensors")
+    ),
+    "a layout key of 0": BadInput(("model.path={zero}",), said=("{zero}", "num_attention_heads", "from 1 on")),
     "rollout log-probs for FIPO": BadInput(
         ("objective.old_log_probs=rollout",), said=("objective.old_log_probs=rollout", "future_kl", "=actor")
     ),
@@ -58,13 +64,17 @@ CASES = {
 @pytest.fixture
 def place(tmp_path: Path) -> Callable[[str], str]:
     """Fills in the names of this test's files."""
-    names = {name: tmp_path / name for name in ("bare", "odd")}
+    names = {name: tmp_path / name for name in ("bare", "odd", "nan", "zero")}
     for folder in names.values():
         folder.mkdir()
         for file in Path("examples/quickstart/base").glob("*.json"):
             (folder / file.name).write_text(file.read_text())
     odd = json.loads((names["odd"] / "config.json").read_text())
     (names["odd"] / "config.json").write_text(json.dumps(odd | {"num_hidden_layers": 3}))
+    (names["zero"] / "config.json").write_text(json.dumps(odd | {"num_attention_heads": 0}))
+    tensors = load_file("examples/quickstart/base/model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, names["nan"] / "model.safetensors", metadata={"format": "pt"})
     return lambda text: text.format(file=tmp_path / "prompts.jsonl", **names)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import resource
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from megatron_fipo import train as train_module
+from megatron_fipo.actor.checkpoint_folder import describe_files, file_names, write_manifest
 from megatron_fipo.run_folder import RunLock
 from tests.end_to_end import kills
 from tests.end_to_end.runs import (
@@ -47,6 +51,7 @@ def test_an_earlier_run_is_set_aside_unless_resumed(straight: Path, tmp_path: Pa
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "notes.txt").write_text("precious")
+    (folder / "run.lock").touch()  # by which a run's folder is known
     outcomes = train(folder, "train.num_steps=1", world_size=1, expected=0)
     assert (tmp_path / "run.1" / "notes.txt").read_text() == "precious"
     assert not (folder / "notes.txt").exists()
@@ -112,6 +117,87 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(copied: Path, straight: Pat
     assert latest_checkpoint_name(copied) == "step_000002"
     train(copied, *RUN, steps, prepare=partial(kills.without_generation, last_step=2), expected=0)
     assert differing(exported_weights(copied), exported_weights(straight)) == []
+
+
+def _tiny_files_only() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_is_full_in_a_rollout_stops_the_run_and_loses_nothing(straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    outcomes = train(folder, "train.num_steps=2", prepare=_tiny_files_only, expected=train_module.EXIT_STOPPED)
+    told = [outcome.output for outcome in outcomes if "error: " in outcome.output]
+    assert "Traceback" not in "".join(told)
+    message = " ".join(told[0].partition("error: ")[2].split())
+    assert "rollouts/step_000000/rank_00" in message
+    assert "cannot be written: File too large (" in message
+    assert "start the same command again: it goes on from the newest checkpoint and the recorded rollouts" in message
+    train(folder, "train.num_steps=2", "train.resume=true", expected=0)
+    assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)[:2]]
+
+
+def _deleted_in_step_1(folder: Path) -> None:
+    """Delete the run's folder while its second step is trained."""
+    original = train_module.Trainer.train_step
+
+    def deleting(self: train_module.Trainer, step: int) -> dict[str, float]:
+        metrics = original(self, step)
+        if step == 1 and self.is_leader:
+            shutil.rmtree(folder)
+        return metrics
+
+    train_module.Trainer.train_step = deleting  # type: ignore[method-assign]
+
+
+def test_a_run_whose_folder_is_deleted_stops(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    outcomes = train(
+        folder, "train.num_steps=4", prepare=partial(_deleted_in_step_1, folder), expected=train_module.EXIT_STOPPED
+    )
+    (message,) = {" ".join(o.output.partition("error: ")[2].split()) for o in outcomes if "error: " in o.output}
+    assert message.startswith(f"{folder} was deleted or replaced while the run was writing there")
+    assert not any("Traceback" in outcome.output for outcome in outcomes)
+    assert not folder.exists(), "nothing is written into a folder that nobody holds"
+
+
+def test_a_finished_run_is_left_alone(copied: Path) -> None:
+    (copied / "rollouts" / "step_000000").mkdir(parents=True, exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.name != "run.lock"}
+    outcomes = train(copied, *RUN, "train.num_steps=2", "optimizer.learning_rate=1e-4", expected=0)
+    output = " ".join(outcomes[0].output.split())
+    assert "the run is finished: its 2 steps are done and saved, and nothing is done again" in output
+    assert "Raise train.num_steps to go on" in output
+    assert "belong to another configuration" not in output
+    assert before == {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.name != "run.lock"}
+    for outcome in outcomes:  # of torch and Megatron, where one looks for "resumed from"
+        assert "FutureWarning" not in outcome.output
+        assert "UserWarning" not in outcome.output
+    shutil.rmtree(copied / "huggingface")  # as if it had been killed in its export
+    train(copied, *RUN, "train.num_steps=2", expected=0)
+    assert (copied / "huggingface" / "model.safetensors").is_file()
+    assert latest_checkpoint_name(copied) == "step_000002"
+
+
+class _Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(copied: Path, tmp_path: Path) -> None:
+    checkpoint, marker = copied / "checkpoints" / "step_000002", tmp_path / "it-ran"
+    metadata: Any = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.storage_meta = _Runs(marker)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_manifest(checkpoint, describe_files(checkpoint, file_names(checkpoint)))
+    message = _refused(copied, "train.num_steps=4")
+    assert f"{checkpoint / '.metadata'} names posix.mkdir" in message
+    assert "Only open checkpoints that you would run" in message
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

@@ -280,9 +280,11 @@ def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
     shape, tensors = read_model_shape(folder), load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
+    owner_of: dict[str, str] = {}
     for part in range(2):
-        save_file(
-            {name: tensors[name] for name in names[part::2]}, folder / f"model-0000{part + 1}-of-00002.safetensors"
-        )
+        file = f"model-0000{part + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names[part::2]}, folder / file)
+        owner_of |= dict.fromkeys(names[part::2], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owner_of}))
     reader = CheckpointReader(folder, shape)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())

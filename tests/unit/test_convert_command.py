@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.actor.checkpoint_folder import describe_files, file_names, write_manifest
 from megatron_fipo.cli import main
 from megatron_fipo.convert.command import add_hf_to_megatron, add_megatron_to_hf, add_verify, run
 from tests.models import save_random_model
@@ -84,6 +85,54 @@ def test_a_dry_run_from_the_config_alone(model: Path, tmp_path: Path, capfd: pyt
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run(add_hf_to_megatron, [str(tmp_path), target, "--dry-run"]) == 1
     assert "states no dtype and there are no weights. Give one with --dtype." in capfd.readouterr().err
+
+
+@pytest.fixture
+def run_folder(model: Path, tmp_path: Path) -> Path:
+    """A run's folder with two checkpoints, as a run leaves them: without config and tokenizer."""
+    folder = tmp_path / "outputs" / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"model:\n  path: {model}\n")
+    for step in (1, 2):
+        checkpoint = folder / "checkpoints" / f"step_00000{step}"
+        assert run(add_hf_to_megatron, [str(model), str(checkpoint)]) == 0
+        for file in checkpoint.glob("*config.json"):
+            file.unlink()
+        write_manifest(checkpoint, describe_files(checkpoint, file_names(checkpoint)))
+    (folder / "checkpoints" / "latest").write_text("step_000002\n")
+    return folder
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(
+    model: Path, run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    newest = run_folder / "checkpoints" / "step_000002"
+    for number, source in enumerate((run_folder, run_folder / "checkpoints", newest)):
+        back = tmp_path / f"back-{number}"
+        assert main(["convert", "megatron-to-hf", str(source), str(back)]) == 0
+        said = capfd.readouterr().err
+        assert (f"newest checkpoint: {newest}\n" in said) == (source != newest)
+        assert run(add_verify, [str(model), str(back)]) == 0
+    data = newest / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    assert main(["convert", "megatron-to-hf", str(run_folder), str(tmp_path / "older")]) == 0
+    assert "step_000001" in capfd.readouterr().err, "a damaged one is passed over"
+
+
+def test_a_run_whose_model_is_elsewhere_asks_for_the_base(
+    model: Path, run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "config.yaml").write_text("model:\n  path: nowhere/model\n")
+    back = str(tmp_path / "back")
+    assert main(["convert", "megatron-to-hf", str(run_folder), back]) == 1
+    said = capfd.readouterr().err
+    assert "names model.path=nowhere/model, which holds no config.json here" in said
+    assert "--base" in said
+    assert main(["convert", "megatron-to-hf", str(run_folder), back, "--base", str(model)]) == 0
+    (run_folder / "checkpoints" / "step_000001" / "manifest.json").write_text("{}")
+    (run_folder / "checkpoints" / "step_000002" / "manifest.json").unlink()
+    assert main(["convert", "megatron-to-hf", str(run_folder), f"{back}2"]) == 1
+    assert "no checkpoint in" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["2 TB", "GB", "0", "-1GB", ""])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_fipo.disk import DiskError
 from megatron_fipo.evaluation import (
     ProblemResult,
     avg_at_k,
@@ -211,3 +213,29 @@ def test_problems_are_written_one_a_line(tmp_path: Path) -> None:
         "cons@2": 1.0,
         "pass@2": 1.0,
     }
+
+
+def test_whatever_a_verifier_answered_is_written_and_comes_back(tmp_path: Path) -> None:
+    odd = ("\ud800", "4\udfff²")
+    problem = ProblemResult("s", 0, "p\ud800", "r", odd, (True, False), (1.0, 0.0), odd, (1, 1), ("stop",) * 2, odd)
+    write_problems(tmp_path / "deep" / "problems.jsonl", [problem, problem])
+    first, second = (tmp_path / "deep" / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    assert first == second
+    assert "²" in first, "text that can be read stays so"
+    found = json.loads(first)
+    assert tuple(found["answers"]) == tuple(found["errors"]) == tuple(found["responses"]) == odd
+    assert found["prompt"] == "p\ud800"
+
+
+def test_problems_that_cannot_be_written_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    problem = ProblemResult("s", 0, "p", "r", ("x" * 5000,), (True,), (1.0,), ("a",), (1,), ("stop",), ("",))
+    path = tmp_path / "problems.jsonl"
+    path.write_text("before\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"problems\.jsonl cannot be written: File too large .*free there"):
+            write_problems(path, [problem])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "before\n"

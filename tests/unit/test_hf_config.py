@@ -117,6 +117,106 @@ def test_what_cannot_be_trained_is_refused_by_name(change: dict[str, Any], messa
     assert str(caught.value).startswith("folder/config.json: ")
 
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rope_parameters": PLAIN, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "RoPE scaling of type 'linear'",
+        ),
+        ({"rope_parameters": PLAIN, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "RoPE scaling of type 'yarn'"),
+        ({"rope_parameters": PLAIN | {"type": "dynamic"}}, "RoPE scaling of type 'dynamic'"),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [1]}},
+            "RoPE scaling of type 'mrope'",
+        ),
+        ({"rope_parameters": PLAIN | {"factor": 2.0}}, r"rope_parameters\.factor=2\.0"),
+        ({"rope_parameters": PLAIN | {"low_freq_factor": 1.0}}, r"rope_parameters\.low_freq_factor"),
+        ({"rope_parameters": {"full_attention": PLAIN}}, r"rope_parameters\.full_attention=.*kind of layer"),
+        ({"rope_parameters": PLAIN | {"rope_theta": 5e5}}, "rope_parameters.rope_theta=500000.0, rope_theta=1000000.0"),
+        ({"rope_theta": -1.0}, r"rope_theta=-1\.0 should be a number above 0"),
+        ({"rope_theta": "1e6"}, "rope_theta='1e6' should be a number above 0"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] should be an object"),
+        ({"rope_type": "yarn"}, "RoPE scaling of type 'yarn'"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported, only 1: vLLM"),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.25}}, r"rope_parameters\.partial_rotary_factor=0\.25"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*quantized weights are not supported"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier=0.5: this key is none of a qwen2 model's"),
+        ({"logit_scale": 0.1}, "logit_scale=0.1"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"residual_multiplier": 2.0}, "residual_multiplier=2.0"),
+        ({"num_experts": 8}, "num_experts=8"),
+        ({"scale_emb": 12}, "scale_emb=12"),
+        ({"model_type": "llama", "sliding_window": 4096}, "sliding_window=4096"),
+        ({"model_type": "llama", "bias": True}, "bias=True"),
+        ({"is_causal": False, "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights="),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures="),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 should be a whole number from 1 on"),
+        ({"num_attention_heads": True}, "num_attention_heads=True should be a whole number"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5 should divide num_attention_heads=28"),
+        ({"num_key_value_heads": "4"}, "num_key_value_heads='4' should be a whole number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0 should be a number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' should be true or false"),
+        ({"hidden_size": 3585}, "num_attention_heads=28 should divide hidden_size=3585"),
+        ({"head_dim": 7}, "head_dim=7 should be even"),
+        ({"model_type": ["qwen2"]}, r"model_type=\['qwen2'\] is not supported"),
+    ],
+)
+def test_every_key_that_computes_is_applied_or_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_shape(QWEN | change, "folder/config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": None, "partial_rotary_factor": 1.0},
+        {"rope_parameters": PLAIN},
+        {"rope_parameters": PLAIN, "rope_scaling": {"type": "default"}},
+        {"sliding_window": 131072, "max_window_layers": 28, "layer_types": ["full_attention"] * 28},
+        {"attention_dropout": 0.0, "hidden_dropout": 0, "residual_multiplier": 1.0, "num_experts": 0},
+        {"architectures": ["Qwen2ForCausalLM"], "transformers_version": "4.43.1", "torch_dtype": "bfloat16"},
+        {
+            "_name_or_path": "x",
+            "unsloth_fixed": True,
+            "use_cache": False,
+            "initializer_range": 0.02,
+            "auto_map": {"a": "b"},
+        },
+        {
+            "model_type": "llama",
+            "is_llama_config": True,
+            "rope_interleaved": False,
+            "pretraining_tp": 1,
+            "mlp_bias": False,
+        },
+        {"bos_token_id": 1, "eos_token_id": [1, 2], "id2label": {"0": "a"}, "max_length": 20, "temperature": 1.0},
+    ],
+)
+def test_what_changes_nothing_is_no_reason_to_refuse(change: dict[str, Any]) -> None:
+    assert model_shape(QWEN | change, "").rope_theta == 1e6
+
+
+def test_a_scaling_table_without_a_base_means_the_default_one() -> None:
+    """transformers 5 takes rope_scaling for all of rope_parameters, and 10,000 for the base it lacks."""
+    raw = {key: value for key, value in QWEN.items() if key != "rope_theta"}
+    with pytest.raises(ValueError, match=r"rope_parameters\.rope_theta=1000000\.0.*means 10000\.0"):
+        model_shape(raw | {"rope_parameters": PLAIN, "rope_scaling": {"type": "default"}}, "")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b'"text"', b"\xff", b"{", b"7"])
+def test_a_file_that_holds_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds a)"):
+        read_model_shape(tmp_path)
+
+
 def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist\. model\.path must be a folder"):
         read_model_shape(tmp_path)

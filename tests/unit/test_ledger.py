@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import signal
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_fipo.disk import DiskError
 from megatron_fipo.rl.types import Prompt, Sample
 from megatron_fipo.rollout.ledger import RolloutLedger
 
@@ -103,3 +111,78 @@ def test_old_and_foreign_steps_go(tmp_path: Path) -> None:
     assert ledger(tmp_path).discard_others() == 0
     assert ledger(tmp_path, fingerprint="two").discard_others() == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def disk_with_room_for(path: Path, num_bytes: int) -> Iterator[None]:
+    """The file may grow by so many bytes: a write is cut short first, and refused then, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.finished(0, 0, PROMPTS)
+    book.append(0, "sums", sample(0, 0))
+    path = tmp_path / "step_000000" / "rank_000.jsonl"
+    whole = path.read_bytes()
+    with disk_with_room_for(path, 40):
+        with path.open("ab", buffering=0) as probe:  # this is what the ledger has to cope with
+            assert probe.write(b"x" * 100) == 40
+        os.truncate(path, len(whole))
+        with pytest.raises(
+            DiskError, match=r"rank_000\.jsonl cannot be written: File too large .*free there"
+        ) as caught:
+            book.append(0, "sums", sample(0, 1))
+    assert "start the same command again: it goes on from the newest checkpoint" in str(caught.value)
+    assert path.read_bytes() == whole, "nothing of the line that did not fit is left"
+    for index in range(2):  # somebody has made room
+        book.append(0, "sums", sample(1, index))
+    assert set(ledger(tmp_path).finished(0, 0, PROMPTS)) == {("sums", 0, 0), ("sums", 1, 0), ("sums", 1, 1)}
+
+
+def test_a_deleted_file_is_noticed(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.finished(0, 0, PROMPTS)
+    shutil.rmtree(tmp_path / "step_000000")
+    with pytest.raises(DiskError, match="was deleted or replaced while the run was writing there"):
+        book.append(0, "sums", sample(0, 0))
+
+
+def test_whatever_a_verifier_answered_comes_back(tmp_path: Path) -> None:
+    answers = ["\ud800", "a\udfffb", "\x00\x1b[31m", "\u2028\x85\r\n", "4²", '"\\']
+    book = ledger(tmp_path)
+    book.finished(0, 0, PROMPTS)
+    for index, answer in enumerate(answers):
+        odd = sample(0, index)
+        odd.answer = odd.error = answer
+        book.append(0, "sums", odd)
+    found = ledger(tmp_path).finished(0, 0, PROMPTS)
+    assert [found["sums", 0, index].answer for index in range(len(answers))] == answers
+    assert [found["sums", 0, index].error for index in range(len(answers))] == answers
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"round": 0}', '{"round": 0, "response_ids": "!"}', "{", "[" * 100_000])
+def test_a_line_that_is_whole_and_holds_something_else_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path, 0, 0, [0])
+    path = tmp_path / "step_000000" / "rank_000.jsonl"
+    with path.open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
+    with pytest.raises(ValueError, match=r"rank_000\.jsonl, line 4 is not what was written there \(it "):
+        ledger(tmp_path).finished(0, 0, PROMPTS)
+
+
+def test_steps_that_are_past_stay(tmp_path: Path) -> None:
+    for step in range(4):
+        write(tmp_path, 0, step, [0])
+    (tmp_path / "step_abc").mkdir()
+    assert ledger(tmp_path, fingerprint="two").discard_others(first_step=2) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000", "step_000001", "step_abc"]
+    ledger(tmp_path).forget_before(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_abc"]

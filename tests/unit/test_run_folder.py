@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config import Config, RunSection, TrainSection, load_config
+from megatron_fipo.disk import DiskError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
 
 
@@ -117,3 +119,47 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match=r"run.output_dir=.*/file/run cannot be written to: Not a directory"):
         prepare(config_for(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], ["config.yaml"], ["evaluation", "thesis.tex"], ["provenance.json"]])
+def test_starting_over_sets_aside_nothing_but_runs(tmp_path: Path, names: list[str]) -> None:
+    root = tmp_path / "mydata"
+    root.mkdir()
+    for name in names:
+        (root / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"mydata holds .*, and no run has written there; train\.resume=false would"):
+        prepare(config_for(root, resume=False))
+    assert sorted(path.name for path in root.iterdir()) == sorted(names), "nothing is left in it either"
+    assert [path.name for path in tmp_path.iterdir()] == ["mydata"]
+
+
+def test_what_an_evaluation_before_the_run_left_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    _, lock, note = prepare(config_for(tmp_path / "run", resume=False))
+    lock.release()
+    assert "was renamed to" in note
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "its lock deleted"])
+def test_a_folder_that_is_taken_away_is_noticed(tmp_path: Path, how: str) -> None:
+    folder, lock, _ = prepare(config_for(tmp_path / "run"))
+    lock.check()
+    if how == "its lock deleted":
+        (folder.root / "run.lock").unlink()
+    else:
+        shutil.rmtree(folder.root)
+    if how == "replaced":
+        folder.root.mkdir()
+        RunLock(folder.root)  # as another run would
+    with pytest.raises(DiskError, match="was deleted or replaced while the run was writing there"):
+        lock.check()
+    lock.release()
+
+
+def test_a_configuration_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run")
+    folder, lock, _ = prepare(config)
+    (folder.root / "provenance.json").mkdir()
+    with pytest.raises(DiskError, match=r"run cannot be written: Is a directory .*Make room or mend"):
+        record_config(config, folder)
+    lock.release()

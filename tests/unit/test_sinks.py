@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import Config, MetricsSection
+from megatron_fipo.disk import DiskError
 from megatron_fipo.metrics.sinks import JsonlSink, SinkGroup, TensorBoardSink, WandbSink, open_sinks
 
 
@@ -187,3 +189,28 @@ def test_every_sink_is_closed_after_an_error() -> None:
     with pytest.raises(OSError, match="disk full"), SinkGroup(list(sinks)) as group:
         group.write(0, {})
     assert [sink.closed for sink in sinks] == [True, True]
+
+
+def test_a_full_disk_and_a_deleted_file_are_told_in_words(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resumed_step=0)
+    sink.write(0, {"x": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))
+    try:
+        with pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written: File too large .*free there"):
+            sink.write(1, {"x" * 100: 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert lines_of(tmp_path / "metrics.jsonl") == [{"step": 0, "x": 1.0}], "no half of a line"
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(DiskError, match=r"metrics\.jsonl was deleted or replaced while the run was writing there"):
+        sink.write(2, {"x": 1.0})
+    sink.close()
+
+
+@pytest.mark.parametrize("line", [b"[]", b"7", b'{"step": "1"}', b'{"step": null}', b'{"step": true}', b"{}", b"\xff"])
+def test_a_line_of_something_else_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no line of metrics"):
+        JsonlSink(path, resumed_step=9)

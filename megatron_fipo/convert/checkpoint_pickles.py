@@ -1,0 +1,289 @@
+"""What a checkpoint holds besides tensors is pickled. It is looked through before anything unpickles it.
+
+A pickle may name any function and have it called. torch's FileSystemReader unpickles `.metadata` as it is, and its
+planner the objects that lie between the tensors in the .distcp files. Here `.metadata` is read with a list of the
+classes that torch writes into it; objects, and common.pt, must pass torch's own reader of plain values
+(weights_only). Only then may torch's and Megatron's loaders have them. The files that tensors are read from must lie
+in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_WRITTEN_BY_TORCH = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),  # where it was written; from Python 3.13 on of another module
+    ("pathlib._local", "PosixPath"),
+    ("torch.serialization", "_get_layout"),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    (f"{_CHECKPOINT}.storage", "WriteResult"),
+    *(
+        (f"{_CHECKPOINT}.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+}
+"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does "
+"anything."""
+
+_OF_TRANSFORMER_ENGINE = "transformer_engine."
+_REBUILT = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("_codecs", "encode"),
+}
+"""What Transformer Engine's state of FP8 names, besides its recipes' classes."""
+
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading a damaged pickle may raise."""
+
+
+class UntrustedCheckpointError(ValueError):
+    """A checkpoint that would have code run when it is opened. Nothing of it has run."""
+
+    def __init__(self, file: Path, what: str) -> None:
+        super().__init__(
+            f"{file} names {what}, which no checkpoint of this project or of Megatron-Core does; opening it could run "
+            "anything. Only open checkpoints that you would run. If this one is yours, something has changed it: "
+            "restore it "
+            "from a copy."
+        )
+
+
+def unpickle(data: bytes, file: Path) -> Any:
+    """Unpickle what torch writes about a checkpoint; nothing else is called.
+
+    Args:
+        file: named in errors.
+
+    Raises:
+        UntrustedCheckpointError: if it names anything else, a function of Python's or a class of somebody's own.
+        ValueError: if it is no whole pickle.
+    """
+    return _unpickled(_TorchsRecords(io.BytesIO(data), file), file)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint says it holds.
+
+    Raises:
+        UntrustedCheckpointError: if that would run code, or points out of the folder.
+        ValueError: if it cannot be read, is no metadata, or the checkpoint is of another format.
+    """
+    _check_format(folder / FORMAT)
+    file = folder / METADATA
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+    metadata = unpickle(data, file)
+    if not _has_the_form(metadata):
+        raise ValueError(
+            f"{file} is no description of a checkpoint. Restore it from a copy; without it the tensors are lost."
+        )
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise UntrustedCheckpointError(file, f"the file {info.relative_path!r} outside the checkpoint")
+    return metadata
+
+
+def check_pickles(folder: str | Path) -> None:
+    """Look through everything of a torch_dist checkpoint that Megatron's loader would unpickle. No communication.
+
+    Raises:
+        UntrustedCheckpointError, ValueError: see `read_metadata`.
+    """
+    root = Path(folder)
+    metadata = read_metadata(root)
+    if (root / COMMON).is_file():
+        _check_plain((root / COMMON).read_bytes(), root / COMMON)
+    for index, info in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            file = root / info.relative_path
+            try:
+                with file.open("rb") as stream:
+                    stream.seek(info.offset)
+                    data = stream.read(info.length)
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+            _check_state(_check_plain(data, file), file)
+
+
+def _check_format(file: Path) -> None:
+    """Other backends have loaders of their own, which read other files."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        backends = raw["sharded_backend"], raw.get("common_backend", "torch")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} does not say which format the checkpoint has ({error!r}).") from error
+    if backends not in (("torch_dist", "torch"), ("torch_dist", "torch_dist")):
+        raise ValueError(f"{file}: checkpoints of format {backends[0]!r} are not supported; only torch_dist is.")
+
+
+def _has_the_form(metadata: Any) -> bool:
+    """Whether all that is read of it later is there and of its type: records may have lost any field."""
+    try:
+        stored, places = metadata.state_dict_metadata, metadata.storage_data
+        return (
+            isinstance(metadata, Metadata)
+            and isinstance(stored, dict)
+            and isinstance(places, dict)
+            and all(isinstance(name, str) and _is_stored(entry) for name, entry in stored.items())
+            and all(_is_index(index) and _is_place(info) for index, info in places.items())
+        )
+    except AttributeError:
+        return False
+
+
+def _is_stored(entry: Any) -> bool:
+    if isinstance(entry, BytesStorageMetadata):
+        return True
+    return (
+        isinstance(entry, TensorStorageMetadata)
+        and isinstance(entry.size, torch.Size)
+        and isinstance(entry.properties, TensorProperties)
+        and isinstance(entry.properties.dtype, torch.dtype)
+        and isinstance(entry.chunks, list)
+        and all(
+            isinstance(chunk, ChunkStorageMetadata)
+            and isinstance(chunk.offsets, torch.Size)
+            and isinstance(chunk.sizes, torch.Size)
+            for chunk in entry.chunks
+        )
+    )
+
+
+def _is_index(index: Any) -> bool:
+    has_place = isinstance(index, MetadataIndex) and isinstance(index.offset, (torch.Size, type(None)))
+    return has_place and isinstance(index.fqn, str)
+
+
+def _is_place(info: Any) -> bool:
+    return (
+        isinstance(info, _StorageInfo)
+        and isinstance(info.relative_path, str)
+        and type(info.offset) is int
+        and type(info.length) is int
+        and min(info.offset, info.length) >= 0
+        and not getattr(info, "transform_descriptors", None)
+    )
+
+
+def _check_plain(data: bytes, file: Path) -> Any:
+    """What torch saved, as plain values and tensors."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # also what torch makes of a class that is not on its list
+        name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
+        if name:
+            raise UntrustedCheckpointError(file, name) from error
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    except _DAMAGE as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _check_state(value: Any, file: Path) -> None:
+    """A module's extra state: Transformer Engine pickles its own into a tensor of bytes, and unpickles it as it is."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_state(item, file)
+    elif isinstance(value, io.BytesIO):
+        _check_plain(value.getvalue(), file)
+    elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
+        _unpickled(_StateOfFp8(io.BytesIO(value.cpu().numpy().tobytes()), file), file)
+
+
+def _unpickled(unpickler: pickle.Unpickler, file: Path) -> Any:
+    try:
+        return unpickler.load()
+    except UntrustedCheckpointError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}). Restore it from a copy.") from error
+
+
+class _TorchsRecords(pickle.Unpickler):
+    """Knows the classes that torch writes into a checkpoint's description."""
+
+    def __init__(self, stream: io.BytesIO, file: Path) -> None:
+        super().__init__(stream)
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _WRITTEN_BY_TORCH or is_dtype:
+            return super().find_class(module, name)
+        raise UntrustedCheckpointError(self._file, f"{module}.{name}")
+
+
+class _StateOfFp8(pickle.Unpickler):
+    """Only looks: recipes of Transformer Engine become records that do nothing."""
+
+    def __init__(self, stream: io.BytesIO, file: Path) -> None:
+        super().__init__(stream)
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith(_OF_TRANSFORMER_ENGINE) and "recipe" in module and "." not in name:
+            return _Inert
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # unpickles in turn
+            return lambda data: _check_plain(data, self._file)
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _REBUILT or is_dtype:
+            return super().find_class(module, name)
+        raise UntrustedCheckpointError(self._file, f"{module}.{name}")
+
+
+class _Inert:
+    """Stands for an object that is only looked at."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass

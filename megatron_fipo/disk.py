@@ -1,0 +1,102 @@
+"""Writing to disks that may be full, go away or be emptied under a run: whole lines or none, and errors in words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+class DiskError(RuntimeError):
+    """Something could not be written. What was written before is as it was, and can be gone on from."""
+
+
+GOES_ON = "it goes on from the newest checkpoint and the recorded rollouts"
+
+
+def disk_error(path: str | Path, error: OSError, what_then: str = GOES_ON) -> DiskError:
+    """What happened to which file, how much room there is, and what to do.
+
+    Args:
+        what_then: what the same command does when it is started again.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    return DiskError(
+        f"{path} cannot be written: {reason}{free_space(path)}. What was written before is whole. Make room or mend "
+        "the "
+        f"folder's permissions, and start the same command again: {what_then}."
+    )
+
+
+def free_space(path: str | Path) -> str:
+    """` (0.3 GiB are free there)`, or nothing where that cannot be told."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return f" ({shutil.disk_usage(place).free / 2**30:.1f} GiB are free there)"
+    except OSError:
+        return ""
+
+
+@contextmanager
+def writing(path: str | Path, what_then: str = GOES_ON) -> Iterator[None]:
+    """An OSError inside becomes a `DiskError` about the path."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error, what_then) from error
+
+
+def append_whole(file: IO[bytes], data: bytes, path: Path) -> None:
+    """Append all of the data or none of it.
+
+    Args:
+        file: opened for appending without a buffer, by this process alone.
+        path: under which it was opened.
+
+    Raises:
+        DiskError: if there is no room, or the file was deleted since it was opened. What was written of it is taken
+            back.
+    """
+    descriptor = file.fileno()
+    try:
+        state = os.fstat(descriptor)
+        if state.st_nlink == 0:
+            raise deleted(path)
+        rest = memoryview(data)
+        try:
+            while rest:  # the system may take a part without calling it an error
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            os.ftruncate(descriptor, state.st_size)
+            raise
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def deleted(path: Path) -> DiskError:
+    """The error of a file or folder that a run writes to and that somebody has taken away."""
+    return DiskError(
+        f"{path} was deleted or replaced while the run was writing there. Nothing that it writes would be found "
+        "again, and "
+        "another run may take the folder, so it stops. Restore the folder from a copy and start the same command "
+        "again, or "
+        "start anew."
+    )
+
+
+def write_text_whole(path: Path, text: str, what_then: str = GOES_ON) -> None:
+    """Write a file so that it is either as before or whole; a lone surrogate is written as JSON escapes it.
+
+    Raises:
+        DiskError: if it cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.partial")
+    with writing(path, what_then):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(unfinished, path)
