@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +93,8 @@ def _train_on_rank(argv: list[str], logs: Path, mark: str, prepare: Preparation 
     from megatron_fipo.train import main
 
     os.chdir(ROOT)
-    os.environ[RUN_MARK] = mark
+    os.environ |= marks(mark)
+    tempfile.tempdir = None  # it is looked for anew
     log = os.open(logs / f"rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -146,15 +149,24 @@ def latest_checkpoint_name(folder: Path) -> str:
     return name
 
 
+def marks(mark: str) -> dict[str, str]:
+    """Environment by which processes of a run are known: verifiers' workers keep none of it but the folder for
+    temporary files, in which theirs lies. (Its path is short: sockets are made there.)"""
+    temporary = Path(tempfile.gettempdir()) / f"fipo-{zlib.crc32(mark.encode()):08x}"
+    temporary.mkdir(exist_ok=True)
+    return {RUN_MARK: mark, "TMPDIR": str(temporary)}
+
+
 def processes_of(mark: str) -> dict[int, str]:
     """Running processes that a run has started, by pid, with their command lines."""
     found = {}
+    worker = f"TMPDIR={marks(mark)['TMPDIR']}/".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environment = (process / "environ").read_bytes().split(b"\0")
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has just ended, or is not ours
             continue
-        if f"{RUN_MARK}={mark}".encode() in environment:
+        if f"{RUN_MARK}={mark}".encode() in environment or any(entry.startswith(worker) for entry in environment):
             found[int(process.name)] = command
     return found

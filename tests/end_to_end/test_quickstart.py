@@ -33,7 +33,7 @@ from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rl.verifiers import chain_arithmetic
-from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, RUN_MARK, metric_lines, processes_of, step_lines
+from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, step_lines
 
 NUM_STEPS = 5
 SMALLER = (
@@ -99,7 +99,7 @@ def _run(command: Sequence[str], timeout_s: float, mark: str) -> tuple[int, str]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", RUN_MARK: mark},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **marks(mark)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

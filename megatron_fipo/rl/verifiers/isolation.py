@@ -127,6 +127,6 @@ def isolation_warnings(verifiers: Iterable[str], trusted: Collection[str]) -> li
     if not confined or not sys.platform.startswith("linux") or has_landlock():
         return []
     return [
-        f"this kernel has no Landlock, so that the processes of {', '.join(confined)} can read files; they can neither "
-        "write any nor reach the network"
+        f"this kernel has no Landlock, so that the processes of {', '.join(confined)} can read files, and in /proc the "
+        "environment and memory of this run; they can neither write any nor reach the network"
     ]
