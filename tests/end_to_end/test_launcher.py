@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import QUICKSTART, ROOT, RUN_MARK, SMALL, latest_checkpoint_name, processes_of, step_lines
+from tests.end_to_end.runs import QUICKSTART, ROOT, SMALL, latest_checkpoint_name, marks, processes_of, step_lines
 
 PROGRAM = str(Path(sys.executable).with_name("megatron-fipo"))
 PATIENCE_S = 240.0
@@ -32,7 +32,7 @@ class Run:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**environment, "PYTHONPATH": str(ROOT), "COLUMNS": "80", RUN_MARK: str(folder)},
+                env={**environment, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **marks(str(folder))},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -196,6 +196,29 @@ def test_reasoning_gym() -> None:
         verify(right, right, "stop")
 
 
+@pytest.mark.parametrize(
+    ("task", "right", "wrong"),
+    [
+        ("game_of_life_halting", ("False", "no", "false."), ("True", "yes", "xyzzy", "0", "[]")),
+        ("coin_flip", ("0.3125", "5/16"), ("0", "0.3", "3", "0.31", "xyzzy")),
+    ],
+)
+def test_scorers_that_give_full_marks_to_wrong_answers_get_a_second_look(
+    task: str, right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
+
+    verify = load_verifier("reasoning_gym")
+    entries = (open_task(task, {}, seed=seed, size=1)[0] for seed in range(50))
+    entry = next(entry for entry in entries if str(entry["answer"]) == right[0])
+    reference = {"task": task, "params": {}, "entry": entry}
+    for answer in (*right, *wrong):
+        verdict = verify(f"<answer>{answer}</answer>", reference, "stop")
+        assert verdict.correct is (answer in right), answer
+    # The control: by the package's own scorer the wrong ones pass.
+    assert open_task(task, {}, seed=0, size=1).score_answer(wrong[0 if task == "coin_flip" else 2], entry) == 1.0
+
+
 def test_reasoning_gym_scorer_that_raises_over_a_wrong_answer_scores_zero_and_a_broken_one_raises() -> None:
     import reasoning_gym
 

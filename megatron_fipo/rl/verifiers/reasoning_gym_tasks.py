@@ -7,7 +7,8 @@ Some scorers read the answer with Python's `eval`. The pool has each response ju
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import reasoning_gym
@@ -76,7 +77,32 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
         if float(score_answer(entry["answer"], entry)) != 1.0:
             raise
         score = 0.0
+    task = entry["metadata"]["source_dataset"] if reference["task"] == "composite" else reference["task"]
+    is_right = _SECOND_LOOKS.get(task)
+    if score == 1.0 and is_right is not None and not is_right(answer, str(entry["answer"])):
+        score = 0.0
     return Verdict(min(max(score, 0.0), 1.0), answer)
+
+
+def _same_truth(answer: str, right: str) -> bool:
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    said = words.get(answer.strip().strip(".").lower())
+    return said is not None and said == words[right.lower()]
+
+
+def _same_probability(answer: str, right: str) -> bool:
+    try:
+        return abs(Fraction(answer.replace(",", "").strip()) - Fraction(right)) <= Fraction(1, 10**4)
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+_SECOND_LOOKS: dict[str, Callable[[str, str], bool]] = {
+    "game_of_life_halting": _same_truth,
+    "coin_flip": _same_probability,
+}
+"""Tasks whose scorer gives full marks to wrong answers (seen in 0.1.25), with what such an answer has to be: the one
+takes any text for a yes, which "False" is, too; the other takes a number whose digits the right one begins with."""
 
 
 def prepare(reference: Any) -> None:
