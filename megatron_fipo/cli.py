@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
@@ -175,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as train.num_steps=5")
+    # With a default, argparse no longer says that some are required.
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="such as train.num_steps=5")
 
 
 def _train(args: argparse.Namespace) -> int:

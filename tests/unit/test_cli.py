@@ -129,6 +129,12 @@ def test_validate_looks_for_files(
     assert said.err.endswith("is valid, as far as that can be told here\n")
 
 
+def test_only_the_configuration_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: CONFIG\n")
+
+
 def test_version_and_the_list_of_conversions(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
