@@ -23,7 +23,7 @@ EXIT_STOPPED = 3
 
 _OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
-    *(errno.EAGAIN, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, errno.ENODEV),
+    *(errno.EAGAIN, errno.EFBIG, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, errno.ENODEV),
 }
 """Errors of the operating system that no other input would mend."""
 
@@ -46,6 +46,11 @@ def report(error: Exception, say: Callable[[str], None], prefix: str = "error") 
     else:
         say(f"{prefix}: {words}")
     return code
+
+
+def is_of_the_machine(error: OSError) -> bool:
+    """Whether no other input would mend it: a full disk, no memory, a file system that is gone."""
+    return error.errno in _OF_THE_MACHINE
 
 
 def for_people(text: str) -> str:
@@ -72,7 +77,7 @@ def _words(error: Exception) -> tuple[str, int]:
         )
     if isinstance(error, OSError):
         what = f": {error.filename}" if error.filename is not None else ""
-        if error.errno in _OF_THE_MACHINE:
+        if is_of_the_machine(error):
             return (
                 f"{error.strerror}{what} (in {_place(error)}). Make room or mend the machine; the same command goes on "
                 "from what was saved.",

@@ -24,7 +24,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def run(add_arguments: Callable[[argparse.ArgumentParser], None], argv: Sequence[str] | None = None) -> int:
-    """Run one of the commands below as a program of its own. Returns the exit status: 0, or 1 after an error."""
+    """Run one of the commands below as a program of its own. Returns the exit status, see `run_conversion`."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -32,8 +32,13 @@ def run(add_arguments: Callable[[argparse.ArgumentParser], None], argv: Sequence
 
 
 def run_conversion(args: argparse.Namespace) -> int:
-    """Run what was parsed; errors that the message explains go to stderr, with exit status 1."""
+    """Run what was parsed; errors that the message explains go to stderr.
+
+    Returns:
+        0; 1 where what was verified is not right; 2 where what was given cannot be used, 3 where the disk gave out.
+    """
     from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
+    from megatron_fipo.error_net import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, is_of_the_machine
     from megatron_fipo.parallel.local_ranks import RankError
 
     try:
@@ -46,11 +51,13 @@ def run_conversion(args: argparse.Namespace) -> int:
                 f"{args.target}.partial: when the cause is gone, the same command goes on from there.",
                 file=sys.stderr,
             )
-        return 1
+        is_failed_write = error.errno is None  # safetensors tells them in words alone
+        return EXIT_STOPPED if is_failed_write or is_of_the_machine(error) else EXIT_BAD_INPUT
     except (ValueError, RankError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return 1
+        is_the_answer = args.conversion is _verify or isinstance(error, RankError)
+        return EXIT_FAULT if is_the_answer else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is whole", file=sys.stderr)
         return _STOPPED

@@ -78,12 +78,12 @@ def test_a_dry_run_from_the_config_alone(model: Path, tmp_path: Path, capfd: pyt
     assert run(add_hf_to_megatron, [str(tmp_path), target, "--dry-run"]) == 0
     assert run(add_megatron_to_hf, [str(tmp_path), target, "--dry-run", "--dtype", "bfloat16"]) == 0
     assert "lm_head.weight  20 x 32  bfloat16" in capfd.readouterr().out
-    assert run(add_megatron_to_hf, [str(tmp_path), target]) == 1
+    assert run(add_megatron_to_hf, [str(tmp_path), target]) == 2
     assert "is no whole torch_dist checkpoint" in capfd.readouterr().err
     config = json.loads((tmp_path / "config.json").read_text())
     config.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert run(add_hf_to_megatron, [str(tmp_path), target, "--dry-run"]) == 1
+    assert run(add_hf_to_megatron, [str(tmp_path), target, "--dry-run"]) == 2
     assert "states no dtype and there are no weights. Give one with --dtype." in capfd.readouterr().err
 
 
@@ -124,14 +124,14 @@ def test_a_run_whose_model_is_elsewhere_asks_for_the_base(
 ) -> None:
     (run_folder / "config.yaml").write_text("model:\n  path: nowhere/model\n")
     back = str(tmp_path / "back")
-    assert main(["convert", "megatron-to-hf", str(run_folder), back]) == 1
+    assert main(["convert", "megatron-to-hf", str(run_folder), back]) == 2
     said = capfd.readouterr().err
     assert "names model.path=nowhere/model, which holds no config.json here" in said
     assert "--base" in said
     assert main(["convert", "megatron-to-hf", str(run_folder), back, "--base", str(model)]) == 0
     (run_folder / "checkpoints" / "step_000001" / "manifest.json").write_text("{}")
     (run_folder / "checkpoints" / "step_000002" / "manifest.json").unlink()
-    assert main(["convert", "megatron-to-hf", str(run_folder), f"{back}2"]) == 1
+    assert main(["convert", "megatron-to-hf", str(run_folder), f"{back}2"]) == 2
     assert "no checkpoint in" in capfd.readouterr().err
 
 
@@ -165,7 +165,7 @@ def test_a_write_that_fails_is_explained_and_gone_on_from(
         ([str(megatron), str(back), "--shard-size", "100KB"], add_megatron_to_hf),
     ):
         with files_no_larger_than(60_000):
-            assert run(command, arguments) == 1
+            assert run(command, arguments) == 3
         lines = capfd.readouterr().err.splitlines()
         assert lines[0].startswith("error: ")
         assert "File too large" in lines[0]
@@ -180,15 +180,15 @@ def test_what_is_replaced_outlives_a_write_that_fails(model: Path, tmp_path: Pat
     megatron = str(tmp_path / "megatron")
     assert run(add_hf_to_megatron, [str(model), megatron]) == 0
     with files_no_larger_than(60_000):
-        assert run(add_hf_to_megatron, [str(model), megatron, "--overwrite"]) == 1
+        assert run(add_hf_to_megatron, [str(model), megatron, "--overwrite"]) == 3
     assert run(add_verify, [str(model), megatron]) == 0
 
 
 def test_a_target_that_cannot_be_made(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert run(add_hf_to_megatron, [str(model), str(tmp_path / "file" / "out")]) == 1
+    assert run(add_hf_to_megatron, [str(model), str(tmp_path / "file" / "out")]) == 2
     assert "Not a directory" in capfd.readouterr().err
-    assert run(add_hf_to_megatron, [str(model), str(tmp_path / "file")]) == 1
+    assert run(add_hf_to_megatron, [str(model), str(tmp_path / "file")]) == 2
     assert "is a file. Name a folder that is to be made." in capfd.readouterr().err
-    assert run(add_hf_to_megatron, [str(model), "/proc/nothing/out"]) == 1  # a folder that not even root may write
+    assert run(add_hf_to_megatron, [str(model), "/proc/nothing/out"]) == 2  # a folder that not even root may write
     assert "error: [Errno 2] No such file or directory: '/proc/nothing'" in capfd.readouterr().err

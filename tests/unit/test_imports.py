@@ -23,7 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"config", "rl", "metrics.reductions", "parallel"},
     "convert": {"config", "parallel", "convert"},
     "convert.logits": {"config", "data", "parallel", "convert", "actor"},
-    "convert.command": {"config", "parallel", "convert", "convert.logits", "convert.run_checkpoint", "quiet"},
+    "convert.command": {
+        *("config", "parallel", "convert", "convert.logits", "convert.run_checkpoint", "error_net", "quiet")
+    },
     "convert.run_checkpoint": {"actor", "config", "convert"},
     "actor": {"config", "disk", "rl", "metrics.reductions", "parallel", "convert", "actor"},
     "rollout": {"config", "disk", "rl", "parallel", "convert", "metrics.reductions", "rollout"},
