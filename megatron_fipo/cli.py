@@ -247,6 +247,10 @@ def _validate(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     also_look_in(Path(args.config).parent)
     validate(config, args.world_size)
+    model_config = None
+    if (Path(config.model.path) / "config.json").exists():
+        model_config = read_model_config(config.model.path)
+        validate_model_layout(config, model_config)
     missing = [finding.text for finding in file_findings(config)]
     if missing and not args.files_elsewhere:
         raise ValueError(
@@ -254,10 +258,6 @@ def _validate(args: argparse.Namespace) -> int:
         )
     findings = inspect_own(config)
     findings.raise_problems()
-    model_config = None
-    if Path(config.model.path).is_dir():
-        model_config = read_model_config(config.model.path)
-        validate_model_layout(config, model_config)
     for warning in [*missing, *findings.warnings, *warnings_for(config, model_config)]:
         print(f"warning: {warning}", file=sys.stderr)
     print(resolved_yaml(config), end="", flush=True)

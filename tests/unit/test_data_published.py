@@ -24,6 +24,7 @@ BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
 )
+CHECK = "def check(candidate):\n    assert candidate(1) == 1\n"
 AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
@@ -167,11 +168,11 @@ def test_dapo_math_as_chat_and_as_raw_text(tmp_path: Path) -> None:
                 "task_id": "HumanEval/0",
                 "prompt": "def f(x):\n",
                 "canonical_solution": "",
-                "test": "t",
+                "test": CHECK,
                 "entry_point": "f",
             },
             "def f(x):\n",
-            {"prompt": "def f(x):\n", "tests": "t", "entry_point": "f"},
+            {"prompt": "def f(x):\n", "tests": CHECK, "entry_point": "f"},
         ),
         (
             "mbpp",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout import decode_batch
-from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
+from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import InProcessEngine, copy_weights, find_stop_token_ids
 from megatron_fipo.rollout.sampling import _nucleus, request_uniforms, sample_tokens
 from tests.models import load, save_random_model
@@ -450,7 +450,7 @@ def test_weights_that_are_not_finite_fail_every_request_with_the_reason(
         return await asyncio.gather(*(engine.generate(request(i)) for i in range(3)), return_exceptions=True)
 
     results = asyncio.run(main())
-    assert [type(result) for result in results] == [RuntimeError] * 3
+    assert [type(result) for result in results] == [NotFiniteError] * 3
     assert "response token 0 of sample '0'" in str(results[0])
 
 
