@@ -19,6 +19,9 @@ from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import InProcessEngine
 
+MAX_LISTED_CHARACTERS = 100
+"""A tokenizer of no more characters than these is told in full where it does not know one."""
+
 
 @dataclass(frozen=True)
 class ChatOptions:
@@ -108,7 +111,9 @@ class Chat:
             prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         token_ids = tuple(self.tokenizer(prompt, add_special_tokens=not self.uses_template)["input_ids"])
         if self.tokenizer.unk_token_id in token_ids:
-            raise ValueError(f"the model's tokenizer does not know every character of {text!r}")
+            known = _known_characters(self.tokenizer)
+            more = f"; all that it knows is {known}" if known else ""
+            raise ValueError(f"the model's tokenizer does not know every character of {text!r}{more}")
         options, printer = self.options, TextPrinter(self.tokenizer, self._out)
         request = GenerationRequest(
             sample_id=str(self._num_turns),
@@ -139,6 +144,14 @@ class Chat:
                 print("[interrupted]", file=self._out)
             except ValueError as error:
                 print(f"[{error}]", file=self._out)
+
+
+def _known_characters(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer of a few single characters knows; empty where its words are too many or longer."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: int(item[1]))
+    known = [word for word, _ in words if word not in tokenizer.all_special_tokens]
+    is_small = len(known) <= MAX_LISTED_CHARACTERS and all(len(word) == 1 for word in known)
+    return "".join(known) if is_small else ""
 
 
 def terminal_lines() -> Iterator[str]:

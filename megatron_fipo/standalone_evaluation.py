@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
-from megatron_fipo.config import Config, ParallelSection, read_model_config
+from megatron_fipo.config import Config, ParallelSection, read_model_config, with_absolute_paths
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.evaluation import (
@@ -168,7 +168,7 @@ def _fingerprint(config: Config) -> str:
         "seed": config.run.seed,
         "dtype": config.model.dtype,
         "evaluation": asdict(config.evaluation),
-        "data": asdict(config.data)["evaluation"],
+        "data": asdict(with_absolute_paths(config).data)["evaluation"],
         "lengths": [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens],
     }
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

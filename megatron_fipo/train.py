@@ -35,6 +35,7 @@ from megatron_fipo.config import (
     load_config,
     numbers_fingerprint,
     read_model_config,
+    require_inputs,
     validate,
     validate_model_layout,
     warnings_for,
@@ -63,10 +64,13 @@ from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
 from megatron_fipo.rl.verifiers.pool import VerifierPool
+from megatron_fipo.rl.verifiers.registry import also_look_in
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
+from megatron_fipo.sample_choice import samples_of_step
+from megatron_fipo.samples import forget_samples, write_samples
 from megatron_fipo.saved_run import SavedRun
 from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
 
@@ -103,6 +107,7 @@ class Trainer:
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
         tokenizer = load_tokenizer(config.model.path)
+        self._tokenizer = tokenizer
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.prompts = PromptStream.from_config(config, tokenizer)
         held_out = evaluation_sets(config, tokenizer)
@@ -123,7 +128,7 @@ class Trainer:
             self.folder.rollouts,
             ranks.rank,
             numbers_fingerprint(config),
-            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            decode=self._decode,
         )
         self.generator = GroupGenerator(
             self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, share, self._leave_if_asked
@@ -154,6 +159,7 @@ class Trainer:
             self._resume()
         if self.is_leader:
             record_config(config, self.folder)
+            forget_samples(self.folder.samples, self.next_step)
         sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
         with sinks, self.interrupt:
             if self.next_step == 0:
@@ -207,6 +213,7 @@ class Trainer:
         with clock.phase("handover_to_training"):
             self.handover.to_training()
         assign_advantages(groups, self.config.advantages.estimator)
+        self._keep_samples(step, groups, generated)
         minibatches = build_minibatches(groups, self.config, self.ranks, self.pad_token_id)
         with clock.phase("old_log_probs"):
             self._set_old_log_probs(minibatches)
@@ -254,6 +261,17 @@ class Trainer:
         except BatchNotFilledError:
             self._save(state_before)
             raise
+
+    def _keep_samples(self, step: int, groups: Sequence[Group], generated: Sequence[Group]) -> None:
+        """Write some of the step's responses down for people to read."""
+        count = self.config.metrics.num_samples_per_step
+        if not count or not self.is_leader:
+            return
+        samples = samples_of_step(step, groups, generated, count, self.config.sampling, self._decode)
+        write_samples(self.folder.samples, step, samples)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _round_size(self, is_first: bool) -> int:
         rollout = self.config.rollout
@@ -479,6 +497,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        require_inputs(config, arguments.config)
+        also_look_in(Path(arguments.config).parent)
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
         return _train(config, warnings_for(config, model_config), [arguments.config, *arguments.overrides])

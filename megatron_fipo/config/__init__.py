@@ -10,6 +10,7 @@ overrides. Nothing rewrites a value that the user wrote.
 """
 
 from megatron_fipo.config.errors import ConfigError
+from megatron_fipo.config.input_paths import places_of_relative_paths, require_inputs, with_absolute_paths
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
 from megatron_fipo.config.milestones import num_decay_steps
@@ -93,8 +94,10 @@ __all__ = [
     "num_decay_steps",
     "numbers_fingerprint",
     "pad_multiple",
+    "places_of_relative_paths",
     "read_model_config",
     "recomputed_part",
+    "require_inputs",
     "required_pad_multiple",
     "resolved_yaml",
     "save_resolved",
@@ -103,4 +106,5 @@ __all__ = [
     "validate",
     "validate_model_layout",
     "warnings_for",
+    "with_absolute_paths",
 ]

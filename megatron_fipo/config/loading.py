@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fipo.config.errors import ConfigError, choice_problem
+from megatron_fipo.config.input_paths import find_inputs, with_absolute_paths
 from megatron_fipo.config.keys import key_problems, look_up, type_problem
 from megatron_fipo.config.schema import ALGORITHMS, Config
 
@@ -21,8 +22,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Read a run's configuration.
 
     Precedence, lowest first: dataclass defaults, the algorithm's preset, the file, the overrides in their order.
-    `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. Paths in the
-    configuration are relative to the current directory. Rules between values are `validate`'s business.
+    `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. A
+    relative path of what is to be read (model.path, a source's path) starts from the current folder, or, where that
+    has no such file, from the configuration file's. Rules between values are `validate`'s business.
 
     Args:
         path: YAML file; None starts from the defaults.
@@ -56,7 +58,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}={look_up(value, error.full_key or '')}: {reason}.") from error
     assert isinstance(config, Config)
-    return config
+    return find_inputs(config, path)
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -135,8 +137,8 @@ def _escape_interpolations(value: Any) -> Any:
 
 
 def save_resolved(config: Config, folder: str | Path) -> Path:
-    """Write `resolved_yaml` to config.yaml in the run's folder, which is made if need be."""
+    """Write `resolved_yaml` to config.yaml in the run's folder, which is made if need be; its paths are absolute."""
     path = Path(folder) / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved_yaml(config), encoding="utf-8")
+    path.write_text(resolved_yaml(with_absolute_paths(config)), encoding="utf-8")
     return path

@@ -23,7 +23,7 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(
             f"model.path={path}: {file} cannot be read ({error.strerror}). A folder with a Hugging Face checkpoint was "
-            f"expected; a relative path starts from the current directory, {Path.cwd()}."
+            f"expected; a relative path starts from the current folder, {Path.cwd()}, or from the configuration file's."
         ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path={path}: {file} is not valid JSON: {error}.") from error

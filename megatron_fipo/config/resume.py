@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_fipo.config.input_paths import same_place
 from megatron_fipo.config.schema import Config
 
 _BESIDE = (
@@ -94,11 +95,11 @@ def numbers_fingerprint(config: Config) -> str:
 
 
 def _settled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key.
+    """Values by dotted key, each path to read from in one spelling.
 
     Where the end of a falling learning rate is left to train.num_steps, it is written in its place: it decides numbers.
     """
-    flat = dict(_flat(values))
+    flat = {key: same_place(key, value) for key, value in _flat(values)}
     if flat.get("optimizer.schedule", "constant") != "constant" and flat["optimizer.num_decay_steps"] is None:
         flat["optimizer.num_decay_steps"] = flat["train.num_steps"]
     return flat

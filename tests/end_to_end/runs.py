@@ -108,6 +108,7 @@ def quickstart_with(path: Path, source: dict[str, Any]) -> Path:
     """Write the quick-start's configuration with another training source, which overrides cannot put in its place."""
     config = yaml.safe_load((ROOT / QUICKSTART).read_text())
     config["data"]["train"] = {"source": source}
+    config["model"]["path"] = BASE
     path.write_text(yaml.safe_dump(config))
     return path
 

@@ -305,6 +305,7 @@ REFUSED = {
     "batch.max_tokens_per_microbatch=149": "takes 150 tokens with padding. Raise it to at least 150.",
     "batch.pad_multiple=500": "takes 500 tokens with padding. Raise it to at least 500.",
     "evaluation.top_p=2": "evaluation.top_p=2.0: must be above 0 and at most 1",
+    "metrics.num_samples_per_step=-1": "metrics.num_samples_per_step=-1: must be at least 0.",
     "metrics.wandb=on": "metrics.wandb=on: must be one of off, online, offline.",
     "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be at least 1.",
 }

@@ -34,6 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "quiet": set(),
     "cuda_start": set(),
     "run_folder": {"config", "metrics"},
+    "samples": {"metrics"},
+    "sample_choice": {"config", "rl", "samples"},
+    "starters": set(),
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 from functools import cache
+from pathlib import Path
 
 from megatron_fipo.rl.verifiers.reward_model import RewardModel
 from megatron_fipo.rl.verifiers.verdict import Verifier
@@ -46,6 +48,16 @@ def check_verifier_name(name: str) -> None:
         f"unknown verifier {name!r}: known are {', '.join(sorted(BUILTIN_VERIFIERS))}, "
         f"a function of your own as 'package.module:function', or the URL of a reward model.{hint}"
     )
+
+
+def also_look_in(folder: Path) -> None:
+    """Have modules of the user's own looked for in a folder as well, in every process started from here on.
+
+    It comes last: what the current directory or the environment has under a name is what the name means.
+    """
+    folders = [text for text in os.environ.get("PYTHONPATH", "").split(os.pathsep) if text]
+    if str(folder.resolve()) not in folders:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*folders, str(folder.resolve())])
 
 
 @cache
