@@ -72,7 +72,7 @@ def same_place(key: str, value: object) -> object:
     Args:
         key: dotted, of the value.
     """
-    if isinstance(value, str) and _INPUT_KEY.fullmatch(key) and _exists(value):
+    if isinstance(value, str) and (key == "run.output_dir" or (_INPUT_KEY.fullmatch(key) and _exists(value))):
         return os.path.realpath(value)
     return value
 

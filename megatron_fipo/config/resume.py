@@ -71,7 +71,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
     defaults = dict(_flat(asdict(Config())))
     refused, shown, same_numbers = [], [], True
     for key in sorted(before.keys() | now.keys()):
-        if key in before and key in now and before[key] == now[key]:
+        if key in before and key in now and same_place(key, before[key]) == same_place(key, now[key]):
             continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
         is_new = key not in before and key in now and now[key] == defaults.get(key)  # and changes nothing
@@ -90,16 +90,17 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
 
 def numbers_fingerprint(config: Config) -> str:
     """The same for two configurations that come to the same rollouts and weights, up to rounding."""
-    decisive = {key: value for key, value in _settled(asdict(config)).items() if _decides_numbers(key)}
+    settled = _settled(asdict(config))
+    decisive = {key: same_place(key, value) for key, value in settled.items() if _decides_numbers(key)}
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _settled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key, each path to read from in one spelling.
+    """Values by dotted key.
 
     Where the end of a falling learning rate is left to train.num_steps, it is written in its place: it decides numbers.
     """
-    flat = {key: same_place(key, value) for key, value in _flat(values)}
+    flat = dict(_flat(values))
     if flat.get("optimizer.schedule", "constant") != "constant" and flat["optimizer.num_decay_steps"] is None:
         flat["optimizer.num_decay_steps"] = flat["train.num_steps"]
     return flat

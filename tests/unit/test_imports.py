@@ -34,9 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "quiet": set(),
     "cuda_start": set(),
     "run_folder": {"config", "metrics"},
+    "best_model": set(),
     "samples": {"metrics"},
     "sample_choice": {"config", "rl", "samples"},
-    "starters": set(),
+    "starters": {"starters"},
+    "starters.own_data": {"rl"},
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
 
