@@ -123,6 +123,11 @@ def step_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in metric_lines(folder) if "optim/grad_norm" in line]
 
 
+def sample_files(folder: Path) -> dict[str, bytes]:
+    """What was kept of the steps' responses, by file name."""
+    return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+
+
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
     """A step's metrics without those that no two runs share."""
     return {name: value for name, value in line.items() if not name.startswith(("time_s/", "perf/tokens_per_s"))}
