@@ -135,9 +135,9 @@ HOSTILE = "a\ud800b\udfff \x1b[31mred\x1b]52;c;cm0=\x07 \u202eevil\u2028line\r\n
 
 def test_texts_come_back_as_they_were_from_files_that_are_safe_to_look_at(tmp_path: Path) -> None:
     rng = random.Random(5)
-    texts = [
-        "".join(chr(rng.choice([*range(0x250), *range(0xD7F0, 0xE010), 0x1F600])) for _ in range(80)) for _ in "abc"
-    ]
+    # No high surrogate in front of a low one: JSON spells such a pair as it spells the character that it stands for.
+    alphabet = [*range(0x250), *range(0xDC00, 0xE010), 0x1F600]
+    texts = ["".join(chr(rng.choice(alphabet)) for _ in range(80)) for _ in range(3)]
     samples = [replace(SAMPLE, response=text, answer=text, prompt=text) for text in (HOSTILE, *texts)]
     write_samples(tmp_path / "samples", 7, samples)
     (file,) = (tmp_path / "samples").iterdir()

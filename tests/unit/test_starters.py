@@ -59,6 +59,40 @@ def test_every_file_of_the_gsm8k_example_is_fetched_by_a_printed_command(capsys:
     assert set(fetched) == {f"gsm8k/{path}" for path in (config.model.path, *(source.path for source in sources))}
 
 
+QWEN2_5_0_5B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+"""Its published config.json."""
+
+
+def test_the_gsm8k_example_fits_the_gpu_that_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", "gsm8k"]) == 0
+    Path("config.json").write_text(json.dumps(QWEN2_5_0_5B))
+    one_gpu = ["--world-size", "1", "--gpus-per-node", "1", "--gpu", "a100-80gb"]
+    capsys.readouterr()
+    sizes = ["--sizes-only", "--model-config", "config.json"]
+    assert cli.main(["preflight", "gsm8k/fipo.yaml", *one_gpu, *sizes]) == 0
+    said = capsys.readouterr().out
+    (row,) = (line for line in said.splitlines() if "an update" in line)
+    total = float(row.split("│")[-3])
+    text = Path("gsm8k/fipo.yaml").read_text()
+    assert f"{total:.0f} GiB at the fullest" in text
+    assert "one GPU of 24 GB or more" in text
+    assert total * 2**30 < 24e9 * 0.95
+
+
 def test_the_default_is_the_quickstart_and_a_file_equals_the_clones() -> None:
     assert cli.main(["init"]) == 0
     written = files_below(Path("quickstart"))
