@@ -4,10 +4,27 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+QUICKSTART = ("fipo.yaml", "base/*")
+"""Of examples/quickstart, what `megatron-fipo init` writes."""
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_fipo/__init__.py").read_text(encoding="utf-8"))[1]
 README = ROOT / "README.md"
+
+
+class BuildWithExamples(build_py):
+    """Puts the quick-start into the package, which in a clone lies beside it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        source, target = ROOT / "examples/quickstart", Path(self.build_lib) / "megatron_fipo/starters/quickstart"
+        for file in (path for pattern in QUICKSTART for path in sorted(source.glob(pattern))):
+            (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(file), str(target / file.relative_to(source)))
+
 
 setup(
     name="megatron-fipo",
@@ -18,6 +35,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_fipo", "megatron_fipo.*"]),
+    package_data={"megatron_fipo.starters": ["own_data/*", "gsm8k/*"]},
+    cmdclass={"build_py": BuildWithExamples},
     install_requires=[
         "torch>=2.8",
         # 0.16.1 is the newest release that declares Python 3.11; from 0.17 on 3.12 is the oldest.

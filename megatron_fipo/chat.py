@@ -21,6 +21,9 @@ from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, samp
 from megatron_fipo.rollout.in_process import InProcessEngine
 from megatron_fipo.text_hygiene import clean_text
 
+MAX_LISTED_CHARACTERS = 100
+"""A tokenizer of no more characters than these is told in full where it does not know one."""
+
 
 @dataclass(frozen=True)
 class ChatOptions:
@@ -116,7 +119,9 @@ class Chat:
         else:
             token_ids = tuple(raw_token_ids(self.tokenizer, [prompt])[0])
         if self.tokenizer.unk_token_id in token_ids:
-            raise ValueError(f"the model's tokenizer does not know every character of {text!r}")
+            known = _known_characters(self.tokenizer)
+            more = f"; all that it knows is {known}" if known else ""
+            raise ValueError(f"the model's tokenizer does not know every character of {text!r}{more}")
         options, printer = self.options, TextPrinter(self.tokenizer, self._out)
         request = GenerationRequest(
             sample_id=str(self._num_turns),
@@ -147,6 +152,14 @@ class Chat:
                 print("[interrupted]", file=self._out)
             except ValueError as error:
                 print(f"[{error}]", file=self._out)
+
+
+def _known_characters(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer of a few single characters knows; empty where its words are too many or longer."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: int(item[1]))
+    known = [word for word, _ in words if word not in tokenizer.all_special_tokens]
+    is_small = len(known) <= MAX_LISTED_CHARACTERS and all(len(word) == 1 for word in known)
+    return "".join(known) if is_small else ""
 
 
 def terminal_lines() -> Iterator[str]:

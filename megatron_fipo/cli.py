@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_fipo import __version__
 from megatron_fipo.convert.command import CONVERSIONS, run_conversion
+from megatron_fipo.starters.command import STARTERS
 
 if TYPE_CHECKING:
     from megatron_fipo.config import ParallelSection
@@ -42,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-fipo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    init = commands.add_parser(
+        "init",
+        help="write an example that runs: a configuration with all that it reads",
+        description="Write an example into a folder and say what to type next. Nothing is ever overwritten. "
+        + " ".join(f"{name}: {starter.about}." for name, starter in STARTERS.items()),
+    )
+    init.add_argument("example", nargs="?", default="quickstart", choices=tuple(STARTERS), help="(default: quickstart)")
+    init.add_argument("folder", nargs="?", metavar="FOLDER", help="by default the example's name, in the current one")
+    init.set_defaults(run=_init)
+
     train = commands.add_parser(
         "train",
         help="train on this machine, in as many processes as the layout or --nproc says",
@@ -61,7 +72,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", metavar="FOLDER", help="by default evaluation/ in run.output_dir")
     evaluate.set_defaults(run=_evaluate)
 
-    chat = commands.add_parser("chat", help="talk to a model")
+    samples = commands.add_parser(
+        "samples",
+        help="show what a run's model wrote in training",
+        description="Show responses that a run has kept of its steps (metrics.num_samples_per_step).",
+    )
+    samples.add_argument("run_folder", metavar="RUN", help="folder of the run, such as outputs/quickstart")
+    samples.add_argument("--step", type=int, metavar="N", help="by default the newest")
+    samples.add_argument("--source", metavar="NAME", help="of data.train; only its responses")
+    kind = samples.add_mutually_exclusive_group()
+    kind.add_argument("--right", action="store_const", const=True, dest="right", help="only right ones")
+    kind.add_argument("--wrong", action="store_const", const=False, dest="right", help="only wrong ones")
+    samples.add_argument("--limit", type=_count, metavar="N", help="no more than so many")
+    samples.add_argument("--full", action="store_true", help="whole texts, however long")
+    samples.set_defaults(run=_samples)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model",
+        description="Talk to a model. Where its tokenizer has a chat template this is a conversation: each answer sees "
+        "all turns before it. Otherwise each line is a text that the model continues, by itself.",
+    )
     chat.add_argument("model", metavar="FOLDER", help="Hugging Face folder, such as a run's export")
     chat.add_argument("--prompt", help="answer this and leave")
     chat.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
@@ -179,6 +210,25 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="such as train.num_steps=5")
 
 
+def _count(text: str) -> int:
+    """An option's number of things, at least 1."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from megatron_fipo.starters.command import run
+
+    return run(args.example, args.folder)
+
+
+def _samples(args: argparse.Namespace) -> int:
+    from megatron_fipo.samples import show_samples
+
+    return show_samples(args.run_folder, args.step, args.source, args.right, args.limit, full=args.full)
+
+
 def _train(args: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config
 
@@ -212,13 +262,14 @@ def _num_processes(given: str | None, parallel: ParallelSection) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from megatron_fipo.config import load_config, validate
+    from megatron_fipo.config import load_config, require_inputs, validate
     from megatron_fipo.rl.verifiers.registry import also_look_in
     from megatron_fipo.standalone_evaluation import run
 
     config = load_config(args.config, args.overrides)
     also_look_in(Path(args.config).parent)
     validate(config, is_for_training=False)
+    require_inputs(config, args.config, unread=("data.train.", *["model.path"] * bool(args.model)))
     return run(config, args.model or config.model.path, args.output or f"{config.run.output_dir}/evaluation")
 
 
@@ -234,6 +285,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from megatron_fipo.config import (
         load_config,
+        places_of_relative_paths,
         read_model_config,
         resolved_yaml,
         validate,
@@ -254,7 +306,8 @@ def _validate(args: argparse.Namespace) -> int:
     missing = [finding.text for finding in file_findings(config)]
     if missing and not args.files_elsewhere:
         raise ValueError(
-            "\n".join([*missing, "Where they are on another machine, the one that will train, add --files-elsewhere."])
+            "\n".join([*missing, places_of_relative_paths(args.config)])
+            + "\nWhere they are on another machine, the one that will train, add --files-elsewhere."
         )
     findings = inspect_own(config)
     findings.raise_problems()

@@ -18,7 +18,7 @@ from megatron_fipo.actor.checkpoint import (
     load_loop_state,
 )
 from megatron_fipo.actor.model import DTYPES
-from megatron_fipo.config import Config, check_resume, recorded_values
+from megatron_fipo.config import Config, check_resume, recorded_values, with_absolute_paths
 from megatron_fipo.convert.stream import export_folder
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.parallel import exchange, rng_state
@@ -51,7 +51,7 @@ class SavedRun:
         section = self._config.checkpoint
         state = {
             **loop_state,
-            "config": recorded_values(self._config),
+            "config": recorded_values(with_absolute_paths(self._config)),
             "model": asdict(self._actor.shape),
             "rng": rng_state.gather(self._actor.groups),
         }

@@ -21,6 +21,7 @@ from megatron_fipo.config import (
     read_model_config,
     values_for_comparison,
     verifier_weights,
+    with_absolute_paths,
 )
 from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.prompts import evaluation_sets
@@ -208,7 +209,7 @@ def _fingerprint(config: Config) -> str:
         "seed": config.run.seed,
         "dtype": config.model.dtype,
         "evaluation": asdict(config.evaluation),
-        "data": values_for_comparison(config)["data"]["evaluation"],
+        "data": values_for_comparison(with_absolute_paths(config))["data"]["evaluation"],
         "lengths": [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens],
     }
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

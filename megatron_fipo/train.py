@@ -36,6 +36,7 @@ from megatron_fipo.config import (
     load_config,
     numbers_fingerprint,
     read_model_config,
+    require_inputs,
     validate,
     validate_model_layout,
     verifier_weights,
@@ -77,6 +78,8 @@ from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
+from megatron_fipo.sample_choice import samples_of_step
+from megatron_fipo.samples import forget_samples, write_samples
 from megatron_fipo.saved_run import SavedRun
 from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
 from megatron_fipo.verifier_check import Findings, inspect_own
@@ -112,6 +115,7 @@ class Trainer:
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
         tokenizer = load_tokenizer(config.model.path)
+        self._tokenizer = tokenizer
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         inspected = self._told_by_leader(lambda: inspect_own(config))
         self.prompts = PromptStream.from_config(config, tokenizer, inspected.row_readers)
@@ -147,7 +151,7 @@ class Trainer:
             self.folder.rollouts,
             ranks.rank,
             numbers_fingerprint(config),
-            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            decode=self._decode,
         )
         self.generator = GroupGenerator(
             self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, share, self._leave_if_asked
@@ -179,6 +183,7 @@ class Trainer:
             self._finish_again()
             return
         self._on_leader(lambda: record_config(config, self.folder))
+        self._on_leader(lambda: forget_samples(self.folder.samples, self.next_step))
         sinks = self._open_sinks()
         with sinks, self.interrupt:
             if self.next_step == 0:
@@ -232,6 +237,7 @@ class Trainer:
         with clock.phase("handover_to_training"):
             self.handover.to_training()
         assign_advantages(groups, self.config.advantages.estimator)
+        self._keep_samples(step, groups, generated)
         minibatches = build_minibatches(groups, self.config, self.ranks, self.pad_token_id)
         with clock.phase("old_log_probs"):
             self._set_old_log_probs(minibatches)
@@ -281,6 +287,21 @@ class Trainer:
         except BatchNotFilledError:
             self._save(state_before)
             raise
+
+    def _keep_samples(self, step: int, groups: Sequence[Group], generated: Sequence[Group]) -> None:
+        """Write some of the step's responses down for people to read."""
+        count = self.config.metrics.num_samples_per_step
+        if not count:
+            return
+
+        def write() -> None:
+            samples = samples_of_step(step, groups, generated, count, self.config.sampling, self._decode)
+            write_samples(self.folder.samples, step, samples)
+
+        self._on_leader(write)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _round_size(self, is_first: bool) -> int:
         rollout = self.config.rollout
@@ -582,6 +603,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         also_look_in(Path(arguments.config).parent)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        require_inputs(config, arguments.config)
         model_config = read_model_config(config.model.path)
         validate_model_layout(config, model_config)
         warnings = warnings_for(config, model_config)

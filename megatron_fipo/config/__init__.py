@@ -17,6 +17,7 @@ from megatron_fipo.config.environment import (
     written_values,
 )
 from megatron_fipo.config.errors import ConfigError
+from megatron_fipo.config.input_paths import places_of_relative_paths, require_inputs, with_absolute_paths
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
 from megatron_fipo.config.milestones import num_decay_steps
@@ -104,10 +105,12 @@ __all__ = [
     "numbers_fingerprint",
     "pad_multiple",
     "parse_json",
+    "places_of_relative_paths",
     "read_model_config",
     "read_text",
     "recomputed_part",
     "recorded_values",
+    "require_inputs",
     "required_pad_multiple",
     "resolved_yaml",
     "save_resolved",
@@ -118,6 +121,7 @@ __all__ = [
     "values_for_comparison",
     "verifier_weights",
     "warnings_for",
+    "with_absolute_paths",
     "without_secrets",
     "written_values",
 ]

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fipo.config.environment import remember_references, written_values
 from megatron_fipo.config.errors import ConfigError, choice_problem
+from megatron_fipo.config.input_paths import find_inputs, with_absolute_paths
 from megatron_fipo.config.keys import annotation_at, key_problems, look_up, type_problem
 from megatron_fipo.config.schema import ALGORITHMS, Config
 from megatron_fipo.config.text_files import read_text
@@ -22,8 +23,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Read a run's configuration.
 
     Precedence, lowest first: dataclass defaults, the algorithm's preset, the file, the overrides in their order.
-    `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. Paths in the
-    configuration are relative to the current directory. Rules between values are `validate`'s business.
+    `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. A
+    relative path of what is to be read (model.path, a source's path) starts from the current folder, or, where that
+    has no such file, from the configuration file's. Rules between values are `validate`'s business.
 
     A key that takes text gets it as it is written, in the file and in overrides: 1.10, 1e3, true and 007 are texts
     there. In an override it is all that stands behind the equals sign ("####" and brackets included), unless quotes
@@ -64,6 +66,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             f"{error.full_key}={look_up(value, error.full_key or '')}: {_interpolation_problem(error)}"
         ) from error
     assert isinstance(config, Config)
+    config = find_inputs(config, path)
     remember_references(merged, config)
     return config
 
@@ -118,8 +121,8 @@ def _escaped(text: str) -> str:
 
 
 def save_resolved(config: Config, folder: str | Path) -> Path:
-    """Write `resolved_yaml` to config.yaml in the run's folder, which is made if need be."""
+    """Write `resolved_yaml` to config.yaml in the run's folder, which is made if need be; its paths are absolute."""
     path = Path(folder) / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved_yaml(config), encoding="utf-8")
+    path.write_text(resolved_yaml(with_absolute_paths(config)), encoding="utf-8")
     return path

@@ -24,7 +24,7 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
             f"model.path={path}: {file} cannot be read ({reason}). A folder with a Hugging Face checkpoint was "
-            f"expected; a relative path starts from the current directory, {Path.cwd()}."
+            f"expected; a relative path starts from the current folder, {Path.cwd()}, or from the configuration file's."
         ) from error
     place = f"model.path={path}: {file}"
     content = parse_json(decode_text(raw, place), place)

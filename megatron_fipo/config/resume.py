@@ -15,6 +15,7 @@ from megatron_fipo.config.environment import (
     values_for_comparison,
     written_values,
 )
+from megatron_fipo.config.input_paths import same_place, with_absolute_paths
 from megatron_fipo.config.schema import Config, DataSourceConfig
 
 _BESIDE = (
@@ -75,6 +76,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
             a secret: another key to the same reward model is the same run.
         is_mid_step: the checkpoint stands between the updates of a step; nothing that decides numbers may change then.
     """
+    config = with_absolute_paths(config)  # as it is recorded
     environment = saved.get("environment", {"salt": "00", "digests": {}})
     before = _settled({key: value for key, value in saved.items() if key != "environment"})
     now, values = _settled(written_values(config)), _settled(asdict(config))
@@ -85,7 +87,10 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
         is_moved = any(f"{other}.".startswith(f"{key}.") for other in moved)
         if key in before and key in now and not is_moved:
             was = environment["digests"].get(key)
-            if before[key] in (now[key], values[key]) or was == value_digest(values[key], environment["salt"]):
+            place = same_place(key, before[key])
+            if place in (same_place(key, now[key]), same_place(key, values[key])):
+                continue
+            if was == value_digest(values[key], environment["salt"]):
                 continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
         if is_moved and before.get(key) == now.get(key):
@@ -108,7 +113,8 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
 
 def numbers_fingerprint(config: Config) -> str:
     """The same for two configurations that come to the same rollouts and weights, up to rounding."""
-    decisive = {key: value for key, value in _settled(values_for_comparison(config)).items() if _decides_numbers(key)}
+    settled = _settled(values_for_comparison(config))
+    decisive = {key: same_place(key, value) for key, value in settled.items() if _decides_numbers(key)}
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

@@ -198,7 +198,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "top_p": _SHARE,
         "max_response_tokens": _AT_LEAST_1,
     },
-    MetricsSection: {"wandb_project": _NOT_EMPTY},
+    MetricsSection: {"num_samples_per_step": _AT_LEAST_0, "wandb_project": _NOT_EMPTY},
     CheckpointSection: {"every_num_steps": _AT_LEAST_0, "keep_last": _AT_LEAST_1, "keep_every_num_steps": _AT_LEAST_0},
 }
 """A rule for every number (a test holds that none is without) and for texts that are no choices."""

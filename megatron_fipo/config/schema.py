@@ -30,7 +30,8 @@ class ModelSection:
     """Which model is trained and in which precision."""
 
     path: str = ""
-    """Folder with a Hugging Face checkpoint (config, safetensors, tokenizer); relative to the current directory."""
+    """Folder with a Hugging Face checkpoint (config, safetensors, tokenizer). A relative path starts from the current
+    folder, or, where that has none, from the configuration file's."""
     dtype: str = "float32"
     """Arithmetic of the actor's forward and backward: float32 or bfloat16 (bfloat16 keeps float32 main weights)."""
     fp8: str = "none"
@@ -57,7 +58,7 @@ class DataSourceConfig:
     kind: str = ""
     """jsonl, parquet, chain_arithmetic or reasoning_gym."""
     path: str = ""
-    """File of a jsonl or parquet source; relative to the current directory."""
+    """File of a jsonl or parquet source; a relative path is looked for as model.path is."""
     task: str = ""
     """Name of the reasoning-gym data set."""
     params: Dict[str, Any] = field(default_factory=dict)
@@ -387,6 +388,9 @@ class MetricsSection:
     """metrics.jsonl in the run's folder."""
     tensorboard: bool = True
     """TensorBoard events in the run's folder."""
+    num_samples_per_step: int = 4
+    """Responses of each training step that are kept in samples/ of the run's folder, for `megatron-fipo samples`; 0
+    keeps none."""
     wandb: str = "off"
     """Weights & Biases: off, online or offline."""
     wandb_project: str = "megatron_fipo"

@@ -107,6 +107,8 @@ class ShownSample:
     """The verifier's score; 1 is correct."""
     num_tokens: int
     truncated: bool = False
+    note: str = ""
+    """What else there is to say of it, in a line."""
 
 
 class PhaseProgress:
@@ -126,6 +128,37 @@ class PhaseProgress:
     def note(self, text: str) -> None:
         """A word at the end of the bar, such as "round 2: 11 of 16 groups"."""
         self._note(text)
+
+
+def print_samples(title: str, items: Sequence[ShownSample], *, full: bool = False, file: IO[str] | None = None) -> None:
+    """Show responses outside a run, in the way of `Console.samples`.
+
+    Args:
+        full: every line of them, whatever their length.
+        file: where to print; standard output by default.
+    """
+    _print_samples(_rich_console(file), title, items, None if full else 8)
+
+
+def _print_samples(rich: RichConsole, title: str, items: Sequence[ShownSample], max_lines: int | None) -> None:
+    rich.print()
+    rich.print(Rule(Text(_printable(title), style="bold"), align="left", style="dim"))
+    for item in items:
+        rich.print(_sample(item, max_lines))
+
+
+def _rich_console(file: IO[str] | None, width: int | None = None, *, enabled: bool = True) -> RichConsole:
+    """A console as wide as the terminal, or as a log wants it."""
+    rich = RichConsole(file=file, width=width, highlight=False, quiet=not enabled)
+    if not _is_live(rich) and width is None:
+        rich.width = PIPE_WIDTH
+    if enabled and isinstance(rich.file, TextIOWrapper):
+        rich.file.reconfigure(errors="replace")  # a log in ASCII must not end the run over a dash
+    return rich
+
+
+def _is_live(rich: RichConsole) -> bool:
+    return rich.is_interactive and rich.file.isatty()  # colours may be forced, bars may not
 
 
 class Console:
@@ -151,12 +184,8 @@ class Console:
         self._config = config
         self._enabled = enabled
         self._clock = clock
-        self._rich = RichConsole(file=file, width=width, highlight=False, quiet=not enabled)
-        self._live = self._rich.is_interactive and self._rich.file.isatty()  # colours may be forced, bars may not
-        if not self._live and width is None:
-            self._rich.width = PIPE_WIDTH
-        if enabled and isinstance(self._rich.file, TextIOWrapper):
-            self._rich.file.reconfigure(errors="replace")  # a log in ASCII must not end the run over a dash
+        self._rich = _rich_console(file, width, enabled=enabled)
+        self._live = _is_live(self._rich)
         self._num_lines = 0
         self._num_told: Counter[str] = Counter()
         self._step_width = max(5, 2 * len(str(config.train.num_steps)) + 1)
@@ -209,12 +238,8 @@ class Console:
 
         Text that a model wrote is shown as it is, but control characters cannot reach the terminal.
         """
-        if not items:
-            return
-        self._rich.print()
-        self._rich.print(Rule(Text(title, style="bold"), align="left", style="dim"))
-        for item in items:
-            self._rich.print(_sample(item, max_lines))
+        if items:
+            _print_samples(self._rich, title, items, max_lines)
 
     def closing(
         self, places: Mapping[str, str], chat_command: str | None = None, prompts_to_try: Sequence[str] = ()
@@ -407,7 +432,7 @@ def _facts(config: Config, world_size: int) -> dict[str, str]:
     return facts
 
 
-def _sample(item: ShownSample, max_lines: int) -> Padding:
+def _sample(item: ShownSample, max_lines: int | None) -> Padding:
     correct = item.accuracy >= 1
     mark = Text("✓ correct" if correct else "✗ wrong", style="bold green" if correct else "bold red")
     score = f" (score {item.accuracy:.2f})" if 0 < item.accuracy < 1 else ""
@@ -422,12 +447,15 @@ def _sample(item: ShownSample, max_lines: int) -> Padding:
     grid.add_column(overflow="fold")
     grid.add_row("prompt", Text(_shorten(item.prompt, max_lines)))
     grid.add_row("response", Text(_shorten(item.response, max_lines), style="cyan"))
-    return Padding(Group(grid, verdict), (0, 0, 1, 2), expand=False)
+    notes = [Text(_printable(item.note), style="dim")] if item.note else []
+    return Padding(Group(grid, verdict, *notes), (0, 0, 1, 2), expand=False)
 
 
-def _shorten(text: str, max_lines: int) -> str:
-    """Leave out the middle of a long text: the end of a response holds its answer."""
+def _shorten(text: str, max_lines: int | None) -> str:
+    """Leave out the middle of a long text: the end of a response holds its answer. None leaves out nothing."""
     lines = _printable(text).strip("\n").split("\n")
+    if max_lines is None:
+        return "\n".join(lines)
     if len(lines) > max_lines:
         head = max_lines // 2
         tail = max_lines - head - 1

@@ -111,6 +111,7 @@ def quickstart_with(path: Path, source: dict[str, Any]) -> Path:
     """Write the quick-start's configuration with another training source, which overrides cannot put in its place."""
     config = yaml.safe_load((ROOT / QUICKSTART).read_text())
     config["data"]["train"] = {"source": source}
+    config["model"]["path"] = BASE
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -123,6 +124,11 @@ def metric_lines(folder: Path) -> list[dict[str, Any]]:
 def step_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of training steps; those of evaluations are left out."""
     return [line for line in metric_lines(folder) if "optim/grad_norm" in line]
+
+
+def sample_files(folder: Path) -> dict[str, bytes]:
+    """What was kept of the steps' responses, by file name."""
+    return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,17 @@ from megatron_fipo.parallel.local_ranks import RankError
 from megatron_fipo.rollout.ledger import RolloutLedger
 from tests.end_to_end import kills
 from tests.end_to_end.conftest import STRAIGHT_STEPS
-from tests.end_to_end.runs import BASE, ROOT, differing, exported_weights, processes_of, step_lines, timeless, train
+from tests.end_to_end.runs import (
+    BASE,
+    ROOT,
+    differing,
+    exported_weights,
+    processes_of,
+    sample_files,
+    step_lines,
+    timeless,
+    train,
+)
 from tests.parallel import layouts
 
 RUN = (
@@ -52,6 +62,7 @@ def assert_same(folder: Path, straight: Path) -> None:
     """Weights and metrics are those of the run that nothing stopped, bit for bit."""
     assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)]
     assert differing(exported_weights(folder), exported_weights(straight)) == []
+    assert sample_files(folder) == sample_files(straight)
 
 
 @pytest.mark.parametrize(

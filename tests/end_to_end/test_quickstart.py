@@ -33,7 +33,8 @@ from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rl.verifiers import chain_arithmetic
-from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, step_lines
+from megatron_fipo.samples import read_samples
+from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines
 
 NUM_STEPS = 5
 SMALLER = (
@@ -183,6 +184,21 @@ def test_tensorboard_can_be_read(run: QuickStart) -> None:
         assert [event.step for event in scalars] == list(range(NUM_STEPS))
         expected = [line[name] for line in step_lines(run.folder)]
         assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)
+
+
+def test_responses_of_every_step_can_be_read(run: QuickStart) -> None:
+    assert sorted(sample_files(run.folder)) == [f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)]
+    for step in range(NUM_STEPS):
+        samples = read_samples(run.folder, step)
+        assert len(samples) == 4
+        assert len({sample.prompt for sample in samples}) == 4, "each of another group"
+        assert {sample.is_right for sample in samples if sample.trained_on} == {True, False}
+        for sample in samples:
+            verdict = chain_arithmetic.verify(sample.response, sample.reference, sample.finish_reason)
+            assert (verdict.score, verdict.answer) == (sample.score, sample.answer), "the text is what was judged"
+            assert sample.reward == (1.0 if sample.is_right else -1.0)
+            assert sample.trained_on == (sample.advantage is not None)
+            assert not sample.trained_on or (sample.advantage > 0) == sample.is_right  # type: ignore[operator]
 
 
 def test_configuration_and_provenance_are_written(run: QuickStart) -> None:

@@ -23,7 +23,7 @@ from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.in_process import InProcessEngine
 from tests.models import save_random_model
 
-CHARACTERS = "0123456789+-=;?#"
+CHARACTERS = "0123456789+-=;?#é"
 CONFIG = """
 run: {name: tiny, output_dir: OUT}
 model: {path: MODEL}
@@ -206,6 +206,9 @@ def test_chat_answers_a_prompt_and_leaves(model: Path, capsys: pytest.CaptureFix
     assert answer("--temperature", "0", "--seed", "1") == answer("--temperature", "0", "--seed", "2")
 
 
+ALL_IT_KNOWS = "all that it knows is 0123456789+-=;?#é"
+
+
 def test_chat_ends_with_its_input_and_survives_what_the_tokenizer_does_not_know(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +216,7 @@ def test_chat_ends_with_its_input_and_survives_what_the_tokenizer_does_not_know(
     assert cli.main(["chat", str(model), "--max-tokens", "4", "--seed", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[1] == "[the model's tokenizer does not know every character of 'what?']"
+    assert lines[1] == f"[the model's tokenizer does not know every character of 'what?'; {ALL_IT_KNOWS}]"
 
 
 def test_chat_refuses_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from megatron_fipo.config import (
     validate,
     validate_model_layout,
     warnings_for,
+    with_absolute_paths,
 )
 from megatron_fipo.config import rules as rules_module
 from megatron_fipo.config.keys import field_types
@@ -311,6 +312,7 @@ REFUSED = {
     "batch.max_tokens_per_microbatch=149": "takes 150 tokens with padding. Raise it to at least 150.",
     "batch.pad_multiple=500": "takes 500 tokens with padding. Raise it to at least 500.",
     "evaluation.top_p=2": "evaluation.top_p=2.0: must be above 0 and at most 1",
+    "metrics.num_samples_per_step=-1": "metrics.num_samples_per_step=-1: must be at least 0.",
     "metrics.wandb=on": "metrics.wandb=on: must be one of off, online, offline.",
     "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be at least 1.",
 }
@@ -595,7 +597,7 @@ def test_the_resolved_configuration_reads_back(sound: Path, tmp_path: Path, algo
     config = load_config(sound, [f"algorithm={algorithm}", "objective.influence_max=.inf", "metrics.wandb=off"])
     path = save_resolved(config, tmp_path / "run" / "folder")
     assert path == tmp_path / "run" / "folder" / "config.yaml"
-    assert load_config(path) == config
+    assert load_config(path) == with_absolute_paths(config)
 
 
 @settings(max_examples=30, deadline=None)
@@ -612,7 +614,7 @@ def test_texts_survive_the_resolved_configuration(text: str) -> None:
     defaults = load_config(None)
     config = dataclasses.replace(defaults, data=dataclasses.replace(defaults.data, train={"a": source}))
     with tempfile.TemporaryDirectory() as folder:
-        assert load_config(save_resolved(config, folder)) == config
+        assert load_config(save_resolved(config, folder)) == with_absolute_paths(config)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "error_net": {"config"},
     "cuda_start": set(),
     "run_folder": {"config", "disk", "metrics"},
+    "samples": {"disk", "metrics"},
+    "sample_choice": {"config", "rl", "samples"},
+    "starters": {"starters"},
+    "starters.own_data": {"rl"},
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
 

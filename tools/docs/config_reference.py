@@ -24,8 +24,12 @@ HEAD = """# Configuration
 
 A run is one YAML file with dotted overrides behind it (`train.num_steps=5`). Later ones win: defaults, the preset of
 `algorithm`, the file, the overrides. Unknown keys and impossible combinations are refused before anything is built;
-`megatron-fipo validate CONFIG` shows the whole of it. Paths are relative to the current directory; `${section.key}`
-stands for another value, `${oc.env:NAME}` for an environment variable, `\\${` for those two characters.
+`megatron-fipo validate CONFIG` shows the whole of it. `${section.key}` stands for another value, `${oc.env:NAME}` for
+an environment variable, `\\${` for those two characters.
+
+Relative paths start from the current folder. What is to be read (`model.path`, a source's `path`) and is not there is
+looked for in the folder of the configuration file, so a configuration with its model and data beside it works from
+anywhere. A run writes below the current folder, and records absolute paths: its `config.yaml` works from anywhere, too.
 
 **Text.** A key that takes text (names, paths, templates, URLs) gets it as it is written: `1.10`, `1e3`, `true` and
 `007` stay what they are. In an override it is all that stands behind the first `=`, with `#`, brackets and spaces,

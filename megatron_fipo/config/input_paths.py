@@ -1,0 +1,122 @@
+"""Files and folders that a configuration names to read from: where a relative path starts, and what is recorded.
+
+A relative path starts from the current folder. What is not there is looked for in the folder of the configuration file,
+so that a configuration with its model and data beside it works from anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_fipo.config.errors import ConfigError
+from megatron_fipo.config.schema import Config, DataSourceConfig
+
+_INPUT_KEY = re.compile(r"model\.path|data\.(train|evaluation)\..+\.path|servers\.python")
+
+
+def find_inputs(config: Config, config_file: str | Path | None) -> Config:
+    """The configuration with relative paths led to the configuration file's folder, where only that has them."""
+    if config_file is None:
+        return config
+    folder = Path(config_file).parent
+
+    def found(_: str, path: str) -> str:
+        beside = folder / path
+        return path if _is_here(path) or not os.path.exists(beside) else str(beside)
+
+    return _map_inputs(config, found)
+
+
+def require_inputs(config: Config, config_file: str | Path, unread: tuple[str, ...] = ()) -> None:
+    """Refuse relative paths that lead nowhere; what is wrong with absolute ones is said by those who read them.
+
+    Args:
+        unread: beginnings of keys whose files will not be read.
+
+    Raises:
+        ConfigError: naming both places where each was looked for.
+    """
+    folder, name = Path(config_file).parent.absolute(), Path(config_file).name
+    problems = [
+        f"{key}={path}: there is neither {Path.cwd() / path} (from the current folder) nor {folder / path} (from the "
+        f"folder of {name}). Put it there, or name where it is."
+        for key, path in _inputs(config)
+        if not _is_here(path) and not key.startswith(unread)
+    ]
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def places_of_relative_paths(config_file: str | Path) -> str:
+    """A sentence that says where relative paths start."""
+    places = list(dict.fromkeys([Path.cwd(), Path(config_file).parent.resolve()]))
+    return f"Relative paths were looked for in {' and then in '.join(map(str, places))}."
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """What is recorded of a configuration: the same files and the same output folder, wherever it is read from.
+
+    A name that is no file or folder here stays as it is.
+    """
+    run = replace(config.run, output_dir=os.path.abspath(config.run.output_dir))
+    return _map_inputs(replace(config, run=run), lambda _, path: os.path.abspath(path) if _exists(path) else path)
+
+
+def same_place(key: str, value: object) -> object:
+    """One spelling for all paths that lead to the same file or folder; other keys' values as they are.
+
+    Args:
+        key: dotted, of the value.
+    """
+    if isinstance(value, str) and (key == "run.output_dir" or (_INPUT_KEY.fullmatch(key) and _exists(value))):
+        return os.path.realpath(value)
+    return value
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and os.path.exists(path)
+
+
+def _is_here(path: str) -> bool:
+    """Whether there is nothing to look for elsewhere."""
+    return not path or os.path.isabs(path) or os.path.exists(path)
+
+
+def _inputs(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and value of every path to read from."""
+    found: list[tuple[str, str]] = []
+
+    def note(key: str, path: str) -> str:
+        found.append((key, path))
+        return path
+
+    _map_inputs(config, note)
+    yield from found
+
+
+def _map_inputs(config: Config, change: Callable[[str, str], str]) -> Config:
+    """A configuration whose paths to read from went through a function of key and value."""
+
+    def sources(part: str, given: dict[str, DataSourceConfig]) -> dict[str, DataSourceConfig]:
+        return {
+            name: replace(source, path=change(f"data.{part}.{name}.path", source.path))
+            for name, source in given.items()
+        }
+
+    python = config.servers.python
+    if python and os.sep in python:  # a bare name is looked for in PATH
+        python = change("servers.python", python)
+    return replace(
+        config,
+        model=replace(config.model, path=change("model.path", config.model.path)),
+        data=replace(
+            config.data,
+            train=sources("train", config.data.train),
+            evaluation=sources("evaluation", config.data.evaluation),
+        ),
+        servers=replace(config.servers, python=python),
+    )

@@ -1,0 +1,1 @@
+"""Examples that `megatron-fipo init` writes: running configurations with all that they read."""
