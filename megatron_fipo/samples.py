@@ -129,7 +129,7 @@ def read_samples(run: str | Path, step: int | None = None) -> list[TrainingSampl
 
 
 def _read(path: Path) -> Iterator[TrainingSample]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="backslashreplace").split("\n"), start=1):
         if not line:
             continue
         try:

@@ -263,6 +263,8 @@ def test_folders_that_are_no_runs(
 
 def test_a_damaged_file_is_named_with_its_line(run: str) -> None:
     file = Path(run) / "samples/step_000005.jsonl"
-    file.write_text(file.read_text() + '{"step": 5}\n[1\n')
-    with pytest.raises(ValueError, match=r"step_000005\.jsonl, line 4 is no sample"):
-        show_samples(run, None, None, None, None, full=False)
+    whole = file.read_bytes()
+    for damage in (b'{"step": 5}\n', b"[1\n", b"\xff\xfe\n"):
+        file.write_bytes(whole + damage)
+        with pytest.raises(ValueError, match=r"step_000005\.jsonl, line 4 is no sample"):
+            show_samples(run, None, None, None, None, full=False)
