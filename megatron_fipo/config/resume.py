@@ -76,11 +76,12 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
             a secret: another key to the same reward model is the same run.
         is_mid_step: the checkpoint stands between the updates of a step; nothing that decides numbers may change then.
     """
-    config = with_absolute_paths(config)  # as it is recorded
+    recorded = with_absolute_paths(config)
     environment = saved.get("environment", {"salt": "00", "digests": {}})
     before = _settled({key: value for key, value in saved.items() if key != "environment"})
     now, values = _settled(written_values(config)), _settled(asdict(config))
-    digests = environment_digests(config, environment["salt"])["digests"]
+    would_record = _settled(asdict(recorded))
+    digests = environment_digests(recorded, environment["salt"])["digests"]
     moved = {key for key, digest in environment["digests"].items() if digests.get(key, digest) != digest}
     refused, shown, same_numbers = [], [], True
     for key in sorted(before.keys() | now.keys()):
@@ -90,7 +91,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
             place = same_place(key, before[key])
             if place in (same_place(key, now[key]), same_place(key, values[key])):
                 continue
-            if was == value_digest(values[key], environment["salt"]):
+            if was == value_digest(would_record[key], environment["salt"]):
                 continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
         if is_moved and before.get(key) == now.get(key):

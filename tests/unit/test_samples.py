@@ -12,6 +12,7 @@ import torch
 
 from megatron_fipo import cli
 from megatron_fipo.config import SamplingSection
+from megatron_fipo.disk import DiskError
 from megatron_fipo.rl.types import Group, Prompt, Sample
 from megatron_fipo.sample_choice import MAX_REFERENCE_CHARACTERS, samples_of_step
 from megatron_fipo.samples import (
@@ -164,8 +165,8 @@ def test_a_step_that_is_made_again_overwrites_its_file_and_later_ones_go(tmp_pat
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_samples(tmp_path, 7, [SAMPLE])
     before = (tmp_path / "step_000007.jsonl").read_bytes()
-    (tmp_path / "step_000007.partial").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    (tmp_path / "step_000007.jsonl.partial").mkdir()
+    with pytest.raises(DiskError, match="directory"):
         write_samples(tmp_path, 7, [replace(SAMPLE, response="another")])
     assert (tmp_path / "step_000007.jsonl").read_bytes() == before
 

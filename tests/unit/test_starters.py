@@ -15,7 +15,9 @@ import pytest
 from megatron_fipo import cli
 from megatron_fipo.config import load_config, validate
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.rl.verifiers.registry import load_verifier
+from megatron_fipo.rl.verifiers.pool import VerifierPool
+from megatron_fipo.rl.verifiers.registry import FOLDERS_VARIABLE
+from megatron_fipo.rl.verifiers.verdict import VerifierJob
 from megatron_fipo.starters import command
 from megatron_fipo.starters.command import SHIPPED, STARTERS
 
@@ -138,12 +140,13 @@ def test_the_rows_of_own_data_are_right_readable_and_apart(monkeypatch: pytest.M
 
 
 def test_the_verifier_of_own_data_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SHIPPED / "own_data"))
-    load_verifier.cache_clear()
-    judge = load_verifier("judges:verify")
-    scores = [judge(text, "7", "stop").score for text in ("3+9=12;12-5=7;#7", "3+9=12;12-5=7;#8", "7", "#7#", "")]
-    assert scores == [1.0, 0.0, 0.0, 0.0, 0.0]
-    assert judge("12-5=7;# 7 ", "7", "stop").answer == "7"
+    monkeypatch.setenv(FOLDERS_VARIABLE, str(SHIPPED / "own_data"))
+    texts = ("3+9=12;12-5=7;#7", "3+9=12;12-5=7;#8", "7", "#7#", "", "12-5=7;# 7 ")
+    with VerifierPool(verifiers=["judges:verify"]) as pool:
+        verdicts = pool.judge_all([VerifierJob("judges:verify", text, "7") for text in texts])
+    assert [verdict.score for verdict in verdicts[:5]] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert verdicts[5].answer == "7"
+    assert not any(verdict.error for verdict in verdicts)
 
 
 def test_a_wheel_holds_every_example(tmp_path: Path) -> None:
