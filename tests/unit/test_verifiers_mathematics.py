@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_fipo.rl.verifiers import mathematics
 from megatron_fipo.rl.verifiers.answer_markers import MAX_SEARCHED_CHARACTERS, last_answer_tag, last_boxed, last_line
+from megatron_fipo.rl.verifiers.answers import algebra, units
 from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
 from megatron_fipo.rl.verifiers.math_text import cleaned, is_computable
 from megatron_fipo.rl.verifiers.plain_numbers import read_plain_number
@@ -66,7 +69,7 @@ def test_the_table_can_tell_judges_apart() -> None:
 @pytest.mark.parametrize(
     ("response", "any_marker", "answer_line", "boxed"),
     [
-        (r"Answer: 1 and \boxed{2}", "2", r"1 and \boxed{2}", "2"),
+        (r"Answer: 1 and \boxed{2}", "2", "{1, 2}", "2"),
         (r"\boxed{2}" + "\nAnswer: 1", "1", "1", "2"),
         ("Answer: 1" + "\n" + " so" * 100, "1", "", ""),
         ("Answer: 1" + "\n" + " so" * 90, "1", "1", ""),
@@ -92,7 +95,7 @@ def test_scores_are_one_and_zero_and_truncated_responses_are_judged() -> None:
         (r"2\frac{1}{4}", Fraction(9, 4), ""),
         (r"-1.5 \times 10^{-2}", Fraction(-3, 200), ""),
         ("5 apples", Fraction(5), "apple"),
-        (r"5\text{ cm}^2", Fraction(5), "cm2"),
+        (r"5\text{ cm}^2", Fraction(5), "cm^2"),
         ("3 thousand", Fraction(3000), ""),
         (r"90^\circ", Fraction(90), "degree"),
     ],
@@ -100,7 +103,7 @@ def test_scores_are_one_and_zero_and_truncated_responses_are_judged() -> None:
 def test_plain_numbers(text: str, value: Fraction, unit: str) -> None:
     number = read_plain_number(cleaned(text))
     assert number is not None
-    assert (number.readings, number.unit) == (frozenset({value}), unit)
+    assert (number.value, str(number.unit)) == (value, unit)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,340 @@ def test_plain_numbers(text: str, value: Fraction, unit: str) -> None:
 )
 def test_what_is_no_plain_number(text: str) -> None:
     assert read_plain_number(cleaned(text)) is None
+
+
+# --------------------------------------------------------------------------------------- the rules of docs/verifiers.md
+
+RULES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "data" / "equality_rules.jsonl").read_text(encoding="utf-8").splitlines()
+]
+"""By kind: a reference, answers that equal it, and answers that do not; each holds both ways round."""
+
+each_rule = pytest.mark.parametrize("rule", RULES, ids=[f"{rule['kind']}: {rule['reference']}" for rule in RULES])
+
+
+def judged(answer: str, reference: str) -> Verdict:
+    return mathematics.verify_boxed(rf"So it is $\boxed{{{answer}}}$.", reference, "stop")
+
+
+@each_rule
+def test_rules_of_equality_hold_both_ways(rule: dict[str, Any]) -> None:
+    reference = rule["reference"]
+    for expected, answers in ((True, [reference, *rule["equal"]]), (False, rule["different"])):
+        for answer in answers:
+            assert judged(answer, reference).correct is expected, (answer, reference)
+            assert judged(reference, answer).correct is expected, (reference, answer)
+
+
+@each_rule
+def test_right_answers_are_one_vote_and_wrong_ones_another(rule: dict[str, Any]) -> None:
+    reference = rule["reference"]
+    votes = {judged(answer, reference).answer for answer in [reference, *rule["equal"]]}
+    assert len(votes) == 1
+    assert votes.isdisjoint(judged(answer, reference).answer for answer in rule["different"])
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        [r"\frac12", "0.5", "1/2", r"\dfrac{1}{2}", "0.50", "x = 1/2", r"\frac{2}{4}"],
+        ["(1,2)", "(1, 2)", r"\left(1,2\right)"],
+        ["1, 2", "2, 1", r"\{1,2\}", "1 and 2"],
+        ["1234", "1,234", "1{,}234", "1 234", r"1234\text{ cm}", r"\$1234"],
+        [r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}"],
+        ["(x+1)^2", "x^2+2x+1"],
+        ["6:30 p.m.", "6:30 PM", r"6:30\text{ pm}"],
+        ["Tuesday", r"\text{tuesday}", "**Tuesday**"],
+        ["B", "(B)", "Option B", "(B) 12"],
+        ["1010_2", r"1010_{\text{two}}"],
+    ],
+)
+def test_equal_wrong_answers_vote_together(spellings: list[str]) -> None:
+    verdicts = [judged(spelling, "977") for spelling in spellings]
+    assert not any(verdict.correct for verdict in verdicts)
+    assert len({verdict.answer for verdict in verdicts}) == 1
+
+
+def test_long_answers_keep_their_differences() -> None:
+    answers = [judged("7" * 500 + last, "5").answer for last in "123"]
+    assert len(set(answers)) == 3
+    assert max(map(len, answers)) <= mathematics.MAX_SHOWN_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Answer: **42**.",
+        "**Answer: 42**.",
+        "#### **42**.",
+        "Answer: **42 apples**.",
+        "Answer: **42** apples.",
+        "Answer: __42__",
+        "__Answer: 42__.",
+        "__Answer__: 42",
+        "Answer: ***42***",
+        "_Answer: 42_",
+        "**Final Answer:** $42$.",
+        "**Answer: $$42$$**.",
+        "Answer:\n\n$$\n42\n$$",
+        "Answer:\n\\[\n42\n\\]",
+        "Answer:\n\\(\n42\n\\)",
+        "Answer:\n```\n42\n```",
+        "Answer:\n- 42",
+        "Answer:\n* **42**.",
+        "Answer:\n1. 42",
+        "Answer: $$\n42\n$$",
+        "####\n$$\n42\n$$",
+        "#### \\[\n42\n\\]",
+        "Answer:\n$$\n\\boxed{42}\n$$",
+        "Answer:\n```text\n42\n```\nDone.",
+        "Answer:\n$$\nx = 42.\n$$",
+        "<answer>Answer: 42</answer>",
+        "#### 42</answer>",
+        "Answer: <answer>42</answer>",
+        "Answer: 42</think>",
+        "Answer:\n<answer>\n42\n</answer>",
+        "<answer>#### 42</answer>",
+        "Answer：42",
+        "Final Answer： 42。",
+        "#### Answer: 42",
+        "Answer: exactly 42",
+        "Answer: 42 (forty-two)",
+    ],
+)
+def test_where_answers_stand_and_what_surrounds_them(response: str) -> None:
+    assert mathematics.verify(response, "42", "stop").correct
+    assert not mathematics.verify(response.replace("42", "43"), "42", "stop").correct
+    assert not mathematics.verify(response.replace("42", "42, 43"), "42", "stop").correct
+
+
+def test_an_answer_over_several_lines_is_read_to_its_end() -> None:
+    matrix = "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}"
+    for response in (f"Answer:\n$$\n{matrix}\n$$", f"Answer: {matrix}\nDone.", f"Answer:\n{matrix}"):
+        assert mathematics.verify(response, matrix, "stop").correct
+        assert not mathematics.verify(response.replace("3", "5"), matrix, "stop").correct
+    assert mathematics.verify("Answer:\n- 1\n- 2\n", "1, 2", "stop").correct
+    assert not mathematics.verify("Answer:\n- 1\n- 2\n", "1", "stop").correct
+
+
+# ---------------------------------------------------------------------------------------------------------------- laws
+
+SEPARATORS = [
+    ", ",
+    ",",
+    " ",
+    ";",
+    "; ",
+    " and ",
+    " or ",
+    r"\text{ and }",
+    r"\text{ or }",
+    " & ",
+    r"\&",
+    r"\lor ",
+    r"\vee ",
+    r"\land ",
+    r"\wedge ",
+    r"\to ",
+    r"\Rightarrow ",
+    r"\implies ",
+    r"\iff ",
+    "=",
+    "<",
+    ">",
+    r"\le ",
+    r"\ge ",
+    r"\ne ",
+    r"\approx ",
+    r"\sim ",
+    r"\equiv ",
+    r"\in ",
+    r"\subset ",
+    ":",
+    "::",
+    "/",
+    "|",
+    r"\|",
+    r"\mid ",
+    r"\\",
+    "\n",
+    "\t",
+    r"\quad ",
+    "~",
+    r"\,",
+    r"\;",
+    r"\ ",
+    "...",
+    r"\ldots ",
+    r", \ldots, ",
+    " to ",
+    " then ",
+    " not ",
+    " but ",
+    " except ",
+    " vs ",
+    r"\cup ",
+    r"\cap ",
+    r"\setminus ",
+    r"\oplus ",
+    r"\circ ",
+    r"\star ",
+    "*",
+    "**",
+    "^",
+    "!",
+    "?",
+    "'",
+    '"',
+    "@",
+    "#",
+    "%",
+    r"\%",
+    "$",
+    r"\$",
+    "$$",
+    "{}",
+    "()",
+    "[]",
+    r"\{\}",
+    r"\text{}",
+    r"\boxed{}",
+    "-",
+    "--",
+    "+",
+    r"\pm ",
+    r"\mp ",
+    r"\times ",
+    r"\cdot ",
+    r"\div ",
+    "->",
+    "=>",
+    "<->",
+    "e",
+    "x",
+    r"\mapsto ",
+    ".",
+    ". ",
+    ": ",
+    "; or ",
+    "(or ",
+    "(not ",
+    "≠",
+    "→",
+    "、",
+    "，",
+    "｜",
+    "•",
+    "‖",
+    "\u2003",
+    "\u200b",
+    "\u2028",
+]
+WRAPPERS = [
+    "%s",
+    "$%s$",
+    r"\(%s\)",
+    "(%s)",
+    "[%s]",
+    r"\{%s\}",
+    "{%s}",
+    "**%s**",
+    r"\text{%s}",
+    r"\textbf{%s}",
+    r"\mathrm{%s}",
+    r"\boxed{%s}",
+    "x=%s",
+    r"x \in \{%s\}",
+    "`%s`",
+    "|%s|",
+    r"\left(%s\right)",
+    "-%s",
+    r"%s\%%",
+    "%s cm",
+    r"\$%s",
+    r"\color{red}{%s}",
+    "(A) %s",
+    "Answer: %s",
+]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(SEPARATORS), st.sampled_from(WRAPPERS), st.integers(2, 99), st.integers(100, 3000))
+def test_no_answer_equals_two_integers(separator: str, wrapper: str, first: int, second: int) -> None:
+    answer = wrapper % f"{first}{separator}{second}"
+    assert not (judged(answer, str(first)).correct and judged(answer, str(second)).correct), answer
+
+
+SPELLINGS = [
+    "%s",
+    "$%s$",
+    r"\(%s\)",
+    "**%s**",
+    "%s.",
+    r"\boldsymbol{%s}",
+    r"\color{red}{%s}",
+    "x = %s",
+    r"\displaystyle %s",
+    "{%s}",
+    "(%s)",
+    r"\text{%s}",
+    " %s ",
+    "%s,",
+    "\u200b%s",
+]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.fractions(), st.sampled_from(SPELLINGS), st.sampled_from(SPELLINGS))
+def test_a_number_equals_itself_in_every_spelling_and_no_other(value: Fraction, one: str, other: str) -> None:
+    texts = [f"{value.numerator}/{value.denominator}", rf"\frac{{{value.numerator}}}{{{value.denominator}}}"]
+    assert judged(one % texts[0], other % texts[1]).correct
+    assert judged(one % texts[1], texts[0]).answer == judged(other % texts[0], texts[0]).answer
+    neighbour = value + Fraction(1, value.denominator)
+    assert not judged(one % texts[0], other % f"{neighbour.numerator}/{neighbour.denominator}").correct
+
+
+ANSWERS = [answer for rule in RULES for answer in (rule["reference"], *rule["equal"], *rule["different"])]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(ANSWERS), st.sampled_from(ANSWERS))
+def test_equality_is_symmetric(first: str, second: str) -> None:
+    assert judged(first, second).correct is judged(second, first).correct
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (r"\frac{1}{2}\text{ if } x>0", "words between mathematics"),
+        (r"n \equiv 3 \pmod 7", "a command that the parser reads as a product"),
+        (r"\begin{cases} 1 & x>0 \\ 2 & x<0 \end{cases}", "of which the parser keeps one branch"),
+        ("3 4", "which the parser adds"),
+        (r"\triangle ABC \sim \triangle DEF", "a relation between names"),
+        ("f'(x)", "whose prime the parser drops"),
+        ("2 + 1010_2", "whose base the parser drops"),
+    ],
+)
+def test_what_the_parser_would_drop_is_compared_as_text(text: str, why: str) -> None:
+    assert judged(text, text).correct
+    for other in (r"\frac12", "3", "1", "2", "7", "f(x)", "1012", r"n \equiv 4 \pmod 7", "-2"):
+        assert not judged(text, other).correct, why
+        assert not judged(other, text).correct, why
+
+
+def test_without_the_exact_rules_the_laws_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: at a fixed small precision, and with text left out, the tables above would be contradicted."""
+    monkeypatch.setattr(algebra, "MOST_DIGITS", algebra.FEWEST_DIGITS)
+    assert algebra.equal(algebra.parse(r"\pi-2^{-3000}"), algebra.parse(r"\pi"))
+    monkeypatch.setattr(units.Unit, "agrees_with", lambda unit, other: True)
+    assert judged("5 km", "5 m").correct is False  # kept from before
+    mathematics._compared.cache_clear()
+    assert judged("5 km", "5 m").correct
+    monkeypatch.undo()
+    mathematics._compared.cache_clear()
+    assert not judged("5 km", "5 m").correct
+    assert not algebra.equal(algebra.parse(r"\pi-2^{-3000}"), algebra.parse(r"\pi"))
 
 
 # -------------------------------------------------------------------------------------------------- hostile answers
@@ -162,7 +499,8 @@ def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monk
     """The control: the answers above are as hostile as they look, and the pool survives them even so."""
     (tmp_path / "careless.py").write_text(
         "from megatron_fipo.rl.verifiers import mathematics\n"
-        "mathematics.is_computable = lambda text: True\n"
+        "from megatron_fipo.rl.verifiers.answers import algebra\n"
+        "mathematics.is_computable = algebra.is_computable = lambda text: True\n"
         "verify = mathematics.verify\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

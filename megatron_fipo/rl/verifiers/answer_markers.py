@@ -10,12 +10,25 @@ import re
 MAX_SEARCHED_CHARACTERS = 200_000
 """A response of 32k tokens has about 130,000 characters; no model puts its final answer further from its end."""
 
+MAX_CONTINUED_LINES = 60
+"""Longest matrix, or box, that is written over several lines."""
+
+_STARS = re.compile(r"\*+")
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-# The next line is looked at, not consumed: it may hold a marker of its own.
-_ANSWER_LINE = re.compile(
-    r"(?:\banswer\b[*_]{0,2}\s{0,4}:|####)[*_]{0,2}[ \t]*([^\n]*)(?=(?:\n{1,8}[ \t]*([^\n]+))?)", re.IGNORECASE
-)
+# No \b: an underscore is a letter to it, and "__Answer__:" is bold.
+_ANSWER_MARKER = re.compile(r"(?:(?<![A-Za-z0-9])answer[*_]{0,2}\s{0,4}[:：]|#{4,})[*_]{0,2}", re.IGNORECASE)
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{|\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"</?(?:answer|think)>", re.IGNORECASE)
+_BULLET = re.compile(r"(?:[-*+•]|\d{1,2}[.)])[ \t]+(?=\S)")
+_BLOCKS = (
+    (re.compile(r"<answer>", re.IGNORECASE), re.compile(r"</answer>", re.IGNORECASE)),
+    (re.compile(r"```[a-z]{0,8}(?=\s|$)"), re.compile(r"```")),
+    (re.compile(r"\$\$"), re.compile(r"\$\$")),
+    (re.compile(r"\\\["), re.compile(r"(?<!\\)\\\]")),
+    (re.compile(r"\\\("), re.compile(r"(?<!\\)\\\)")),
+    (re.compile(r"\$(?=\s*\n)"), re.compile(r"\$")),
+)
+"""What may open the answer on a line of its own, and what closes it."""
 
 
 def last_answer_tag(text: str) -> str | None:
@@ -60,16 +73,17 @@ def last_boxed(text: str) -> tuple[int, str] | None:
 def last_answer_line(text: str) -> tuple[int, str] | None:
     """Position and content of the last "Answer:" or "####": the rest of its line, or the next line that is not empty.
 
-    "Answer:" counts in any case, also as "Final Answer:" and in Markdown's bold. None if there is none.
+    "Answer:" counts in any case, also as "Final Answer:", in Markdown's bold and with a full-width colon. Where the
+    content opens a display, a code block or <answer>, it goes on to its end; lines of a list are separated by commas.
+    None if there is no marker.
     """
     end = _end_of(text)
     last = None
-    for last in _ANSWER_LINE.finditer(end):  # noqa: B007 - the last match is what is wanted
+    for last in _ANSWER_MARKER.finditer(end):  # noqa: B007 - the last match is what is wanted
         pass
     if last is None:
         return None
-    same_line, next_line = last.groups(default="")
-    return len(text) - len(end) + last.start(), _undecorated(same_line) or _undecorated(next_line)
+    return len(text) - len(end) + last.start(), _content(end[last.end() :])
 
 
 def last_marked_answer(text: str) -> str | None:
@@ -88,7 +102,56 @@ def _end_of(text: str) -> str:
     return text[-MAX_SEARCHED_CHARACTERS:]
 
 
+def _content(behind: str) -> str:
+    """The answer at the beginning of what follows a marker."""
+    first_line, _, rest = behind.partition("\n")
+    on_next_line = not _undecorated(first_line)
+    start = rest.lstrip() if on_next_line and not _opens(first_line) else behind.lstrip(" \t")
+    for opening, closing in _BLOCKS:
+        opened = opening.match(start)
+        closed = closing.search(start, opened.end()) if opened else None
+        if opened and closed:
+            line_end = start.find("\n", closed.end())
+            block = start[opened.end() : closed.start()] + start[closed.end() : line_end if line_end >= 0 else None]
+            inner = " ".join(block.split())
+            return _undecorated(_content(inner) if _opens(inner) else inner)
+    lines = start.split("\n")
+    bulleted = []
+    for line in lines if on_next_line else ():
+        bullet = _BULLET.match(line.strip())
+        if bullet is None:
+            break
+        bulleted.append(_undecorated(line.strip()[bullet.end() :]))
+    return ", ".join(bulleted) if bulleted else _undecorated(_continued(lines))
+
+
+def _continued(lines: list[str]) -> str:
+    """The first line, with those that follow until a matrix or a box that it opens is closed."""
+    text = lines[0]
+    for line in lines[1:MAX_CONTINUED_LINES]:
+        open_box = "\\boxed{" in text and text.count("{") > text.count("}")
+        if not open_box and text.count("\\begin{") <= text.count("\\end{"):
+            return text
+        text = f"{text} {line.strip()}"
+    return text
+
+
+def _opens(text: str) -> bool:
+    return any(opening.match(text.lstrip()) for opening, _ in _BLOCKS)
+
+
 def _undecorated(answer: str) -> str:
-    """Without the bold marks and the full stop that sentences end with."""
-    answer = answer.strip().strip("*").strip()
-    return answer[:-1].rstrip() if answer.endswith(".") and not answer.endswith("..") else answer
+    """Without tags, and without the bold marks and full stops, in any order, that sentences begin and end with."""
+    answer = _TAG.sub(" ", answer).strip()
+    before = None
+    while answer != before:
+        before = answer
+        answer = answer.strip()
+        runs = _STARS.findall(answer)
+        if len(runs) % 2 or (
+            answer.startswith("*") and answer.endswith("*")
+        ):  # "**73** apples" keeps both of its pairs
+            answer = answer.strip("*").strip()
+        if answer.endswith("。") or (answer.endswith(".") and not answer.endswith("..")):
+            answer = answer[:-1].rstrip()
+    return answer
