@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_fipo", "megatron_fipo.*"]),
+    package_data={"megatron_fipo": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
         # 0.16.1 is the newest release that declares Python 3.11; from 0.17 on 3.12 is the oldest.
