@@ -1,4 +1,4 @@
-"""Writes docs/migration.md: the keys of TRL, verl and slime beside ours, from megatron_fipo/config/foreign_keys and migration_head.md.
+"""Writes docs/migration.md, the keys of TRL, verl and slime beside ours: migration_head.md, then a table for each.
 
 python tools/docs/migration.py           # write it
 python tools/docs/migration.py --check   # exit 1 if it is not up to date
