@@ -1,6 +1,6 @@
 # make demo trains a small model with FIPO on this machine; make test checks everything. Both set themselves up first.
 
-.PHONY: help install demo demo-dapo lint test test-fast test-engines test-slurm test-long clean
+.PHONY: help install demo demo-dapo docs lint test test-fast test-docs test-engines test-slurm test-long clean
 .DEFAULT_GOAL := help
 
 # The first of these that is Python 3.11 or 3.12 makes the environment; PYTHON=/path/to/python3.12 overrides.
@@ -45,6 +45,18 @@ demo-dapo: $(INSTALLED) ## the same with DAPO, the baseline
 	$(BIN)/megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 \
 		algorithm=dapo run.name=quickstart-dapo $(ARGS)
 
+# MkDocs has an environment of its own: it reads the package's source and needs none of what the package needs.
+DOCS := .venv-docs
+$(DOCS)/.installed: tools/docs/requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name one: make docs PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+docs: $(DOCS)/.installed ## this documentation as a site with the API reference, in build/site
+	$(DOCS)/bin/python tools/docs/site.py
+	@echo "To read it, with search: python3 -m http.server --bind 127.0.0.1 --directory build/site 8000"
+
 lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +67,9 @@ test: lint ## style, types and all tests
 
 test-fast: $(INSTALLED) ## unit tests only: seconds
 	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-docs: $(INSTALLED) $(DOCS)/.installed ## the site builds strictly, and does not where something is broken
+	MEGATRON_FIPO_DOCS_PYTHON=$(DOCS)/bin/python $(BIN)/python -m pytest -m docs $(ARGS)
 
 test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM servers, installed if they are not there
 	@set -e; sglang=$$($(BIN)/python tools/engines/install.py sglang); \
@@ -69,5 +84,5 @@ test-long: $(INSTALLED) ## kill the quick-start at twenty random moments and com
 	$(BIN)/python -m pytest -m long -s $(ARGS)
 
 clean: ## remove the environment and caches; runs in outputs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """Package metadata. Ranges here say what may work; constraints.txt pins what the tests run with."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,32 @@ ROOT = Path(__file__).parent
 QUICKSTART = ("fipo.yaml", "base/*")
 """Of examples/quickstart, what `megatron-fipo init` writes."""
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_fipo/__init__.py").read_text(encoding="utf-8"))[1]
-README = ROOT / "README.md"
+# Where the repository can be read, for an archive that is to be published: package indexes follow no relative links.
+REPOSITORY = os.environ.get("MEGATRON_FIPO_REPOSITORY_URL", "").rstrip("/")
+PROJECT_URLS = {"Paper": "https://arxiv.org/abs/2603.19835"}
+if REPOSITORY:
+    PROJECT_URLS |= {
+        "Source": REPOSITORY,
+        "Documentation": f"{REPOSITORY}/blob/v{VERSION}/docs/README.md",
+        "Changelog": f"{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    }
+
+
+def long_description() -> str:
+    """The README for a package index: relative links lead into the repository, or are words where none is named.
+
+    Figures become links, or go: an index shows no SVG of another host.
+    """
+
+    def absolute(match: re.Match[str]) -> str:
+        is_figure, words, target = match.groups()
+        if not REPOSITORY:
+            return "" if is_figure else words
+        return f"[{words}]({REPOSITORY}/blob/v{VERSION}/{target})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", absolute, text)
 
 
 class BuildWithExamples(build_py):
@@ -30,12 +56,28 @@ setup(
     name="megatron-fipo",
     version=VERSION,
     description="Reinforcement learning with Future-KL influenced policy optimization (FIPO) on Megatron-Core",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    author="megatron_fipo maintainers",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls=PROJECT_URLS,
+    keywords="reinforcement learning, large language models, Megatron, FIPO, DAPO, GRPO, RLHF, RLVR",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_fipo", "megatron_fipo.*"]),
-    package_data={"megatron_fipo.starters": ["own_data/*", "gsm8k/*"]},
+    package_data={"megatron_fipo": ["py.typed"], "megatron_fipo.starters": ["own_data/*", "gsm8k/*"]},
     cmdclass={"build_py": BuildWithExamples},
     install_requires=[
         "torch>=2.8",

@@ -10,7 +10,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.config.foreign_keys import foreign_hint
 from megatron_fipo.config.schema import Config
+
+_ALMOST_THE_SAME = 0.9
+"""From here on a key's likeness to one of its section says more than that another trainer has it."""
 
 
 def field_types(section: Any) -> dict[str, Any]:
@@ -62,7 +66,9 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
         return
     types = field_types(section)
     for key, value in layer.items():
-        if key not in types:
+        if foreign := list(_foreign_problems(f"{prefix}{key}", value, types.get(key), place)):
+            yield from foreign
+        elif key not in types:
             yield _unknown_key_problem(str(key), prefix, tuple(types), place)
         elif types[key] is Any and isinstance(value, Mapping):  # the others of its type are texts and lists
             yield f"{prefix}{key}={dict(value)!r} in {place}: a text or a list of texts was expected."
@@ -77,8 +83,32 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
                 yield from key_problems(source, entry, f"{prefix}{key}.{name}.", place)
 
 
+def _foreign_problems(dotted: str, value: Any, annotation: Any, place: str) -> Iterator[str]:
+    """A whole section of another trainer, where we have none: what to write in place of each of its keys; nothing if
+    it has no key that we know."""
+    if not isinstance(value, Mapping) or not (annotation is None or annotation in (str, int, float, bool)):
+        return
+    leaves = list(_leaves(value, f"{dotted}."))
+    if any(foreign_hint(leaf) for leaf in leaves):
+        for leaf in leaves:
+            hint = foreign_hint(leaf) or "docs/migration.md has no counterpart of it."
+            yield f"unknown key {leaf} in {place}. {hint}"
+
+
+def _leaves(section: Mapping[Any, Any], prefix: str) -> Iterator[str]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
 def _unknown_key_problem(key: str, prefix: str, siblings: tuple[str, ...], place: str) -> str:
-    if close := difflib.get_close_matches(key, siblings, n=1):
+    is_ours = key in {known.rpartition(".")[2] for known in _known_keys()}  # in the wrong section
+    almost = difflib.get_close_matches(key, siblings, n=1, cutoff=_ALMOST_THE_SAME)
+    if not is_ours and not almost and (foreign := foreign_hint(prefix + key)):
+        hint = foreign
+    elif close := difflib.get_close_matches(key, siblings, n=1):
         hint = f"Did you mean {prefix}{close[0]}?"
     else:  # perhaps the right name in the wrong section
         leaves = {known: known.rpartition(".")[2] for known in _known_keys()}

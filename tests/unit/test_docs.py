@@ -109,7 +109,10 @@ def _is_file(section: str, key: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_configuration_key_exists(page: Path) -> None:
-    assert not unknown_keys(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    if page.name == "migration.md":  # test_foreign_keys.py holds its tables, whose first column has others' keys
+        text = re.sub(r"^\|.*", "", text, flags=re.MULTILINE)
+    assert not unknown_keys(text)
 
 
 def test_an_unknown_key_is_noticed() -> None:

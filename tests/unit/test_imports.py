@@ -191,9 +191,14 @@ def test_every_module_keeps_the_directions() -> None:
     assert found == []
 
 
-def test_the_package_itself_imports_nothing() -> None:
+def test_the_package_itself_imports_nothing_of_its_own() -> None:
+    """What stands under TYPE_CHECKING is for type checkers; test_padded.py looks at what is loaded."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    assert list(imported_names(tree, "megatron_fipo")) == []
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    roots = {name.partition(".")[0] for _, name in imported_names(tree, "megatron_fipo")}
+    assert roots <= {"__future__", "importlib", "typing"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""One line of the tables: what another trainer calls a key of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ForeignKey:
+    """A key of another trainer."""
+
+    name: str
+    """As it is written there; "critic.*" stands for all below it."""
+    keys: tuple[str, ...]
+    """Ours, dotted, <name> standing for a data source's; empty where nothing corresponds."""
+    note: str
+    """Where the meaning differs, or what there is instead; a sentence, or empty."""
+
+
+Topics = dict[str, tuple[ForeignKey, ...]]
+"""Keys by topic, in the order of the page."""
+
+
+def key(name: str, ours: str = "", note: str = "") -> ForeignKey:
+    """An entry; several keys of ours are separated by blanks."""
+    return ForeignKey(name, tuple(ours.split()), note)

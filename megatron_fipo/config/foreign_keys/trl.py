@@ -1,0 +1,173 @@
+"""TRL's GRPOConfig, with what it inherits of transformers' TrainingArguments, and the arguments of GRPOTrainer."""
+
+from __future__ import annotations
+
+from megatron_fipo.config.foreign_keys.entry import Topics, key
+
+TRL: Topics = {
+    "Batches, steps and updates": (
+        key("num_generations", "rollout.num_samples_per_prompt"),
+        key(
+            "generation_batch_size",
+            "rollout.num_prompts",
+            "TRL counts completions, we count prompts: divide it by num_generations.",
+        ),
+        key(
+            "steps_per_generation",
+            "train.num_minibatches",
+            "Updates on one batch of rollouts: steps_per_generation / gradient_accumulation_steps.",
+        ),
+        key(
+            "per_device_train_batch_size",
+            "batch.max_tokens_per_microbatch",
+            "Microbatches are packed up to a number of tokens. The size of an update follows from rollout.num_prompts "
+            "and train.num_minibatches, whatever the number of devices.",
+        ),
+        key(
+            "gradient_accumulation_steps",
+            "train.num_minibatches",
+            "There is none to set: an update has as many microbatches as its minibatch needs.",
+        ),
+        key("num_iterations", "train.num_epochs", "Times that each batch of rollouts is gone through."),
+        key(
+            "max_steps",
+            "train.num_steps",
+            "TRL counts updates, we count batches of rollouts: divide it by the updates on one batch.",
+        ),
+        key(
+            "num_train_epochs",
+            "train.num_steps",
+            "Passes over the data set times its prompts / rollout.num_prompts. (train.num_epochs is another thing: "
+            "TRL's num_iterations.)",
+        ),
+        key("shuffle_dataset", "", "Prompts are always shuffled, by run.seed."),
+        key("auto_find_batch_size", "", "`megatron-fipo preflight` says beforehand what fits."),
+    ),
+    "Model and precision": (
+        key("model_init_kwargs", "model.dtype", "Of these there is the dtype alone."),
+        key("processing_class", "model.path", "The tokenizer is the one in the model's folder."),
+        key("bf16", "model.dtype", "model.dtype=bfloat16; the main weights stay float32."),
+        key("fp16", "model.dtype", "float32 or bfloat16; there is no float16."),
+        key(
+            "gradient_checkpointing",
+            "model.recompute",
+            "On there, off here unless you ask: model.recompute=full, or selective.",
+        ),
+        key("use_liger_kernel", "model.log_prob_chunk_mib", "Log-probs are computed in chunks anyway."),
+        key("peft_config", "", "There is no LoRA: all weights are trained."),
+        key("quantization_config", "model.fp8", "Weights are trained in float32 or bfloat16; FP8 is for products."),
+        key("trust_remote_code", "", "No code from a model's folder is run."),
+        key("disable_dropout", "", "There is no dropout."),
+        key("cast_lm_head_to_fp32", "model.dtype", "On GPUs the logits are float32 whatever the dtype."),
+        key("deepspeed", "parallel.tp optimizer.distributed", "Megatron's layouts take the place of ZeRO."),
+        key("fsdp", "parallel.tp optimizer.distributed", "Megatron's layouts take the place of FSDP."),
+    ),
+    "Prompts and rewards": (
+        key("train_dataset", "data.train.<name>.path", "A file by path; several sources have a name and weight each."),
+        key("eval_dataset", "data.evaluation.<name>.path"),
+        key(
+            "max_prompt_length",
+            "rollout.max_prompt_tokens",
+            "Before TRL 1.0; it cut prompts there. Here longer ones are refused, or skipped with "
+            "data.overlong_prompts=skip.",
+        ),
+        key("chat_template_kwargs", "data.train.<name>.chat_template", "The template is used as it is."),
+        key(
+            "reward_funcs",
+            "data.train.<name>.verifier",
+            "A verifier judges one response, not a batch, and only a score of 1 counts as right; the reward is "
+            "reward.correct or reward.incorrect (1 and -1).",
+        ),
+        key("mask_truncated_completions", "reward.mask_truncated"),
+    ),
+    "Rollouts": (
+        key("max_completion_length", "rollout.max_response_tokens"),
+        key("temperature", "rollout.temperature evaluation.temperature", "TRL evaluates with the one of training."),
+        key("top_p", "rollout.top_p evaluation.top_p"),
+        key("top_k", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
+        key("min_p", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
+        key("repetition_penalty", "", "There is none: log-probs of training would not be those of sampling."),
+        key("use_vllm", "rollout.engine", "rollout.engine=vllm, or sglang."),
+        key("vllm_mode", "servers.placement", "server is dedicated; colocate is colocated."),
+        key("vllm_server_base_url", "servers.urls"),
+        key("vllm_server_host", "servers.urls"),
+        key("vllm_server_port", "servers.base_port servers.urls"),
+        key("vllm_server_timeout", "servers.start_timeout_s"),
+        key("vllm_gpu_memory_utilization", "servers.memory_fraction"),
+        key("vllm_tensor_parallel_size", "servers.tp"),
+        key("vllm_enable_sleep_mode", "servers.placement", "Colocated servers always give their memory back."),
+        key("vllm_max_model_length", "rollout.max_prompt_tokens rollout.max_response_tokens", "Their sum."),
+        key("use_transformers_continuous_batching", "rollout.engine", "rollout.engine=in_process batches so anyway."),
+    ),
+    "Objective": (
+        key("epsilon", "objective.clip_ratio_low", "TRL clips by it above too, unless epsilon_high is set."),
+        key("epsilon_high", "objective.clip_ratio_high", "0.28 here unless you set it (0.2 with algorithm=grpo)."),
+        key("delta", "objective.dual_clip", "The same bound; 10 here, and FIPO's filters count by it too."),
+        key(
+            "beta",
+            "objective.kl_coefficient",
+            "The k3 estimate. TRL multiplies it by the ratio (use_bias_correction_kl), we do not.",
+        ),
+        key("use_bias_correction_kl", "objective.kl_coefficient", "As with false."),
+        key(
+            "loss_type",
+            "objective.loss_aggregation",
+            "dapo and bnpo are token_mean, over the tokens of all ranks; grpo is sequence_mean; dr_grpo is "
+            "sequence_sum with objective.sequence_sum_tokens. The others do not exist here.",
+        ),
+        key("scale_rewards", "advantages.estimator", "group is group_std, none is group_mean; there is no batch."),
+        key("entropy_coef", "objective.entropy_coefficient"),
+        key("use_adaptive_entropy", "objective.entropy_coefficient", "It stays what it is set to."),
+        key("importance_sampling_level", "", "Ratios are those of tokens; GSPO's of sequences do not exist here."),
+        key("top_entropy_quantile", "", "All response tokens are trained on."),
+        key("off_policy_mask_threshold", "", "FIPO drops responses by objective.max_dual_clipped_tokens."),
+        key("sync_ref_model", "", "The reference is the model that the run starts from, and stays it."),
+        key(
+            "vllm_importance_sampling_correction",
+            "objective.rollout_correction",
+            "On there; none here unless you ask.",
+        ),
+        key(
+            "vllm_importance_sampling_mode",
+            "objective.rollout_correction",
+            "token_truncate is token_truncated, token_mask token_masked, sequence_mask sequence_masked.",
+        ),
+        key("vllm_importance_sampling_clip_max", "objective.rollout_ratio_max", "3.0 there, 2.0 here."),
+        key("vllm_importance_sampling_clip_min", "objective.rollout_ratio_min", "None there, 0.5 here."),
+    ),
+    "Optimizer and schedule": (
+        key("learning_rate", "optimizer.learning_rate"),
+        key("lr_scheduler_type", "optimizer.schedule", "linear there, constant here unless you set it."),
+        key("lr_scheduler_kwargs", "optimizer.min_learning_rate optimizer.num_decay_steps"),
+        key("warmup_steps", "optimizer.num_warmup_steps", "TRL counts updates, we count batches of rollouts."),
+        key("warmup_ratio", "optimizer.num_warmup_steps", "Before transformers 5: the share times train.num_steps."),
+        key("weight_decay", "optimizer.weight_decay", "0 there, 0.1 here unless you set it."),
+        key("adam_beta1", "optimizer.adam_beta1"),
+        key("adam_beta2", "optimizer.adam_beta2"),
+        key("adam_epsilon", "optimizer.adam_epsilon"),
+        key("max_grad_norm", "optimizer.gradient_clip"),
+        key("optim", "", "It is AdamW."),
+    ),
+    "Evaluation, checkpoints and logs": (
+        key("eval_strategy", "evaluation.every_num_steps", "It is evaluated before and after training in any case."),
+        key("eval_steps", "evaluation.every_num_steps", "TRL counts updates, we count batches of rollouts."),
+        key("eval_on_start", "evaluation.every_num_steps", "It always is."),
+        key("num_generations_eval", "evaluation.num_samples_per_prompt", "32 unless you set it."),
+        key("per_device_eval_batch_size", "rollout.max_batch_size", "For the in-process engine."),
+        key("save_strategy", "checkpoint.every_num_steps", "At the end and at an interrupt in any case."),
+        key("save_steps", "checkpoint.every_num_steps", "TRL counts updates, we count batches of rollouts."),
+        key("save_total_limit", "checkpoint.keep_last"),
+        key("load_best_model_at_end", "checkpoint.keep_best", "The best model is kept beside the last."),
+        key("metric_for_best_model", "checkpoint.keep_best"),
+        key("resume_from_checkpoint", "train.resume", "The newest checkpoint of run.output_dir is taken by itself."),
+        key("output_dir", "run.output_dir"),
+        key("run_name", "run.name"),
+        key("data_seed", "run.seed"),
+        key("report_to", "metrics.wandb metrics.tensorboard"),
+        key("project", "metrics.wandb_project"),
+        key("logging_steps", "metrics.jsonl", "Every step is logged."),
+        key("log_completions", "run.num_sample_prints", "evaluation/ holds every judged held-out response."),
+        key("num_completions_to_print", "run.num_sample_prints"),
+        key("ddp_timeout", "parallel.timeout_s"),
+    ),
+}
