@@ -109,8 +109,8 @@ def _map_inputs(config: Config, change: Callable[[str, str], str]) -> Config:
             for name, source in given.items()
         }
 
-    python = config.servers.python
-    if python and os.sep in python:  # a bare name is looked for in PATH
+    python, starts_servers = config.servers.python, config.rollout.engine != "in_process" and not config.servers.urls
+    if starts_servers and python and os.sep in python:  # a bare name is looked for in PATH
         python = change("servers.python", python)
     return replace(
         config,
