@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import Config, DataSourceConfig
+from megatron_fipo.config.schema import FILE_KINDS, Config, DataSourceConfig
 
 _INPUT_KEY = re.compile(r"model\.path|data\.(train|evaluation)\..+\.path|servers\.python")
 
@@ -104,11 +104,13 @@ def _map_inputs(config: Config, change: Callable[[str, str], str]) -> Config:
     def sources(part: str, given: dict[str, DataSourceConfig]) -> dict[str, DataSourceConfig]:
         return {
             name: replace(source, path=change(f"data.{part}.{name}.path", source.path))
+            if source.kind in FILE_KINDS
+            else source
             for name, source in given.items()
         }
 
-    python = config.servers.python
-    if python and os.sep in python:  # a bare name is looked for in PATH
+    python, starts_servers = config.servers.python, config.rollout.engine != "in_process" and not config.servers.urls
+    if starts_servers and python and os.sep in python:  # a bare name is looked for in PATH
         python = change("servers.python", python)
     return replace(
         config,

@@ -70,7 +70,12 @@ def test_other_paths_stay_as_they_are(example: Path) -> None:
 def test_an_interpreter_is_found_as_well(example: Path) -> None:
     (example.parent / "bin").mkdir()
     (example.parent / "bin/python").touch()
-    assert load_config(example, ["servers.python=bin/python"]).servers.python == str(example.parent / "bin/python")
+    config = load_config(example, ["rollout.engine=sglang", "servers.python=bin/python"])
+    assert config.servers.python == str(example.parent / "bin/python")
+    unused = load_config(example, ["servers.python=bin/lost"])
+    require_inputs(unused, example)
+    with pytest.raises(ConfigError, match=r"servers\.python=bin/lost"):
+        require_inputs(load_config(example, ["rollout.engine=vllm", "servers.python=bin/lost"]), example)
 
 
 def test_a_path_that_neither_has_names_both_places(example: Path) -> None:
