@@ -170,15 +170,19 @@ def test_future_kl_of_padded_rows() -> None:
 def test_what_lies_in_the_padding_is_never_read(filling: float) -> None:
     batch, config = padded_batch(), OBJECTIVES["kl_and_entropy"]
     mask = batch["response_mask"]
+    batch["advantages"] = batch["advantages"][:, None].expand(4, 19)
     clean, clean_gradient = from_padded(batch, config)
     filled = {
-        name: torch.where(mask, values, filling) if name not in ("advantages", "response_mask") else values
+        name: values if name == "response_mask" else torch.where(mask, values, filling)
         for name, values in batch.items()
     }
     output, gradient = from_padded(filled, config)
     assert torch.equal(output.loss_sum, clean.loss_sum)
     assert torch.equal(gradient, clean_gradient)
     assert not bool(gradient[~mask].any())
+    shift = batch["log_probs"] - batch["old_log_probs"]
+    future_kl = padded_future_kl(torch.where(mask, shift, filling), mask, half_life_tokens=5.0)
+    assert torch.equal(future_kl, padded_future_kl(shift, mask, half_life_tokens=5.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
