@@ -27,6 +27,9 @@ LAYOUTS = {
 }
 OTHERS = [name for name in LAYOUTS if name != "alone"]
 
+LONG_CHAINS = "data.train.chains.params={min_terms: 7, num_terms: 7}"
+"""Of short chains a minibatch of this size has a few dozen tokens, and rounding in its gradient is not small."""
+
 DEPENDS_ON_LAYOUT = "perf/suffix_sum_exchange_bytes"
 ROUNDING = 5e-6
 """Of log-probs in float32, summed up over Future-KL's half-life."""
@@ -59,6 +62,7 @@ def _run(folder: Path, layout: str, *overrides: str, seed_by_rank: bool = False)
         folder / "run",
         "train.num_steps=1",
         "checkpoint.export_huggingface=true",
+        LONG_CHAINS,
         *sizes,
         *overrides,
         world_size=world_size,
