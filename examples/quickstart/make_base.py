@@ -2,7 +2,7 @@
 
 A small Qwen2-architecture model learns chain arithmetic from worked solutions with mistakes in them, by supervised
 updates of the same Megatron actor that reinforcement learning then trains. It comes to know how a solution looks and to
-make the mistakes of its teachers: sampled, about one answer in four is right. The result is committed; about fifteen
+make the mistakes of its teachers: sampled, about one answer in two is right. The result is committed; about ten
 minutes on two cores make it anew.
 """
 
