@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,12 +59,16 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a model on the configuration's evaluation data")
     _add_config(evaluate)
-    evaluate.add_argument("--model", metavar="FOLDER", help="Hugging Face folder; by default model.path")
+    evaluate.add_argument(
+        "--model", metavar="FOLDER", help="Hugging Face folder, or a name on the hub; by default model.path"
+    )
     evaluate.add_argument("--output", metavar="FOLDER", help="by default evaluation/ in run.output_dir")
     evaluate.set_defaults(run=_evaluate)
 
     chat = commands.add_parser("chat", help="talk to a model")
-    chat.add_argument("model", metavar="FOLDER", help="Hugging Face folder, such as a run's export")
+    chat.add_argument(
+        "model", metavar="FOLDER", help="Hugging Face folder, such as a run's export, or a name on the hub"
+    )
     chat.add_argument("--prompt", help="answer this and leave")
     chat.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     chat.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling threshold (default: 1)")
@@ -238,21 +243,24 @@ def _validate(args: argparse.Namespace) -> int:
         validate_model_layout,
         warnings_for,
     )
-    from megatron_fipo.preflight.findings import file_findings
+    from megatron_fipo.hub.models import cached_folder
+    from megatron_fipo.preflight.findings import MISSING, file_findings
 
     config = load_config(args.config, args.overrides)
     validate(config, args.world_size)
-    missing = [finding.text for finding in file_findings(config)]
+    findings = list(file_findings(config))
+    missing = [finding.text for finding in findings if finding.level == MISSING]
+    fetched_later = [finding.text for finding in findings if finding.level != MISSING]
     if missing and not args.files_elsewhere:
         raise ValueError(
             "\n".join(missing)
             + "\nIf they are on the machine that will train, add --files-elsewhere, and they are not looked for."
         )
     model_config = None
-    if Path(config.model.path).is_dir():
-        model_config = read_model_config(config.model.path)
+    if (folder := cached_folder(config.model.path, config.model.revision)) is not None:
+        model_config = read_model_config(folder)
         validate_model_layout(config, model_config)
-    for warning in [*missing, *warnings_for(config, model_config)]:
+    for warning in [*missing, *fetched_later, *warnings_for(config, model_config)]:
         print(f"warning: {warning}", file=sys.stderr)
     print(resolved_yaml(config), end="", flush=True)
     print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)
@@ -310,10 +318,13 @@ def _certify(args: argparse.Namespace) -> int:
     from megatron_fipo.certify.command import run
     from megatron_fipo.certify.runner import Options
     from megatron_fipo.config import load_config, validate
+    from megatron_fipo.hub.models import model_folder
     from megatron_fipo.parallel.local_ranks import RankError
 
     config = load_config(args.config, args.overrides)
     validate(config)
+    path = model_folder(config.model.path, config.model.revision)
+    config = replace(config, model=replace(config.model, path=path))
     options = Options(
         layouts=tuple(name.strip() for name in args.layouts.split(",") if name.strip()),
         as_is=(args.model or ("as-is" if torch.cuda.is_available() else "small")) == "as-is",

@@ -44,10 +44,12 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.handover import Handover
 from megatron_fipo.held_out_evaluation import HeldOutEvaluation
+from megatron_fipo.hub.names import is_hub_name
 from megatron_fipo.interrupt import Interrupt
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
+from megatron_fipo.named_on_hub import NamedRun, resolve_for_run
 from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
@@ -58,6 +60,7 @@ from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.parallel.waiting import OtherRankError
+from megatron_fipo.push_to_hub import check_before_run, push_after_run
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
@@ -94,12 +97,16 @@ class _HalfStep:
 class Trainer:
     """A run: its actor, rollout engine, prompts and verifiers, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: parallel_groups.ParallelGroups, console: Console) -> None:
+    def __init__(self, named: NamedRun, ranks: parallel_groups.ParallelGroups, console: Console) -> None:
         """Build everything. Collective over all ranks.
+
+        Args:
+            named: the configuration, with what it names on the hub fetched.
 
         Raises:
             ValueError: if the model, the data or the layout cannot be used; the message says why.
         """
+        config, self._named = named.local, named
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
         tokenizer = load_tokenizer(config.model.path)
@@ -122,14 +129,14 @@ class Trainer:
         self.ledger = RolloutLedger(
             self.folder.rollouts,
             ranks.rank,
-            numbers_fingerprint(config),
+            numbers_fingerprint(named.recorded),
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         )
         self.generator = GroupGenerator(
             self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, share, self._leave_if_asked
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
-        self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console)
+        self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console, named.recorded)
         stop_when = config.train.stop_when
         self._stop_rule = StopRule.parse(stop_when) if stop_when else None
         self._ended_by = ""
@@ -153,8 +160,8 @@ class Trainer:
         if config.train.resume:
             self._resume()
         if self.is_leader:
-            record_config(config, self.folder)
-        sinks = open_sinks(config, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
+            record_config(self._named.recorded, self.folder, self._named.origins)
+        sinks = open_sinks(self._named.recorded, self.folder.root, resumed_step=self.next_step, enabled=self.is_leader)
         with sinks, self.interrupt:
             if self.next_step == 0:
                 self._state_to_go_on_from = lambda: self._loop_state(0)
@@ -182,7 +189,8 @@ class Trainer:
             self._save(self._loop_state(self.next_step))
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
-        self._say_where_things_lie()
+        pushed = push_after_run(self._named, self.folder, self.ranks.world, self.console)
+        self._say_where_things_lie(pushed)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and its updates. Collective over all ranks.
@@ -422,7 +430,7 @@ class Trainer:
             self._save(self._state_to_go_on_from())
             raise Interrupted
 
-    def _say_where_things_lie(self) -> None:
+    def _say_where_things_lie(self, pushed: str) -> None:
         places = {"checkpoint": str(self.folder.checkpoints)}
         if self.best.step:
             places["best model"] = f"{self.folder.best} (after {self.best.step} steps)"
@@ -434,6 +442,8 @@ class Trainer:
         if self.config.checkpoint.export_huggingface:
             places["model"] = f"{self.folder.huggingface} (Hugging Face format)"
             command = f"{_console_script()} chat {self.folder.huggingface}"
+        if pushed:
+            places["on the hub"] = pushed
         self.console.closing(places, command, self.evaluation.prompts_to_try())
 
     def close(self) -> None:
@@ -479,22 +489,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        model_config = read_model_config(config.model.path)
-        validate_model_layout(config, model_config)
-        return _train(config, warnings_for(config, model_config), [arguments.config, *arguments.overrides])
+        if not is_hub_name(config.model.path):  # a model that is here is looked at before ranks wait for each other
+            _warnings_of_model(config)
+        return _train(config, [arguments.config, *arguments.overrides])
     except ValueError as error:  # what the user gave cannot be used
         say_once(f"error: {error}")
         return EXIT_BAD_INPUT
 
 
-def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) -> int:
+def _warnings_of_model(config: Config) -> list[str]:
+    """Refuse a layout into which the model does not divide; what else there is to say."""
+    model_config = read_model_config(config.model.path)
+    validate_model_layout(config, model_config)
+    return warnings_for(config, model_config)
+
+
+def _train(config: Config, arguments: Sequence[str]) -> int:
     cpu.install()
     prefer_expandable_segments()
     ranks = parallel_groups.initialize(config.parallel, config.run.seed)
     console = Console(config, enabled=ranks.rank == 0 and config.metrics.console)
     trainer = None
     try:
-        trainer = Trainer(config, ranks, console)
+        check_before_run(config, ranks.world)
+        named = resolve_for_run(config, ranks.world, console.info)
+        config = named.local
+        warnings = [*named.notes, *_warnings_of_model(config)]
+        trainer = Trainer(named, ranks, console)
         facts = {"parameters": f"{trainer.actor.num_parameters / 1e6:.2f} M on each rank"}
         facts["layers"] = layers_in_use(config.model, trainer.actor.shape.head_dim)
         console.banner(ranks.world.size(), facts)

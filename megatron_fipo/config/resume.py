@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_fipo.config.schema import Config
+from megatron_fipo.config.schema import Config, DataSourceConfig
 
 _BESIDE = (
     "run.name",
@@ -73,7 +73,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
         if key in before and key in now and before[key] == now[key]:
             continue
         difference = f"{key}: {_text(before, key)} -> {_text(now, key)}"
-        is_new = key not in before and key in now and now[key] == defaults.get(key)  # and changes nothing
+        is_new = key not in before and key in now and now[key] == _default(key, defaults)  # and changes nothing
         decides = _decides_numbers(key) and not is_new
         same_numbers &= not decides
         if reason := _reason_to_refuse(key):
@@ -113,6 +113,14 @@ def _reason_to_refuse(key: str) -> str:
     if parts[:2] == ["data", "train"] and len(parts) >= 4 and parts[3] in _ORDER_OF_PROMPTS:
         return "it decides the order of the prompts, in which the checkpoint holds a place"
     return _REFUSED.get(key, "")
+
+
+def _default(key: str, defaults: Mapping[str, Any]) -> Any:
+    """A key's default; those of sources of data stand below names of one's own."""
+    parts = key.split(".")
+    if parts[0] == "data" and len(parts) == 4:
+        return getattr(DataSourceConfig, parts[3], None)
+    return defaults.get(key)
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:

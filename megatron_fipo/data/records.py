@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -19,6 +21,7 @@ import pyarrow.parquet as parquet
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data.chain_arithmetic import ChainArithmetic
 from megatron_fipo.data.schemas import SCHEMAS, select_columns
+from megatron_fipo.hub.datasets import FetchedSource, fetched_here, file_kind
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ class RecordFile:
 
 
 def read_records(source: DataSourceConfig) -> RecordFile:
-    """Read a jsonl or parquet source.
+    """Read a jsonl or parquet source, or one of the hub, fetching it where it has not been.
 
     Raises:
         ValueError: if the file does not exist, holds no prompt or a malformed row, or lacks a column.
     """
+    if source.kind == "hub":
+        return _read_hub(fetched_here(source))
     path = Path(source.path)
     if not path.is_file():
         raise ValueError(f"prompt file {source.path!r} does not exist (looked for {path.resolve()})")
@@ -70,6 +75,44 @@ def read_records(source: DataSourceConfig) -> RecordFile:
     if not records:
         raise ValueError(f"prompt file {source.path} holds no prompts")
     return RecordFile(records, repeats.num_duplicates, repeats.num_conflicts)
+
+
+def _read_hub(source: FetchedSource) -> RecordFile:
+    """The rows of a split's files, one after the other."""
+    repeats, parts, num_left = _Repeats(source.deduplicate), [], source.num_prompts
+    for file in source.files:
+        if num_left == 0:
+            break
+        read = _read_jsonl if file_kind(file) == "jsonl" else _ParquetRecords
+        parts.append(read(Path(file), replace(source, num_prompts=num_left), repeats))
+        num_left = None if num_left is None else num_left - len(parts[-1])
+    records = _Joined(parts)
+    if not records:
+        raise ValueError(f"split {source.split} of {source.path} holds no prompts")
+    return RecordFile(records, repeats.num_duplicates, repeats.num_conflicts)
+
+
+class _Joined(Sequence[Record]):
+    """Several files' records, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, row: int) -> Record: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Record]: ...
+    def __getitem__(self, row: int | slice) -> Record | list[Record]:
+        if isinstance(row, slice):
+            return [self[index] for index in range(len(self))[row]]
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = bisect.bisect_right(self._ends, row)
+        return self._parts[number][row - (self._ends[number] - len(self._parts[number]))]
 
 
 class _Repeats:

@@ -217,13 +217,15 @@ def test_configurations_are_valid(block: str, tmp_path: Path) -> None:
 
 
 def test_the_tutorials_data_fit_its_configuration(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+    block, named = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
     (row,) = re.findall(r"^```json\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
     (tmp_path / "my_run.yaml").write_text(block)
     (tmp_path / "sums.jsonl").write_text(row)
     config = load_config(tmp_path / "my_run.yaml", [])
     source = replace(config.data.train["sums"], path=str(tmp_path / "sums.jsonl"))
     assert read_records(source).records[0].reference == "42"
+    (tmp_path / "named.yaml").write_text(named)
+    validate(load_config(tmp_path / "named.yaml", []))
 
 
 def test_the_tutorials_verifier_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,16 @@ ALLOWED: dict[str, set[str]] = {
     "metrics.reductions": set(),
     "metrics": {"config", "metrics"},
     "rl": {"config", "metrics.reductions", "rl"},
-    "data": {"config", "rl", "data"},
+    "hub": {"config", "hub"},
+    "data": {"config", "rl", "data", "hub"},
     "parallel": {"config", "rl", "metrics.reductions", "parallel"},
     "convert": {"config", "parallel", "convert"},
     "convert.logits": {"config", "data", "parallel", "convert", "actor"},
-    "convert.command": {"config", "parallel", "convert", "convert.logits", "quiet"},
+    "convert.command": {"config", "hub", "parallel", "convert", "convert.logits", "quiet"},
     "actor": {"config", "rl", "metrics.reductions", "parallel", "convert", "actor"},
     "rollout": {"config", "rl", "parallel", "convert", "metrics.reductions", "rollout"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify", "quiet"},
-    "preflight": {"config", "convert", "data", "preflight"},
+    "preflight": {"config", "convert", "data", "hub", "preflight"},
     "launch": {"config", "preflight", "launch"},
     "event_loop": set(),
     "interrupt": set(),
@@ -50,12 +51,14 @@ COMPOSING = {
     "step_metrics",
     "evaluation",
     "standalone_evaluation",
+    "named_on_hub",
+    "push_to_hub",
     "chat",
     "cli",
 }
 """Modules that may import everything, as `__main__` modules may."""
 
-TORCH_FREE = {"config", "preflight", "launch"}
+TORCH_FREE = {"config", "hub", "preflight", "launch"}
 TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")
 PURE = {"config", "metrics.reductions", "rl"}
 """Parts that never see a process group or Megatron."""

@@ -27,6 +27,10 @@ A run is one YAML file with dotted overrides behind it (`train.num_steps=5`). La
 `megatron-fipo validate CONFIG` shows the whole of it. Paths are relative to the current directory; `${section.key}`
 stands for another value, `${oc.env:NAME}` for an environment variable.
 
+`model.path` and sources of `kind: hub` may be names on the Hugging Face hub ([tutorial](tutorial.md#names-on-the-hub)).
+What is fetched lies in the hub's own cache (`HF_HOME`); `config.yaml` beside the run has the names, and as their
+revisions the commits that they stood at.
+
 This page is generated from `megatron_fipo/config/schema.py` by `tools/docs/config_reference.py`.
 """
 
