@@ -32,7 +32,7 @@ CASES = {
     "model does not divide": BadInput(
         ("parallel.cp=1", "parallel.pp=2", "model.path={odd}"), said=("parallel.pp=2", "num_hidden_layers=3")
     ),
-    "no model folder": BadInput(("model.path=nowhere/model",), said=("model.path=nowhere/model", "config.json")),
+    "no model folder": BadInput(("model.path=./nowhere/model",), said=("model.path=./nowhere/model", "config.json")),
     "no weights": BadInput(("model.path={bare}",), said=("{bare}", "safetensors")),
     "rollout log-probs for FIPO": BadInput(
         ("objective.old_log_probs=rollout",), said=("objective.old_log_probs=rollout", "future_kl", "=actor")
