@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-QUICKSTART = ("fipo.yaml", "base/*")
-"""Of examples/quickstart, what `megatron-fipo init` writes."""
+QUICKSTART = Path("examples/quickstart")
+QUICKSTART_FILES = ("fipo.yaml", "base/*")
+"""What `megatron-fipo init` writes of it; copied into a wheel, and not read where the project is installed editable."""
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_fipo/__init__.py").read_text(encoding="utf-8"))[1]
 # Where the repository can be read, for an archive that is to be published: package indexes follow no relative links.
 REPOSITORY = os.environ.get("MEGATRON_FIPO_REPOSITORY_URL", "").rstrip("/")
@@ -35,7 +36,10 @@ def long_description() -> str:
             return "" if is_figure else words
         return f"[{words}]({REPOSITORY}/blob/v{VERSION}/{target})"
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = ROOT / "README.md"
+    if not readme.exists():  # in a layer of an image that installs before it copies
+        return ""
+    text = readme.read_text(encoding="utf-8")
     return re.sub(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", absolute, text)
 
 
@@ -46,8 +50,8 @@ class BuildWithExamples(build_py):
         super().run()
         if self.editable_mode:
             return
-        source, target = ROOT / "examples/quickstart", Path(self.build_lib) / "megatron_fipo/starters/quickstart"
-        for file in (path for pattern in QUICKSTART for path in sorted(source.glob(pattern))):
+        source, target = ROOT / QUICKSTART, Path(self.build_lib) / "megatron_fipo/starters/quickstart"
+        for file in (path for pattern in QUICKSTART_FILES for path in sorted(source.glob(pattern))):
             (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(file), str(target / file.relative_to(source)))
 

@@ -26,7 +26,7 @@ def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 def _run_in_thread(coroutine: Coroutine[Any, Any, Result]) -> Result:
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="event-loop", daemon=True)
+    thread = threading.Thread(target=loop.run_forever, name="coroutine-of-a-notebook", daemon=True)
     thread.start()
     future: Future[Result] = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:

@@ -278,7 +278,7 @@ def _key(config: Config) -> str:
     """
     name = config.servers.api_key_env
     if not config.servers.urls:
-        return secrets.token_urlsafe(32)
+        return secrets.token_hex(32)
     if name is None:
         return ""
     key = os.environ.get(name, "")

@@ -89,7 +89,7 @@ def test_layouts_hold_and_every_deliberate_mistake_is_caught(
 def test_a_layout_that_cannot_run_is_refused_before_anything_does(
     config_file: Path, capsys: pytest.CaptureFixture[str], layouts: str, said: str
 ) -> None:
-    assert cli.main(["certify", str(config_file), "--layouts", layouts]) == 1
+    assert cli.main(["certify", str(config_file), "--layouts", layouts]) == 2
     output = capsys.readouterr()
     assert said in output.err
     assert output.out == ""

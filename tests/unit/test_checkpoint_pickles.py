@@ -109,7 +109,7 @@ def test_converting_and_verifying_run_nothing(
 ) -> None:
     checkpoint, marker = shutil.copytree(folders / "megatron", tmp_path / "megatron"), tmp_path / "it-ran"
     HOSTILE[name](checkpoint, marker)
-    assert run(add_megatron_to_hf, [str(checkpoint), str(tmp_path / "back")]) == 1
+    assert run(add_megatron_to_hf, [str(checkpoint), str(tmp_path / "back")]) == 2
     assert run(add_verify, [str(folders / "hf"), str(checkpoint)]) == 1
     said = capfd.readouterr().err
     assert said.count("names posix.mkdir, which no checkpoint of this project or of Megatron-Core does") == 2

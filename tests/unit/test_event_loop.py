@@ -75,7 +75,7 @@ def test_ctrl_c_in_a_notebook_ends_the_coroutine() -> None:
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(cell())
     assert ended.is_set()
-    assert not [thread for thread in threading.enumerate() if thread.name == "event-loop"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "coroutine-of-a-notebook"]
 
 
 def test_tasks_left_behind_are_ended() -> None:

@@ -37,6 +37,7 @@ from megatron_fipo.rollout.server_http import (
     ServerUnreachableError,
     reading,
 )
+from megatron_fipo.rollout.server_plugins import server_guard
 from megatron_fipo.rollout.server_plugins.server_guard import KEY_VARIABLE
 from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
 from megatron_fipo.rollout.server_setup import _cores, _launch_specs
@@ -390,6 +391,28 @@ def test_the_command_on_gpus() -> None:
     assert router.command[1].endswith("/sglang_launcher.py")
     assert router.command[2] == "router"
     assert router.environment[KEY_VARIABLE] == "the-key"
+
+
+@pytest.mark.parametrize("key", ["0a1b", "-x", "--port"])
+def test_sglang_takes_any_key_from_its_launcher(tmp_path: Path, key: str) -> None:
+    """Also one that looks like an option; the engine itself is not installed here, its parser is Python's."""
+    (tmp_path / "sglang_router").mkdir()
+    (tmp_path / "sglang_router" / "__init__.py").touch()
+    (tmp_path / "sglang_router" / "launch_router.py").write_text(
+        "import argparse\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--api-key')\n"
+        "print(parser.parse_args().api_key)\n"
+    )
+    launcher = Path(server_guard.__file__).with_name("sglang_launcher.py")
+    result = subprocess.run(
+        [sys.executable, launcher, "router"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), KEY_VARIABLE: key},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == f"{key}\n", result.stderr
 
 
 @pytest.mark.parametrize("adapter", [SglangAdapter(), VllmAdapter()])

@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> None:
         if "--enable-http2" in arguments:
             raise SystemExit("servers.extra_args: --enable-http2 serves without the guard that asks for the run's key")
         _guard_uvicorn()
-    sys.argv = [module, *arguments[is_router:], "--api-key", own_key()]
+    # In one argument: a key that begins with a dash would be taken for an option.
+    sys.argv = [module, *arguments[is_router:], f"--api-key={own_key()}"]
     runpy.run_module(module, run_name="__main__")
 
 
