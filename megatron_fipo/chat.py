@@ -17,6 +17,7 @@ from megatron_fipo.config import read_model_config
 from megatron_fipo.data.formatting import raw_token_ids
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.event_loop import run_to_end
+from megatron_fipo.hub.models import model_folder
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import InProcessEngine
 from megatron_fipo.text_hygiene import clean_text
@@ -82,12 +83,15 @@ class Chat:
     """
 
     def __init__(self, folder: str | Path, options: ChatOptions, out: TextIO | None = None) -> None:
-        """Load a Hugging Face folder; on the GPU where there is one, in the checkpoint's dtype, else in float32.
+        """Load a Hugging Face folder, or a model by its name on the hub.
+
+        It goes on the GPU where there is one, in the checkpoint's dtype, else on the CPU in float32.
 
         Raises:
             ValueError: if the folder holds no model.
         """
-        read_model_config(folder)  # a path that does not exist would be looked up on the Hub
+        folder = model_folder(str(folder), key="model")
+        read_model_config(folder)  # transformers would look for a path that does not exist on the hub, code and all
         self.options = options
         self.tokenizer = load_tokenizer(folder)
         on_gpu = torch.cuda.is_available()

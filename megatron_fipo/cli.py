@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a model on the configuration's evaluation data")
     _add_config(evaluate)
-    evaluate.add_argument("--model", metavar="FOLDER", help="Hugging Face folder; by default model.path")
+    evaluate.add_argument(
+        "--model", metavar="FOLDER", help="Hugging Face folder, or a name on the hub; by default model.path"
+    )
     evaluate.add_argument("--output", metavar="FOLDER", help="by default evaluation/ in run.output_dir")
     evaluate.set_defaults(run=_evaluate)
 
@@ -93,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to a model. Where its tokenizer has a chat template this is a conversation: each answer sees "
         "all turns before it. Otherwise each line is a text that the model continues, by itself.",
     )
-    chat.add_argument("model", metavar="FOLDER", help="Hugging Face folder, such as a run's export")
+    chat.add_argument(
+        "model", metavar="FOLDER", help="Hugging Face folder, such as a run's export, or a name on the hub"
+    )
     chat.add_argument("--prompt", help="answer this and leave")
     chat.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     chat.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling threshold (default: 1)")
@@ -292,7 +297,8 @@ def _validate(args: argparse.Namespace) -> int:
         validate_model_layout,
         warnings_for,
     )
-    from megatron_fipo.preflight.findings import file_findings
+    from megatron_fipo.hub.models import cached_folder
+    from megatron_fipo.preflight.findings import MISSING, file_findings
     from megatron_fipo.rl.verifiers.registry import also_look_in
     from megatron_fipo.verifier_check import inspect_own
 
@@ -300,18 +306,21 @@ def _validate(args: argparse.Namespace) -> int:
     also_look_in(Path(args.config).parent)
     validate(config, args.world_size)
     model_config = None
-    if (Path(config.model.path) / "config.json").exists():
-        model_config = read_model_config(config.model.path)
+    folder = cached_folder(config.model.path, config.model.revision)
+    if folder is not None and (Path(folder) / "config.json").exists():
+        model_config = read_model_config(folder)
         validate_model_layout(config, model_config)
-    missing = [finding.text for finding in file_findings(config)]
+    files = list(file_findings(config))
+    missing = [finding.text for finding in files if finding.level == MISSING]
+    fetched_later = [finding.text for finding in files if finding.level != MISSING]
     if missing and not args.files_elsewhere:
         raise ValueError(
             "\n".join([*missing, places_of_relative_paths(args.config)])
             + "\nWhere they are on another machine, the one that will train, add --files-elsewhere."
         )
-    findings = inspect_own(config)
-    findings.raise_problems()
-    for warning in [*missing, *findings.warnings, *warnings_for(config, model_config)]:
+    own = inspect_own(config)
+    own.raise_problems()
+    for warning in [*missing, *fetched_later, *own.warnings, *warnings_for(config, model_config)]:
         print(f"warning: {warning}", file=sys.stderr)
     print(resolved_yaml(config), end="", flush=True)
     print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)
@@ -365,10 +374,13 @@ def _certify(args: argparse.Namespace) -> int:
     from megatron_fipo.certify.command import run
     from megatron_fipo.certify.runner import Options
     from megatron_fipo.config import load_config, validate
+    from megatron_fipo.hub.models import model_folder
     from megatron_fipo.parallel.local_ranks import RankError
 
     config = load_config(args.config, args.overrides)
     validate(config)
+    path = model_folder(config.model.path, config.model.revision)
+    config = replace(config, model=replace(config.model, path=path))
     options = Options(
         layouts=tuple(name.strip() for name in args.layouts.split(",") if name.strip()),
         as_is=(args.model or ("as-is" if torch.cuda.is_available() else "small")) == "as-is",

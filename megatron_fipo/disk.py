@@ -17,17 +17,20 @@ class DiskError(RuntimeError):
 GOES_ON = "it goes on from the newest checkpoint and the recorded rollouts"
 
 
-def disk_error(path: str | Path, error: OSError, what_then: str = GOES_ON) -> DiskError:
+def disk_error(
+    path: str | Path, error: OSError, what_then: str = GOES_ON, place: str | Path | None = None
+) -> DiskError:
     """What happened to which file, how much room there is, and what to do.
 
     Args:
+        path: the file, or words that name it.
         what_then: what the same command does when it is started again.
+        place: where to look for room; None: at the path.
     """
     reason = error.strerror or str(error) or type(error).__name__
     return DiskError(
-        f"{path} cannot be written: {reason}{free_space(path)}. What was written before is whole. Make room or mend "
-        "the "
-        f"folder's permissions, and start the same command again: {what_then}."
+        f"{path} cannot be written: {reason}{free_space(place or path)}. What was written before is whole. Make room "
+        f"or mend the folder's permissions, and start the same command again: {what_then}."
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from megatron_fipo import __version__
 from megatron_fipo.config import without_secrets
+from megatron_fipo.disk import DiskError
 from megatron_fipo.text_hygiene import clean_text
 
 EXIT_FAULT = 1
@@ -67,6 +68,8 @@ def _words(error: Exception) -> tuple[str, int]:
     """(what to say, exit code)."""
     if isinstance(error, UnicodeError):
         return f"{error} (in {_place(error)}): a text that is no UTF-8", EXIT_BAD_INPUT
+    if isinstance(error, DiskError):
+        return str(error), EXIT_STOPPED
     if isinstance(error, ValueError):
         return str(error) or f"{type(error).__name__} in {_place(error)}", EXIT_BAD_INPUT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported

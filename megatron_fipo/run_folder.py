@@ -10,9 +10,10 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_fipo.config import Config, save_resolved
 from megatron_fipo.disk import deleted, disk_error, writing
@@ -166,15 +167,18 @@ def _check_is_a_runs(root: Path) -> None:
     )
 
 
-def record_config(config: Config, folder: RunFolder) -> None:
+def record_config(config: Config, folder: RunFolder, origins: Mapping[str, Any] | None = None) -> None:
     """Write the run's configuration and provenance beside it. One rank alone calls this.
+
+    Args:
+        origins: of what the configuration names on the hub.
 
     Raises:
         DiskError: if they cannot be written.
     """
     with writing(folder.root):
         save_resolved(config, folder.root)
-        save_provenance(folder.root)
+        save_provenance(folder.root, origins)
 
 
 def _free_name(path: Path) -> Path:

@@ -30,8 +30,20 @@ class SavedRun:
     """Checkpoints of a run and the rollouts recorded since. Its methods are collective over all ranks."""
 
     def __init__(
-        self, config: Config, actor: Actor, folder: RunFolder, ledger: RolloutLedger, console: Console
+        self,
+        config: Config,
+        actor: Actor,
+        folder: RunFolder,
+        ledger: RolloutLedger,
+        console: Console,
+        recorded: Config | None = None,
     ) -> None:
+        """
+        Args:
+            recorded: the configuration as it is saved and compared, with names where `config` has this machine's
+                folders; None: the same.
+        """
+        self._recorded = config if recorded is None else recorded
         section = config.checkpoint
         self._config, self._actor, self._folder, self._ledger, self._console = config, actor, folder, ledger, console
         self._keeping = Keeping(section.keep_last, section.keep_every_num_steps)
@@ -51,7 +63,7 @@ class SavedRun:
         section = self._config.checkpoint
         state = {
             **loop_state,
-            "config": recorded_values(with_absolute_paths(self._config)),
+            "config": recorded_values(with_absolute_paths(self._recorded)),
             "model": asdict(self._actor.shape),
             "rng": rng_state.gather(self._actor.groups),
         }
@@ -137,7 +149,7 @@ class SavedRun:
                 "delete it to go on from the one before, or set train.resume=false to start over (the old run is "
                 "renamed)."
             )
-        check = check_resume(state["config"], self._config, is_mid_step=bool(state.get("num_updates")))
+        check = check_resume(state["config"], self._recorded, is_mid_step=bool(state.get("num_updates")))
         shape = asdict(self._actor.shape)
         refused = [*check.refused]
         refused += [

@@ -36,6 +36,8 @@ from megatron_fipo.evaluation import (
 )
 from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.generation import build_engine, in_process_engine
+from megatron_fipo.hub.datasets import fetched_here
+from megatron_fipo.hub.models import model_folder
 from megatron_fipo.interrupt import Interrupt
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.parallel import cpu
@@ -66,7 +68,7 @@ def evaluate_folder(
 
     Args:
         config: data.evaluation and evaluation say what and how, rollout.engine and servers on what.
-        model_path: Hugging Face folder with the policy.
+        model_path: Hugging Face folder with the policy, or its name on the hub; model.revision is that of model.path.
         console: shows progress.
         folder: where responses are recorded, and those of an interrupted evaluation are found.
 
@@ -81,12 +83,20 @@ def evaluate_folder(
     """
     if not config.data.evaluation:
         raise ValueError("data.evaluation is empty: there is nothing to evaluate on. Name a source there.")
+    model_path = model_folder(model_path, config.model.revision if model_path == config.model.path else None)
     read_model_config(model_path)
     if warning := check_weights(model_path):
         if config.rollout.engine != "in_process":  # a server may read the files that are left over, and in training the
             raise ValueError(warning)  # actor's weights then take their place; here nothing does
         console.warning(warning)
-    config = replace(config, model=replace(config.model, path=model_path))
+    # Sources on the hub are pinned to a commit before anything is recorded for them.
+    sources = {
+        name: fetched_here(source, f"data.evaluation.{name}") if source.kind == "hub" else source
+        for name, source in config.data.evaluation.items()
+    }
+    config = replace(
+        config, model=replace(config.model, path=model_path), data=replace(config.data, evaluation=sources)
+    )
     tokenizer = load_tokenizer(model_path)
     inspected = inspect_own(config)
     inspected.raise_problems()

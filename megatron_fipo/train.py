@@ -33,6 +33,7 @@ from megatron_fipo.best_model import BestModel
 from megatron_fipo.config import (
     Config,
     StopRule,
+    is_hub_name,
     load_config,
     numbers_fingerprint,
     read_model_config,
@@ -56,6 +57,7 @@ from megatron_fipo.interrupt import Interrupt
 from megatron_fipo.metrics.console import Console
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
+from megatron_fipo.named_on_hub import NamedRun, resolve_for_run
 from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
@@ -66,6 +68,7 @@ from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.parallel.waiting import OtherRankError
+from megatron_fipo.push_to_hub import check_before_run, push_after_run
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.objective import LossOutput
@@ -106,12 +109,16 @@ class _HalfStep:
 class Trainer:
     """A run: its actor, rollout engine, prompts and verifiers, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: parallel_groups.ParallelGroups, console: Console) -> None:
+    def __init__(self, named: NamedRun, ranks: parallel_groups.ParallelGroups, console: Console) -> None:
         """Build everything. Collective over all ranks.
+
+        Args:
+            named: the configuration, with what it names on the hub fetched.
 
         Raises:
             ValueError: if the model, the data or the layout cannot be used; the message says why.
         """
+        config, self._named = named.local, named
         self.config, self.ranks, self.console = config, ranks, console
         self.is_leader = ranks.rank == 0
         tokenizer = load_tokenizer(config.model.path)
@@ -150,14 +157,14 @@ class Trainer:
         self.ledger = RolloutLedger(
             self.folder.rollouts,
             ranks.rank,
-            numbers_fingerprint(config),
+            numbers_fingerprint(named.recorded),
             decode=self._decode,
         )
         self.generator = GroupGenerator(
             self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, share, self._leave_if_asked
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
-        self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console)
+        self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console, named.recorded)
         stop_when = config.train.stop_when
         self._stop_rule = StopRule.parse(stop_when) if stop_when else None
         self._ended_by = ""
@@ -182,7 +189,7 @@ class Trainer:
         if config.train.resume and self._resume():
             self._finish_again()
             return
-        self._on_leader(lambda: record_config(config, self.folder))
+        self._on_leader(lambda: record_config(self._named.recorded, self.folder, self._named.origins))
         self._on_leader(lambda: forget_samples(self.folder.samples, self.next_step))
         sinks = self._open_sinks()
         with sinks, self.interrupt:
@@ -212,7 +219,7 @@ class Trainer:
             self._save({**self._loop_state(self.next_step), "finished": True})
         if config.checkpoint.export_huggingface:
             self.saved.export(self.folder.huggingface)
-        self._say_where_things_lie()
+        self._push_and_say_where_things_lie()
 
     def train_step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and its updates. Collective over all ranks.
@@ -460,7 +467,9 @@ class Trainer:
         opened: list[SinkGroup] = []
         enabled, first = self.is_leader, self.next_step
         self._on_every_rank(
-            lambda: opened.append(open_sinks(self.config, self.folder.root, resumed_step=first, enabled=enabled))
+            lambda: opened.append(
+                open_sinks(self._named.recorded, self.folder.root, resumed_step=first, enabled=enabled)
+            )
         )
         return opened[0]
 
@@ -474,7 +483,10 @@ class Trainer:
         self._on_every_rank(lambda: self._lock.check() if self._lock is not None else None)
 
     def _finish_again(self) -> None:
-        """A run that was finished before has nothing to do but to export what is not there."""
+        """A run that was finished before has nothing to do but to export what is not there, and to push it.
+
+        The hub takes what it has already for no change, so a push that failed, or that a kill came before, is made up.
+        """
         self.console.info(
             f"the run is finished: its {self.next_step} steps are done and saved, and nothing is done again. "
             f"{f'Change train.stop_when={self._ended_by}' if self._ended_by else 'Raise train.num_steps'} to go on, or "
@@ -482,7 +494,7 @@ class Trainer:
         )
         if self.config.checkpoint.export_huggingface and not self.folder.huggingface.is_dir():
             self.saved.export(self.folder.huggingface)
-        self._say_where_things_lie()
+        self._push_and_say_where_things_lie()
 
     def _prepare_folder(self) -> tuple[RunFolder, RunLock | None]:
         """The run's folder, and on the leader its lock. Collective; an error of the leader is raised everywhere."""
@@ -545,7 +557,8 @@ class Trainer:
             self._save(self._state_to_go_on_from())
             raise Interrupted
 
-    def _say_where_things_lie(self) -> None:
+    def _push_and_say_where_things_lie(self) -> None:
+        pushed = push_after_run(self._named, self.folder, self.ranks.world, self.console)
         places = {"checkpoint": str(self.folder.checkpoints)}
         if self.best.step:
             places["best model"] = f"{self.folder.best} (after {self.best.step} steps)"
@@ -557,6 +570,8 @@ class Trainer:
         if self.config.checkpoint.export_huggingface:
             places["model"] = f"{self.folder.huggingface} (Hugging Face format)"
             command = f"{_console_script()} chat {self.folder.huggingface}"
+        if pushed:
+            places["on the hub"] = pushed
         self.console.closing(places, command, self.evaluation.prompts_to_try())
 
     def close(self) -> None:
@@ -604,17 +619,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         also_look_in(Path(arguments.config).parent)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         require_inputs(config, arguments.config)
-        model_config = read_model_config(config.model.path)
-        validate_model_layout(config, model_config)
-        warnings = warnings_for(config, model_config)
-        if left_over := find_weight_files(config.model.path).warning():
-            warnings = [*warnings, left_over]
-        return _train(config, warnings, [arguments.config, *arguments.overrides])
+        if not is_hub_name(config.model.path):  # a model that is here is looked at before ranks wait for each other
+            _warnings_of_model(config)
+        return _train(config, [arguments.config, *arguments.overrides])
     except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
         return report(error, say_once)
 
 
-def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) -> int:
+def _warnings_of_model(config: Config) -> list[str]:
+    """Refuse a layout into which the model does not divide; what else there is to say."""
+    model_config = read_model_config(config.model.path)
+    validate_model_layout(config, model_config)
+    left_over = find_weight_files(config.model.path).warning()
+    return [*warnings_for(config, model_config), *[left_over] * bool(left_over)]
+
+
+def _train(config: Config, arguments: Sequence[str]) -> int:
     cpu.install()
     prefer_expandable_segments()
     ranks = parallel_groups.initialize(config.parallel, config.run.seed)
@@ -623,7 +643,11 @@ def _train(config: Config, warnings: Sequence[str], arguments: Sequence[str]) ->
     console = Console(config, enabled=ranks.rank == 0 and config.metrics.console)
     trainer = None
     try:
-        trainer = Trainer(config, ranks, console)
+        check_before_run(config, ranks.world)
+        named = resolve_for_run(config, ranks.world, console.info)
+        config = named.local
+        warnings = [*named.notes, *_warnings_of_model(config)]
+        trainer = Trainer(named, ranks, console)
         facts = {"parameters": f"{trainer.actor.num_parameters / 1e6:.2f} M on each rank"}
         facts["layers"] = layers_in_use(config.model, trainer.actor.shape.head_dim)
         console.banner(ranks.world.size(), facts)

@@ -17,7 +17,12 @@ from megatron_fipo.config.environment import (
     written_values,
 )
 from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.input_paths import places_of_relative_paths, require_inputs, with_absolute_paths
+from megatron_fipo.config.input_paths import (
+    is_hub_name,
+    places_of_relative_paths,
+    require_inputs,
+    with_absolute_paths,
+)
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
 from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
 from megatron_fipo.config.milestones import num_decay_steps
@@ -97,6 +102,7 @@ __all__ = [
     "TrainSection",
     "VerifierSection",
     "check_resume",
+    "is_hub_name",
     "load_config",
     "log_prob_chunk_tokens",
     "looks_secret",

@@ -43,7 +43,10 @@ Path: TypeAlias = tuple[str | int, ...]
 
 _VARIABLE = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 _KEY_REFERENCE = re.compile(r"\$\{\s*(\.*[A-Za-z_][\w.\[\]-]*)\s*\}")
-_PLACES = ("path", "name", "output_dir", "snapshot_dir", "python", "wandb_project")
+_PLACES = (
+    *("path", "name", "output_dir", "snapshot_dir", "python", "wandb_project"),
+    *("revision", "subset", "split", "push_to_hub"),
+)
 """Last words of the keys whose values are places and names: messages show them, since people need to copy them."""
 
 _LEAST_CHARACTERS = 6

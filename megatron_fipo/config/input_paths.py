@@ -1,7 +1,8 @@
 """Files and folders that a configuration names to read from: where a relative path starts, and what is recorded.
 
 A relative path starts from the current folder. What is not there is looked for in the folder of the configuration file,
-so that a configuration with its model and data beside it works from anywhere.
+so that a configuration with its model and data beside it works from anywhere. Names on the Hugging Face hub are no
+paths: they stay as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import FILE_KINDS, Config, DataSourceConfig
+from megatron_fipo.config.schema import FILE_KINDS, REPOSITORY_NAME, Config, DataSourceConfig
 
 _INPUT_KEY = re.compile(r"model\.path|data\.(train|evaluation)\..+\.path|servers\.python")
 
@@ -24,9 +25,15 @@ def find_inputs(config: Config, config_file: str | Path | None) -> Config:
         return config
     folder = Path(config_file).parent
 
-    def found(_: str, path: str) -> str:
+    def found(key: str, path: str) -> str:
         beside = folder / path
-        return path if _is_here(path) or not os.path.exists(beside) else str(beside)
+        if _is_here(path):
+            return path
+        if os.path.exists(beside):
+            return str(beside)
+        if _is_model_on_hub(key, path) and (folder / path.split("/")[0]).is_dir():
+            return os.path.abspath(beside)  # a typing error, as where its first part is a folder here
+        return path
 
     return _map_inputs(config, found)
 
@@ -45,7 +52,7 @@ def require_inputs(config: Config, config_file: str | Path, unread: tuple[str, .
         f"{key}={path}: there is neither {Path.cwd() / path} (from the current folder) nor {folder / path} (from the "
         f"folder of {name}). Put it there, or name where it is."
         for key, path in _inputs(config)
-        if not _is_here(path) and not key.startswith(unread)
+        if not _is_here(path) and not _is_model_on_hub(key, path) and not key.startswith(unread)
     ]
     if problems:
         raise ConfigError.of(problems)
@@ -77,6 +84,19 @@ def same_place(key: str, value: object) -> object:
     return value
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a model's path is a name on the hub rather than a folder.
+
+    A folder here goes before the hub, and where its first part is a folder here ("outputs/typo") it is a path: a typing
+    error must not fetch a stranger's model.
+    """
+    return bool(REPOSITORY_NAME.fullmatch(path)) and not Path(path).exists() and not Path(path.split("/")[0]).is_dir()
+
+
+def _is_model_on_hub(key: str, path: str) -> bool:
+    return key == "model.path" and is_hub_name(path)
+
+
 def _exists(path: str) -> bool:
     return bool(path) and os.path.exists(path)
 
@@ -87,7 +107,7 @@ def _is_here(path: str) -> bool:
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
-    """Key and value of every path to read from."""
+    """Key and value of every path to read from, and the model's name on the hub where it has one."""
     found: list[tuple[str, str]] = []
 
     def note(key: str, path: str) -> str:
@@ -104,7 +124,7 @@ def _map_inputs(config: Config, change: Callable[[str, str], str]) -> Config:
     def sources(part: str, given: dict[str, DataSourceConfig]) -> dict[str, DataSourceConfig]:
         return {
             name: replace(source, path=change(f"data.{part}.{name}.path", source.path))
-            if source.kind in FILE_KINDS
+            if source.kind in FILE_KINDS and source.kind != "hub"
             else source
             for name, source in given.items()
         }

@@ -13,6 +13,7 @@ from megatron_fipo.config.keys import entry_type, field_types
 from megatron_fipo.config.schema import (
     ALGORITHMS,
     FP8_ALIGNMENT,
+    REPOSITORY_NAME,
     SCHEMAS,
     SOURCE_KINDS,
     AdvantageSection,
@@ -91,12 +92,17 @@ _ONE_FOLDER = _Rule(
 _RULES: dict[type, dict[str, _Rule]] = {
     RunSection: {"name": _ONE_FOLDER, "output_dir": _NOT_EMPTY, "seed": _SEED, "num_sample_prints": _AT_LEAST_0},
     ModelSection: {
-        "path": _Rule("must name a folder with a Hugging Face checkpoint", lambda value: bool(value.strip())),
+        "path": _Rule(
+            "must name a folder with a Hugging Face checkpoint, or a model on the hub (owner/name)",
+            lambda value: bool(value.strip()),
+        ),
+        "revision": _NOT_EMPTY,
         "log_prob_chunk_mib": _ABOVE_0,
     },
     DataSourceConfig: {
         "num_prompts": _AT_LEAST_1,
         "seed": _SEED,
+        "revision": _NOT_EMPTY,
         "prompt_field": _NOT_EMPTY,
         "answer_field": _NOT_EMPTY,
         "prompt_template": _Rule("must hold {prompt}, where the prompt goes", lambda value: "{prompt}" in value),
@@ -199,7 +205,15 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "max_response_tokens": _AT_LEAST_1,
     },
     MetricsSection: {"num_samples_per_step": _AT_LEAST_0, "wandb_project": _NOT_EMPTY},
-    CheckpointSection: {"every_num_steps": _AT_LEAST_0, "keep_last": _AT_LEAST_1, "keep_every_num_steps": _AT_LEAST_0},
+    CheckpointSection: {
+        "every_num_steps": _AT_LEAST_0,
+        "keep_last": _AT_LEAST_1,
+        "keep_every_num_steps": _AT_LEAST_0,
+        "push_to_hub": _Rule(
+            "must be a repository on the Hugging Face hub, such as me/my-model, or empty",
+            lambda value: not value or bool(REPOSITORY_NAME.fullmatch(value)),
+        ),
+    },
 }
 """A rule for every number (a test holds that none is without) and for texts that are no choices."""
 

@@ -5,6 +5,7 @@ The docstring under a field is its entry in the reference of all keys.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
@@ -31,7 +32,10 @@ class ModelSection:
 
     path: str = ""
     """Folder with a Hugging Face checkpoint (config, safetensors, tokenizer). A relative path starts from the current
-    folder, or, where that has none, from the configuration file's."""
+    folder, or, where that has none, from the configuration file's. Or a model's name on the Hugging Face hub, such as
+    Qwen/Qwen2.5-0.5B, which each node fetches once."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a name on the hub; null takes main. The commit it stands at is recorded and kept."""
     dtype: str = "float32"
     """Arithmetic of the actor's forward and backward: float32 or bfloat16 (bfloat16 keeps float32 main weights)."""
     fp8: str = "none"
@@ -56,9 +60,16 @@ class DataSourceConfig:
     """One source of prompts."""
 
     kind: str = ""
-    """jsonl, parquet, chain_arithmetic or reasoning_gym."""
+    """jsonl, parquet, hub, chain_arithmetic or reasoning_gym."""
     path: str = ""
-    """File of a jsonl or parquet source; a relative path is looked for as model.path is."""
+    """File of a jsonl or parquet source; a relative path is looked for as model.path is. With kind=hub a data set's
+    name on the Hugging Face hub, such as openai/gsm8k."""
+    subset: str = ""
+    """Subset (configuration) of a data set on the hub, such as main; empty takes its only or its default one."""
+    split: str = ""
+    """Split of a data set on the hub, such as train or test."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a data set on the hub; null takes main. The commit it stands at is recorded and kept."""
     task: str = ""
     """Name of the reasoning-gym data set."""
     params: Dict[str, Any] = field(default_factory=dict)
@@ -414,6 +425,11 @@ class CheckpointSection:
     """Write the periodic checkpoints in a process beside each rank's while training goes on."""
     export_huggingface: bool = True
     """Write the trained model as a Hugging Face folder at the end."""
+    push_to_hub: str = ""
+    """Repository on the Hugging Face hub (me/my-model) that gets this folder and a model card; empty: none. The token
+    is that of `hf auth login` or HF_TOKEN, and is looked at before training."""
+    hub_private: bool = True
+    """Make that repository private where it does not exist yet."""
     export_with_checkpoints: bool = False
     """Also write one into each periodic checkpoint, as its subfolder huggingface."""
 
@@ -477,12 +493,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 """What each algorithm sets; a key the user sets wins, except where `validate` names a contradiction."""
 
-FILE_KINDS = ("jsonl", "parquet")
-"""Kinds of source that read a file."""
+FILE_KINDS = ("jsonl", "parquet", "hub")
+"""Kinds of source that read files: one that is here, or a data set's on the Hugging Face hub."""
 PROCEDURAL_KINDS = ("chain_arithmetic", "reasoning_gym")
 """Kinds of source that make their prompts, without end."""
 SOURCE_KINDS = (*FILE_KINDS, *PROCEDURAL_KINDS)
 """What data.*.kind may be."""
+
+REPOSITORY_NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+"""A repository on the Hugging Face hub: owner/name."""
 
 VERIFIERS = (
     "chain_arithmetic",

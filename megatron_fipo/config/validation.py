@@ -15,6 +15,7 @@ from megatron_fipo.config.schema import (
     ALGORITHMS,
     FP8_ALIGNMENT,
     PROCEDURAL_KINDS,
+    REPOSITORY_NAME,
     Config,
     DataSourceConfig,
 )
@@ -51,6 +52,7 @@ def validate(config: Config, world_size: int | None = None, *, is_for_training: 
             problems += _precision_problems(config)
             problems += _layout_problems(config, world_size)
             problems += milestone_problems(config)
+            problems += _push_problems(config)
     if problems:
         raise ConfigError.of(problems)
 
@@ -100,9 +102,11 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
                 f"prompts without end. Set {' and '.join(f'{key}.{name}' for name in missing)}."
             )
     elif not source.path:
-        yield f"{key}.path is empty: kind={source.kind} reads a file. Set it."
+        what = "a data set on the hub, such as openai/gsm8k" if source.kind == "hub" else "a file"
+        yield f"{key}.path is empty: kind={source.kind} reads {what}. Set it."
     elif source.params:
         yield f"{key}.params={source.params}: kind={source.kind} takes no parameters. Remove them."
+    yield from _hub_source_problems(key, source)
     if source.kind == "reasoning_gym" and not source.task:
         yield f"{key}.task is empty: kind=reasoning_gym needs the name of a data set, such as task=chain_sum."
     if source.kind != "reasoning_gym" and source.task:
@@ -119,6 +123,30 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
     yield from verifier_problems(key, source)
     if source.system_prompt and not source.chat_template:
         yield f"{key}.system_prompt is set, but chat_template=false leaves it out. Set {key}.chat_template=true."
+
+
+def _push_problems(config: Config) -> Iterator[str]:
+    section = config.checkpoint
+    if section.push_to_hub and not section.export_huggingface:
+        yield (
+            f"checkpoint.push_to_hub={section.push_to_hub}: pushes the exported model, and "
+            "checkpoint.export_huggingface=false exports none. Set that to true, or push_to_hub to empty."
+        )
+
+
+def _hub_source_problems(key: str, source: DataSourceConfig) -> Iterator[str]:
+    if source.kind != "hub":
+        for name in ("subset", "split", "revision"):
+            if value := getattr(source, name):
+                yield f"{key}.{name}={value}: only kind=hub reads a data set of the hub. Remove it, or set kind=hub."
+        return
+    if source.path and not REPOSITORY_NAME.fullmatch(source.path):
+        yield (
+            f"{key}.path={source.path}: kind=hub takes a data set's name on the Hugging Face hub, such as "
+            "openai/gsm8k. A file here is read with kind=jsonl or kind=parquet."
+        )
+    if not source.split:
+        yield f"{key}.split is empty: kind=hub reads one split. Set it, such as {key}.split=train."
 
 
 def _batch_problems(config: Config) -> Iterator[str]:

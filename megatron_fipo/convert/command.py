@@ -67,7 +67,9 @@ def run_conversion(args: argparse.Namespace) -> int:
 def add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
     """Arguments of hf_to_megatron."""
     parser.description = "Write a Hugging Face folder as a Megatron checkpoint (torch_dist), loadable in any layout."
-    parser.add_argument("source", metavar="HF_FOLDER", help="Hugging Face folder with *.safetensors")
+    parser.add_argument(
+        "source", metavar="HF_FOLDER", help="Hugging Face folder with *.safetensors, or a name on the hub"
+    )
     _add_common(parser)
     parser.add_argument("--file-size", type=_size, default="2GB", metavar="SIZE", help="of a file (default: 2GB)")
     parser.set_defaults(conversion=_hf_to_megatron)
@@ -97,7 +99,9 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         "Check a Hugging Face folder, that other folders hold the same weights bit for bit, and that Megatron computes "
         "the same logits from them."
     )
-    parser.add_argument("source", metavar="HF_FOLDER", help="what is right by definition, if it is whole")
+    parser.add_argument(
+        "source", metavar="HF_FOLDER", help="what is right by definition, if it is whole; or a name on the hub"
+    )
     parser.add_argument("others", metavar="OTHER", nargs="*", help="Megatron checkpoints and Hugging Face folders")
     parser.add_argument("--base", metavar="FOLDER", help="config of a Megatron checkpoint that has none of its own")
     parser.add_argument("--dtype", choices=_DTYPES, help="that the others were converted to (default: the source's)")
@@ -148,11 +152,13 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _hf_to_megatron(args: argparse.Namespace) -> int:
     from megatron_fipo.convert.to_megatron import plan_to_megatron
+    from megatron_fipo.hub.models import model_folder
 
-    if warning := _left_over(args.source):
+    source = model_folder(args.source, key="HF_FOLDER")
+    if warning := _left_over(source):
         print(f"warning: {warning}", file=sys.stderr)
     conversion = plan_to_megatron(
-        args.source,
+        source,
         args.target,
         dtype=_dtype(args.dtype),
         file_bytes=args.file_size,
@@ -165,8 +171,9 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 def _megatron_to_hf(args: argparse.Namespace) -> int:
     from megatron_fipo.convert.run_checkpoint import find_checkpoint
     from megatron_fipo.convert.to_hugging_face import plan_to_hugging_face
+    from megatron_fipo.hub.models import model_folder
 
-    source, base = find_checkpoint(args.source, args.base)
+    source, base = find_checkpoint(args.source, model_folder(args.base, key="--base") if args.base else None)
     if str(source) != args.source:
         print(f"newest checkpoint: {source}", file=sys.stderr)
     conversion = plan_to_hugging_face(
@@ -216,7 +223,10 @@ def _verify(args: argparse.Namespace) -> int:
     from megatron_fipo.convert.hf_config import read_model_shape
     from megatron_fipo.convert.plan import gigabytes
     from megatron_fipo.convert.verification import read_checksums, verify_weights, write_checksums
+    from megatron_fipo.hub.models import model_folder
 
+    args.source = model_folder(args.source, key="HF_FOLDER")
+    args.base = model_folder(args.base, key="--base") if args.base else None
     expected = read_checksums(args.checksums) if args.checksums else None
     start = time.monotonic()
     shape = read_model_shape(args.source)

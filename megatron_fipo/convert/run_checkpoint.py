@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_fipo.actor.checkpoint_folder import by_trust, faults, read_manifest
 from megatron_fipo.config import load_config
 from megatron_fipo.convert.torch_dist import is_torch_dist
+from megatron_fipo.hub.models import model_folder
+from megatron_fipo.hub.names import HubError
 
 
 def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
@@ -14,8 +16,8 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
 
     Args:
         source: a checkpoint, a run's folder or the run's checkpoints/, which stand for the newest whole checkpoint.
-        base: as it was given; None takes the folder that the run's config.yaml names, where the checkpoint has no
-            config.json.
+        base: as it was given; None takes the folder, or the name on the hub, that the run's config.yaml has, where the
+            checkpoint has no config.json.
 
     Raises:
         ValueError: if a run's folder has no whole checkpoint, or its configuration names a model that is not here.
@@ -27,7 +29,11 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
     run_config = checkpoint.resolve().parent.parent / "config.yaml"
     if checkpoint.resolve().parent.name != "checkpoints" or not run_config.is_file():
         return checkpoint, None  # no run's; the conversion says what is missing
-    named = Path(load_config(run_config, []).model.path)
+    model = load_config(run_config, []).model
+    try:
+        named = Path(model_folder(model.path, model.revision))
+    except HubError as error:
+        raise HubError(f"{run_config} names {error}\nOr name the model's Hugging Face folder with --base.") from error
     if not (named / "config.json").is_file():
         raise ValueError(
             f"{run_config} names model.path={named}, which holds no config.json here (a relative path starts from the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import difflib
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -21,6 +23,7 @@ from megatron_fipo.data.chain_arithmetic import ChainArithmetic
 from megatron_fipo.data.prompt_files import check_file, json_rows, open_parquet, parquet_batches
 from megatron_fipo.data.references import check_characters, checked_reference
 from megatron_fipo.data.schemas import SCHEMAS, select_columns
+from megatron_fipo.hub.datasets import FetchedSource, fetched_here, file_kind
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RecordFile:
 
 
 def read_records(source: DataSourceConfig, with_rows: bool = False) -> RecordFile:
-    """Read a jsonl or parquet source.
+    """Read a jsonl or parquet source, or one of the hub, fetching it where it has not been.
 
     Args:
         with_rows: keep all columns of each row beside the question, for a verifier that asks for them.
@@ -69,6 +72,8 @@ def read_records(source: DataSourceConfig, with_rows: bool = False) -> RecordFil
         ValueError: if the file does not exist, is none of its kind, holds no prompt or a malformed row, lacks a column,
             or has a reference that no answer can equal (`references`); the message names file and row.
     """
+    if source.kind == "hub":
+        return _read_hub(fetched_here(source), with_rows)
     path = Path(source.path)
     check_file(path, source.kind)
     repeats = _Repeats(source.deduplicate)
@@ -77,6 +82,46 @@ def read_records(source: DataSourceConfig, with_rows: bool = False) -> RecordFil
     if not records:
         raise ValueError(f"prompt file {source.path} holds no prompts")
     return RecordFile(records, repeats.num_duplicates, repeats.num_conflicts)
+
+
+def _read_hub(source: FetchedSource, with_rows: bool) -> RecordFile:
+    """The rows of a split's files, one after the other."""
+    repeats, parts, num_left = _Repeats(source.deduplicate), [], source.num_prompts
+    for file in source.files:
+        if num_left == 0:
+            break
+        kind = file_kind(file)
+        check_file(Path(file), kind)
+        read = _read_jsonl if kind == "jsonl" else _ParquetRecords
+        parts.append(read(Path(file), replace(source, num_prompts=num_left), repeats, with_rows))
+        num_left = None if num_left is None else num_left - len(parts[-1])
+    records = _Joined(parts)
+    if not records:
+        raise ValueError(f"split {source.split} of {source.path} holds no prompts")
+    return RecordFile(records, repeats.num_duplicates, repeats.num_conflicts)
+
+
+class _Joined(Sequence[Record]):
+    """Several files' records, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, row: int) -> Record: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Record]: ...
+    def __getitem__(self, row: int | slice) -> Record | list[Record]:
+        if isinstance(row, slice):
+            return [self[index] for index in range(len(self))[row]]
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = bisect.bisect_right(self._ends, row)
+        return self._parts[number][row - (self._ends[number] - len(self._parts[number]))]
 
 
 class _Repeats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ def run_provenance(package_folder: Path = Path(__file__).parents[1]) -> dict[str
     }
 
 
-def save_provenance(folder: str | Path) -> Path:
-    """Write `run_provenance()` to provenance.json in the run's folder, which is made if need be."""
+def save_provenance(folder: str | Path, origins: Mapping[str, Any] | None = None) -> Path:
+    """Write `run_provenance()` to provenance.json in the run's folder, which is made if need be.
+
+    Args:
+        origins: more entries: where model and data came from, if from the hub.
+    """
     path = Path(folder) / "provenance.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run_provenance(), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**run_provenance(), **(origins or {})}, indent=2) + "\n", encoding="utf-8")
     return path
 
 

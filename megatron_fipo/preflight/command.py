@@ -19,6 +19,8 @@ from megatron_fipo.config import (
     validate_model_layout,
     without_secrets,
 )
+from megatron_fipo.hub.models import model_config_folder
+from megatron_fipo.hub.names import HubError
 from megatron_fipo.preflight.findings import FAILS, MISSING, WARNS
 from megatron_fipo.preflight.hardware import GPUS
 from megatron_fipo.preflight.parameters import whole_parameters
@@ -89,12 +91,16 @@ def plan_of(config: Config, options: Options) -> Plan:
 
 def _model_config(config: Config, options: Options) -> dict[str, Any]:
     if options.model_config is None:
-        if not Path(config.model.path).is_dir():
+        try:
+            folder = model_config_folder(config.model.path, config.model.revision)
+        except HubError as error:
+            raise ConfigError(f"{error}\nOr name the model's config.json with --model-config.") from error
+        if not Path(folder).is_dir():
             raise ConfigError(
                 f"model.path={config.model.path} is no folder here, and its sizes are needed. Name the model's "
                 "config.json with --model-config."
             )
-        return read_model_config(config.model.path)
+        return read_model_config(folder)
     path = Path(options.model_config)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

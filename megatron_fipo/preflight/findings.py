@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import FILE_KINDS, Config, DataSourceConfig, updates_per_step, warnings_for
+from megatron_fipo.config import FILE_KINDS, Config, DataSourceConfig, is_hub_name, updates_per_step, warnings_for
+from megatron_fipo.config.schema import REPOSITORY_NAME
 from megatron_fipo.data.schemas import SCHEMAS, select_columns
+from megatron_fipo.hub.datasets import cached_source, file_kind
+from megatron_fipo.hub.datasets import would_download as source_would_download
+from megatron_fipo.hub.models import cached_folder, revision_without_name, would_download
+from megatron_fipo.hub.names import HubError, Repository
 from megatron_fipo.preflight.work import BatchPlan
 
 FAILS, MISSING, WARNS = "fails", "missing", "warning"
@@ -103,10 +108,18 @@ def update_noise(config: Config, model_config: Mapping[str, Any]) -> UpdateNoise
 
 
 def file_findings(config: Config) -> Iterator[Finding]:
-    """Model, tokenizer and data that are not there, or not as the configuration says."""
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        yield Finding(MISSING, f"model.path={config.model.path} is no folder here")
+    """Model, tokenizer and data that are not there, or not as the configuration says.
+
+    What a run would fetch from the hub is looked for in the hub's cache alone, and is a warning where it is not there.
+    """
+    path, revision = config.model.path, config.model.revision
+    folder = Path(cached_folder(path, revision) or path)
+    if is_hub_name(path) and not folder.is_dir():
+        yield Finding(WARNS, would_download(Repository("model.path", path, revision=revision)))
+    elif not folder.is_dir():
+        yield Finding(MISSING, f"model.path={path} is no folder here{_as_a_name(path)}")
+    elif revision and not is_hub_name(path):
+        yield Finding(MISSING, revision_without_name(path, revision))
     else:
         if not (folder / "config.json").is_file():
             yield Finding(MISSING, f"{folder / 'config.json'} does not exist")
@@ -133,15 +146,45 @@ def _weight_findings(folder: Path) -> Iterator[Finding]:
         yield Finding(MISSING, f"{folder} holds no weights (*.safetensors)")
 
 
+def _as_a_name(path: str) -> str:
+    """Why a path of the form owner/name is not asked for on the hub, where it has that form."""
+    owner = path.split("/")[0]
+    if not REPOSITORY_NAME.fullmatch(path) or not Path(owner).is_dir():
+        return ""
+    return (
+        f", and because {owner} is one it is not taken for a name on the hub. If it is one, fetch it with "
+        f"`hf download {path} --local-dir {path}`"
+    )
+
+
 def _source_findings(key: str, source: DataSourceConfig) -> Iterator[Finding]:
+    if source.kind == "hub":
+        yield from _hub_source_findings(key, source)
+        return
     path = Path(source.path)
     if not path.is_file():
         yield Finding(MISSING, f"{key}.path={source.path} does not exist")
         return
+    yield from _column_findings(key, source, path, source.kind)
+
+
+def _hub_source_findings(key: str, source: DataSourceConfig) -> Iterator[Finding]:
     try:
-        columns = _parquet_columns(path) if source.kind == "parquet" else _jsonl_columns(path)
+        cached = cached_source(key, source)
+    except HubError as error:
+        yield Finding(WARNS, str(error))
+        return
+    if cached is None:
+        yield Finding(WARNS, source_would_download(key, source))
+        return
+    yield from _column_findings(key, source, Path(cached.files[0]), file_kind(cached.files[0]))
+
+
+def _column_findings(key: str, source: DataSourceConfig, path: Path, kind: str) -> Iterator[Finding]:
+    try:
+        columns = _parquet_columns(path) if kind == "parquet" else _jsonl_columns(path)
     except (ValueError, OSError) as error:
-        yield Finding(MISSING, f"{key}.path={source.path} cannot be read as {source.kind}: {error}")
+        yield Finding(MISSING, f"{key}.path={source.path} cannot be read as {kind}: {error}")
         return
     if source.schema != "columns":
         try:

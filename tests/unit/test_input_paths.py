@@ -11,6 +11,7 @@ from megatron_fipo.config import (
     Config,
     ConfigError,
     check_resume,
+    is_hub_name,
     load_config,
     numbers_fingerprint,
     require_inputs,
@@ -65,6 +66,28 @@ def test_other_paths_stay_as_they_are(example: Path) -> None:
     assert paths(config)[:2] == ("owner/name", "/nowhere/x.jsonl")
     assert (config.servers.python, config.run.output_dir) == ("python3", "rows"), "no program's name, and no output"
     assert with_absolute_paths(config).model.path == "owner/name"
+
+
+HUB = ["data.train.mine={kind: hub, path: rows/train, split: train, verifier: exact}", "model.path=owner/name"]
+
+
+def test_names_on_the_hub_are_no_paths(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example.parent / "rows/train").mkdir()
+    for folder in (Path.cwd(), example.parent):  # the data set's name stays one, even where a folder is called like it
+        monkeypatch.chdir(folder)
+        config = load_config(example, HUB)
+        require_inputs(config, example)
+        assert paths(config)[:2] == ("owner/name", "rows/train")
+        assert paths(with_absolute_paths(config))[:2] == ("owner/name", "rows/train")
+
+
+def test_a_typing_error_beside_the_configuration_is_no_name_on_the_hub(example: Path) -> None:
+    (example.parent / "owner/name").mkdir(parents=True)
+    assert paths(load_config(example, HUB))[0] == str(example.parent / "owner/name")
+    (lost, *_) = paths(load_config(example, [*HUB, "model.path=owner/nmae"]))
+    assert lost == str(example.parent / "owner/nmae")
+    assert not is_hub_name(lost)
+    assert is_hub_name(paths(load_config(example, [*HUB, "model.path=other/nmae"]))[0])
 
 
 def test_an_interpreter_is_found_as_well(example: Path) -> None:

@@ -111,3 +111,14 @@ def test_a_checkpoint_whose_chunks_were_counted_in_tokens_goes_on_mid_step() -> 
     assert check.refused == ()
     assert check.same_numbers
     assert len(check.shown) == 2
+
+
+def test_a_key_that_the_checkpoint_does_not_know_changes_nothing_at_its_default() -> None:
+    before = asdict(config())
+    for key in ("subset", "split", "revision"):
+        del before["data"]["train"]["chains"][key]
+    del before["model"]["revision"]
+    check = check_resume(before, config(), is_mid_step=True)
+    assert (check.refused, check.same_numbers) == ((), True)
+    named = check_resume(before, config("data.train.chains.split=test"), is_mid_step=True)
+    assert "data.train.chains.split" in named.refused[0]

@@ -44,6 +44,10 @@ the variable is called like a secret: KEY, TOKEN, PASS, PWD, PAT, AUTH, SECRET, 
 another key is the same run; one whose paths have changed by the environment says so. Values that stand in the file
 or the override themselves are no secrets to the program.
 
+`model.path` and sources of `kind: hub` may be names on the Hugging Face hub ([tutorial](tutorial.md#names-on-the-hub)).
+What is fetched lies in the hub's own cache (`HF_HOME`); `config.yaml` beside the run has the names, and as their
+revisions the commits that they stood at.
+
 This page is generated from `megatron_fipo/config/schema.py` by `tools/docs/config_reference.py`.
 """
 

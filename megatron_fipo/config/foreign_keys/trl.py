@@ -45,6 +45,8 @@ TRL: Topics = {
     ),
     "Model and precision": (
         key("model_init_kwargs", "model.dtype", "Of these there is the dtype alone."),
+        key("model_name_or_path", "model.path", "A folder, or a name on the hub, as there."),
+        key("model_revision", "model.revision", "The commit that it stands at is recorded and kept."),
         key("processing_class", "model.path", "The tokenizer is the one in the model's folder."),
         key("bf16", "model.dtype", "model.dtype=bfloat16; the main weights stay float32."),
         key("fp16", "model.dtype", "float32 or bfloat16; there is no float16."),
@@ -63,8 +65,16 @@ TRL: Topics = {
         key("fsdp", "parallel.tp optimizer.distributed", "Megatron's layouts take the place of FSDP."),
     ),
     "Prompts and rewards": (
-        key("train_dataset", "data.train.<name>.path", "A file by path; several sources have a name and weight each."),
+        key(
+            "train_dataset",
+            "data.train.<name>.path",
+            "A file by path, or a name on the hub with kind=hub; several sources have a name and weight each.",
+        ),
         key("eval_dataset", "data.evaluation.<name>.path"),
+        key("dataset_name", "data.train.<name>.path", "With kind=hub, split and, where there are several, subset."),
+        key("dataset_config", "data.train.<name>.subset"),
+        key("dataset_train_split", "data.train.<name>.split", "train there unless it is set; here it is always given."),
+        key("dataset_test_split", "data.evaluation.<name>.split", "A source of data.evaluation has its own path, too."),
         key(
             "max_prompt_length",
             "rollout.max_prompt_tokens",
@@ -161,6 +171,10 @@ TRL: Topics = {
         key("metric_for_best_model", "checkpoint.keep_best"),
         key("resume_from_checkpoint", "train.resume", "The newest checkpoint of run.output_dir is taken by itself."),
         key("output_dir", "run.output_dir"),
+        key("push_to_hub", "checkpoint.push_to_hub", "The repository's name in place of true; at the end of the run."),
+        key("hub_model_id", "checkpoint.push_to_hub"),
+        key("hub_private_repo", "checkpoint.hub_private", "Public there unless it is set, private here."),
+        key("hub_token", "", "The token is that of `hf auth login` or HF_TOKEN, and stands in no configuration."),
         key("run_name", "run.name"),
         key("data_seed", "run.seed"),
         key("report_to", "metrics.wandb metrics.tensorboard"),

@@ -1,0 +1,248 @@
+"""Requests to the hub through huggingface_hub, what came checked against the hub's checksums, errors in our words."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_fipo.disk import DiskError, disk_error
+from megatron_fipo.hub.names import HubError, Repository
+
+CONNECT_TIMEOUT_S = 10.0
+"""Longest wait for the hub's first answer."""
+_CHUNK_BYTES = 2**22
+_RETRIED_STATUS = (408, 429)
+
+
+class UnreachableError(HubError):
+    """The hub gave no answer, or said that it cannot serve now; what the cache holds may stand in for it."""
+
+
+class NoAccessError(HubError):
+    """The hub answered, and does not let this token, or none, read; what the cache holds may stand in for it."""
+
+
+def current_commit(repository: Repository) -> str:
+    """The commit that a repository's revision stands at, asked of the hub.
+
+    Raises:
+        HubError: if it does not say.
+    """
+    from huggingface_hub import HfApi  # imported where it is needed: it takes half a second
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        info = HfApi().repo_info(
+            repository.name, repo_type=repository.kind, revision=repository.revision, timeout=CONNECT_TIMEOUT_S
+        )
+    except (HTTPError, OSError) as error:
+        raise explained(repository, error) from error
+    assert info.sha is not None
+    return str(info.sha)
+
+
+def note_commit(repository: Repository, first_files: Sequence[str]) -> str:
+    """`current_commit`, which the cache then knows under the revision's name, for days without a connection."""
+    current_commit(repository)  # whose errors are told apart; the download would fall back on the cache in silence
+    return download(repository, first_files).name
+
+
+def list_files(repository: Repository, commit: str) -> list[str]:
+    """Paths of all files of a commit, sorted.
+
+    Raises:
+        HubError: if the hub does not say.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return sorted(HfApi().list_repo_files(repository.name, repo_type=repository.kind, revision=commit))
+    except (HTTPError, OSError) as error:
+        raise explained(repository, error) from error
+
+
+def download(
+    repository: Repository, patterns: Sequence[str], *, commit: str | None = None, ignore: Sequence[str] = ()
+) -> Path:
+    """Fetch files into the hub's cache, those that are not there yet, and check what came.
+
+    Args:
+        patterns: of the files.
+        commit: None takes the repository's revision.
+        ignore: patterns of files to leave out.
+
+    Returns:
+        The snapshot's folder, whose name is the commit.
+
+    Raises:
+        HubError: if a file cannot be fetched, or its bytes are not those that the hub's checksum is of.
+        DiskError: if the cache cannot be written to.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    known = _blobs(repository)
+    try:
+        folder = Path(
+            snapshot_download(
+                repository.name,
+                repo_type=repository.kind,
+                revision=commit or repository.revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignore),
+            )
+        )
+    except (HTTPError, OSError) as error:
+        raise explained(repository, error) from error
+    finally:
+        # A file whose neighbour failed stays in the cache, and nobody would look at it again.
+        _check_blobs(repository, sorted(_blobs(repository) - known))
+    return folder
+
+
+def cached_snapshot(
+    repository: Repository, patterns: Sequence[str], *, commit: str | None = None, ignore: Sequence[str] = ()
+) -> Path | None:
+    """The snapshot's folder in the hub's cache, without a request; None where it is not, or is known to lack files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            repository.name,
+            repo_type=repository.kind,
+            revision=commit or repository.revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(ignore),
+            local_files_only=True,
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
+    return Path(folder)
+
+
+def explained(repository: Repository, error: Exception) -> HubError | DiskError:
+    """What an error of huggingface_hub means for who named the repository, and what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
+
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HTTPError, OSError)):
+        error = error.__cause__  # the client's first words are of its cache, and the reason lies behind them
+    kind = repository.kind.replace("dataset", "data set")
+    where = f"{repository.key}={repository.name}: "
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    page = f"{_endpoint()}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
+    login = "log in with `hf auth login`, or set HF_TOKEN, on every machine that fetches it"
+    if isinstance(error, GatedRepoError):
+        return NoAccessError(
+            f"{where}{_looked_here(repository)}and on the hub the {kind} is gated: its owners give access on request. "
+            f"Ask for it at {page} and {login}; then\n"
+            f"    {repository.download_command}"
+        )
+    if isinstance(error, NoRevisionError):
+        return HubError(
+            f"{where}the {kind} has no revision {repository.revision or 'main'!r}. Its branches, tags and commits are "
+            f"at {page}/tree/main."
+        )
+    if status == 401:
+        return NoAccessError(
+            f"{where}{_looked_here(repository)}and the hub answers 401: there is no such {kind}, or it is private and "
+            f"{_token_words()}. Look at {page}; where it is private, {login}; then\n    {repository.download_command}"
+        )
+    if status == 403:
+        return NoAccessError(
+            f"{where}the hub answers 403: this account or its token may not read the {kind}. Look at {page}, and "
+            f"{login}."
+        )
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return HubError(f"{where}{_looked_here(repository)}and the hub has no such {kind} (404 at {page}).")
+    if isinstance(error, OfflineModeIsEnabled):
+        reason = "HF_HUB_OFFLINE is set"
+    elif status is not None:
+        reason = f"it answers {status}"
+    elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        what = f"{repository.key}={repository.name}: the hub's cache {_cache()}"
+        return disk_error(what, error, "what came is not fetched again", place=_cache())
+    else:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    if status is not None and status < 500 and status not in _RETRIED_STATUS:
+        return HubError(f"{where}the hub refuses: {reason} for {page}.")
+    return UnreachableError(
+        f"{where}{_looked_here(repository)}and the hub ({_endpoint()}) cannot be reached: {reason}. Where there is a "
+        f"connection, run\n    {repository.download_command}\nand have its cache here (HF_HOME names its folder)."
+    )
+
+
+def missing_in_cache(repository: Repository) -> str:
+    """Where a repository was looked for without the hub, and what fetches it."""
+    return (
+        f"{repository.key}={repository.name}: {_looked_here(repository)}and nothing was asked of the hub. "
+        f"It is fetched by\n    {repository.download_command}"
+    )
+
+
+def _looked_here(repository: Repository) -> str:
+    folder = f"no folder {Path(repository.name).absolute()}, " if repository.kind == "model" else ""
+    return f"{folder}not whole in the hub's cache ({_cache()}), "
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _token_words() -> str:
+    from huggingface_hub import get_token
+
+    return "the token here is not valid for it" if get_token() else "there is no token here"
+
+
+def _blob_folder(repository: Repository) -> Path:
+    return _cache() / f"{repository.kind}s--{repository.name.replace('/', '--')}" / "blobs"
+
+
+def _blobs(repository: Repository) -> set[str]:
+    folder = _blob_folder(repository)
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _check_blobs(repository: Repository, names: Sequence[str]) -> None:
+    """Compare new files of the cache with their names, which are the hub's checksums: sha256, or git's of a blob."""
+    for name in names:
+        path = _blob_folder(repository) / name
+        if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name) or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != name:
+            path.unlink()
+            raise HubError(
+                f"{repository.key}={repository.name}: a file of {size} bytes came with another content than the hub's "
+                f"checksum {name[:12]}… says, and was deleted from {path.parent}. Start the same command again; if it "
+                "happens again, look at what lies between (a proxy, HF_ENDPOINT's mirror, the disk)."
+            )
+
+
+def pinned(repository: Repository, commit: str) -> Repository:
+    """The repository at a commit."""
+    return replace(repository, revision=commit)

@@ -1,0 +1,7 @@
+"""What holds for all tests: none of them asks the Hugging Face hub, whatever name a mistake makes of a path."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported, and for processes that tests start
