@@ -59,9 +59,11 @@ def _known_keys() -> tuple[str, ...]:
 def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator[str]:
     """Unknown keys, and values where a section was expected, at any depth."""
     if not isinstance(layer, Mapping):
+        known = list(field_types(section))
+        meant = f" Did you mean {prefix}path={layer}?" if isinstance(layer, str) and "path" in known else ""
         yield (
             f"{prefix[:-1]}={shown(layer)} in {place}: a section was expected, with keys such as "
-            f"{', '.join(list(field_types(section))[:3])}. Indent its keys under it, or remove it."
+            f"{', '.join(known[:3])}. Indent its keys under it, or remove it.{meant}"
         )
         return
     types = field_types(section)
@@ -133,7 +135,7 @@ def type_problem(error: OmegaConfBaseException, layer: Mapping[str, Any], place:
         return f"{place}: {str(error).splitlines()[0]}."
     annotation = annotation_at(error.full_key.split("."))
     arguments = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
-    expected = " or ".join(map(_expectation, arguments))
+    expected = " or ".join(map(expectation, arguments))
     value = look_up(layer, error.full_key)
     remedy = " Put it into quotes." if str in arguments else ""
     return f"{error.full_key}={shown(value)} in {place}: {expected} was expected.{remedy}"
@@ -144,7 +146,8 @@ def shown(value: Any) -> str:
     return "null" if value is None else f"{value!r:.200}"
 
 
-def _expectation(kind: Any) -> str:
+def expectation(kind: Any) -> str:
+    """What a key of a type takes, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if get_origin(kind) is list:
         item = get_args(kind)[0]

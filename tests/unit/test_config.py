@@ -286,7 +286,7 @@ REFUSED = {
     "rollout.temperature=.nan": "rollout.temperature=nan: must be above 0",
     "rollout.top_p=0": "rollout.top_p=0.0: must be above 0 and at most 1",
     "rollout.top_p=1.01": "rollout.top_p=1.01: must be above 0 and at most 1",
-    "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and finite.",
+    "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and at most 2,000,000 seconds",
     "verifier.trusted=[judges:verify]": "verifier.trusted: 'judges:verify' is no verifier in use; these are cha",
     "reward.correct=-1": "reward.correct=-1.0: must be above reward.incorrect=-1.0.",
     "reward.overlong_buffer_tokens=50": "buffer_tokens=50: must be below rollout.max_response_tokens=50",
