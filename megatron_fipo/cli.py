@@ -45,7 +45,10 @@ def _override_hint(args: argparse.Namespace, rest: Sequence[str]) -> str:
 
     hints = [foreign_hint(text.partition("=")[0]) for text in rest if text.startswith("-")]
     return " ".join(
-        [". Keys of the configuration are written without dashes: section.key=value.", *dict.fromkeys(filter(None, hints))]
+        [
+            ". Keys of the configuration are written without dashes: section.key=value.",
+            *dict.fromkeys(filter(None, hints)),
+        ]
     )
 
 

@@ -52,6 +52,11 @@ class StandInHub:
         """Answer of whoami by token."""
         self.down = 0
         """Status that every request gets; 0 answers properly."""
+        self.fails: dict[str, list[int]] = {}
+        """Statuses that the next requests get, by a part of their paths."""
+        self.silent = ""
+        """A part of the paths that get no answer until the hub is closed."""
+        self.closed = threading.Event()
         self.spoilt: set[str] = set()
         """Paths whose content is sent with other bytes of the same number."""
         self.cut: set[str] = set()
@@ -80,6 +85,7 @@ def serve(hub: StandInHub) -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
+        hub.closed.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -103,7 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(f"{self.command} {path}")
-        if self.hub.down:
+        if self.hub.silent and self.hub.silent in path:
+            self.hub.closed.wait()
+            self.close_connection = True
+            return
+        failing = next((left for part, left in self.hub.fails.items() if left and part in path), None)
+        if failing is not None:
+            self._send(failing.pop(0), b"not now")
+        elif self.hub.down:
             self._send(self.hub.down, b"down")
         elif path == "/api/whoami-v2":
             account = self.hub.accounts.get(self._token())

@@ -111,7 +111,7 @@ def without_variables(text: str, unresolved: DictConfig) -> str:
     for value in sorted(filter(str.strip, values), key=len, reverse=True):
         reference = f"${{oc.env:{values[value]}}}"
         for spelling in dict.fromkeys((value, value.strip(), repr(value)[1:-1])):
-            text = re.sub(rf"(?<!\w){re.escape(spelling)}(?!\w)", lambda _, to=reference: to, text)
+            text = re.sub(rf"(?<!\w){re.escape(spelling)}(?!\w)", reference.replace("\\", r"\\"), text)
     return text
 
 

@@ -17,6 +17,19 @@ _ALMOST_THE_SAME = 0.9
 """From here on a key's likeness to one of its section says more than that another trainer has it."""
 
 
+_MEANT = {
+    **dict.fromkeys(("model.name", "model.id", "model.name_or_path", "model.model_name"), "model.path"),
+    **dict.fromkeys(("train.batch_size", "data.batch_size"), "rollout.num_prompts or train.num_minibatches"),
+    **dict.fromkeys(("train.epochs", "train.num_train_epochs"), "train.num_steps or train.num_epochs"),
+    **{
+        f"parallel.{word}{ending}": f"parallel.{ours}"
+        for word, ours in (("tensor", "tp"), ("pipeline", "pp"), ("context", "cp"))
+        for ending in ("", "_parallel", "_parallel_size", "_size")
+    },
+}
+"""Names that nobody's table has and that many people guess, where likeness would lead them to another key."""
+
+
 def field_types(section: Any) -> dict[str, Any]:
     """Annotation of every field of a dataclass, as the type itself and not as text."""
     return get_type_hints(section)
@@ -108,7 +121,9 @@ def _leaves(section: Mapping[Any, Any], prefix: str) -> Iterator[str]:
 def _unknown_key_problem(key: str, prefix: str, siblings: tuple[str, ...], place: str) -> str:
     is_ours = key in {known.rpartition(".")[2] for known in _known_keys()}  # in the wrong section
     almost = difflib.get_close_matches(key, siblings, n=1, cutoff=_ALMOST_THE_SAME)
-    if not is_ours and not almost and (foreign := foreign_hint(prefix + key)):
+    if meant := _MEANT.get(prefix + key):
+        hint = f"Did you mean {meant}?"
+    elif not is_ours and not almost and (foreign := foreign_hint(prefix + key)):
         hint = foreign
     elif close := difflib.get_close_matches(key, siblings, n=1):
         hint = f"Did you mean {prefix}{close[0]}?"

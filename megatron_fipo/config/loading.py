@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fipo.config.environment import reference_leaves, remember_references, without_variables, written_values
@@ -56,6 +56,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     merged = OmegaConf.structured(Config)
     for place, layer in [(f"preset of {algorithm}", ALGORITHMS[algorithm]), *layers]:
         try:
+            for key in _emptied(layer, ()):
+                parent, _, name = key.rpartition(".")
+                if (section := OmegaConf.select(merged, parent)) is not None:
+                    with read_write(section):
+                        section[name] = {}
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ConfigError(type_problem(error, layer, place)) from error
@@ -67,6 +72,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     config = find_inputs(config, path)
     remember_references(merged, config)
     return config
+
+
+def _emptied(layer: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    """Keys, dotted, of sources and parameters that are {} there: nothing is meant, where merging would add nothing."""
+    for name, value in layer.items():
+        parts = (*path, str(name))
+        kind = annotation_at(parts)
+        if isinstance(value, Mapping) and not value and get_origin(kind) is dict:
+            yield ".".join(parts)
+        elif isinstance(value, Mapping):
+            yield from _emptied(value, parts)
 
 
 def _resolving_problem(error: OmegaConfBaseException, merged: DictConfig) -> str:

@@ -107,7 +107,7 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
         what = "a data set on the hub, such as openai/gsm8k" if source.kind == "hub" else "a file"
         yield f"{key}.path is empty: kind={source.kind} reads {what}. Set it."
     elif source.seed is not None:
-        yield f"{key}.seed={source.seed}: only procedural sources draw by a seed of their own. Remove it; run.seed shuffles."
+        yield f"{key}.seed={source.seed}: only procedural sources draw by one. Remove it; run.seed shuffles."
     elif source.params:
         yield f"{key}.params={source.params}: kind={source.kind} takes no parameters. Remove them."
     yield from _hub_source_problems(key, source)
@@ -222,6 +222,11 @@ def _server_problems(config: Config) -> Iterator[str]:
         yield (
             f"servers.gpus={servers.gpus}: servers.num_per_node={servers.num_per_node} x servers.tp={servers.tp} take "
             f"{servers.num_per_node * servers.tp}."
+        )
+    if servers.base_port is not None and servers.base_port + servers.num_per_node > 65536:
+        yield (
+            f"servers.base_port={servers.base_port}: the last of servers.num_per_node={servers.num_per_node} ports "
+            "would be beyond 65535. Lower it."
         )
     if servers.device == "cuda" and servers.placement == "dedicated" and not (servers.gpus or servers.urls):
         yield "servers.gpus is empty: placement=dedicated needs GPUs of its own. Name them, or set placement=colocated."

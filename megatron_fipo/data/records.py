@@ -256,8 +256,8 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str, with_r
         )
     if isinstance(prompt, str) and _PYTHON_CHAT.match(prompt):
         raise ValueError(
-            f"{place}: {prompt_name} holds Python's text of chat messages ({prompt[:60]!r}…), which a model would read as "
-            "it stands. Write the messages themselves, or their JSON (json.dumps, not str)"
+            f"{place}: {prompt_name} holds Python's text of chat messages ({prompt[:60]!r}…), which a model would read "
+            "as it stands. Write the messages themselves, or their JSON (json.dumps, not str)"
         )
     try:
         for text in (

@@ -5,10 +5,11 @@ reason that no log tells. The rules, by verifier:
 
 - all: not null, not NaN or infinite (what a missing number becomes in a table), no half characters (lone surrogates).
 - the mathematical ones (math, math_answer, math_boxed), chain_arithmetic and exact: a text or a number; a list of one
-  counts as what is in it, as its JSON does (not for exact). Refused are lists of several (which of them counts cannot be told: write one, or judge by a
-  function of your own), empty lists, structs (name the field: answer_field=answer.target), true and false, bytes. The
-  mathematical ones and chain_arithmetic also refuse a text without a letter, digit or symbol in it: a response without
-  an answer is wrong there, so nothing would be right. For exact an empty text is an empty response.
+  counts as what is in it, and so does its JSON (["34"]; not for exact). Refused are lists of several (which of them
+  counts cannot be told: write one, or judge by a function of your own), empty lists, structs (name the field:
+  answer_field=answer.target), true and false, bytes. The mathematical ones and chain_arithmetic also refuse a text
+  without a letter, digit or symbol in it, and what tables write for a missing number ("nan"): a response without an
+  answer is wrong there, so nothing would be right. For exact an empty text is an empty response.
 - code and code_unprotected: what `rl.verifiers.code_reference.check_reference` lets through.
 - your own and reward models: whatever the first rule lets through.
 """
@@ -116,8 +117,8 @@ def _from_text(reference: str, verifier: str, name: str) -> Any:
     text = reference.strip()
     if text.lower() in _MISSING_NUMBERS:
         raise ValueError(
-            f"{name} is {reference!r}, what tables write for a number that is missing, and verifier={verifier} compares "
-            "with an answer. Leave such rows out"
+            f"{name} is {reference!r}, what tables write for a number that is missing, and verifier={verifier} "
+            "compares with an answer. Leave such rows out"
         )
     if not text.startswith('["') or not text.endswith('"]'):
         return reference

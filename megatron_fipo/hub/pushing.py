@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_fipo import __version__
 from megatron_fipo.config import Config, without_secrets
+from megatron_fipo.hub.client import end_waits, retried
 from megatron_fipo.hub.names import HubError
 
 CARD = "README.md"
@@ -29,8 +30,9 @@ def check_may_push(name: str) -> None:
     owner = name.split("/")[0]
     if get_token() is None:
         raise HubError(f"{_KEY}={name}: there is no token of the Hugging Face hub here. {_LOGIN}.")
+    end_waits()
     try:
-        account = HfApi().whoami()
+        account = retried(HfApi().whoami)
     except (HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
@@ -61,6 +63,7 @@ def push(config: Config, folder: Path, evaluation: Path, origins: Mapping[str, A
     name, api = config.checkpoint.push_to_hub, HfApi()
     card = model_card(config, _scores(evaluation / "before.json"), _scores(evaluation / "after.json"), origins)
     run = without_secrets(config.run.name)
+    end_waits()
     try:
         (folder / CARD).write_text(without_secrets(card), encoding="utf-8")
         api.create_repo(name, private=config.checkpoint.hub_private, exist_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants as constants
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -23,6 +24,7 @@ from megatron_fipo.convert.run_checkpoint import find_checkpoint
 from megatron_fipo.data.records import read_records
 from megatron_fipo.disk import DiskError
 from megatron_fipo.error_net import EXIT_STOPPED
+from megatron_fipo.hub import client
 from megatron_fipo.hub.client import NoAccessError, UnreachableError
 from megatron_fipo.hub.datasets import choose_files, fetched_here
 from megatron_fipo.hub.models import cached_model, fetch_model, model_commit, model_folder
@@ -95,12 +97,54 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(client, "RETRY_WAITS_S", (0.0, 0.0))
         yield stand_in
 
 
 def log_in(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, **account: Any) -> None:
     hub.accounts["a-token"] = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}, **account}
     monkeypatch.setenv("HF_TOKEN", "a-token")
+
+
+@pytest.mark.parametrize("path", ["/api/models", "/resolve/", "/cdn/"])
+def test_a_hub_that_cannot_serve_just_now_is_asked_again(hub: StandInHub, path: str) -> None:
+    hub.repository(NAME).commit(MODEL)
+    hub.fails = {path: [503, 429]}
+    assert (Path(model_folder(NAME)) / "config.json").is_file()
+    assert hub.fails == {path: []}
+
+
+def test_a_hub_that_goes_on_failing_is_given_up(hub: StandInHub) -> None:
+    hub.repository(NAME).commit(MODEL)
+    hub.fails = {"/api/models": [503, 503, 503, 418]}
+    with pytest.raises(UnreachableError, match="answers 503"):
+        model_folder(NAME)
+    assert hub.fails == {"/api/models": [418]}  # twice again, and no more
+
+
+def test_a_hub_that_falls_silent_is_given_up(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listing of files has no time limit of the client's own."""
+    hub.repository(NAME).commit(MODEL)
+    monkeypatch.setattr(client, "LONGEST_SILENCE_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.utils._pagination, "http_backoff", once)
+    hub.silent = "/tree/"
+    with pytest.raises(UnreachableError, match="cannot be reached: ReadTimeout"):
+        model_folder(NAME)
+    assert any("/tree/" in line for line in hub.requests)
+
+
+def once(*arguments: Any, **settings: Any) -> Any:
+    """The client's request without its waits between five more tries."""
+    return huggingface_hub.utils.http_backoff(*arguments, **{**settings, "max_retries": 0})
+
+
+def test_a_password_in_the_endpoint_is_not_repeated(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("//", "//me:pa55word@"))
+    hub.down = 503
+    with pytest.raises(UnreachableError) as caught:
+        model_folder(NAME)
+    assert hub.endpoint in str(caught.value)
+    assert "pa55word" not in str(caught.value)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
