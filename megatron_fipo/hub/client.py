@@ -145,20 +145,23 @@ def _answer(repository: Repository, request: Callable[[], _Answer]) -> _Answer:
         return retried(request)
     except (HTTPError, OSError) as error:
         raise explained(repository, error) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a page of a login or a proxy, say
+        raise UnreachableError(
+            f"{repository.key}={repository.name}: what answers at {_endpoint()} does not answer as the hub does "
+            f"({error!r:.200}). Look at what lies between (a proxy, a login page, HF_ENDPOINT), or run\n"
+            f"    {repository.download_command}\nwhere there is a connection, and have its cache here."
+        ) from error
 
 
 @cache
 def end_waits() -> None:
     """Let no request of huggingface_hub's client wait for ever: some of its own have no time limit at all."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import get_session, set_client_factory
 
-    def client() -> Any:
-        made = default_client_factory()
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], _end_wait]}
-        return made
-
-    set_client_factory(client)
+    default = get_session()
+    kind, hooks = type(default), default.event_hooks
+    hooks = {**hooks, "request": [*hooks["request"], _end_wait]}
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
 
 
 def _end_wait(request: Any) -> None:

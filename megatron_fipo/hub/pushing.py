@@ -33,7 +33,7 @@ def check_may_push(name: str) -> None:
     end_waits()
     try:
         account = retried(HfApi().whoami)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: an answer that is no JSON
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise HubError(f"{_KEY}={name}: the hub does not accept this token ({status}). {_LOGIN}.") from error
@@ -157,6 +157,8 @@ def _what_forbids(account: Mapping[str, Any], owner: str, name: str) -> str:
     """Why an account's token may not write a repository; empty where it may, as far as the hub says."""
     token = (account.get("auth") or {}).get("accessToken") or {}
     role, user = token.get("role"), account.get("name")
+    if user is None:
+        return "what answers there names no account, and is perhaps no hub (HF_ENDPOINT)."
     if role == "read":
         return "this token may only read."
     if role == "fineGrained":

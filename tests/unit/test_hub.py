@@ -336,7 +336,7 @@ def test_without_a_card_the_names_of_the_files_say_the_split(hub: StandInHub) ->
 def test_what_is_neither_parquet_nor_jsonl_is_read_from_the_hubs_conversion(hub: StandInHub) -> None:
     stored = hub.repository("openai/sums", "dataset")
     stored.commit({"sums.csv": b"a,b\n"})
-    with pytest.raises(HubError, match="no revision 'refs/convert/parquet'"):
+    with pytest.raises(HubError, match=r"the hub keeps no conversion of it \(refs/convert/parquet\)"):
         read_records(source(subset="default"))
     converted = stored.commit({"default/train/0000.parquet": table("x1"), "default/train/0001.parquet": table("x2")},
                               "refs/convert/parquet")  # fmt: skip
@@ -344,6 +344,46 @@ def test_what_is_neither_parquet_nor_jsonl_is_read_from_the_hubs_conversion(hub:
     hub.requests.clear()
     assert prompts(source(subset="default", revision=converted)) == ["x1", "x2"]  # as a run that goes on reads it
     assert hub.downloads() == []
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (b"---\na: [\n---\n", "metadata of the data set's card cannot be read"),
+        (b"---\na: !!python/object/apply:os.getpid []\n---\n", "could not determine a constructor"),
+        (b"---\n- a\n---\n", "metadata of the data set's card cannot be read"),
+        (b"---\na: \xe9\n---\n", "metadata of the data set's card cannot be read"),
+        (b"---\nconfigs: 3\n---\n", "says in a form of its own"),
+        (b"---\nconfigs: [{config_name: x, data_files: 7}]\n---\n", "says in a form of its own"),
+        (b"---\nconfigs: [{config_name: x, data_files: [{path: a}]}]\n---\n", "says in a form of its own"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_refused_in_words(hub: StandInHub, card: bytes, message: str) -> None:
+    hub.repository("me/set", "dataset").commit({"README.md": card, "train.parquet": table("a")})
+    with pytest.raises(HubError, match=message):
+        prompts(source(path="me/set", subset=""))
+
+
+def test_a_data_set_without_rows_or_conversion_is_refused(hub: StandInHub) -> None:
+    hub.repository("me/set", "dataset").commit({"README.md": b"", "train.jsonl.gz": b"x"})
+    with pytest.raises(HubError, match="holds neither parquet nor jsonl files, and the hub keeps no conversion of it"):
+        prompts(source(path="me/set", subset=""))
+
+
+def test_what_is_no_hub_is_named(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login page, say, that answers 200 to everything."""
+    hub.fails = {"/api/": [200, 200]}
+    with pytest.raises(UnreachableError, match="does not answer as the hub does"):
+        model_folder(NAME)
+    log_in(hub, monkeypatch)
+    with pytest.raises(HubError, match=r"checkpoint\.push_to_hub=me/x"):
+        check_may_push("me/x")
+
+
+def test_an_index_that_is_no_index_is_refused(hub: StandInHub) -> None:
+    hub.repository(NAME).commit({**MODEL, "model.safetensors.index.json": b"[]"})
+    with pytest.raises(HubError, match="is no index of weights"):
+        model_folder(NAME)
 
 
 def test_a_cache_without_some_of_the_files_is_refused(hub: StandInHub) -> None:
