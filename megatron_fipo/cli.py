@@ -311,6 +311,7 @@ def _validate(args: argparse.Namespace) -> int:
         validate,
         validate_model_layout,
         warnings_for,
+        without_secrets,
     )
     from megatron_fipo.hub.models import cached_folder
     from megatron_fipo.preflight.findings import MISSING, file_findings
@@ -336,7 +337,7 @@ def _validate(args: argparse.Namespace) -> int:
     own = inspect_own(config)
     own.raise_problems()
     for warning in [*missing, *fetched_later, *own.warnings, *warnings_for(config, model_config)]:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {without_secrets(warning)}", file=sys.stderr)
     print(resolved_yaml(config), end="", flush=True)
     print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)
     return 0

@@ -470,6 +470,20 @@ def test_validate_says_what_a_run_would_fetch_and_fetches_nothing(
     assert "has no such column; it has answer, prompt" in capsys.readouterr().err
 
 
+def test_validate_warns_without_the_value_of_a_secret(
+    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2secret")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {NAME}, revision: '${{oc.env:MY_TOKEN}}'}}\n"
+        "data: {train: {a: {kind: chain_arithmetic, verifier: chain_arithmetic}}}\n"
+    )
+    assert main(["validate", str(tmp_path / "run.yaml")]) == 0
+    shown = capsys.readouterr()
+    assert "hf download Qwen/Tiny --revision ${oc.env:MY_TOKEN}" in shown.err
+    assert "hunter2secret" not in shown.out + shown.err
+
+
 def test_preflight_fetches_the_sizes_alone(hub: StandInHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path)
     assert main(["preflight", str(path)]) == 2
