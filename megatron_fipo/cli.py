@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # An override may stand behind an option, where argparse no longer takes it for one.
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_override_hint(args, rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     args.typed = sys.argv[1:] if argv is None else list(argv)
@@ -35,6 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return report(error, say_on_stderr, f"megatron-fipo {args.command}")
     return status
+
+
+def _override_hint(args: argparse.Namespace, rest: Sequence[str]) -> str:
+    """What to write in place of a flag, as other trainers take them, for a command that takes overrides."""
+    if not hasattr(args, "overrides"):
+        return ""
+    from megatron_fipo.config.foreign_keys import foreign_hint
+
+    hints = [foreign_hint(text.partition("=")[0]) for text in rest if text.startswith("-")]
+    return " ".join(
+        [
+            ". Keys of the configuration are written without dashes: section.key=value.",
+            *dict.fromkeys(filter(None, hints)),
+        ]
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -296,6 +311,7 @@ def _validate(args: argparse.Namespace) -> int:
         validate,
         validate_model_layout,
         warnings_for,
+        without_secrets,
     )
     from megatron_fipo.hub.models import cached_folder
     from megatron_fipo.preflight.findings import MISSING, file_findings
@@ -321,7 +337,7 @@ def _validate(args: argparse.Namespace) -> int:
     own = inspect_own(config)
     own.raise_problems()
     for warning in [*missing, *fetched_later, *own.warnings, *warnings_for(config, model_config)]:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {without_secrets(warning)}", file=sys.stderr)
     print(resolved_yaml(config), end="", flush=True)
     print(f"{args.config} is valid" + (", as far as that can be told here" if missing else ""), file=sys.stderr)
     return 0

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 LARGE = (".safetensors", ".parquet")
 """Suffixes of files that the stand-in keeps as large ones, behind a redirect and named by their sha256."""
@@ -52,6 +52,11 @@ class StandInHub:
         """Answer of whoami by token."""
         self.down = 0
         """Status that every request gets; 0 answers properly."""
+        self.fails: dict[str, list[int]] = {}
+        """Statuses that the next requests get, by a part of their paths."""
+        self.silent = ""
+        """A part of the paths that get no answer until the hub is closed."""
+        self.closed = threading.Event()
         self.spoilt: set[str] = set()
         """Paths whose content is sent with other bytes of the same number."""
         self.cut: set[str] = set()
@@ -67,7 +72,11 @@ class StandInHub:
 
     def downloads(self) -> list[str]:
         """Contents that were fetched."""
-        return [line for line in self.requests if line.startswith("GET") and ("/resolve/" in line or "/cdn/" in line)]
+        return [
+            line
+            for line in self.requests
+            if line.startswith("GET") and any(part in line for part in ("/resolve/", "/resolve-cache/", "/cdn/"))
+        ]
 
 
 @contextmanager
@@ -80,6 +89,7 @@ def serve(hub: StandInHub) -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
+        hub.closed.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -103,7 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(f"{self.command} {path}")
-        if self.hub.down:
+        if self.hub.silent and self.hub.silent in path:
+            self.hub.closed.wait()
+            self.close_connection = True
+            return
+        failing = next((left for part, left in self.hub.fails.items() if left and part in path), None)
+        if failing is not None:
+            self._send(failing.pop(0), b"not now")
+        elif self.hub.down:
             self._send(self.hub.down, b"down")
         elif path == "/api/whoami-v2":
             account = self.hub.accounts.get(self._token())
@@ -119,6 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b"")
         elif path.endswith(".git/info/lfs/objects/batch"):
             self._batch(json.loads(body))
+        elif path.startswith("/api/resolve-cache/"):
+            kind, owner, name, rest = path.removeprefix("/api/resolve-cache/").split("/", 3)
+            self._resolve(f"/{'datasets/' * (kind == 'datasets')}{owner}/{name}/resolve/{rest}", is_cache=True)
         elif path.startswith("/api/"):
             self._api(path, body)
         else:
@@ -156,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "", "no such endpoint")
 
-    def _resolve(self, path: str) -> None:
+    def _resolve(self, path: str, is_cache: bool = False) -> None:
         kind = "dataset" if path.startswith("/datasets/") else "model"
         name, _, rest = path.removeprefix("/datasets").strip("/").partition("/resolve/")
         repository = self._readable(kind, name)
@@ -181,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             # Another host, as the real one's: the client follows redirects within the hub itself.
             elsewhere = self.hub.endpoint.replace("127.0.0.1", "localhost")
             self._send(302, b"", {**headers, "Location": f"{elsewhere}/cdn/{entry['oid']}"})
+        elif content and not (is_cache or repository.private):
+            # The real one serves small files of public repositories from a place that names the commit.
+            place = f"/api/resolve-cache/{kind}s/{name}/{commit}/{quote(file)}"
+            self._send(307, b"", {"X-Repo-Commit": commit, "Location": place})
         else:
             headers = {"X-Repo-Commit": commit, "ETag": f'"{_entry(file, content)["oid"]}"'}
             self._content(file, content, headers)

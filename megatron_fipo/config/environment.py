@@ -101,6 +101,27 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def without_variables(text: str, unresolved: DictConfig) -> str:
+    """A text with references in place of the values of all variables that a configuration names, short ones too.
+
+    For messages about values that could not be resolved, of which nothing is remembered yet.
+    """
+    names = {name for _, leaf in reference_leaves(unresolved) for name in _VARIABLE.findall(leaf)}
+    values = {os.environ.get(name, ""): name for name in sorted(names)}
+    for value in sorted(filter(str.strip, values), key=len, reverse=True):
+        reference = f"${{oc.env:{values[value]}}}"
+        for spelling in dict.fromkeys((value, value.strip(), repr(value)[1:-1])):
+            text = re.sub(rf"(?<!\w){re.escape(spelling)}(?!\w)", reference.replace("\\", r"\\"), text)
+    return text
+
+
+def reference_leaves(unresolved: DictConfig) -> Iterator[tuple[str, str]]:
+    """Key, dotted, and text of every value that has an interpolation in it."""
+    for path, leaf in _leaves(OmegaConf.to_container(unresolved, resolve=False)):
+        if isinstance(leaf, str) and "${" in leaf:
+            yield ".".join(map(str, path)), leaf
+
+
 def written_values(config: Config, literal: Callable[[str], str] = str) -> dict[str, Any]:
     """`asdict` for writing down: references stand where the configuration had them.
 

@@ -17,6 +17,19 @@ _ALMOST_THE_SAME = 0.9
 """From here on a key's likeness to one of its section says more than that another trainer has it."""
 
 
+_MEANT = {
+    **dict.fromkeys(("model.name", "model.id", "model.name_or_path", "model.model_name"), "model.path"),
+    **dict.fromkeys(("train.batch_size", "data.batch_size"), "rollout.num_prompts or train.num_minibatches"),
+    **dict.fromkeys(("train.epochs", "train.num_train_epochs"), "train.num_steps or train.num_epochs"),
+    **{
+        f"parallel.{word}{ending}": f"parallel.{ours}"
+        for word, ours in (("tensor", "tp"), ("pipeline", "pp"), ("context", "cp"))
+        for ending in ("", "_parallel", "_parallel_size", "_size")
+    },
+}
+"""Names that nobody's table has and that many people guess, where likeness would lead them to another key."""
+
+
 def field_types(section: Any) -> dict[str, Any]:
     """Annotation of every field of a dataclass, as the type itself and not as text."""
     return get_type_hints(section)
@@ -59,9 +72,11 @@ def _known_keys() -> tuple[str, ...]:
 def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator[str]:
     """Unknown keys, and values where a section was expected, at any depth."""
     if not isinstance(layer, Mapping):
+        known = list(field_types(section))
+        meant = f" Did you mean {prefix}path={layer}?" if isinstance(layer, str) and "path" in known else ""
         yield (
             f"{prefix[:-1]}={shown(layer)} in {place}: a section was expected, with keys such as "
-            f"{', '.join(list(field_types(section))[:3])}. Indent its keys under it, or remove it."
+            f"{', '.join(known[:3])}. Indent its keys under it, or remove it.{meant}"
         )
         return
     types = field_types(section)
@@ -106,7 +121,9 @@ def _leaves(section: Mapping[Any, Any], prefix: str) -> Iterator[str]:
 def _unknown_key_problem(key: str, prefix: str, siblings: tuple[str, ...], place: str) -> str:
     is_ours = key in {known.rpartition(".")[2] for known in _known_keys()}  # in the wrong section
     almost = difflib.get_close_matches(key, siblings, n=1, cutoff=_ALMOST_THE_SAME)
-    if not is_ours and not almost and (foreign := foreign_hint(prefix + key)):
+    if meant := _MEANT.get(prefix + key):
+        hint = f"Did you mean {meant}?"
+    elif not is_ours and not almost and (foreign := foreign_hint(prefix + key)):
         hint = foreign
     elif close := difflib.get_close_matches(key, siblings, n=1):
         hint = f"Did you mean {prefix}{close[0]}?"
@@ -133,7 +150,7 @@ def type_problem(error: OmegaConfBaseException, layer: Mapping[str, Any], place:
         return f"{place}: {str(error).splitlines()[0]}."
     annotation = annotation_at(error.full_key.split("."))
     arguments = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
-    expected = " or ".join(map(_expectation, arguments))
+    expected = " or ".join(map(expectation, arguments))
     value = look_up(layer, error.full_key)
     remedy = " Put it into quotes." if str in arguments else ""
     return f"{error.full_key}={shown(value)} in {place}: {expected} was expected.{remedy}"
@@ -144,7 +161,8 @@ def shown(value: Any) -> str:
     return "null" if value is None else f"{value!r:.200}"
 
 
-def _expectation(kind: Any) -> str:
+def expectation(kind: Any) -> str:
+    """What a key of a type takes, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if get_origin(kind) is list:
         item = get_args(kind)[0]

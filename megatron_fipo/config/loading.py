@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fipo.config.environment import remember_references, written_values
+from megatron_fipo.config.environment import reference_leaves, remember_references, without_variables, written_values
 from megatron_fipo.config.errors import ConfigError, choice_problem
 from megatron_fipo.config.input_paths import find_inputs, with_absolute_paths
-from megatron_fipo.config.keys import annotation_at, key_problems, look_up, type_problem
+from megatron_fipo.config.keys import annotation_at, expectation, key_problems, look_up, type_problem
 from megatron_fipo.config.schema import ALGORITHMS, Config
 from megatron_fipo.config.text_files import read_text
 from megatron_fipo.config.yaml_values import override_text, read_yaml, text_type
@@ -55,20 +56,48 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     merged = OmegaConf.structured(Config)
     for place, layer in [(f"preset of {algorithm}", ALGORITHMS[algorithm]), *layers]:
         try:
+            for key in _emptied(layer, ()):
+                parent, _, name = key.rpartition(".")
+                if (section := OmegaConf.select(merged, parent)) is not None:
+                    with read_write(section):
+                        section[name] = {}
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ConfigError(type_problem(error, layer, place)) from error
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        value = OmegaConf.to_container(merged, resolve=False)
-        raise ConfigError(
-            f"{error.full_key}={look_up(value, error.full_key or '')}: {_interpolation_problem(error)}"
-        ) from error
+        raise ConfigError(without_variables(_resolving_problem(error, merged), merged)) from None
     assert isinstance(config, Config)
     config = find_inputs(config, path)
     remember_references(merged, config)
     return config
+
+
+def _emptied(layer: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    """Keys, dotted, of sources and parameters that are {} there: nothing is meant, where merging would add nothing."""
+    for name, value in layer.items():
+        parts = (*path, str(name))
+        kind = annotation_at(parts)
+        if isinstance(value, Mapping) and not value and get_origin(kind) is dict:
+            yield ".".join(parts)
+        elif isinstance(value, Mapping):
+            yield from _emptied(value, parts)
+
+
+def _resolving_problem(error: OmegaConfBaseException, merged: DictConfig) -> str:
+    """Key, value and reason of what could not be resolved; the reason may hold an environment variable's value."""
+    if error.full_key:
+        value = look_up(OmegaConf.to_container(merged, resolve=False), error.full_key)
+        return f"{error.full_key}={value}: {_interpolation_problem(error)}"
+    for key, value in reference_leaves(merged):  # OmegaConf names no key where a list or a section was expected
+        annotation = annotation_at(key.split("."))
+        if get_origin(annotation) in (list, dict) or is_dataclass(annotation):
+            return (
+                f"{key}={value}: {expectation(annotation)} was expected, and ${{…}} gives one text or number. Write "
+                "the brackets, with ${…} for what is in them."
+            )
+    return _interpolation_problem(error)
 
 
 def _interpolation_problem(error: OmegaConfBaseException) -> str:
@@ -95,6 +124,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {text!r} is not of the form section.key=value, such as train.num_steps=5.")
+    if key[-1:].isspace():  # key = value: the blanks belong to neither
+        value_text = value_text.strip()
     annotation, place = annotation_at(parts), f"override {text!r}"
     value: Any
     if text_type(annotation):

@@ -32,6 +32,11 @@ def milestone_problems(config: Config) -> Iterator[str]:
                 f"optimizer.num_decay_steps={optimizer.num_decay_steps}: optimizer.schedule=constant never falls. Set "
                 "optimizer.schedule to linear or cosine, or leave num_decay_steps out."
             )
+        if optimizer.min_learning_rate:
+            yield (
+                f"optimizer.min_learning_rate={optimizer.min_learning_rate}: optimizer.schedule=constant never falls. "
+                "Set optimizer.schedule to linear or cosine, or leave min_learning_rate out."
+            )
     else:
         if optimizer.min_learning_rate > optimizer.learning_rate:
             yield (
@@ -44,6 +49,7 @@ def milestone_problems(config: Config) -> Iterator[str]:
                 f"rate has fallen, {num_decay_steps(config)} (optimizer.num_decay_steps, by default train.num_steps). "
                 "Shorten the warm-up."
             )
+    yield from _period_problems(config)
     if config.checkpoint.keep_best:
         yield from _score_problems(config, "checkpoint.keep_best", config.checkpoint.keep_best)
     if config.train.stop_when:
@@ -54,6 +60,26 @@ def milestone_problems(config: Config) -> Iterator[str]:
             return
         if metric.startswith("evaluation/"):
             yield from _score_problems(config, "train.stop_when", metric)
+
+
+def _period_problems(config: Config) -> Iterator[str]:
+    """Periods that would never come."""
+    checkpoint, every = config.checkpoint, config.checkpoint.every_num_steps
+    if config.evaluation.every_num_steps and not config.data.evaluation:
+        yield (
+            f"evaluation.every_num_steps={config.evaluation.every_num_steps}: data.evaluation is empty, and there is "
+            "nothing to evaluate on. Add a source there, or set it to 0."
+        )
+    if checkpoint.keep_every_num_steps and (not every or checkpoint.keep_every_num_steps % every):
+        yield (
+            f"checkpoint.keep_every_num_steps={checkpoint.keep_every_num_steps}: must be a multiple of "
+            f"checkpoint.every_num_steps={every}, the steps at which there is a checkpoint to keep. Change one of them."
+        )
+    if checkpoint.export_with_checkpoints and not every:
+        yield (
+            "checkpoint.export_with_checkpoints=true: checkpoint.every_num_steps=0 makes no periodic checkpoints. Set "
+            "that to a number of steps, or this to false."
+        )
 
 
 def _score_problems(config: Config, key: str, name: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -75,9 +76,20 @@ class _Rule:
 MAX_VERIFIER_WORKERS = 1024
 """More processes than the largest machine has cores."""
 
+LONGEST_WAIT_S = 2_000_000
+"""poll() counts milliseconds in 32 bits."""
+LARGEST_NUMBER = 2**53
+"""Beyond it a float, and with it JSON, does not hold every whole number."""
+LONGEST_NAME = 255
+"""Bytes in a file's name that file systems take."""
+
 _AT_LEAST_0 = _Rule("must be at least 0", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = _Rule("must be at least 1", lambda value: 1 <= value < math.inf)
 _ABOVE_0 = _Rule("must be above 0 and finite", lambda value: 0 < value < math.inf)
+_SECONDS = _Rule(
+    f"must be above 0 and at most {LONGEST_WAIT_S:,} seconds (23 days), the longest that the system's calls take",
+    lambda value: 0 < value <= LONGEST_WAIT_S,
+)
 _FINITE = _Rule("must be a finite number", math.isfinite)
 _DECAY = _Rule("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 _SHARE = _Rule("must be above 0 and at most 1; 1 samples from the whole distribution", lambda value: 0 < value <= 1)
@@ -139,11 +151,11 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "max_concurrent_requests": _AT_LEAST_1,
         "base_port": _Rule("must be between 1024 and 65535", lambda value: 1024 <= value <= 65535),
         "bucket_mib": _AT_LEAST_1,
-        "request_timeout_s": _ABOVE_0,
-        "sync_timeout_s": _ABOVE_0,
-        "start_timeout_s": _ABOVE_0,
-        "health_interval_s": _ABOVE_0,
-        "health_timeout_s": _ABOVE_0,
+        "request_timeout_s": _SECONDS,
+        "sync_timeout_s": _SECONDS,
+        "start_timeout_s": _SECONDS,
+        "health_interval_s": _SECONDS,
+        "health_timeout_s": _SECONDS,
         "max_restarts": _AT_LEAST_0,
         "canary_sequences": _AT_LEAST_0,
         "canary_tolerance": _ABOVE_0,
@@ -153,7 +165,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
             f"must be between 1 and {MAX_VERIFIER_WORKERS}: these are processes on each rank",
             lambda value: 1 <= value <= MAX_VERIFIER_WORKERS,
         ),
-        "timeout_s": _ABOVE_0,
+        "timeout_s": _SECONDS,
     },
     RewardSection: {
         "correct": _FINITE,
@@ -194,7 +206,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "pp": _AT_LEAST_1,
         "virtual_pp": _Rule("must be at least 2, or null for the plain schedule", lambda value: value >= 2),
         "cp": _AT_LEAST_1,
-        "timeout_s": _ABOVE_0,
+        "timeout_s": _SECONDS,
     },
     BatchSection: {"max_tokens_per_microbatch": _AT_LEAST_1, "pad_multiple": _AT_LEAST_1},
     EvaluationSection: {
@@ -218,6 +230,11 @@ _RULES: dict[type, dict[str, _Rule]] = {
 """A rule for every number (a test holds that none is without) and for texts that are no choices."""
 
 
+_FREE_TEXTS = ("prompt_template", "system_prompt")
+"""Keys whose text goes to the model as it is, line breaks and all."""
+_FILE_NAMES = ("name", "output_dir", "path", "snapshot_dir", "python")
+
+
 def value_problems(section: Any, prefix: str) -> Iterator[str]:
     """Values that break their rule or are none of their choices, in a section and all below it."""
     rules, choices = _RULES.get(type(section), {}), _CHOICES.get(type(section), {})
@@ -234,4 +251,19 @@ def value_problems(section: Any, prefix: str) -> Iterator[str]:
         elif item.name in choices and value not in choices[item.name]:
             yield choice_problem(key, value, choices[item.name])
         elif item.name in rules and value is not None and not rules[item.name].holds(value):
-            yield f"{key}={value}: {rules[item.name].text}."
+            yield f"{key}={value!s:.200}: {rules[item.name].text}."
+        elif problem := _limit_problem(item.name, value):
+            yield f"{key}={value!r:.200}: {problem}."
+
+
+def _limit_problem(name: str, value: Any) -> str:
+    """What no value of its kind may be, whatever its key; empty where nothing is wrong."""
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        return f"is beyond {LARGEST_NUMBER:,}, more than any run counts. Lower it"
+    if not isinstance(value, str) or name in _FREE_TEXTS:
+        return ""
+    if control := next((character for character in value if unicodedata.category(character) == "Cc"), ""):
+        return f"holds the control character {control!r}, which no name or path needs. Remove it"
+    if name in _FILE_NAMES and any(len(part.encode()) > LONGEST_NAME for part in value.split("/")):
+        return f"file systems take names of at most {LONGEST_NAME} bytes. Shorten it"
+    return ""

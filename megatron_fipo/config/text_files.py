@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_fipo.config.errors import ConfigError
 
+LARGEST_BYTES = 64 * 2**20
+"""Far beyond what a configuration needs; /dev/zero has no end."""
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -58,10 +60,13 @@ def read_text(path: str | Path, what: str) -> str:
         ConfigError: if it cannot be read or is no UTF-8.
     """
     try:
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            content = file.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{what} {path} cannot be read: {reason}.") from error
+    if len(content) > LARGEST_BYTES:
+        raise ConfigError(f"{what} {path} is larger than {LARGEST_BYTES // 2**20} MiB; it is some other file.")
     return decode_text(content, f"{what} {path}")
 
 

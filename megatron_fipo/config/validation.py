@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from megatron_fipo.config.schema import (
     REPOSITORY_NAME,
     Config,
     DataSourceConfig,
+    ServersSection,
 )
 from megatron_fipo.config.verifiers import verifier_problems, verifier_weights
 
@@ -104,6 +106,8 @@ def _source_problems(key: str, source: DataSourceConfig, is_evaluation: bool) ->
     elif not source.path:
         what = "a data set on the hub, such as openai/gsm8k" if source.kind == "hub" else "a file"
         yield f"{key}.path is empty: kind={source.kind} reads {what}. Set it."
+    elif source.seed is not None:
+        yield f"{key}.seed={source.seed}: only procedural sources draw by one. Remove it; run.seed shuffles."
     elif source.params:
         yield f"{key}.params={source.params}: kind={source.kind} takes no parameters. Remove them."
     yield from _hub_source_problems(key, source)
@@ -219,6 +223,11 @@ def _server_problems(config: Config) -> Iterator[str]:
             f"servers.gpus={servers.gpus}: servers.num_per_node={servers.num_per_node} x servers.tp={servers.tp} take "
             f"{servers.num_per_node * servers.tp}."
         )
+    if servers.base_port is not None and servers.base_port + servers.num_per_node > 65536:
+        yield (
+            f"servers.base_port={servers.base_port}: the last of servers.num_per_node={servers.num_per_node} ports "
+            "would be beyond 65535. Lower it."
+        )
     if servers.device == "cuda" and servers.placement == "dedicated" and not (servers.gpus or servers.urls):
         yield "servers.gpus is empty: placement=dedicated needs GPUs of its own. Name them, or set placement=colocated."
     yield from server_device_problems(config, servers.device)
@@ -312,7 +321,9 @@ def _layout_problems(config: Config, world_size: int | None) -> Iterator[str]:
     if parallel.virtual_pp is not None and parallel.pp == 1:
         yield f"parallel.virtual_pp={parallel.virtual_pp}: needs parallel.pp above 1. Set it to null."
     model_parallel = parallel.tp * parallel.pp * parallel.cp
-    if world_size is not None and world_size % model_parallel:
+    if world_size is not None and world_size < 1:
+        yield f"{world_size} processes (the world size) run nothing: it must be at least 1."
+    elif world_size is not None and world_size % model_parallel:
         yield (
             f"{world_size} processes cannot hold whole copies of the model: tp={parallel.tp} x pp={parallel.pp} x "
             f"cp={parallel.cp} takes {model_parallel} each. Start a multiple of {model_parallel}, or lower parallel.*."
@@ -383,6 +394,14 @@ def _correction_warnings(config: Config) -> Iterator[str]:
         )
 
 
+def _unread_server_keys(config: Config) -> Iterator[str]:
+    if config.rollout.engine != "in_process":
+        return
+    given, default = asdict(config.servers), asdict(ServersSection())
+    if changed := [f"servers.{name}" for name in given if given[name] != default[name]]:
+        yield f"{', '.join(changed)}: not read with rollout.engine=in_process, which starts no servers."
+
+
 def _server_warnings(config: Config) -> Iterator[str]:
     servers = config.servers
     if config.rollout.engine == "in_process" or not servers.urls:
@@ -427,6 +446,7 @@ def warnings_for(config: Config, model_config: Mapping[str, Any] | None = None) 
             "whole one: updates are biased. Training usually samples at top_p=1."
         )
     found += _server_warnings(config)
+    found += _unread_server_keys(config)
     if config.optimizer.num_warmup_steps > config.train.num_steps:  # the last step of the warm-up has the full rate
         found.append(
             f"optimizer.num_warmup_steps={config.optimizer.num_warmup_steps} goes beyond the {config.train.num_steps} "

@@ -24,6 +24,8 @@ MAX_VALUES = 100_000
 
 QUOTING = "Put text that holds any of : # { } [ ] , & * ! | > % @ ` into quotes"
 _NULLS = ("", "~", "null", "Null", "NULL")
+_MISSING = "???"
+_MERGE = "<<"
 _COMMENT = re.compile(r"[ \t]+#")
 _NOT_A_COMMENT = re.compile(r"[ \t]+(#(?![\s]|$)[^\n]*)")
 """Behind a text without quotes: what YAML takes for a comment, and a reader perhaps for the text's end."""
@@ -100,8 +102,26 @@ def override_text(text: str, annotation: Any, place: str) -> str | None:
         ConfigError: for null where the key cannot be null.
     """
     if text[:1] in ("'", '"') and (quoted := _quoted(text)) is not None:
-        return quoted
-    return None if _is_null(text, annotation, place) else text
+        return _checked_text(quoted, place)
+    return None if _is_null(text, annotation, place) else _checked_text(text, place)
+
+
+def _checked_text(text: str, place: str) -> str:
+    """A text, unless OmegaConf would put the key's default in its place, or no file could hold it.
+
+    Raises:
+        ConfigError: for ???, OmegaConf's mark of a value that is still to be given, and for lone surrogates.
+    """
+    if text == _MISSING:
+        raise ConfigError(f"{place}: {_MISSING} stands for a value that is still to be given. Give it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{place}: \\u{ord(text[error.start]):04x} at character {error.start + 1} is half of a character (a lone "
+            "surrogate), which is no text. Write the whole one."
+        ) from error
+    return text
 
 
 def text_type(annotation: Any) -> Any:
@@ -168,16 +188,40 @@ class _Reader:
         types = field_types(annotation) if is_dataclass(annotation) else None
         entry = get_args(annotation)[1] if get_origin(annotation) is dict else Any
         values: dict[Hashable, Any] = {}
+        merged: dict[Hashable, Any] | None = None
         for key_node, child in node.value:
             if not isinstance(key_node, ScalarNode):
                 raise ConfigError(f"{self._where(key_node)}: a key is a word, and a list or a section was given.")
             key = key_node.value
+            if key == _MERGE and key_node.style is None:
+                if merged is not None:
+                    raise ConfigError(f"{self._where(key_node)}: {key} is given twice. Write <<: [*one, *two].")
+                merged = self._merged(child, annotation)
+                continue
             if key in values:
                 raise ConfigError(f"{self._where(key_node)}: {key} is given twice.")
             values[key] = self.value(child, entry if types is None else types.get(key, Any))
+        return {**(merged or {}), **values}
+
+    def _merged(self, node: Node, annotation: Any) -> dict[Hashable, Any]:
+        """What `<<` draws in: one section, or several of which the first that has a key counts."""
+        sections = node.value if isinstance(node, SequenceNode) else [node]
+        values: dict[Hashable, Any] = {}
+        for section in sections:
+            if not isinstance(section, MappingNode):
+                raise ConfigError(f"{self._where(node)}: << takes a section, as in <<: *name, or a list of sections.")
+            values = {**self.value(section, annotation), **values}
         return values
 
     def _scalar(self, node: ScalarNode, annotation: Any) -> Any:
+        value = self._scalar_value(node, annotation)
+        if isinstance(value, str):
+            return _checked_text(value, self._where(node))
+        if annotation is bool and type(value) is int and value not in (0, 1):  # OmegaConf takes any for true
+            raise ConfigError(f"{self._where(node)}: {value} is neither true nor false.")
+        return value
+
+    def _scalar_value(self, node: ScalarNode, annotation: Any) -> Any:
         if self._is_override and _COMMENT.match(self._text, node.end_mark.index):
             raise ConfigError(_comment_in_override(self._place))
         is_plain = node.style is None and node.tag.startswith("tag:yaml.org,2002:")
@@ -198,4 +242,4 @@ class _Reader:
         return self._text[node.start_mark.index : node.start_mark.index + 1] == "!"
 
     def _where(self, node: Node) -> str:
-        return f"{self._place}, line {node.start_mark.line + 1}"
+        return self._place if self._is_override else f"{self._place}, line {node.start_mark.line + 1}"

@@ -17,6 +17,9 @@ LIMIT_S = 10.0
 _WAIT_FACTOR = 12
 """Longest wait for a trial on the clock, on machines that are busy with something else, in limits of CPU time."""
 
+_SPARE_CHARACTERS = 1_000_000
+"""Beyond ten times what the messages hold: lists of tools and rules are shorter."""
+
 _REMEDY = (
     "Mend the template in the model's folder, or set chat_template=false and write the format into prompt_template"
 )
@@ -40,7 +43,26 @@ def render(tokenizer: Any, messages: Messages, place: str) -> str:
         system = any(message["role"] == "system" for message in messages)
         hint = " Some templates take no system message: leave out system_prompt." if system else ""
         raise ValueError(f"{place}: the tokenizer's chat template fails ({told:.300}).{hint} {_REMEDY}") from error
+    if problem := _text_problem(text, messages):
+        raise ValueError(f"{place}: the tokenizer's chat template {problem}. {_REMEDY}")
     return text
+
+
+def _text_problem(text: str, messages: Messages) -> str:
+    """What is wrong with the text of a chat, whose last message is the user's; empty where nothing is."""
+    written = sum(len(message["content"]) for message in messages)
+    if len(text) > _SPARE_CHARACTERS + 10 * written:
+        return f"makes {len(text):,} characters of a chat of {written:,}"
+    last = messages[-1]["content"].strip()
+    _, found, behind = text.rpartition(last)
+    if not found:
+        return f"leaves out or changes the last message ({last[:60]!r}): the model would answer another question"
+    if last and not behind.strip():
+        return (
+            "writes nothing behind the last message, neither its end nor the beginning of an answer: the model would "
+            "go on with the question"
+        )
+    return ""
 
 
 def try_out(tokenizer: Any, messages: Messages, place: str) -> None:

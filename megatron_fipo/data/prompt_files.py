@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def check_file(path: Path, kind: str) -> None:
         if path.is_dir():
             raise ValueError(f"prompt file {path} is a folder{_files_inside(path)}. Name one file.")
         if not path.is_file():
-            raise ValueError(f"prompt file {str(path)!r} does not exist (looked for {path.resolve()})")
+            raise ValueError(f"prompt file {str(path)!r} does not exist (looked for {os.path.realpath(path)})")
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:

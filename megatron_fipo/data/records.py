@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -253,6 +254,11 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str, with_r
             f"{place}: {prompt_name} holds {prompt!r:.100}; a prompt is a text that is not empty, "
             "or a list of chat messages with role and content"
         )
+    if isinstance(prompt, str) and _PYTHON_CHAT.match(prompt):
+        raise ValueError(
+            f"{place}: {prompt_name} holds Python's text of chat messages ({prompt[:60]!r}…), which a model would read "
+            "as it stands. Write the messages themselves, or their JSON (json.dumps, not str)"
+        )
     try:
         for text in (
             [prompt]
@@ -264,6 +270,10 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str, with_r
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     return Record(prompt, reference, place, {name: _plain(value) for name, value in row.items()} if with_row else None)
+
+
+_PYTHON_CHAT = re.compile(r"""\s*\[\s*\{\s*'(?:role|content)'\s*:\s*['"]""")
+"""How a list of messages begins that was turned into text by str, as pandas does for CSV."""
 
 
 def _plain(value: Any) -> Any:

@@ -5,16 +5,18 @@ reason that no log tells. The rules, by verifier:
 
 - all: not null, not NaN or infinite (what a missing number becomes in a table), no half characters (lone surrogates).
 - the mathematical ones (math, math_answer, math_boxed), chain_arithmetic and exact: a text or a number; a list of one
-  counts as what is in it. Refused are lists of several (which of them counts cannot be told: write one, or judge by a
-  function of your own), empty lists, structs (name the field: answer_field=answer.target), true and false, bytes. The
-  mathematical ones and chain_arithmetic also refuse a text without a letter, digit or symbol in it: a response without
-  an answer is wrong there, so nothing would be right. For exact an empty text is an empty response.
+  counts as what is in it, and so does its JSON (["34"]; not for exact). Refused are lists of several (which of them
+  counts cannot be told: write one, or judge by a function of your own), empty lists, structs (name the field:
+  answer_field=answer.target), true and false, bytes. The mathematical ones and chain_arithmetic also refuse a text
+  without a letter, digit or symbol in it, and what tables write for a missing number ("nan"): a response without an
+  answer is wrong there, so nothing would be right. For exact an empty text is an empty response.
 - code and code_unprotected: what `rl.verifiers.code_reference.check_reference` lets through.
 - your own and reward models: whatever the first rule lets through.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
@@ -24,6 +26,8 @@ from typing import Any
 MATHEMATICAL = ("math", "math_answer", "math_boxed")
 COMPARED = (*MATHEMATICAL, "chain_arithmetic", "exact")
 """Verifiers that compare the answer with the reference's text."""
+_MISSING_NUMBERS = ("nan", "<na>", "nat")
+"""As pandas writes them as text."""
 PROGRAMS = ("code", "code_unprotected")
 
 
@@ -83,6 +87,8 @@ def _compared(reference: Any, verifier: str, name: str) -> Any:
         is_program = reference.keys() & {"tests", "inputs", "outputs"}
         remedy = "Set verifier=code" if is_program else "Name the field that holds it, as in answer_field=answer.target"
         raise ValueError(f"{name} is a struct of {fields}, and verifier={verifier} compares with one answer. {remedy}")
+    if verifier != "exact" and isinstance(reference, str):
+        reference = _from_text(reference, verifier, name)
     if isinstance(reference, list):
         if len(reference) != 1:
             raise ValueError(
@@ -98,6 +104,29 @@ def _compared(reference: Any, verifier: str, name: str) -> Any:
     if verifier != "exact" and isinstance(reference, str) and not _says_something(reference):
         raise ValueError(f"{name} is {shown}: no answer equals it. Every prompt needs a reference answer")
     return reference
+
+
+def _from_text(reference: str, verifier: str, name: str) -> Any:
+    """A list that travelled as the JSON of its texts, as in Skywork-OR1's ["34"]; any other text as it is.
+
+    Intervals and points ([1, 2]) hold no quotes, and stay texts.
+
+    Raises:
+        ValueError: for what tables write for a number that is not there.
+    """
+    text = reference.strip()
+    if text.lower() in _MISSING_NUMBERS:
+        raise ValueError(
+            f"{name} is {reference!r}, what tables write for a number that is missing, and verifier={verifier} "
+            "compares with an answer. Leave such rows out"
+        )
+    if not text.startswith('["') or not text.endswith('"]'):
+        return reference
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return reference
+    return values if all(isinstance(value, str) for value in values) else reference
 
 
 def _says_something(text: str) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from megatron_fipo.disk import DiskError, disk_error
 from megatron_fipo.hub.names import HubError, Repository
@@ -15,6 +19,15 @@ CONNECT_TIMEOUT_S = 10.0
 """Longest wait for the hub's first answer."""
 _CHUNK_BYTES = 2**22
 _RETRIED_STATUS = (408, 429)
+_PASSING_STATUS = (*_RETRIED_STATUS, 500, 502, 503, 504)
+RETRY_WAITS_S = (1.0, 3.0, 9.0)
+"""Waits before the hub is asked again, where it does not say how long."""
+LONGEST_RETRY_WAIT_S = 60.0
+LONGEST_SILENCE_S = 30.0
+"""Time without a byte from the hub after which a request is given up; the client then asks again a few times."""
+LONGEST_SILENCE_OF_UPLOADS_S = 300.0
+"""The same for what is sent, which the hub may have to check first."""
+_Answer = TypeVar("_Answer")
 
 
 class UnreachableError(HubError):
@@ -32,14 +45,13 @@ def current_commit(repository: Repository) -> str:
         HubError: if it does not say.
     """
     from huggingface_hub import HfApi  # imported where it is needed: it takes half a second
-    from huggingface_hub.errors import HTTPError
 
-    try:
-        info = HfApi().repo_info(
+    info = _answer(
+        repository,
+        lambda: HfApi().repo_info(
             repository.name, repo_type=repository.kind, revision=repository.revision, timeout=CONNECT_TIMEOUT_S
-        )
-    except (HTTPError, OSError) as error:
-        raise explained(repository, error) from error
+        ),
+    )
     assert info.sha is not None
     return str(info.sha)
 
@@ -57,12 +69,13 @@ def list_files(repository: Repository, commit: str) -> list[str]:
         HubError: if the hub does not say.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
 
-    try:
-        return sorted(HfApi().list_repo_files(repository.name, repo_type=repository.kind, revision=commit))
-    except (HTTPError, OSError) as error:
-        raise explained(repository, error) from error
+    return sorted(
+        _answer(
+            repository,
+            lambda: HfApi().list_repo_files(repository.name, repo_type=repository.kind, revision=commit),
+        )
+    )
 
 
 def download(
@@ -83,25 +96,23 @@ def download(
         DiskError: if the cache cannot be written to.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
 
     known = _blobs(repository)
     try:
-        folder = Path(
-            snapshot_download(
+        folder = _answer(
+            repository,
+            lambda: snapshot_download(
                 repository.name,
                 repo_type=repository.kind,
                 revision=commit or repository.revision,
                 allow_patterns=list(patterns),
                 ignore_patterns=list(ignore),
-            )
+            ),
         )
-    except (HTTPError, OSError) as error:
-        raise explained(repository, error) from error
     finally:
         # A file whose neighbour failed stays in the cache, and nobody would look at it again.
         _check_blobs(repository, sorted(_blobs(repository) - known))
-    return folder
+    return Path(folder)
 
 
 def cached_snapshot(
@@ -125,19 +136,79 @@ def cached_snapshot(
     return Path(folder)
 
 
+def _answer(repository: Repository, request: Callable[[], _Answer]) -> _Answer:
+    """What the client gets, in our words where that is an error."""
+    from huggingface_hub.errors import HTTPError
+
+    end_waits()
+    try:
+        return retried(request)
+    except (HTTPError, OSError) as error:
+        raise explained(repository, error) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a page of a login or a proxy, say
+        raise UnreachableError(
+            f"{repository.key}={repository.name}: what answers at {_endpoint()} does not answer as the hub does "
+            f"({error!r:.200}). Look at what lies between (a proxy, a login page, HF_ENDPOINT), or run\n"
+            f"    {repository.download_command}\nwhere there is a connection, and have its cache here."
+        ) from error
+
+
+@cache
+def end_waits() -> None:
+    """Let no request of huggingface_hub's client wait for ever: some of its own have no time limit at all."""
+    from huggingface_hub import get_session, set_client_factory
+
+    default = get_session()
+    kind, hooks = type(default), default.event_hooks
+    hooks = {**hooks, "request": [*hooks["request"], _end_wait]}
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def _end_wait(request: Any) -> None:
+    limit_s = LONGEST_SILENCE_S if request.method in ("GET", "HEAD") else LONGEST_SILENCE_OF_UPLOADS_S
+    given = request.extensions.get("timeout") or {}
+    names = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {name: given.get(name) or limit_s for name in names}
+
+
+def retried(request: Callable[[], _Answer]) -> _Answer:
+    """Ask again where the hub answers that it cannot serve just now: one such answer must not end a run of many nodes.
+
+    The client itself does so for some of its requests only. A hub that is not reached at all is not asked again.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    for wait_s in RETRY_WAITS_S:
+        try:
+            return request()
+        except (HTTPError, OSError) as error:
+            response = getattr(_reason(error), "response", None)
+            if getattr(response, "status_code", None) not in _PASSING_STATUS:
+                raise
+            asked = str(response.headers.get("Retry-After", "")) if response is not None else ""
+            time.sleep(min(float(asked), LONGEST_RETRY_WAIT_S) if asked.isdecimal() else wait_s)
+    return request()
+
+
+def _reason(error: Exception) -> Exception:
+    """What lies behind the client's first words, which are of its cache."""
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HTTPError, OSError)):
+        return error.__cause__
+    return error
+
+
 def explained(repository: Repository, error: Exception) -> HubError | DiskError:
     """What an error of huggingface_hub means for who named the repository, and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HTTPError,
-        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
     from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HTTPError, OSError)):
-        error = error.__cause__  # the client's first words are of its cache, and the reason lies behind them
+    error = _reason(error)
     kind = repository.kind.replace("dataset", "data set")
     where = f"{repository.key}={repository.name}: "
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -197,9 +268,11 @@ def _looked_here(repository: Repository) -> str:
 
 
 def _endpoint() -> str:
+    """The hub's address, without a password that may stand in HF_ENDPOINT's."""
     from huggingface_hub import constants
 
-    return str(constants.ENDPOINT)
+    parts = urlsplit(str(constants.ENDPOINT))
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _cache() -> Path:

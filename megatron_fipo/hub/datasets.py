@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.hub.client import (
     NoAccessError,
@@ -66,7 +68,7 @@ def dataset_commit(repository: Repository, source: DataSourceConfig) -> tuple[st
         files = list_files(repository, commit)
         if repository.revision is None and not any(Path(file).suffix in _SUFFIXES for file in files):
             converted = pinned(repository, CONVERTED)
-            commit = note_commit(converted, _FIRST_FILES)
+            commit = _converted_commit(converted)
             return commit, (
                 f"{repository.key}={repository.name}: holds neither parquet nor jsonl files; read from the hub's "
                 f"conversion ({CONVERTED})"
@@ -81,6 +83,18 @@ def dataset_commit(repository: Repository, source: DataSourceConfig) -> tuple[st
         return folder.name, (
             f"{repository.key}={repository.name}: the hub {reason}; taken from its cache, at commit {folder.name}"
         )
+
+
+def _converted_commit(converted: Repository) -> str:
+    try:
+        return note_commit(converted, _FIRST_FILES)
+    except (UnreachableError, NoAccessError):
+        raise
+    except HubError as error:
+        raise HubError(
+            f"{converted.key}={converted.name}: holds neither parquet nor jsonl files, and the hub keeps no conversion "
+            f"of it ({CONVERTED}). Convert it, and read it with kind=parquet or kind=jsonl."
+        ) from error
 
 
 def fetch_source(key: str, source: DataSourceConfig, commit: str) -> FetchedSource:
@@ -158,7 +172,13 @@ def choose_files(
         raise HubError(
             f"{where}: holds neither parquet nor jsonl files. Convert it, and read it with kind=parquet or kind=jsonl."
         )
-    subsets = _subsets(usable, card)
+    try:
+        subsets = _subsets(usable, card)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise HubError(
+            f"{where}: its card ({CARD}) says in a form of its own which files belong to which split ({error!r}). "
+            f"Fetch it, and read the files with kind=parquet or kind=jsonl:\n    {repository.download_command}"
+        ) from error
     key = repository.key.removesuffix(".path")
     name = source.subset or _default_subset(subsets, card)
     if name is None:
@@ -317,7 +337,13 @@ def _card(folder: Path | None) -> dict[str, Any]:
 
     if folder is None or not (folder / CARD).is_file():
         return {}
-    return metadata_load(folder / CARD) or {}
+    try:
+        return metadata_load(folder / CARD) or {}
+    except (YAMLError, ValueError) as error:  # ValueError: no mapping, or no UTF-8
+        raise HubError(
+            f"{folder / CARD}: the metadata of the data set's card cannot be read ({' '.join(str(error).split()):.200})"
+            ". Fetch the data set by `hf download`, and read its files with kind=parquet or kind=jsonl."
+        ) from error
 
 
 def _list(names: Mapping[str, Any]) -> str:

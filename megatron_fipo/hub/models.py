@@ -140,7 +140,7 @@ def _what_is_missing(folder: Path) -> str:
     if index.is_file():
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             return f"{index.name} is no index of weights ({error!r})"
         absent = sorted(str(name) for name in files if not (folder / str(name)).is_file())
         return f"{len(absent)} of {len(files)} files of weights are missing, such as {absent[0]}" if absent else ""

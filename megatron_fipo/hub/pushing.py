@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_fipo import __version__
 from megatron_fipo.config import Config, without_secrets
+from megatron_fipo.hub.client import end_waits, retried
 from megatron_fipo.hub.names import HubError
 
 CARD = "README.md"
@@ -29,9 +30,10 @@ def check_may_push(name: str) -> None:
     owner = name.split("/")[0]
     if get_token() is None:
         raise HubError(f"{_KEY}={name}: there is no token of the Hugging Face hub here. {_LOGIN}.")
+    end_waits()
     try:
-        account = HfApi().whoami()
-    except (HTTPError, OSError) as error:
+        account = retried(HfApi().whoami)
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: an answer that is no JSON
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise HubError(f"{_KEY}={name}: the hub does not accept this token ({status}). {_LOGIN}.") from error
@@ -61,6 +63,7 @@ def push(config: Config, folder: Path, evaluation: Path, origins: Mapping[str, A
     name, api = config.checkpoint.push_to_hub, HfApi()
     card = model_card(config, _scores(evaluation / "before.json"), _scores(evaluation / "after.json"), origins)
     run = without_secrets(config.run.name)
+    end_waits()
     try:
         (folder / CARD).write_text(without_secrets(card), encoding="utf-8")
         api.create_repo(name, private=config.checkpoint.hub_private, exist_ok=True)
@@ -154,6 +157,8 @@ def _what_forbids(account: Mapping[str, Any], owner: str, name: str) -> str:
     """Why an account's token may not write a repository; empty where it may, as far as the hub says."""
     token = (account.get("auth") or {}).get("accessToken") or {}
     role, user = token.get("role"), account.get("name")
+    if user is None:
+        return "what answers there names no account, and is perhaps no hub (HF_ENDPOINT)."
     if role == "read":
         return "this token may only read."
     if role == "fineGrained":

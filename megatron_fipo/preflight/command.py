@@ -121,7 +121,7 @@ def show(plan: Plan, console: Console) -> None:
     for level, mark in ((WARNS, "warning"), (MISSING, "missing"), (FAILS, "FAILS")):
         for finding in plan.findings:
             if finding.level == level:
-                console.print(f"{mark}: {finding.text}", markup=False)
+                console.print(f"{mark}: {without_secrets(finding.text)}", markup=False)
     console.print(f"\n[bold]{_verdict(plan)}[/bold]")
 
 

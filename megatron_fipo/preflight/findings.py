@@ -163,7 +163,8 @@ def _source_findings(key: str, source: DataSourceConfig) -> Iterator[Finding]:
         return
     path = Path(source.path)
     if not path.is_file():
-        yield Finding(MISSING, f"{key}.path={source.path} does not exist")
+        what = "is a folder: name one file in it" if path.is_dir() else "does not exist"
+        yield Finding(MISSING, f"{key}.path={source.path} {what}")
         return
     yield from _column_findings(key, source, path, source.kind)
 

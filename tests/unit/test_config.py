@@ -244,6 +244,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 # --- validation ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
+    "run.name=a\x1b[31m": "run.name='a\\x1b[31m': holds the control character '\\x1b'",
+    f"run.output_dir=out/{'x' * 256}": "file systems take names of at most 255 bytes. Shorten it.",
+    "rollout.num_samples_per_prompt=9999999999999999999": "is beyond 9,007,199,254,740,992, more than",
+    "parallel.timeout_s=1e15": "must be above 0 and at most 2,000,000 seconds (23 days)",
+    "data.train.a={kind: jsonl, path: x, verifier: math, seed: 1}": "data.train.a.seed=1: only procedural sources",
+    "optimizer.min_learning_rate=1e-8": "optimizer.min_learning_rate=1e-08: optimizer.schedule=constant never falls.",
+    "checkpoint={every_num_steps: 5, keep_every_num_steps: 7}": "must be a multiple of checkpoint.every_num_steps=5",
+    "checkpoint.keep_every_num_steps=7": "must be a multiple of checkpoint.every_num_steps=0",
+    "checkpoint.export_with_checkpoints=true": "checkpoint.every_num_steps=0 makes no periodic checkpoints.",
     "model.path=": "model.path=: must name a folder",
     "model.dtype=bfloat": "model.dtype=bfloat: must be one of float32, bfloat16. Did you mean bfloat16?",
     "model.recompute=some": "model.recompute=some: must be one of none, selective, full.",
@@ -286,7 +295,7 @@ REFUSED = {
     "rollout.temperature=.nan": "rollout.temperature=nan: must be above 0",
     "rollout.top_p=0": "rollout.top_p=0.0: must be above 0 and at most 1",
     "rollout.top_p=1.01": "rollout.top_p=1.01: must be above 0 and at most 1",
-    "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and finite.",
+    "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and at most 2,000,000 seconds",
     "verifier.trusted=[judges:verify]": "verifier.trusted: 'judges:verify' is no verifier in use; these are cha",
     "reward.correct=-1": "reward.correct=-1.0: must be above reward.incorrect=-1.0.",
     "reward.overlong_buffer_tokens=50": "buffer_tokens=50: must be below rollout.max_response_tokens=50",
@@ -326,6 +335,11 @@ REFUSED = {
     "metrics.wandb=on": "metrics.wandb=on: must be one of off, online, offline.",
     "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be at least 1.",
 }
+
+
+def test_evaluation_on_nothing_is_refused(sound: Path) -> None:
+    message = message_of(sound, "data.evaluation={}", "evaluation.every_num_steps=5")
+    assert "evaluation.every_num_steps=5: data.evaluation is empty" in message
 
 
 @pytest.mark.parametrize("override", REFUSED)

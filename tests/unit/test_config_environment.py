@@ -205,3 +205,26 @@ def test_names_of_secrets(name: str) -> None:
 )
 def test_names_of_no_secrets(name: str) -> None:
     assert not looks_secret(name)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.num_steps=${oc.env:JUST_A_KEY}"],
+        ["optimizer.learning_rate=${oc.env:JUST_A_KEY}"],
+        ["train.resume=${oc.env:JUST_A_KEY}"],
+        ["servers.urls=${oc.env:JUST_A_KEY}"],
+        ["train.num_steps=${run.name}", "run.name=${oc.env:JUST_A_KEY}"],
+        ["train.num_steps=${oc.env:NOT_SET_AT_ALL,${oc.env:JUST_A_KEY}}"],
+        ["run.name=${oc.env:${oc.env:JUST_A_KEY}}"],
+        ["train.num_steps=${${oc.env:JUST_A_KEY}}"],
+    ],
+)
+def test_a_value_that_cannot_be_used_is_not_repeated(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("hunter2secret", "pw"):  # short ones too
+        monkeypatch.setenv("JUST_A_KEY", value)
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, overrides)
+        assert value not in str(caught.value)
+        assert "JUST_A_KEY" in str(caught.value)
+        assert overrides[0].partition("=")[0] in str(caught.value)

@@ -236,3 +236,51 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes("\ufeffrun: {name: a}\n".encode())
     assert load_config(path).run.name == "a"
+
+
+@pytest.mark.parametrize("override", ["run.name=???", "run.name='???'", "train.num_steps=???", "model.path=???"])
+def test_a_value_that_is_still_to_be_given_is_no_default(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"\?\?\? stands for a value that is still to be given"):
+        load_config(None, [override])
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text('run:\n  name: "a\\ud800"\n')
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 2: \\ud800 at character 2 is half of a character"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_only_0_and_1_are_truth_values_among_numbers() -> None:
+    assert [load_config(None, [f"train.resume={value}"]).train.resume for value in (0, 1)] == [False, True]
+    with pytest.raises(ConfigError, match=r"train\.resume=2': 2 is neither true nor false"):
+        load_config(None, ["train.resume=2"])
+
+
+def test_blanks_around_the_equals_sign_belong_to_neither_side() -> None:
+    assert load_config(None, ["run.name = a b"]).run.name == "a b"
+    assert load_config(None, ["run.name= a b"]).run.name == " a b"  # as it stands behind the sign
+
+
+def test_nothing_in_braces_takes_sources_and_parameters_away(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "data: {train: {a: {kind: chain_arithmetic, params: {num_terms: 3}}}, evaluation: {b: {kind: jsonl}}}"
+    )
+    config = load_config(tmp_path / "run.yaml", ["data.evaluation={}", "data.train.a.params={}"])
+    assert (config.data.evaluation, config.data.train["a"].params) == ({}, {})
+    assert load_config(tmp_path / "run.yaml", ["run={}"]).data.evaluation.keys() == {"b"}
+
+
+def test_a_merge_key_draws_a_section_in_and_what_stands_beside_it_counts(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "data:\n"
+        "  train: {a: &a {kind: jsonl, path: 1.10, weight: 2}, b: &b {kind: parquet, split: x}}\n"
+        "  evaluation: {c: {<<: *a, path: held_out}, d: {path: d, <<: [*b, *a]}}\n"
+    )
+    held_out = load_config(tmp_path / "run.yaml").data.evaluation
+    assert [(s.kind, s.path, s.split, s.weight) for s in held_out.values()] == [
+        ("jsonl", "held_out", "", 2),
+        ("parquet", "d", "x", 2),
+    ]
+    (tmp_path / "run.yaml").write_text("run: {<<: 3}")
+    with pytest.raises(ConfigError, match=r"line 1: << takes a section"):
+        load_config(tmp_path / "run.yaml")

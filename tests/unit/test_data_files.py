@@ -253,3 +253,31 @@ def test_references_of_parquet_types(tmp_path: Path) -> None:
     day = datetime.date(2026, 11, 25)
     for value in (2, 2.5, "2", decimal.Decimal("2.50"), day):
         assert read(table(tmp_path, {"prompt": ["a"], "answer": [value]}), "parquet") == [("a", value)]
+
+
+def test_a_list_that_travelled_as_json_text_counts_as_what_is_in_it(tmp_path: Path) -> None:
+    def given(reference: str, verifier: str = "math") -> Any:
+        return read(jsonl(tmp_path, json.dumps({"prompt": "x", "answer": reference})), verifier=verifier)[0][1]
+
+    assert given('["34"]') == "34"
+    assert given('["\\\\frac{1}{2}"]') == "\\frac{1}{2}"
+    assert given("[1, 2]") == "[1, 2]"  # an interval
+    assert given('["34"]', "exact") == '["34"]'
+    with pytest.raises(ValueError, match="holds a list of 2"):
+        given('["34", "35"]')
+    for missing in ("nan", "NaN", "<NA>"):
+        with pytest.raises(ValueError, match="a number that is missing"):
+            given(missing)
+        assert given(missing, "exact") == missing
+
+
+def test_messages_as_pythons_text_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": str([{"role": "user", "content": "1+1="}]), "answer": "2"}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .* holds Python's text of chat messages"):
+        read(jsonl(tmp_path, json.dumps(row)))
+
+
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(ValueError, match=r"loop\.jsonl"):
+        read(tmp_path / "loop.jsonl")

@@ -161,3 +161,21 @@ def test_a_token_that_the_model_lacks_is_refused_at_the_start(tmp_path: Path) ->
 def test_half_characters_in_a_template_are_refused(source: DataSourceConfig) -> None:
     with pytest.raises(ValueError, match=r"data source 'q': prompt_template holds \\udce9 at character 1"):
         prompts(tokenizer(), source, prompt_template="\udce9{prompt}")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ messages[0]['content'] }}<|assistant|>", r"leaves out or changes the last message \('and 2\+2="),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing behind the last message"),
+        ("{{ 'x' * 2000000 }}", "makes 2,000,000 characters of a chat of 13"),
+    ],
+)
+def test_a_template_that_loses_the_question_is_refused(tmp_path: Path, template: str, problem: str) -> None:
+    chat = [("user", "1+1="), ("assistant", "2"), ("user", "and 2+2=")]
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": [{"role": role, "content": text} for role, text in chat], "answer": "4"})
+    )
+    given = DataSourceConfig(kind="jsonl", path=str(tmp_path / "rows.jsonl"), verifier="math", chat_template=True)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:1: the tokenizer's chat template {problem}"):
+        prompts(tokenizer(template), given)

@@ -59,7 +59,25 @@ def message_of(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "key", "hint"),
     [
-        ("lr=1", "lr", "Did you mean optimizer.learning_rate (verl's actor_rollout_ref.actor.optim.lr, slime's --lr)?"),
+        (
+            "lr=1",
+            "lr",
+            "Did you mean optimizer.learning_rate (verl's actor_rollout_ref.actor.optim.lr, slime's --lr, NeMo-RL's "
+            "policy.optimizer.kwargs.lr, ms-swift's lr)?",
+        ),
+        (
+            "grpo={num_prompts_per_step: 32}",
+            "grpo.num_prompts_per_step",
+            "Did you mean rollout.num_prompts (NeMo-RL's grpo.num_prompts_per_step)? Both count prompts.",
+        ),
+        (
+            "fipo_decay_rate=32",
+            "fipo_decay_rate",
+            "Did you mean objective.half_life_tokens (ms-swift's fipo_decay_rate)? The distance at which influence has "
+            "halved, as there.",
+        ),
+        ("parallel.tensor_parallel=2", "parallel.tensor_parallel", "Did you mean parallel.tp?"),
+        ("model.name=x", "model.name", "Did you mean model.path?"),
         (
             "train.num_generations=8",
             "train.num_generations",
@@ -85,7 +103,8 @@ def message_of(*overrides: str) -> str:
             "parallel.tensor_model_parallel_size=2",
             "parallel.tensor_model_parallel_size",
             "Did you mean parallel.tp (verl's actor_rollout_ref.actor.megatron.tensor_model_parallel_size, slime's "
-            "--tensor-model-parallel-size)?",
+            "--tensor-model-parallel-size, NeMo-RL's policy.megatron_cfg.tensor_model_parallel_size, ms-swift's "
+            "tensor_model_parallel_size)?",
         ),
         (
             "rollout.n=4",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants as constants
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -23,6 +24,7 @@ from megatron_fipo.convert.run_checkpoint import find_checkpoint
 from megatron_fipo.data.records import read_records
 from megatron_fipo.disk import DiskError
 from megatron_fipo.error_net import EXIT_STOPPED
+from megatron_fipo.hub import client
 from megatron_fipo.hub.client import NoAccessError, UnreachableError
 from megatron_fipo.hub.datasets import choose_files, fetched_here
 from megatron_fipo.hub.models import cached_model, fetch_model, model_commit, model_folder
@@ -95,12 +97,54 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(client, "RETRY_WAITS_S", (0.0, 0.0))
         yield stand_in
 
 
 def log_in(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, **account: Any) -> None:
     hub.accounts["a-token"] = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}, **account}
     monkeypatch.setenv("HF_TOKEN", "a-token")
+
+
+@pytest.mark.parametrize("path", ["/api/models", "/resolve/", "/cdn/"])
+def test_a_hub_that_cannot_serve_just_now_is_asked_again(hub: StandInHub, path: str) -> None:
+    hub.repository(NAME).commit(MODEL)
+    hub.fails = {path: [503, 429]}
+    assert (Path(model_folder(NAME)) / "config.json").is_file()
+    assert hub.fails == {path: []}
+
+
+def test_a_hub_that_goes_on_failing_is_given_up(hub: StandInHub) -> None:
+    hub.repository(NAME).commit(MODEL)
+    hub.fails = {"/api/models": [503, 503, 503, 418]}
+    with pytest.raises(UnreachableError, match="answers 503"):
+        model_folder(NAME)
+    assert hub.fails == {"/api/models": [418]}  # twice again, and no more
+
+
+def test_a_hub_that_falls_silent_is_given_up(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listing of files has no time limit of the client's own."""
+    hub.repository(NAME).commit(MODEL)
+    monkeypatch.setattr(client, "LONGEST_SILENCE_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.utils._pagination, "http_backoff", once)
+    hub.silent = "/tree/"
+    with pytest.raises(UnreachableError, match="cannot be reached: ReadTimeout"):
+        model_folder(NAME)
+    assert any("/tree/" in line for line in hub.requests)
+
+
+def once(*arguments: Any, **settings: Any) -> Any:
+    """The client's request without its waits between five more tries."""
+    return huggingface_hub.utils.http_backoff(*arguments, **{**settings, "max_retries": 0})
+
+
+def test_a_password_in_the_endpoint_is_not_repeated(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("//", "//me:pa55word@"))
+    hub.down = 503
+    with pytest.raises(UnreachableError) as caught:
+        model_folder(NAME)
+    assert hub.endpoint in str(caught.value)
+    assert "pa55word" not in str(caught.value)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -292,7 +336,7 @@ def test_without_a_card_the_names_of_the_files_say_the_split(hub: StandInHub) ->
 def test_what_is_neither_parquet_nor_jsonl_is_read_from_the_hubs_conversion(hub: StandInHub) -> None:
     stored = hub.repository("openai/sums", "dataset")
     stored.commit({"sums.csv": b"a,b\n"})
-    with pytest.raises(HubError, match="no revision 'refs/convert/parquet'"):
+    with pytest.raises(HubError, match=r"the hub keeps no conversion of it \(refs/convert/parquet\)"):
         read_records(source(subset="default"))
     converted = stored.commit({"default/train/0000.parquet": table("x1"), "default/train/0001.parquet": table("x2")},
                               "refs/convert/parquet")  # fmt: skip
@@ -300,6 +344,46 @@ def test_what_is_neither_parquet_nor_jsonl_is_read_from_the_hubs_conversion(hub:
     hub.requests.clear()
     assert prompts(source(subset="default", revision=converted)) == ["x1", "x2"]  # as a run that goes on reads it
     assert hub.downloads() == []
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (b"---\na: [\n---\n", "metadata of the data set's card cannot be read"),
+        (b"---\na: !!python/object/apply:os.getpid []\n---\n", "could not determine a constructor"),
+        (b"---\n- a\n---\n", "metadata of the data set's card cannot be read"),
+        (b"---\na: \xe9\n---\n", "metadata of the data set's card cannot be read"),
+        (b"---\nconfigs: 3\n---\n", "says in a form of its own"),
+        (b"---\nconfigs: [{config_name: x, data_files: 7}]\n---\n", "says in a form of its own"),
+        (b"---\nconfigs: [{config_name: x, data_files: [{path: a}]}]\n---\n", "says in a form of its own"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_refused_in_words(hub: StandInHub, card: bytes, message: str) -> None:
+    hub.repository("me/set", "dataset").commit({"README.md": card, "train.parquet": table("a")})
+    with pytest.raises(HubError, match=message):
+        prompts(source(path="me/set", subset=""))
+
+
+def test_a_data_set_without_rows_or_conversion_is_refused(hub: StandInHub) -> None:
+    hub.repository("me/set", "dataset").commit({"README.md": b"", "train.jsonl.gz": b"x"})
+    with pytest.raises(HubError, match="holds neither parquet nor jsonl files, and the hub keeps no conversion of it"):
+        prompts(source(path="me/set", subset=""))
+
+
+def test_what_is_no_hub_is_named(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login page, say, that answers 200 to everything."""
+    hub.fails = {"/api/": [200, 200]}
+    with pytest.raises(UnreachableError, match="does not answer as the hub does"):
+        model_folder(NAME)
+    log_in(hub, monkeypatch)
+    with pytest.raises(HubError, match=r"checkpoint\.push_to_hub=me/x"):
+        check_may_push("me/x")
+
+
+def test_an_index_that_is_no_index_is_refused(hub: StandInHub) -> None:
+    hub.repository(NAME).commit({**MODEL, "model.safetensors.index.json": b"[]"})
+    with pytest.raises(HubError, match="is no index of weights"):
+        model_folder(NAME)
 
 
 def test_a_cache_without_some_of_the_files_is_refused(hub: StandInHub) -> None:
@@ -384,6 +468,20 @@ def test_validate_says_what_a_run_would_fetch_and_fetches_nothing(
     assert "must divide the model's num_attention_heads" in capsys.readouterr().err
     assert main(["validate", str(path), "data.train.sums.prompt_field=question"]) == 2
     assert "has no such column; it has answer, prompt" in capsys.readouterr().err
+
+
+def test_validate_warns_without_the_value_of_a_secret(
+    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2secret")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {NAME}, revision: '${{oc.env:MY_TOKEN}}'}}\n"
+        "data: {train: {a: {kind: chain_arithmetic, verifier: chain_arithmetic}}}\n"
+    )
+    assert main(["validate", str(tmp_path / "run.yaml")]) == 0
+    shown = capsys.readouterr()
+    assert "hf download Qwen/Tiny --revision ${oc.env:MY_TOKEN}" in shown.err
+    assert "hunter2secret" not in shown.out + shown.err
 
 
 def test_preflight_fetches_the_sizes_alone(hub: StandInHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

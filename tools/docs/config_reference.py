@@ -36,7 +36,9 @@ anywhere. A run writes below the current folder, and records absolute paths: its
 unless quotes stand around the whole of it (`run.name='a b'` for the shell, `"run.name='null'"` for a text that
 would mean something else). `null` is null where the key may be null, and refused where it may not. In a file YAML's
 rules hold: put text with `: `, ` #`, `{` or `[` into quotes; what YAML would drop as a comment is refused unless a
-space stands behind the `#`. Lists are written `[0,1]`. What a source's `params` hold is plain YAML.
+space stands behind the `#`. Lists are written `[0,1]`. `data.evaluation={}`
+takes all sources away. `<<: *name` draws another section in. `???` is refused: it means a value still to be given.
+What a source's `params` hold is plain YAML.
 
 **Secrets.** A value that comes from `${oc.env:NAME}` is used, and written down as that reference: in config.yaml,
 checkpoints, W&B, the ledger, on the console and in messages (there, paths and names are shown as they are unless

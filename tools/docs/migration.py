@@ -1,4 +1,4 @@
-"""Writes docs/migration.md, the keys of TRL, verl and slime beside ours: migration_head.md, then a table for each.
+"""Writes docs/migration.md, other trainers' keys (TRL, verl, …) beside ours: migration_head.md, then a table for each.
 
 python tools/docs/migration.py           # write it
 python tools/docs/migration.py --check   # exit 1 if it is not up to date
@@ -21,6 +21,9 @@ TITLES = {
     "TRL": "`GRPOConfig`, the `TrainingArguments` under it, and the arguments of `GRPOTrainer`.",
     "verl": "Hydra keys of `ppo_trainer` and `ppo_megatron_trainer`.",
     "slime": "Command-line arguments, Megatron's among them, and SGLang's as `--sglang-…`.",
+    "NeMo-RL": "Keys of `examples/configs/grpo_math_1B.yaml`, which `examples/run_grpo.py` reads.",
+    "ms-swift": "Arguments of `swift rlhf --rlhf_type grpo` and `megatron rlhf` that are not TRL's; where it has TRL's "
+    "names (`num_generations`, `max_completion_length`, `beta`), TRL's table holds.",
 }
 
 

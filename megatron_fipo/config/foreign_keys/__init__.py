@@ -1,6 +1,7 @@
-"""What TRL, verl and slime call our configuration keys: docs/migration.md is made of it, and so are hints at typos.
+"""What other trainers call our configuration keys: docs/migration.md is made of it, and so are hints at typos.
 
-The names are those of TRL 1.16 (with transformers 5), verl 0.9 and slime of August 2026, read in their public sources.
+The names are those of TRL 1.16 (with transformers 5), verl 0.9, slime and NeMo-RL of August 2026 and ms-swift 4.6, read
+in their public sources.
 """
 
 from __future__ import annotations
@@ -8,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_fipo.config.foreign_keys.entry import ForeignKey, Topics
+from megatron_fipo.config.foreign_keys.ms_swift import MS_SWIFT
+from megatron_fipo.config.foreign_keys.nemo_rl import NEMO_RL
 from megatron_fipo.config.foreign_keys.slime import SLIME
 from megatron_fipo.config.foreign_keys.trl import TRL
 from megatron_fipo.config.foreign_keys.verl import VERL
 
-FRAMEWORKS: dict[str, Topics] = {"TRL": TRL, "verl": VERL, "slime": SLIME}
+FRAMEWORKS: dict[str, Topics] = {
+    "TRL": TRL,
+    "verl": VERL,
+    "slime": SLIME,
+    "NeMo-RL": NEMO_RL,
+    "ms-swift": MS_SWIFT,
+}
 """Tables by the name of the trainer."""
 
 GENERIC_LEAVES = {"name", "path", "enable", "mode", "n", "shuffle", "seed", "device", "strategy", "project"}
@@ -30,7 +39,8 @@ def foreign_hint(dotted_key: str) -> str | None:
     if in_its_section := [match for match in matches if any(ours.startswith(f"{parts[0]}.") for ours in match[1].keys)]:
         matches = in_its_section
     targets = list(dict.fromkeys(ours for _, entry in matches for ours in entry.keys))
-    names = ", ".join(f"{trainer}'s {entry.name}" for trainer, entry in matches)
+    first = dict(reversed([(trainer, entry.name) for trainer, entry in matches]))  # one name of each says enough
+    names = ", ".join(f"{trainer}'s {first[trainer]}" for trainer in FRAMEWORKS if trainer in first)
     if not matches or len(targets) > 4:
         return None
     note = f" {matches[0][1].note}" if len({entry.note for _, entry in matches}) == 1 and matches[0][1].note else ""

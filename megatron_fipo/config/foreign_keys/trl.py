@@ -88,6 +88,7 @@ TRL: Topics = {
             "A verifier judges one response, not a batch, and only a score of 1 counts as right; the reward is "
             "reward.correct or reward.incorrect (1 and -1).",
         ),
+        key("reward_weights", "data.train.<name>.verifier_weights", "A source with several verifiers has its own."),
         key("mask_truncated_completions", "reward.mask_truncated"),
     ),
     "Rollouts": (
@@ -97,6 +98,8 @@ TRL: Topics = {
         key("top_k", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
         key("min_p", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
         key("repetition_penalty", "", "There is none: log-probs of training would not be those of sampling."),
+        key("generation_kwargs", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
+        key("max_tool_calling_iterations", "", "A response is one turn; there are no tools yet."),
         key("use_vllm", "rollout.engine", "rollout.engine=vllm, or sglang."),
         key("vllm_mode", "servers.placement", "server is dedicated; colocate is colocated."),
         key("vllm_server_base_url", "servers.urls"),
@@ -143,6 +146,7 @@ TRL: Topics = {
             "token_truncate is token_truncated, token_mask token_masked, sequence_mask sequence_masked.",
         ),
         key("vllm_importance_sampling_clip_max", "objective.rollout_ratio_max", "3.0 there, 2.0 here."),
+        key("vllm_importance_sampling_cap", "objective.rollout_ratio_max", "The older name of clip_max."),
         key("vllm_importance_sampling_clip_min", "objective.rollout_ratio_min", "None there, 0.5 here."),
     ),
     "Optimizer and schedule": (
@@ -174,9 +178,13 @@ TRL: Topics = {
         key("push_to_hub", "checkpoint.push_to_hub", "The repository's name in place of true; at the end of the run."),
         key("hub_model_id", "checkpoint.push_to_hub"),
         key("hub_private_repo", "checkpoint.hub_private", "Public there unless it is set, private here."),
+        key("hub_strategy", "checkpoint.push_to_hub", "The finished model is pushed, once, at the end of the run."),
+        key("hub_revision", "checkpoint.push_to_hub", "It goes to the repository's main branch."),
         key("hub_token", "", "The token is that of `hf auth login` or HF_TOKEN, and stands in no configuration."),
         key("run_name", "run.name"),
+        key("seed", "run.seed"),
         key("data_seed", "run.seed"),
+        key("greater_is_better", "checkpoint.keep_best", "Scores are better the higher they are."),
         key("report_to", "metrics.wandb metrics.tensorboard"),
         key("project", "metrics.wandb_project"),
         key("logging_steps", "metrics.jsonl", "Every step is logged."),

@@ -182,6 +182,7 @@ VERL: Topics = {
             "objective.rollout_ratio_min objective.rollout_ratio_max",
         ),
         key("algorithm.rollout_correction.bypass_mode", "objective.old_log_probs", "rollout; refused with Future-KL."),
+        key("algorithm.kl_penalty", "objective.kl_coefficient", "It is low_var_kl (k3), and in the loss."),
         key("algorithm.gamma", "", "Advantages are those of groups, without discount or critic."),
         key("algorithm.lam", "", "Advantages are those of groups, without discount or critic."),
         key("critic.*", "", "There is no critic: advantages are those of groups."),
