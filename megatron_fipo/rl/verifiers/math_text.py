@@ -35,7 +35,9 @@ _DROPPED = re.compile(
 _SPACES = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|thinspace|enspace|space)(?![A-Za-z])|\s+")
 _INLINE_MATHS = re.compile(r"(?<![\\\d])\$(?=\S)([^$]*?[^\s$\\])\$(?!\d)")
 _BRACKETED_MATHS = re.compile(r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]")
-_TAGS = re.compile(r"</?(?:answer|think)>", re.IGNORECASE)
+_TAGS = re.compile(r"</?(?:answer|think)>|<br ?/?>", re.IGNORECASE)
+_HTML = re.compile(r"<(b|strong|i|em|u|p|span|code|mark|big|center)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_HTML_SCRIPT = re.compile(r"<su([bp])>(.{1,40}?)</su\1>", re.IGNORECASE)
 _BOLD = (
     re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])(.+?)(?<=[^\s*])\*\*(?![\w(\[{\\*])"),
     re.compile(r"(?<![\w)\]}])__(?=[^\s_])(.+?)(?<=[^\s_])__(?![\w{])"),
@@ -45,7 +47,14 @@ _WRAPPERS = (
     ("``", "''"),
 )  # fmt: skip
 _TILDE_FIRST = re.compile(r"^[$*\s]{0,4}~\s*(?=[\d.$])")  # "~5" is about 5; elsewhere it is LaTeX's space
-_FENCE = re.compile(r"```[a-z]{0,8}\s+(.*?)\s*```", re.DOTALL)
+_FENCE = re.compile(r"```(?:[a-z]{0,8}\s+)?([^`]*?)\s*```", re.DOTALL)
+_ALIGNMENT_MARK = re.compile(r"(?<!\\)&")
+_ALIGNED = re.compile(
+    r"\\begin\s*\{(aligned|align|alignat|alignedat|equation|gather|gathered|split|multline|displaymath|math|eqnarray)(\*?)\}"
+    r"(.*?)\\end\s*\{\1\2\}",
+    re.DOTALL,
+)
+"""Environments that say where a formula stands, and nothing of what it is."""
 
 # ---------------------------------------------------------------------------------------------------- one name for each
 _NAMES = [
@@ -116,6 +125,9 @@ def cleaned(answer: str) -> str:
     if answer.isascii() and answer.isdigit():
         return answer
     text = _TILDE_FIRST.sub(r"\\sim ", _TAGS.sub(" ", as_latex(answer)).strip())
+    if "</" in text:
+        text = _HTML_SCRIPT.sub(lambda script: f"{'^' if script[1] in 'pP' else '_'}{{{script[2]}}}", text)
+        text = _HTML.sub(r" \2 ", text)
     fenced = _FENCE.fullmatch(text)
     text = _unwrapped(fenced[1] if fenced else text)
     if "**" in text or "__" in text:
@@ -130,6 +142,8 @@ def cleaned(answer: str) -> str:
 
 
 def _without_commands(text: str) -> str:
+    if "\\begin" in text:
+        text = _ALIGNED.sub(lambda environment: f" {_ALIGNMENT_MARK.sub(' ', environment[3])} ", text)
     text = _LATEX_THOUSANDS.sub("", _SMALL_SPACES.sub("", text))
     text = _LATEX_DECIMAL_COMMA.sub(".", text).replace("\\!", "")
     text = _BRACKETED_MATHS.sub(" ", text)
@@ -202,7 +216,7 @@ def _unwrapped(text: str) -> str:
         for left, right in _WRAPPERS:
             if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
                 inner = text[len(left) : -len(right)]
-                if left not in inner and not (left == "$" and inner.endswith("\\")):
+                if left not in (inner.replace("\\$", "") if left == "$" else inner) and not (left == "$" and inner.endswith("\\")):
                     text = inner.strip()
         text = text.rstrip("_")  # half of a pair: the other stood before the marker
         if text.endswith("**") and text.count("**") == 1:

@@ -146,9 +146,10 @@ _TWO_LETTER_WORDS = frozenset(
     ]
 )
 _TAIL_START = re.compile(
-    r"\s*\\text\{|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z])|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
+    r"\s*\\text\{|\s*\\p?mod(?![A-Za-z])|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z])|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)(?![A-Za-z])")
+_RATIO_SIGN = re.compile(r":|to|\\text\{\s*to\s*\}")
 _OPEN_END = re.compile(r"(?:[-+*/^=(_,<>]|\\(?:cdot|times|div|pm|mp|frac|sqrt))\s*$")
 _CURRENCY_FIRST = re.compile(rf"(?:{CURRENCY})\s*")
 
@@ -302,7 +303,7 @@ def _union(text: str, depth: int) -> Union | None:
 
 
 def _ratio(text: str, depth: int) -> Ratio | None:
-    tokens = [token for token in top_level(text) if token[0] == ":"]
+    tokens = [token for token in top_level(text) if _RATIO_SIGN.fullmatch(token[0])]
     if not tokens or len(tokens) > MAX_ITEMS:
         return None
     parts = split_at(text, tokens)

@@ -68,8 +68,11 @@ _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "psi": "l
 ONE_LETTER_UNITS = "mgshLlAVWNJKCF"
 """Letters that are units behind a number and a space, where others are factors."""
 
-CURRENCY = r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
-"""Regular expression of a currency's sign."""
+CURRENCY = (
+    r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
+    r"|(?:\\text\s*\{\s*)?(?:USD|EUR|GBP|JPY|INR|Rs\.?)(?:\s*\})?(?=\s*-?[\d.]*\d)"
+)
+"""Regular expression of a currency's sign, or of its name in front of a number."""
 
 _CHANGING = frozenset(
     [
@@ -135,6 +138,11 @@ class Unit:
     def changes(self) -> bool:
         """Whether it says something else than the value alone: "or more", "not"."""
         return not _CHANGING.isdisjoint(self.words)
+
+    @property
+    def is_modulus(self) -> bool:
+        """Whether it is "mod 10" behind a remainder."""
+        return len(self.words) == 1 and next(iter(self.words)).startswith("mod ")
 
     def agrees_with(self, other: Unit) -> bool:
         """Whether what both name is the same; what only one names is left open, unless it changes the value."""
