@@ -418,7 +418,7 @@ def test_equality_is_symmetric(first: str, second: str) -> None:
     ("text", "why"),
     [
         (r"\frac{1}{2}\text{ if } x>0", "words between mathematics"),
-        (r"n \equiv 3 \pmod 7", "a command that the parser reads as a product"),
+        (r"n^2 \equiv 3 \pmod 7", "a command that the parser reads as a product"),
         (r"\begin{cases} 1 & x>0 \\ 2 & x<0 \end{cases}", "of which the parser keeps one branch"),
         ("3 4", "which the parser adds"),
         (r"\triangle ABC \sim \triangle DEF", "a relation between names"),
@@ -428,7 +428,7 @@ def test_equality_is_symmetric(first: str, second: str) -> None:
 )
 def test_what_the_parser_would_drop_is_compared_as_text(text: str, why: str) -> None:
     assert judged(text, text).correct
-    for other in (r"\frac12", "3", "1", "2", "7", "f(x)", "1012", r"n \equiv 4 \pmod 7", "-2"):
+    for other in (r"\frac12", "5", "1", "2", "7", "f(x)", "1012", r"n^2 \equiv 4 \pmod 7", "-2", "3"):
         assert not judged(text, other).correct, why
         assert not judged(other, text).correct, why
 
@@ -473,6 +473,12 @@ HOSTILE = {
     "integral": "\\boxed{\\int_0^1 \\sin(\\sin(\\sin(x^x))) dx}",
     "exponentials": "\\boxed{\\exp(\\exp(\\exp(100)))}",
     "factorials of factorials": "\\boxed{((99!)!)!}",
+    "hidden factorials": "\\boxed{((((10!)!)!)!)!}",
+    "hidden exponent": "\\boxed{10^{5000\\cdot5000\\cdot5000}}",
+    "factorial in an exponent": "\\boxed{3^{4000!}}",
+    "negative tower": "\\boxed{10^{-10^{9}}}",
+    "exponent by division": "\\boxed{2^{1/10^{-12}}}",
+    "what cannot be rounded": "\\boxed{\\lfloor 10^{4000}\\pi\\rfloor}",
     "import": "Answer: __import__('os').system('touch pwned')",
     "surrogate": "Answer: \x00\ud800",
 }
@@ -498,9 +504,11 @@ def test_hostile_answers_are_wrong_and_leave_their_neighbours_alone(
 def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the answers above are as hostile as they look, and the pool survives them even so."""
     (tmp_path / "careless.py").write_text(
+        "import contextlib\n"
         "from megatron_fipo.rl.verifiers import mathematics\n"
         "from megatron_fipo.rl.verifiers.answers import algebra\n"
         "mathematics.is_computable = algebra.is_computable = lambda text: True\n"
+        "mathematics.size_limit = contextlib.nullcontext\n"
         "verify = mathematics.verify\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -124,10 +124,14 @@ def check_expression(source: str | bytes | ast.AST) -> None:
 
 
 def _check_size(node: ast.BinOp) -> None:
-    if isinstance(node.op, ast.LShift):
-        raise NotAnExpressionError("it shifts bits")
+    if isinstance(node.op, ast.LShift) and not (
+        isinstance(node.right, ast.Constant) and _size(node.right.value) <= MAX_EXPONENT
+    ):  # the task bitwise_arithmetic has its right answers computed from shifts by a few bits
+        raise NotAnExpressionError(f"it shifts bits, and not by a number up to {MAX_EXPONENT}")
     if isinstance(node.op, ast.Pow):
         parts = list(ast.walk(node.right))
+        if any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.LShift) for part in parts):
+            raise NotAnExpressionError("a power of shifted bits is not computed")
         is_number = not any(isinstance(part, ast.Name) and part.id not in _MAKERS_OF_NUMBERS for part in parts)
         if is_number and any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow) for part in parts):
             raise NotAnExpressionError("a tower of powers is not computed")

@@ -2,6 +2,7 @@ r"""Answers as text: one spelling for LaTeX, Markdown and Unicode; what is too l
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -23,13 +24,14 @@ _MAX_UNWRAPPED = 200
 # ----------------------------------------------------------------------------------- commands that only change the look
 _EMPHASIS = re.compile(
     r"\\(?:boldsymbol|bm|bold|mathbold|pmb|mathbf|mathit|mathsf|mathnormal|mathtt|mathopen|mathclose|underline|uline|ensuremath|"
-    r"displaymath|boxed|fbox|framebox|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
+    r"displaymath|boxed|fbox|framebox|bbox\s*(?:\[[^\]]*\])?|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|md|sl|normal)?|mathrm|mbox|hbox|emph|operatorname\*?)\s*(?=\{)")
 _DROPPED = re.compile(
     r"\\(?:left|right)\s*\.(?!\d)"
     r"|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|tiny|small|normalsize|"
     r"large|Large|LARGE|huge|Huge|bf|rm|it|bfseries|itshape|boldmath|unboldmath|centering|noindent|hfill)(?![A-Za-z])"
+    r"|\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+(?=[A-Za-z0-9](?![A-Za-z]))"
     r"|\\(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\}|\\(?:hspace|vspace|label|tag|phantom)\*?\s*\{[^{}]*\}"
 )
 _SPACES = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|thinspace|enspace|space)(?![A-Za-z])|\s+")
@@ -48,6 +50,8 @@ _WRAPPERS = (
 )  # fmt: skip
 _TILDE_FIRST = re.compile(r"^[$*\s]{0,4}~\s*(?=[\d.$])")  # "~5" is about 5; elsewhere it is LaTeX's space
 _FENCE = re.compile(r"```(?:[a-z]{0,8}\s+)?([^`]*?)\s*```", re.DOTALL)
+_ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-f]{1,5}|[a-z]{2,7}\d{0,2});", re.IGNORECASE)
+_ARRAY = re.compile(r"([(\[|]?)\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*?)\\end\s*\{array\}\s*([)\]|]?)", re.DOTALL)
 _ALIGNMENT_MARK = re.compile(r"(?<!\\)&")
 _ALIGNED = re.compile(
     r"\\begin\s*\{(aligned|align|alignat|alignedat|equation|gather|gathered|split|multline|displaymath|math|eqnarray)(\*?)\}"
@@ -77,7 +81,9 @@ _NAMES = [
     (re.compile(r"(?<=\d)\{:\}(?=\d)"), ":"),
     (re.compile(r"\+/-|\+-(?=\d)"), r"\\pm "),
     (re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])"), r"^{\\circ}"),
-    (re.compile(r"(?<![\\A-Za-z])infinity\b"), r"\\infty "),
+    (re.compile(r"(?<![\\A-Za-z])infinity\b", re.IGNORECASE), r"\\infty "),
+    (re.compile(r"(?<![\\A-Za-z])(?:negative|minus) (?=\d|\\frac|\\sqrt)", re.IGNORECASE), "-"),
+    (re.compile(r"\\colon(?![A-Za-z])"), ":"),
     (
         re.compile(r"(?<![\\A-Za-z{])(pi|(?:arc)?(?:sin|cos|tan)|sec|csc|cot|log|ln|exp|theta|alpha|beta)(?![A-Za-z])"),
         r"\\\1 ",
@@ -107,6 +113,7 @@ _OPERATORS = frozenset(
         "sinh",
         "cosh",
         "tanh",
+        "cis",
     ]
 )
 _REPEATING = re.compile(r"(?<=[\d.])\s*\\(?:overline|bar|overbar|dot)\s*(?:\{(\d+)\}|(\d))")
@@ -124,6 +131,8 @@ def cleaned(answer: str) -> str:
     """An answer without what only changes its look: one spelling, whatever LaTeX, Markdown and Unicode it came in."""
     if answer.isascii() and answer.isdigit():
         return answer
+    if "&" in answer:
+        answer = _ENTITY.sub(lambda entity: html.unescape(entity[0]), answer)
     text = _TILDE_FIRST.sub(r"\\sim ", _TAGS.sub(" ", as_latex(answer)).strip())
     if "</" in text:
         text = _HTML_SCRIPT.sub(lambda script: f"{'^' if script[1] in 'pP' else '_'}{{{script[2]}}}", text)
@@ -149,10 +158,20 @@ def _without_commands(text: str) -> str:
     text = _BRACKETED_MATHS.sub(" ", text)
     text = _replaced(text, _EMPHASIS, lambda content: content)
     text = _DROPPED.sub(" ", text)
+    if "array" in text:
+        text = _ARRAY.sub(_as_matrix, text)
     text = _replaced(text, _TEXT, _text_content)
     if "\\dot" in text:
         text = _DOTTED_PERIOD.sub(r"\\overline{\1\2\3}", text)
     return _REPEATING.sub(lambda digits: rf"\overline{{{digits[1] or digits[2]}}}", text)
+
+
+def _as_matrix(array: re.Match[str]) -> str:
+    """An array in brackets is a matrix; without them and of one column, it shows only where its lines stand."""
+    if array[1] and array[3]:
+        matrix = "vmatrix" if array[1] == "|" else "pmatrix"
+        return rf"\begin{{{matrix}}}{array[2]}\end{{{matrix}}}"
+    return array[0] if _ALIGNMENT_MARK.search(array[2]) else f"{array[1]} {array[2]} {array[3]}"
 
 
 def _named(text: str) -> str:
@@ -243,6 +262,7 @@ def _separates(inner: str) -> bool:
 
 
 _TEXT_MARK = re.compile(r"\\text\{([^{}]*)\}")
+_LONE_SCRIPT = re.compile(r"([_^])\{(\w)\}")
 _LOOSE_SPACE = re.compile(r"(?<![\w,]) | (?!\w)|(?<=,) (?!\d)|(?<=[A-Za-z]) (?=\d)|(?<=\d) (?=[A-Za-z])")
 
 
@@ -251,7 +271,7 @@ def without_layout(text: str) -> str:
 
     Equal ones are the same answer, whatever kind it is; "2 1/2" is not "21/2".
     """
-    return _LOOSE_SPACE.sub("", _TEXT_MARK.sub(r" \1 ", text).strip())
+    return _LONE_SCRIPT.sub(r"\1\2", _LOOSE_SPACE.sub("", _TEXT_MARK.sub(r" \1 ", text).strip()))
 
 
 # ---------------------------------------------------------------------------------------------------- what is too large

@@ -84,6 +84,7 @@ _PLAIN = {
     **dict.fromkeys("‘’‚‛′", "'"),
     **dict.fromkeys("、，", ","),
     **dict.fromkeys("。", "."),
+    "\u2236": ":",
     **dict.fromkeys("°º˚", r"^{\circ}"),
     "℃": r"^{\circ}C",
     "℉": r"^{\circ}F",
