@@ -46,7 +46,7 @@ _BOLD = (
 )
 _WRAPPERS = (
     ("$$", "$$"), ("$", "$"), ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"),
-    ("``", "''"),
+    ("``", "''"), ("``", "``"),
 )  # fmt: skip
 _TILDE_FIRST = re.compile(r"^[$*\s]{0,4}~\s*(?=[\d.$])")  # "~5" is about 5; elsewhere it is LaTeX's space
 _FENCE = re.compile(r"```(?:[a-z]{0,8}\s+)?([^`]*?)\s*```", re.DOTALL)
@@ -235,7 +235,9 @@ def _unwrapped(text: str) -> str:
         for left, right in _WRAPPERS:
             if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
                 inner = text[len(left) : -len(right)]
-                if left not in (inner.replace("\\$", "") if left == "$" else inner) and not (left == "$" and inner.endswith("\\")):
+                if left not in (inner.replace("\\$", "") if left == "$" else inner) and not (
+                    left == "$" and inner.endswith("\\")
+                ):
                     text = inner.strip()
         text = text.rstrip("_")  # half of a pair: the other stood before the marker
         if text.endswith("**") and text.count("**") == 1:

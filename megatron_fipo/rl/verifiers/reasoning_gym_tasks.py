@@ -82,7 +82,7 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
         score = 0.0
     task = entry["metadata"]["source_dataset"] if reference["task"] == "composite" else reference["task"]
     is_right = _SECOND_LOOKS.get(task)
-    if score == 1.0 and is_right is not None and not is_right(answer, str(entry["answer"])):
+    if score >= _FULL_MARKS and is_right is not None and not is_right(answer, str(entry["answer"])):
         score = 0.0
     return Verdict(min(max(score, 0.0), 1.0), answer)
 
@@ -151,6 +151,9 @@ def _is_zeros_and_ones(answer: str, right: str) -> bool:
 def _is_a_number(answer: str, right: str) -> bool:
     return "nan" not in answer.lower()
 
+
+_FULL_MARKS = 1.0 - 1e-9
+"""Some scorers add up equal shares, which come to a little less or more."""
 
 _SECOND_LOOKS: dict[str, Callable[[str, str], bool]] = {
     "game_of_life_halting": _same_truth,

@@ -108,7 +108,7 @@ def _spelled_out(text: str) -> str:
     text = _REMAINDER.sub(lambda found: str(int(found[1]) % int(found[2])) if int(found[2]) else found[0], text)
     text = _CIS.sub(r"e^{i \1}", text)
     for name, letter in _LETTERS.items():
-        text = re.sub(rf"\\{name}(?![A-Za-z])", letter, text)
+        text = re.sub(rf"\\{name}(?![A-Za-z])", f" {letter} ", text)
     return _FUNCTION_OVER.sub(r"\\\1(\2)/", text)
 
 
@@ -117,7 +117,11 @@ def _with_real_roots(value: Any) -> Any:
 
     def is_odd_root(part: Any) -> bool:
         return (
-            part.is_Pow and part.exp.is_Rational and part.exp.q > 1 and part.exp.q % 2 == 1 and part.base.is_negative is True
+            part.is_Pow
+            and part.exp.is_Rational
+            and part.exp.q > 1
+            and part.exp.q % 2 == 1
+            and part.base.is_negative is True
         )
 
     if not isinstance(value, sympy.Expr) or not any(map(is_odd_root, value.atoms(sympy.Pow))):

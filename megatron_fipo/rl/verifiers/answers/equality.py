@@ -36,7 +36,8 @@ from megatron_fipo.rl.verifiers.plain_numbers import tails_agree
 
 def equal_answers(first: Reading, second: Reading) -> bool:
     """Whether two whole answers say the same; a list or a set of one is its member, which it is not in a collection."""
-    return equal(_lone(first), _lone(second))
+    conditions = {side.condition for side in (first, second) if isinstance(side, Several) and side.condition}
+    return len(conditions) < 2 and equal(_lone(first), _lone(second))
 
 
 def _lone(reading: Reading) -> Reading:
@@ -210,12 +211,22 @@ def _several_equal(several: Several, other: Reading) -> bool:
     # A tuple's order is part of it, also for a list without brackets: "5, 2" is not the point (2,5).
     tuples = any(side.brackets not in ("", "{}") for side in (several, other))
     if tuples or several.in_order or other.in_order:
-        in_place = len(several.items) == len(other.items) and all(map(equal, several.items, other.items))
+        in_place = (
+            len(several.items) == len(other.items)
+            and not (tuples and (_is_one_name(several) or _is_one_name(other)))
+            and all(map(equal, several.items, other.items))
+        )
         return in_place or (several.brackets != other.brackets and _equal_as_sets(several, other))
     first, second = list(several.items), list(other.items)
     if "{}" in (several.brackets, other.brackets):  # a set has no repeats
         first, second = _distinct(first), _distinct(second)
     return _matched(first, second) or _equal_as_sets(several, other)
+
+
+def _is_one_name(several: Several) -> bool:
+    """Whether it lists several values of one name, as "x = 2, x = 5", which are no point."""
+    names = [item.members[0].name if isinstance(item, Relation) else "" for item in several.items]
+    return len(names) > 1 and len(set(names)) == 1 and bool(names[0])
 
 
 def _distinct(items: list[Reading]) -> list[Reading]:

@@ -48,6 +48,9 @@ def as_set(reading: Reading) -> Any:
 
 def _set_of_list(reading: Several) -> Any:
     """Set of "x < 1 or x > 2", of "x > 1 and x < 2", of "(-oo, 1) or (2, oo)"."""
+    if reading.joiner == "+-":
+        values = [_real(item) for item in reading.items]
+        return None if None in values else sympy.FiniteSet(*values)
     relations = all(isinstance(item, Relation) for item in reading.items)
     if (relations and len({name for item in reading.items for name in names_of(item)}) == 1) or reading.joiner == "or":
         parts = [as_set(item) for item in reading.items if isinstance(item, (Relation, Union, Several))]
