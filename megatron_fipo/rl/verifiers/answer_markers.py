@@ -157,7 +157,7 @@ def _opens(text: str) -> bool:
 
 
 def _undecorated(answer: str) -> str:
-    """Without tags and what follows the end of a turn, and without the bold marks and full stops, in any order, that sentences begin and end with."""
+    """Without tags, what follows the end of a turn, and bold marks and full stops, in any order, around sentences."""
     answer = _TAG.sub(" ", _END_OF_TURN.split(answer, maxsplit=1)[0]).strip()
     before = None
     while answer != before:

@@ -167,17 +167,23 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     try:
         check_expression(source)
     except (NotAnExpressionError, SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
-        if not _is_importing():
+        if not _is_librarys_own():
             raise NotAnExpressionError(f"an answer is an expression, and this is none: {error}") from error
     finally:
         _state.looking = False
 
 
-def _is_importing() -> bool:
-    """Whether a module is being imported, which may well make its classes out of text; no expression imports any."""
+def _is_librarys_own() -> bool:
+    """Whether a library makes a function out of text of its own, in which nothing of an answer stands.
+
+    A module that is being imported may well make its classes so; no expression imports any. And sympy writes the
+    products of monomials, which integrals and fractions take, for the number of variables.
+    """
+    monomials = sys.modules.get("sympy.polys.monomials")
+    writer = monomials.MonomialOps._build.__code__ if monomials is not None else None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not _state.block:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>" or frame.f_code is writer:
             return True
         frame = frame.f_back
     return False

@@ -235,9 +235,8 @@ def _unwrapped(text: str) -> str:
         for left, right in _WRAPPERS:
             if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
                 inner = text[len(left) : -len(right)]
-                if left not in (inner.replace("\\$", "") if left == "$" else inner) and not (
-                    left == "$" and inner.endswith("\\")
-                ):
+                others = inner.replace("\\$", "") if left == "$" else inner  # a dollar sign is a currency
+                if left not in others and not (left == "$" and inner.endswith("\\")):
                     text = inner.strip()
         text = text.rstrip("_")  # half of a pair: the other stood before the marker
         if text.endswith("**") and text.count("**") == 1:

@@ -166,9 +166,12 @@ _SECOND_LOOKS: dict[str, Callable[[str, str], bool]] = {
     "kakurasu": _is_zeros_and_ones,
     "complex_arithmetic": _is_a_number,
 }
-"""Tasks whose scorer gives full marks to wrong answers (seen in 0.1.25), with what such an answer has to be. Theirs take
-any text for a yes, a number that begins like the right one, the right words with others behind them, a number without
-its sign, a list with other numbers, any four numbers that make 24 or a little more, digits of a larger number, nan."""
+"""Tasks whose scorer gives full marks to wrong answers (seen in 0.1.25), with what such an answer has to be.
+
+Theirs take any text for a yes, a number that begins like the right one, the right words with others behind them, a
+number without its sign, a list with other numbers, any four numbers that make 24 or a little more, digits of a larger
+number, and nan.
+"""
 
 
 def prepare(reference: Any) -> None:
