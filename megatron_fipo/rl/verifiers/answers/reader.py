@@ -74,7 +74,7 @@ _IN_WORDS = [
 ]
 _PART = re.compile(
     r"\s*(?P<part>\d+(?:\.\d+)?\s*(?:\\text\{\s*)?(?:hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|days?|weeks?|months?|years?|feet|"
-    r"foot|ft|inch(?:es)?|in|yards?|yd|pounds?|lbs?|ounces?|oz|dollars?|cents?|meters?|m|cm|centimeters?|kg|g|grams?)\b\s*\}?)"
+    r"foot|ft|inch(?:es)?|in|yards?|yd|pounds?|lbs?|ounces?|oz|dollars?|cents?|meters?|m|cm|centimeters?|kg|g|grams?)\b(?:\s*,)?\s*\}?)"
     r"\s*(?:,|(?:\\text\{)?\s*and\b\s*\}?)?"
 )
 _MAX_PARTS = 4
