@@ -31,6 +31,7 @@ EVALUATING = {
 @pytest.mark.parametrize(
     "source",
     ["1 + 2*(3 - 4)", "[[1, 0], [0, 1]]", "  ('a', 'b')", "sqrt(2)*x**2 + C", "exp(x)**(x**2)", "max(1, 2)", "2**5000",
+     "(0x88b3 << 0x1) * 3",
      "Integer (2 )**Symbol ('x')", "{1: True}", "-x < 3"],
 )  # fmt: skip
 def test_expressions_pass(source: str) -> None:
@@ -42,7 +43,9 @@ def test_expressions_pass(source: str) -> None:
     "source",
     ["__import__('os')", "open('x')", "().__class__", "[].append", "x[0]", "[i for i in x]", "lambda: 1", "f'{x}'",
      "(y := 1)", "eval('1')", "getattr(x, 'y')", "exec", "print", "9**9**9", "2**Integer(9)**Integer(9)", "2**5001",
-     "1 << 10", "(lambda: 1)()", "'a'.join('b')", "await x", "*x", "_x", "x if y else z", "a.b()"],
+     "1 << 5001", "1 << (1 << 10)", "2**(1 << 10)", "(lambda: 1)()", "'a'.join('b')", "await x", "*x", "_x",
+     "x if y else z",
+     "a.b()"],
 )  # fmt: skip
 def test_code_does_not(source: str) -> None:
     with pytest.raises((NotAnExpressionError, SyntaxError)):
@@ -132,3 +135,15 @@ def test_mathematics_runs_no_answer(wrapper: str, tmp_path: Path) -> None:
             with block():
                 assert not mathematics.verify(wrapper.format(code), "7", "stop").correct
     assert not marker.exists()
+
+
+def test_sympy_may_write_the_products_of_its_monomials() -> None:
+    """Integrals and fractions need them; the first of each number of variables is made out of text."""
+    import sympy
+    from sympy.polys.monomials import MonomialOps
+
+    with expressions_only():
+        assert MonomialOps(5).mul()((1, 0, 0, 0, 0), (1, 2, 0, 0, 0)) == (2, 2, 0, 0, 0)
+        assert sympy.Integral(sympy.Symbol("x"), (sympy.Symbol("x"), 0, 1)).doit() == sympy.Rational(1, 2)
+        with pytest.raises(NotAnExpressionError):
+            exec("def f(): pass")

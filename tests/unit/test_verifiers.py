@@ -197,26 +197,57 @@ def test_reasoning_gym() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "right", "wrong"),
+    ("task", "seed", "right", "wrong"),
     [
-        ("game_of_life_halting", ("False", "no", "false."), ("True", "yes", "xyzzy", "0", "[]")),
-        ("coin_flip", ("0.3125", "5/16"), ("0", "0.3", "3", "0.31", "xyzzy")),
+        ("game_of_life_halting", None, ("False", "no", "false."), ("xyzzy", "True", "yes", "0", "[]")),
+        ("coin_flip", None, ("0.3125", "5/16"), ("0", "0.3", "3", "0.31", "xyzzy")),
+        ("letter_jumble", 0, ("{}",), ("{} and more", "{} {}", "")),
+        ("spell_backward", 0, ("{}", "{} "), ("{}x", "{} or not", "x{}")),
+        ("gsm_symbolic", 0, ("{}", "{} apples", "${}.0"), ("-{}", "{} or 1", "{} but not 7", "x")),
+        ("number_sorting", None, ("['-87.0', '-48.0', '-26.01', '-5.19', '19.0', '81.8']",),
+         ("['-87.0', '-48.0', '-26.02', '-5.19', '19.0', '81.8']", "[]")),
+        ("puzzle24", None, ("10 + 3 + 4 + 7", "(7+4)+10+3"), ("6*(1 + 6 - 3)", "10 + 3 + 4 * 7", "2**10")),
+        ("kakurasu", 0, ("{}",), ("-{}", "4{}", "x")),
+        ("complex_arithmetic", 0, ("{}",), ("nan", "nan+nani", "x")),
     ],
-)
+)  # fmt: skip
 def test_scorers_that_give_full_marks_to_wrong_answers_get_a_second_look(
-    task: str, right: tuple[str, ...], wrong: tuple[str, ...]
+    task: str, seed: int | None, right: tuple[str, ...], wrong: tuple[str, ...]
 ) -> None:
+    """The first of the wrong ones is the control: it passes by the package's own scorer."""
     from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
 
     verify = load_verifier("reasoning_gym")
-    entries = (open_task(task, {}, seed=seed, size=1)[0] for seed in range(50))
-    entry = next(entry for entry in entries if str(entry["answer"]) == right[0])
+    entries = (open_task(task, {}, seed=number, size=1)[0] for number in range(400))
+    entry = next(entry for entry in entries if seed is not None or str(entry["answer"]) == right[0])
     reference = {"task": task, "params": {}, "entry": entry}
-    for answer in (*right, *wrong):
-        verdict = verify(f"<answer>{answer}</answer>", reference, "stop")
-        assert verdict.correct is (answer in right), answer
-    # The control: by the package's own scorer the wrong ones pass.
-    assert open_task(task, {}, seed=0, size=1).score_answer(wrong[0 if task == "coin_flip" else 2], entry) == 1.0
+    own = [answer.replace("{}", str(entry["answer"])) for answer in (*right, *wrong)]
+    judged = [verify(f"<answer>{answer}</answer>", reference, "stop").correct for answer in own]
+    assert judged == [True] * len(right) + [False] * len(wrong)
+    assert open_task(task, {}, seed=0, size=1).score_answer(own[len(right)], entry) > 1 - 1e-9
+
+
+def test_answers_of_tasks_that_compute_by_shifting_bits_are_right() -> None:
+    """Some of that task's problems have shifts, which its scorer computes anew for each answer."""
+    import reasoning_gym
+
+    verify = load_verifier("reasoning_gym")
+    entries = list(reasoning_gym.create_dataset("bitwise_arithmetic", seed=0, size=30))
+    assert any("<<" in entry["metadata"]["problem"] for entry in entries)
+    for entry in entries:
+        reference = {"task": "bitwise_arithmetic", "params": {}, "entry": entry}
+        assert verify(entry["answer"], reference, "stop").correct, entry["metadata"]["problem"]
+        assert not verify(hex(int(entry["answer"], 16) + 1), reference, "stop").correct
+
+
+def test_a_task_without_one_right_answer_scores_a_malformed_one_zero() -> None:
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset("boxnet", seed=0, size=1)[0]
+    assert entry["answer"] is None
+    reference = {"task": "boxnet", "params": {}, "entry": entry}
+    for answer in ("0", "[[]]", "[0]"):
+        assert load_verifier("reasoning_gym")(answer, reference, "stop") == Verdict(0.0, answer)
 
 
 def test_reasoning_gym_scorer_that_raises_over_a_wrong_answer_scores_zero_and_a_broken_one_raises() -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.rl.verifiers import mathematics
 from megatron_fipo.rl.verifiers.answer_markers import MAX_SEARCHED_CHARACTERS, last_answer_tag, last_boxed, last_line
 from megatron_fipo.rl.verifiers.answers import algebra, units
+from megatron_fipo.rl.verifiers.answers.size_limit import TooLargeError, size_limit
 from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
 from megatron_fipo.rl.verifiers.math_text import cleaned, is_computable
 from megatron_fipo.rl.verifiers.plain_numbers import read_plain_number
@@ -158,6 +160,11 @@ def test_right_answers_are_one_vote_and_wrong_ones_another(rule: dict[str, Any])
         ["Tuesday", r"\text{tuesday}", "**Tuesday**"],
         ["B", "(B)", "Option B", "(B) 12"],
         ["1010_2", r"1010_{\text{two}}"],
+        ["|x|<2", "-2<x<2", "(-2,2)", r"x \in (-2, 2)"],
+        ["2x+4y=3", "x+2y=1.5", "8y = 6 - 4x"],
+        [r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\ \frac42\end{bmatrix}"],
+        ["1:2", "2 to 4", "2:4"],
+        ["2 hours 30 minutes", "2 hours and 30 minutes", r"2\text{ hours, }30\text{ minutes}"],
     ],
 )
 def test_equal_wrong_answers_vote_together(spellings: list[str]) -> None:
@@ -418,7 +425,7 @@ def test_equality_is_symmetric(first: str, second: str) -> None:
     ("text", "why"),
     [
         (r"\frac{1}{2}\text{ if } x>0", "words between mathematics"),
-        (r"n \equiv 3 \pmod 7", "a command that the parser reads as a product"),
+        (r"n^2 \equiv 3 \pmod 7", "a command that the parser reads as a product"),
         (r"\begin{cases} 1 & x>0 \\ 2 & x<0 \end{cases}", "of which the parser keeps one branch"),
         ("3 4", "which the parser adds"),
         (r"\triangle ABC \sim \triangle DEF", "a relation between names"),
@@ -428,7 +435,7 @@ def test_equality_is_symmetric(first: str, second: str) -> None:
 )
 def test_what_the_parser_would_drop_is_compared_as_text(text: str, why: str) -> None:
     assert judged(text, text).correct
-    for other in (r"\frac12", "3", "1", "2", "7", "f(x)", "1012", r"n \equiv 4 \pmod 7", "-2"):
+    for other in (r"\frac12", "5", "1", "2", "7", "f(x)", "1012", r"n^2 \equiv 4 \pmod 7", "-2", "3"):
         assert not judged(text, other).correct, why
         assert not judged(other, text).correct, why
 
@@ -473,6 +480,12 @@ HOSTILE = {
     "integral": "\\boxed{\\int_0^1 \\sin(\\sin(\\sin(x^x))) dx}",
     "exponentials": "\\boxed{\\exp(\\exp(\\exp(100)))}",
     "factorials of factorials": "\\boxed{((99!)!)!}",
+    "hidden factorials": "\\boxed{((((10!)!)!)!)!}",
+    "hidden exponent": "\\boxed{10^{5000\\cdot5000\\cdot5000}}",
+    "factorial in an exponent": "\\boxed{3^{4000!}}",
+    "negative tower": "\\boxed{10^{-10^{9}}}",
+    "exponent by division": "\\boxed{2^{1/10^{-12}}}",
+    "what cannot be rounded": "\\boxed{\\lfloor 10^{4000}\\pi\\rfloor}",
     "import": "Answer: __import__('os').system('touch pwned')",
     "surrogate": "Answer: \x00\ud800",
 }
@@ -498,9 +511,11 @@ def test_hostile_answers_are_wrong_and_leave_their_neighbours_alone(
 def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the answers above are as hostile as they look, and the pool survives them even so."""
     (tmp_path / "careless.py").write_text(
+        "import contextlib\n"
         "from megatron_fipo.rl.verifiers import mathematics\n"
         "from megatron_fipo.rl.verifiers.answers import algebra\n"
         "mathematics.is_computable = algebra.is_computable = lambda text: True\n"
+        "mathematics.size_limit = contextlib.nullcontext\n"
         "verify = mathematics.verify\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -509,6 +524,18 @@ def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monk
         hostile, honest = pool.judge_all(jobs)
     assert "took longer than verifier.timeout_s=3" in hostile.error
     assert honest.correct
+
+
+def test_numbers_that_get_too_large_are_given_up_wherever_they_come_up() -> None:
+    for expression in ("Integer(10)**(10**9)", "Rational(1, 3)**(10**9)", "factorial(10**6)", "binomial(10**9, 10**8)"):
+        with pytest.raises(TooLargeError), size_limit():
+            sympy.sympify(expression)
+    with size_limit():
+        assert sympy.Integer(2) ** 2024 == 2**2024
+        assert sympy.factorial(2024) / sympy.factorial(2023) == 2024
+        assert sympy.binomial(10**9, 10**9 - 1) == 10**9
+        assert sympy.Integer(-1) ** (10**12) == 1
+    assert sympy.factorial(20_001) % 2 == 0  # outside of the block sympy computes as ever
 
 
 @pytest.mark.parametrize(

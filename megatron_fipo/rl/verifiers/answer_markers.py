@@ -16,9 +16,15 @@ MAX_CONTINUED_LINES = 60
 _STARS = re.compile(r"\*+")
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 # No \b: an underscore is a letter to it, and "__Answer__:" is bold.
-_ANSWER_MARKER = re.compile(r"(?:(?<![A-Za-z0-9])answer[*_]{0,2}\s{0,4}[:：]|#{4,})[*_]{0,2}", re.IGNORECASE)
+_ANSWER_COLON = r"(?<![A-Za-z0-9])answer[*_]{0,2}\s{0,4}[:：]"
+_ANSWER_MARKER = re.compile(rf"(?:{_ANSWER_COLON}|#{{4,}})[*_]{{0,2}}", re.IGNORECASE)
+_ANSWER_COLON_MARKER = re.compile(rf"{_ANSWER_COLON}[*_]{{0,2}}", re.IGNORECASE)
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{|\\.|[{}]", re.DOTALL)
 _TAG = re.compile(r"</?(?:answer|think)>", re.IGNORECASE)
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|end|eos)\|>|<｜end[^｜<>]{1,40}｜>|</s>|<(?:eos|end_of_turn)>"
+)
+"""Tokens that a tokenizer may not leave out of the text."""
 _BULLET = re.compile(r"(?:[-*+•]|\d{1,2}[.)])[ \t]+(?=\S)")
 _BLOCKS = (
     (re.compile(r"<answer>", re.IGNORECASE), re.compile(r"</answer>", re.IGNORECASE)),
@@ -74,16 +80,20 @@ def last_boxed(text: str) -> tuple[int, str] | None:
     return (offset + last[0], end[last[1] : last[2]].strip()) if last else None
 
 
-def last_answer_line(text: str) -> tuple[int, str] | None:
+def last_answer_line(text: str, *, number_signs: bool = True) -> tuple[int, str] | None:
     """Position and content of the last "Answer:" or "####": the rest of its line, or the next line that is not empty.
 
     "Answer:" counts in any case, also as "Final Answer:", in Markdown's bold and with a full-width colon. Where the
     content opens a display, a code block or <answer>, it goes on to its end; lines of a list are separated by commas.
     None if there is no marker.
+
+    Args:
+        text: that ends with the answer.
+        number_signs: whether "####" is a marker.
     """
     end = _end_of(text)
     last = None
-    for last in _ANSWER_MARKER.finditer(end):  # noqa: B007 - the last match is what is wanted
+    for last in (_ANSWER_MARKER if number_signs else _ANSWER_COLON_MARKER).finditer(end):  # noqa: B007 - the last match is what is wanted
         pass
     if last is None:
         return None
@@ -147,8 +157,8 @@ def _opens(text: str) -> bool:
 
 
 def _undecorated(answer: str) -> str:
-    """Without tags, and without the bold marks and full stops, in any order, that sentences begin and end with."""
-    answer = _TAG.sub(" ", answer).strip()
+    """Without tags, what follows the end of a turn, and bold marks and full stops, in any order, around sentences."""
+    answer = _TAG.sub(" ", _END_OF_TURN.split(answer, maxsplit=1)[0]).strip()
     before = None
     while answer != before:
         before = answer

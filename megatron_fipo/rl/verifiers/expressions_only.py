@@ -124,10 +124,14 @@ def check_expression(source: str | bytes | ast.AST) -> None:
 
 
 def _check_size(node: ast.BinOp) -> None:
-    if isinstance(node.op, ast.LShift):
-        raise NotAnExpressionError("it shifts bits")
+    if isinstance(node.op, ast.LShift) and not (
+        isinstance(node.right, ast.Constant) and _size(node.right.value) <= MAX_EXPONENT
+    ):  # the task bitwise_arithmetic has its right answers computed from shifts by a few bits
+        raise NotAnExpressionError(f"it shifts bits, and not by a number up to {MAX_EXPONENT}")
     if isinstance(node.op, ast.Pow):
         parts = list(ast.walk(node.right))
+        if any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.LShift) for part in parts):
+            raise NotAnExpressionError("a power of shifted bits is not computed")
         is_number = not any(isinstance(part, ast.Name) and part.id not in _MAKERS_OF_NUMBERS for part in parts)
         if is_number and any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow) for part in parts):
             raise NotAnExpressionError("a tower of powers is not computed")
@@ -163,17 +167,23 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     try:
         check_expression(source)
     except (NotAnExpressionError, SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
-        if not _is_importing():
+        if not _is_librarys_own():
             raise NotAnExpressionError(f"an answer is an expression, and this is none: {error}") from error
     finally:
         _state.looking = False
 
 
-def _is_importing() -> bool:
-    """Whether a module is being imported, which may well make its classes out of text; no expression imports any."""
+def _is_librarys_own() -> bool:
+    """Whether a library makes a function out of text of its own, in which nothing of an answer stands.
+
+    A module that is being imported may well make its classes so; no expression imports any. And sympy writes the
+    products of monomials, which integrals and fractions take, for the number of variables.
+    """
+    monomials = sys.modules.get("sympy.polys.monomials")
+    writer = monomials.MonomialOps._build.__code__ if monomials is not None else None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not _state.block:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>" or frame.f_code is writer:
             return True
         frame = frame.f_back
     return False

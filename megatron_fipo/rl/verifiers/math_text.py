@@ -2,6 +2,7 @@ r"""Answers as text: one spelling for LaTeX, Markdown and Unicode; what is too l
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -23,29 +24,41 @@ _MAX_UNWRAPPED = 200
 # ----------------------------------------------------------------------------------- commands that only change the look
 _EMPHASIS = re.compile(
     r"\\(?:boldsymbol|bm|bold|mathbold|pmb|mathbf|mathit|mathsf|mathnormal|mathtt|mathopen|mathclose|underline|uline|ensuremath|"
-    r"displaymath|boxed|fbox|framebox|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
+    r"displaymath|boxed|fbox|framebox|bbox\s*(?:\[[^\]]*\])?|colorbox\s*\{[^{}]*\}|(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\})\s*(?=\{)"
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|md|sl|normal)?|mathrm|mbox|hbox|emph|operatorname\*?)\s*(?=\{)")
 _DROPPED = re.compile(
     r"\\(?:left|right)\s*\.(?!\d)"
     r"|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|tiny|small|normalsize|"
     r"large|Large|LARGE|huge|Huge|bf|rm|it|bfseries|itshape|boldmath|unboldmath|centering|noindent|hfill)(?![A-Za-z])"
+    r"|\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+(?=[A-Za-z0-9](?![A-Za-z]))"
     r"|\\(?:text)?color\s*(?:\[[^\]]*\])?\{[^{}]*\}|\\(?:hspace|vspace|label|tag|phantom)\*?\s*\{[^{}]*\}"
 )
 _SPACES = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|thinspace|enspace|space)(?![A-Za-z])|\s+")
 _INLINE_MATHS = re.compile(r"(?<![\\\d])\$(?=\S)([^$]*?[^\s$\\])\$(?!\d)")
 _BRACKETED_MATHS = re.compile(r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]")
-_TAGS = re.compile(r"</?(?:answer|think)>", re.IGNORECASE)
+_TAGS = re.compile(r"</?(?:answer|think)>|<br ?/?>", re.IGNORECASE)
+_HTML = re.compile(r"<(b|strong|i|em|u|p|span|code|mark|big|center)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_HTML_SCRIPT = re.compile(r"<su([bp])>(.{1,40}?)</su\1>", re.IGNORECASE)
 _BOLD = (
     re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])(.+?)(?<=[^\s*])\*\*(?![\w(\[{\\*])"),
     re.compile(r"(?<![\w)\]}])__(?=[^\s_])(.+?)(?<=[^\s_])__(?![\w{])"),
 )
 _WRAPPERS = (
     ("$$", "$$"), ("$", "$"), ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"),
-    ("``", "''"),
+    ("``", "''"), ("``", "``"),
 )  # fmt: skip
 _TILDE_FIRST = re.compile(r"^[$*\s]{0,4}~\s*(?=[\d.$])")  # "~5" is about 5; elsewhere it is LaTeX's space
-_FENCE = re.compile(r"```[a-z]{0,8}\s+(.*?)\s*```", re.DOTALL)
+_FENCE = re.compile(r"```(?:[a-z]{0,8}\s+)?([^`]*?)\s*```", re.DOTALL)
+_ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-f]{1,5}|[a-z]{2,7}\d{0,2});", re.IGNORECASE)
+_ARRAY = re.compile(r"([(\[|]?)\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*?)\\end\s*\{array\}\s*([)\]|]?)", re.DOTALL)
+_ALIGNMENT_MARK = re.compile(r"(?<!\\)&")
+_ALIGNED = re.compile(
+    r"\\begin\s*\{(aligned|align|alignat|alignedat|equation|gather|gathered|split|multline|displaymath|math|eqnarray)(\*?)\}"
+    r"(.*?)\\end\s*\{\1\2\}",
+    re.DOTALL,
+)
+"""Environments that say where a formula stands, and nothing of what it is."""
 
 # ---------------------------------------------------------------------------------------------------- one name for each
 _NAMES = [
@@ -68,7 +81,9 @@ _NAMES = [
     (re.compile(r"(?<=\d)\{:\}(?=\d)"), ":"),
     (re.compile(r"\+/-|\+-(?=\d)"), r"\\pm "),
     (re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])"), r"^{\\circ}"),
-    (re.compile(r"(?<![\\A-Za-z])infinity\b"), r"\\infty "),
+    (re.compile(r"(?<![\\A-Za-z])infinity\b", re.IGNORECASE), r"\\infty "),
+    (re.compile(r"(?<![\\A-Za-z])(?:negative|minus) (?=\d|\\frac|\\sqrt)", re.IGNORECASE), "-"),
+    (re.compile(r"\\colon(?![A-Za-z])"), ":"),
     (
         re.compile(r"(?<![\\A-Za-z{])(pi|(?:arc)?(?:sin|cos|tan)|sec|csc|cot|log|ln|exp|theta|alpha|beta)(?![A-Za-z])"),
         r"\\\1 ",
@@ -98,6 +113,7 @@ _OPERATORS = frozenset(
         "sinh",
         "cosh",
         "tanh",
+        "cis",
     ]
 )
 _REPEATING = re.compile(r"(?<=[\d.])\s*\\(?:overline|bar|overbar|dot)\s*(?:\{(\d+)\}|(\d))")
@@ -115,7 +131,12 @@ def cleaned(answer: str) -> str:
     """An answer without what only changes its look: one spelling, whatever LaTeX, Markdown and Unicode it came in."""
     if answer.isascii() and answer.isdigit():
         return answer
+    if "&" in answer:
+        answer = _ENTITY.sub(lambda entity: html.unescape(entity[0]), answer)
     text = _TILDE_FIRST.sub(r"\\sim ", _TAGS.sub(" ", as_latex(answer)).strip())
+    if "</" in text:
+        text = _HTML_SCRIPT.sub(lambda script: f"{'^' if script[1] in 'pP' else '_'}{{{script[2]}}}", text)
+        text = _HTML.sub(r" \2 ", text)
     fenced = _FENCE.fullmatch(text)
     text = _unwrapped(fenced[1] if fenced else text)
     if "**" in text or "__" in text:
@@ -130,15 +151,27 @@ def cleaned(answer: str) -> str:
 
 
 def _without_commands(text: str) -> str:
+    if "\\begin" in text:
+        text = _ALIGNED.sub(lambda environment: f" {_ALIGNMENT_MARK.sub(' ', environment[3])} ", text)
     text = _LATEX_THOUSANDS.sub("", _SMALL_SPACES.sub("", text))
     text = _LATEX_DECIMAL_COMMA.sub(".", text).replace("\\!", "")
     text = _BRACKETED_MATHS.sub(" ", text)
     text = _replaced(text, _EMPHASIS, lambda content: content)
     text = _DROPPED.sub(" ", text)
+    if "array" in text:
+        text = _ARRAY.sub(_as_matrix, text)
     text = _replaced(text, _TEXT, _text_content)
     if "\\dot" in text:
         text = _DOTTED_PERIOD.sub(r"\\overline{\1\2\3}", text)
     return _REPEATING.sub(lambda digits: rf"\overline{{{digits[1] or digits[2]}}}", text)
+
+
+def _as_matrix(array: re.Match[str]) -> str:
+    """An array in brackets is a matrix; without them and of one column, it shows only where its lines stand."""
+    if array[1] and array[3]:
+        matrix = "vmatrix" if array[1] == "|" else "pmatrix"
+        return rf"\begin{{{matrix}}}{array[2]}\end{{{matrix}}}"
+    return array[0] if _ALIGNMENT_MARK.search(array[2]) else f"{array[1]} {array[2]} {array[3]}"
 
 
 def _named(text: str) -> str:
@@ -202,7 +235,8 @@ def _unwrapped(text: str) -> str:
         for left, right in _WRAPPERS:
             if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
                 inner = text[len(left) : -len(right)]
-                if left not in inner and not (left == "$" and inner.endswith("\\")):
+                others = inner.replace("\\$", "") if left == "$" else inner  # a dollar sign is a currency
+                if left not in others and not (left == "$" and inner.endswith("\\")):
                     text = inner.strip()
         text = text.rstrip("_")  # half of a pair: the other stood before the marker
         if text.endswith("**") and text.count("**") == 1:
@@ -229,6 +263,7 @@ def _separates(inner: str) -> bool:
 
 
 _TEXT_MARK = re.compile(r"\\text\{([^{}]*)\}")
+_LONE_SCRIPT = re.compile(r"([_^])\{(\w)\}")
 _LOOSE_SPACE = re.compile(r"(?<![\w,]) | (?!\w)|(?<=,) (?!\d)|(?<=[A-Za-z]) (?=\d)|(?<=\d) (?=[A-Za-z])")
 
 
@@ -237,7 +272,7 @@ def without_layout(text: str) -> str:
 
     Equal ones are the same answer, whatever kind it is; "2 1/2" is not "21/2".
     """
-    return _LOOSE_SPACE.sub("", _TEXT_MARK.sub(r" \1 ", text).strip())
+    return _LONE_SCRIPT.sub(r"\1\2", _LOOSE_SPACE.sub("", _TEXT_MARK.sub(r" \1 ", text).strip()))
 
 
 # ---------------------------------------------------------------------------------------------------- what is too large

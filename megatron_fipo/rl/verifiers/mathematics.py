@@ -26,6 +26,7 @@ from megatron_fipo.rl.verifiers.answers.canonical import bounded, canonical
 from megatron_fipo.rl.verifiers.answers.equality import equal_answers
 from megatron_fipo.rl.verifiers.answers.reader import read
 from megatron_fipo.rl.verifiers.answers.readings import Reading
+from megatron_fipo.rl.verifiers.answers.size_limit import TooLargeError, size_limit
 from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
 from megatron_fipo.rl.verifiers.math_text import cleaned, is_computable, without_layout
 from megatron_fipo.rl.verifiers.verdict import Verdict
@@ -38,6 +39,13 @@ MAX_ANSWER_CHARACTERS = 1000
 
 MAX_SHOWN_CHARACTERS = 200
 """How much of an answer the verdict carries, for counts and reports."""
+
+_GIVEN_UP = (
+    CpuLimitError, TooLargeError, RecursionError, MemoryError, ArithmeticError, ValueError, TypeError, AttributeError,
+    LookupError, NotImplementedError,
+)  # fmt: skip
+"""What ends a computation without a result. Computer algebra raises whatever its code comes across, such as its
+PrecisionExhausted over the floor of 10^{4000} pi."""
 
 DAPO_TAIL_CHARACTERS = 300
 """How much of a response's end DAPO's reward reads (arXiv 2503.14476 and its public code)."""
@@ -54,7 +62,7 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
 
 def verify_answer_line(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     """Judge the answer behind the last "Answer:" of the response's last 300 characters; raises as `verify` does."""
-    found = last_answer_line(response_text[-DAPO_TAIL_CHARACTERS:])
+    found = last_answer_line(response_text[-DAPO_TAIL_CHARACTERS:], number_signs=False)
     return _judge(found[1] if found else None, reference)
 
 
@@ -84,14 +92,14 @@ def _compared(answer: str, reference_text: str) -> tuple[bool, str]:
     if not is_computable(text):
         return False, bounded(text)
     try:
-        with cpu_limit(MAX_ALGEBRA_CPU_S):
+        with cpu_limit(MAX_ALGEBRA_CPU_S), size_limit():
             reading = read(text)
             if equal_answers(reading, gold):
                 return True, gold_shown
             shown = canonical(reading, text)
             # Where only units tell them apart, a wrong answer does not vote for the right one.
             return False, shown if shown != gold_shown else bounded(f"not {without_layout(text)}")
-    except (CpuLimitError, RecursionError, MemoryError, OverflowError):
+    except _GIVEN_UP:
         return False, bounded(text)  # the answer's doing: the reference was read before
 
 
@@ -109,9 +117,9 @@ def _gold(reference_text: str) -> tuple[str, Reading, str]:
         )
     reading = read(text)
     try:
-        with cpu_limit(MAX_ALGEBRA_CPU_S):
+        with cpu_limit(MAX_ALGEBRA_CPU_S), size_limit():
             return text, reading, canonical(reading, text)
-    except (CpuLimitError, RecursionError, MemoryError, OverflowError):
+    except _GIVEN_UP:
         return text, reading, bounded(text)
 
 

@@ -36,6 +36,10 @@ _NUMBER_IN_BRACKETS = re.compile(r"[(\[]([^(),\[\]{}]*)[)\]]")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?\b\s*(\}})?")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{\s*)?(?:percent|per cent|pct)\b\s*\}?)")
+_MODULUS = re.compile(
+    r"\s*(?:\\p?mod(?![A-Za-z])|\(\s*(?:\\text\{\s*)?\\?[bp]?mod|\\text\{\s*\(\s*mod)\s*\}?\s*\{?\s*(\w+)\s*[)}]{0,3}\s*"
+)
+"""What a number is a remainder by; without brackets, "17 mod 10" is the remainder itself."""
 _ORDINAL = re.compile(r"\s*\^?\s*\{?(?:\\text\{)?\s*(?:st|nd|rd|th)\b\s*\}?\}?")
 
 
@@ -110,6 +114,9 @@ def read_tail(text: str, *, ordinal: bool = False) -> Tail | None:
     r"""What follows a value: "\%", " million dollars", " km/h", "^{\circ}", "st"; None if it is anything else."""
     if not text.strip():
         return Tail()
+    modulus = _MODULUS.fullmatch(text)
+    if modulus:
+        return Tail(1, False, Unit("", frozenset([f"mod {modulus[1]}"])))
     scale = _SCALE.match(text)
     if scale and (scale[2] or "\\text" not in scale[0]):
         unit = read_unit(text[scale.end() :])
@@ -126,7 +133,7 @@ def read_tail(text: str, *, ordinal: bool = False) -> Tail | None:
 def read_price_tail(currency: str, behind: str) -> Tail | None:
     """What follows a value with its currency before it: "$5 million", "$5/hour", "$5 each"."""
     scale = _SCALE.match(behind)
-    unit = read_unit(currency.replace("US", "") + (behind[scale.end() :] if scale else behind))
+    unit = read_unit(currency.replace("US$", "$").replace("US\\$", "$") + (behind[scale.end() :] if scale else behind))
     return None if unit is None else Tail(_SCALES[scale[1]] if scale else 1, False, unit)
 
 

@@ -6,7 +6,9 @@ Some scorers read the answer with Python's `eval`. The pool has each response ju
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -74,12 +76,13 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError):
         # Some scorers raise over an answer of the wrong form, which makes it a wrong answer; a scorer that raises over
         # the right one as well is broken, and so is the judgement.
-        if float(score_answer(entry["answer"], entry)) != 1.0:
+        # A task without one right answer of its own cannot show that.
+        if entry["answer"] is not None and float(score_answer(entry["answer"], entry)) != 1.0:
             raise
         score = 0.0
     task = entry["metadata"]["source_dataset"] if reference["task"] == "composite" else reference["task"]
     is_right = _SECOND_LOOKS.get(task)
-    if score == 1.0 and is_right is not None and not is_right(answer, str(entry["answer"])):
+    if score >= _FULL_MARKS and is_right is not None and not is_right(answer, str(entry["answer"])):
         score = 0.0
     return Verdict(min(max(score, 0.0), 1.0), answer)
 
@@ -92,17 +95,83 @@ def _same_truth(answer: str, right: str) -> bool:
 
 def _same_probability(answer: str, right: str) -> bool:
     try:
-        return abs(Fraction(answer.replace(",", "").strip()) - Fraction(right)) <= Fraction(1, 10**4)
+        said, probability = Fraction(answer.replace(",", "").strip()), Fraction(right)
+        return abs(said - probability) <= min(Fraction(1, 10**4), probability / 1000)
     except (ValueError, ZeroDivisionError):
         return False
 
 
+def _same_words(answer: str, right: str) -> bool:
+    return answer.lower().split() == right.lower().split()
+
+
+def _same_only_number(answer: str, right: str) -> bool:
+    """Whether the answer names one number, its sign included, however often and with whatever words."""
+    numbers = re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", answer.replace(",", ""))
+    return {float(number) for number in numbers} == {float(right)}
+
+
+def _same_numbers(answer: str, right: str) -> bool:
+    said, sorted_right = (re.findall(r"-?\d+(?:\.\d+)?", text) for text in (answer, right))
+    return list(map(float, said)) == list(map(float, sorted_right))
+
+
+def _makes_24(answer: str, right: str) -> bool:
+    """Whether the answer has the numbers of the task, which stand in its own answer, and is 24 exactly."""
+    if sorted(re.findall(r"\d+", answer)) != sorted(re.findall(r"\d+", right)):
+        return False
+    try:
+        return _exact(ast.parse(answer.strip(), mode="eval").body) == 24
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return False
+
+
+def _exact(node: ast.expr) -> Fraction:
+    """Value of a sum, difference, product or quotient of whole numbers; ValueError for anything else."""
+    match node:
+        case ast.Constant(value=int() as number):
+            return Fraction(number)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_exact(operand)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _exact(left) + _exact(right)
+        case ast.BinOp(left=left, op=ast.Sub(), right=right):
+            return _exact(left) - _exact(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _exact(left) * _exact(right)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _exact(left) / _exact(right)
+    raise ValueError("no arithmetic")
+
+
+def _is_zeros_and_ones(answer: str, right: str) -> bool:
+    return set(re.findall(r"-?\d+", answer)) <= {"0", "1"}
+
+
+def _is_a_number(answer: str, right: str) -> bool:
+    return "nan" not in answer.lower()
+
+
+_FULL_MARKS = 1.0 - 1e-9
+"""Some scorers add up equal shares, which come to a little less or more."""
+
 _SECOND_LOOKS: dict[str, Callable[[str, str], bool]] = {
     "game_of_life_halting": _same_truth,
     "coin_flip": _same_probability,
+    "letter_jumble": _same_words,
+    "spell_backward": _same_words,
+    "gsm_symbolic": _same_only_number,
+    "number_sorting": _same_numbers,
+    "puzzle24": _makes_24,
+    "kakurasu": _is_zeros_and_ones,
+    "complex_arithmetic": _is_a_number,
 }
-"""Tasks whose scorer gives full marks to wrong answers (seen in 0.1.25), with what such an answer has to be: the one
-takes any text for a yes, which "False" is, too; the other takes a number whose digits the right one begins with."""
+"""Tasks whose scorer gives full marks to wrong answers (seen in 0.1.25), with what such an answer has to be.
+
+Theirs take any text for a yes, a number that begins like the right one, the right words with others behind them, a
+number without its sign, a list with other numbers, any four numbers that make 24 or a little more, digits of a larger
+number, and nan.
+"""
 
 
 def prepare(reference: Any) -> None:

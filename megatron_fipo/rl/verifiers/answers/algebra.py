@@ -54,6 +54,14 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DEGREES = re.compile(
     r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<![A-Za-z\\])[a-z]|\\(?:theta|alpha|beta))\s*\^\{\\circ\}"
 )
+_REMAINDER = re.compile(r"^\s*(\d{1,300})\s*\\bmod\s*(\d{1,300})\s*$")
+_CIS = re.compile(r"\\cis\s*(\((?:[^()]|\([^()]*\))*\)|\\frac\{[^{}]*\}\{[^{}]*\}|\\?[A-Za-z]+|\d+)")
+_LETTERS = {"hbar": "h_{1001}", "ell": "l_{1002}"}
+"""Letters that the parser does not know, as others that nobody writes."""
+_FUNCTION_OVER = re.compile(
+    r"\\(sin|cos|tan|ln|log)\s*((?!\\pi)\\(?:theta|alpha|beta|gamma|phi|varphi|omega)(?![A-Za-z])|[A-Za-z])\s*/(?=\s*[A-Za-z\\])"
+)
+"""\\sin\\theta/g is a quotient, as \\sin\\pi/3 and \\sin x/2 need not be."""
 _POINTS = (
     Fraction(7, 5), Fraction(-13, 11), Fraction(23, 7), Fraction(-31, 9), Fraction(5, 13), Fraction(-3, 17),
     Fraction(41, 10), Fraction(-57, 8), Fraction(19, 6),
@@ -71,6 +79,7 @@ def parse(latex: str) -> Any:
     if not is_computable(latex) or len(latex) > 2000:
         return None
     text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", latex)
+    text = _spelled_out(text)
     text = re.sub(r"\\log\s*_\s*(\d+)", r"\\log_{\1}", text)
     text = re.sub(r"\^\s*(-\d+|\d{2,})", r"^{\1}", text)
     text = _GROUPED.sub(lambda number: number[0].replace(",", ""), text)
@@ -87,7 +96,37 @@ def parse(latex: str) -> Any:
         )
     except Exception:  # noqa: BLE001 - the parser raises whatever its grammar's code comes across
         return None
-    return _evaluated(parsed)
+    value = _evaluated(parsed)
+    return _with_real_roots(value) if "\\sqrt" in text and value is not None else value
+
+
+def _spelled_out(text: str) -> str:
+    """What the parser does not read, or reads otherwise than it is meant, in other words."""
+    text = re.sub(r"\\lg(?![A-Za-z])\s*", r"\\log_{10} ", text)
+    text = re.sub(r"\\(max|min|gcd)\s*\\\{([^{}\\]*)\\\}", r"\\\1(\2)", text)
+    text = re.sub(r"(?<![\d.])(\d{1,3})!!(?!!)", lambda odd: str(sympy.factorial2(int(odd[1]))), text)
+    text = _REMAINDER.sub(lambda found: str(int(found[1]) % int(found[2])) if int(found[2]) else found[0], text)
+    text = _CIS.sub(r"e^{i \1}", text)
+    for name, letter in _LETTERS.items():
+        text = re.sub(rf"\\{name}(?![A-Za-z])", f" {letter} ", text)
+    return _FUNCTION_OVER.sub(r"\\\1(\2)/", text)
+
+
+def _with_real_roots(value: Any) -> Any:
+    """Odd roots of negative numbers as real numbers, which the root sign means; sympy takes the complex ones."""
+
+    def is_odd_root(part: Any) -> bool:
+        return (
+            part.is_Pow
+            and part.exp.is_Rational
+            and part.exp.q > 1
+            and part.exp.q % 2 == 1
+            and part.base.is_negative is True
+        )
+
+    if not isinstance(value, sympy.Expr) or not any(map(is_odd_root, value.atoms(sympy.Pow))):
+        return value
+    return value.replace(is_odd_root, lambda part: (-1) ** part.exp.p * (-part.base) ** part.exp)
 
 
 def _as_fraction(decimal: re.Match[str]) -> str:

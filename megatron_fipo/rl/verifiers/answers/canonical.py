@@ -7,6 +7,7 @@ import hashlib
 import sympy
 
 from megatron_fipo.rl.verifiers.answers import algebra
+from megatron_fipo.rl.verifiers.answers.number_sets import as_set
 from megatron_fipo.rl.verifiers.answers.readings import (
     Choice,
     ClockTime,
@@ -20,7 +21,7 @@ from megatron_fipo.rl.verifiers.answers.readings import (
     Union,
     Words,
 )
-from megatron_fipo.rl.verifiers.answers.values import exact_value, value_of
+from megatron_fipo.rl.verifiers.answers.values import difference, exact_value, value_of
 from megatron_fipo.rl.verifiers.math_text import without_layout
 
 MAX_CHARACTERS = 200
@@ -78,11 +79,20 @@ def _text(reading: Reading) -> str:
 
 def _quantity_text(quantity: Quantity) -> str:
     value = exact_value(quantity)
+    written = without_layout(quantity.expression)
+    if isinstance(value, sympy.MatrixBase):
+        members = [_value_text(member, "") for member in value.flat()]
+        return f"{value.rows}x{value.cols}: {', '.join(members)}" if all(members) else written
+    return _value_text(value, written)
+
+
+def _value_text(value: object, written: str) -> str:
+    """Text of a value of sympy's; `written` for what has none, or a long one."""
     if not isinstance(value, sympy.Expr) or value is sympy.nan:
-        return without_layout(quantity.expression)
+        return written
     if value.is_Rational:
         bits = max(int(value.p).bit_length(), int(value.q).bit_length())
-        return str(value) if bits <= _MAX_BITS else without_layout(quantity.expression)
+        return str(value) if bits <= _MAX_BITS else written
     if not value.free_symbols and value.is_finite:
         number = value.evalf(_VOTE_DIGITS)
         if all(part.is_Float or part.is_Rational for part in number.as_real_imag()):
@@ -116,6 +126,37 @@ def _relation_text(relation: Relation) -> str:
     value = value_of(relation)
     if value is not None:
         return _text(value)
+    if relation.operators == ("=",):
+        return _equation_text(relation) or _relation_as_written(relation)
+    return _set_text(as_set(relation)) or _relation_as_written(relation)
+
+
+def _set_text(numbers: object) -> str:
+    """An interval, or several, as they are written with brackets; empty for any other set."""
+    parts = numbers.args if isinstance(numbers, sympy.Union) else (numbers,)
+    texts = []
+    for part in parts:
+        if not isinstance(part, sympy.Interval):
+            return ""
+        opening, closing = "(" if part.left_open else "[", ")" if part.right_open else "]"
+        texts.append(f"{opening}{_value_text(part.start, '')}, {_value_text(part.end, '')}{closing}")
+    return " U ".join(sorted(texts))
+
+
+def _equation_text(relation: Relation) -> str:
+    """An equation between polynomials, divided by its first coefficient; empty for any other."""
+    both_sides = difference(relation)
+    if both_sides is None or not both_sides.free_symbols:
+        return ""
+    numerator = sympy.fraction(sympy.together(both_sides))[0]
+    try:
+        polynomial = sympy.Poly(numerator, *sorted(numerator.free_symbols, key=str), domain="QQ")
+    except (sympy.PolynomialError, sympy.CoercionFailed):
+        return ""
+    return f"{polynomial.monic().as_expr()} = 0"
+
+
+def _relation_as_written(relation: Relation) -> str:
     pieces = [without_layout(relation.members[0].text)]
     for operator, member in zip(relation.operators, relation.members[1:], strict=True):
         pieces += [operator, without_layout(member.text)]

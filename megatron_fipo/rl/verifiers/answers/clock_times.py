@@ -8,7 +8,7 @@ from megatron_fipo.rl.verifiers.answers.readings import ClockTime
 
 _TIME = re.compile(
     r"(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d))?(?::(?P<second>[0-5]\d))?"
-    r"\s*(?P<half>[aApP]\s*\.?\s*[mM]\b\.?|noon|midnight)?(?:\s*o'clock)?"
+    r"\s*(?P<half>[aApP]\s*\.?\s*[mM]\b\.?|noon|midnight)?(?P<full>\s*o'clock)?"
 )
 _HOURS_OF_DAY = 24
 
@@ -19,7 +19,7 @@ def read_clock_time(text: str) -> ClockTime | None:
         return None
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1", text).strip()
     match = _TIME.fullmatch(plain)
-    if match is None or (match["minute"] is None and match["half"] is None):
+    if match is None or not (match["minute"] or match["half"] or match["full"]):
         return None
     hour, half = int(match["hour"]), (match["half"] or "").lower()
     if half and hour > 12:

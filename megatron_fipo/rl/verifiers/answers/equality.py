@@ -11,7 +11,7 @@ import sympy
 
 from megatron_fipo.rl.verifiers.answers import algebra
 from megatron_fipo.rl.verifiers.answers.clock_times import same_time
-from megatron_fipo.rl.verifiers.answers.number_sets import TURNED, as_set
+from megatron_fipo.rl.verifiers.answers.number_sets import TURNED, as_set, between_ends
 from megatron_fipo.rl.verifiers.answers.numerals import same_digits
 from megatron_fipo.rl.verifiers.answers.reader import read
 from megatron_fipo.rl.verifiers.answers.readings import (
@@ -36,7 +36,8 @@ from megatron_fipo.rl.verifiers.plain_numbers import tails_agree
 
 def equal_answers(first: Reading, second: Reading) -> bool:
     """Whether two whole answers say the same; a list or a set of one is its member, which it is not in a collection."""
-    return equal(_lone(first), _lone(second))
+    conditions = {side.condition for side in (first, second) if isinstance(side, Several) and side.condition}
+    return len(conditions) < 2 and equal(_lone(first), _lone(second))
 
 
 def _lone(reading: Reading) -> Reading:
@@ -130,7 +131,8 @@ def _time_equals(time: ClockTime, other: Reading) -> bool:
     if isinstance(other, ClockTime):
         return same_time(time, other)
     if isinstance(other, Quantity):
-        return time.bare_hour and other.value == time.hour and not other.unit and not other.percent
+        full_hour = time.bare_hour or (time.meridiem and not (time.minute or time.second))
+        return bool(full_hour) and other.value == time.hour and not other.unit and not other.percent
     if isinstance(other, Ratio) and not time.meridiem:
         numbers = [Fraction(part) for part in time.text.split(":")]
         return _proportional([algebra.rational(number) for number in numbers], _ratio_values(other))
@@ -188,7 +190,10 @@ def _several_equal(several: Several, other: Reading) -> bool:
         value = value_of(other)
         if value is not None and equal(several, value):
             return True
-        return _tuples_equated(several, other) or _equal_as_sets(several, other)
+        if _tuples_equated(several, other) or _equal_as_sets(several, other):
+            return True
+        between = between_ends(other)
+        return between is not None and several.brackets == between.brackets and equal(several, between)
     if isinstance(other, Union):
         return _equal_as_sets(several, other)
     if isinstance(other, Quantity):
@@ -199,18 +204,29 @@ def _several_equal(several: Several, other: Reading) -> bool:
         return False
     if several.brackets and other.brackets and several.brackets != other.brackets:
         return _equal_as_sets(several, other) and "{}" not in (several.brackets, other.brackets)
-    if "->" in (several.joiner, other.joiner) and several.joiner != other.joiner:
+    if {"->", "+"} & {several.joiner, other.joiner} and several.joiner != other.joiner:
         return False
     if {several.brackets, other.brackets} & {"[)", "(]"} and not (several.brackets and other.brackets):
         return False
     # A tuple's order is part of it, also for a list without brackets: "5, 2" is not the point (2,5).
     tuples = any(side.brackets not in ("", "{}") for side in (several, other))
     if tuples or several.in_order or other.in_order:
-        return len(several.items) == len(other.items) and all(map(equal, several.items, other.items))
+        in_place = (
+            len(several.items) == len(other.items)
+            and not (tuples and (_is_one_name(several) or _is_one_name(other)))
+            and all(map(equal, several.items, other.items))
+        )
+        return in_place or (several.brackets != other.brackets and _equal_as_sets(several, other))
     first, second = list(several.items), list(other.items)
     if "{}" in (several.brackets, other.brackets):  # a set has no repeats
         first, second = _distinct(first), _distinct(second)
     return _matched(first, second) or _equal_as_sets(several, other)
+
+
+def _is_one_name(several: Several) -> bool:
+    """Whether it lists several values of one name, as "x = 2, x = 5", which are no point."""
+    names = [item.members[0].name if isinstance(item, Relation) else "" for item in several.items]
+    return len(names) > 1 and len(set(names)) == 1 and bool(names[0])
 
 
 def _distinct(items: list[Reading]) -> list[Reading]:

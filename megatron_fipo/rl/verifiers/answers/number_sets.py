@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import sympy
@@ -10,6 +11,8 @@ from megatron_fipo.rl.verifiers.answers import algebra
 from megatron_fipo.rl.verifiers.answers.reader import read
 from megatron_fipo.rl.verifiers.answers.readings import Quantity, Reading, Relation, Several, Union
 from megatron_fipo.rl.verifiers.answers.values import exact_value
+
+_ABSOLUTE_VALUE = re.compile(r"(?:\||\\[lr]?vert)\s*[A-Za-z]\s*(?:\||\\[lr]?vert)")
 
 TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 """Relations read from right to left."""
@@ -45,6 +48,9 @@ def as_set(reading: Reading) -> Any:
 
 def _set_of_list(reading: Several) -> Any:
     """Set of "x < 1 or x > 2", of "x > 1 and x < 2", of "(-oo, 1) or (2, oo)"."""
+    if reading.joiner == "+-":
+        values = [_real(item) for item in reading.items]
+        return None if None in values else sympy.FiniteSet(*values)
     relations = all(isinstance(item, Relation) for item in reading.items)
     if (relations and len({name for item in reading.items for name in names_of(item)}) == 1) or reading.joiner == "or":
         parts = [as_set(item) for item in reading.items if isinstance(item, (Relation, Union, Several))]
@@ -54,6 +60,19 @@ def _set_of_list(reading: Several) -> Any:
         together = reading.joiner == "or" or (reading.joiner == "," and equations)
         return sympy.Union(*parts) if together else sympy.Intersection(*parts)
     return None
+
+
+def between_ends(relation: Relation) -> Several | None:
+    """The interval that "a < x <= b" says, its ends being any expressions; None for any other relation."""
+    if len(relation.members) != 3 or not relation.members[1].name:
+        return None
+    members, operators = relation.members, relation.operators
+    if set(operators) <= {">", ">="}:
+        members, operators = members[::-1], tuple(TURNED[operator] for operator in operators[::-1])
+    if not set(operators) <= {"<", "<="}:
+        return None
+    brackets = ("[" if operators[0] == "<=" else "(") + ("]" if operators[1] == "<=" else ")")
+    return Several((read(members[0].text), read(members[2].text)), brackets)
 
 
 def names_of(reading: Reading) -> list[str]:
@@ -68,6 +87,8 @@ def _real(reading: Reading) -> Any:
 def _set_of_relation(relation: Relation) -> Any:
     """Set of a lone variable's values: "0 < x < 3", "x \\in [1, 2]", "x = 1", "x \\ne 2"."""
     names = [member.name for member in relation.members if member.name]
+    if len(relation.members) == 2 and not names:
+        return _set_of_absolute_value(relation)
     if len(set(names)) != 1:
         return None
     if relation.operators == ("in",) and relation.members[0].name:
@@ -83,6 +104,22 @@ def _set_of_relation(relation: Relation) -> Any:
             return None
         result = sympy.Intersection(result, part)
     return result
+
+
+def _set_of_absolute_value(relation: Relation) -> Any:
+    """Set of "|x| < 2" and of "2 <= |x|"."""
+    (left, right), operator = relation.members, relation.operators[0]
+    if not _ABSOLUTE_VALUE.fullmatch(left.text):
+        left, right, operator = right, left, TURNED.get(operator, operator)
+    end = _real(read(right.text))
+    if not _ABSOLUTE_VALUE.fullmatch(left.text) or end is None or not end.is_positive:
+        return None
+    upper = _ray(operator, end)
+    if operator in ("<", "<="):
+        return sympy.Intersection(upper, _ray(TURNED[operator], -end))
+    if operator in (">", ">=", "="):
+        return sympy.Union(upper, _ray(TURNED.get(operator, operator), -end))
+    return None
 
 
 def _ray(operator: str, end: Any) -> Any:

@@ -15,7 +15,7 @@ _NAMES = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-_DIGITS = r"(?:\\text\s*\{)?\(?\s*(?P<digits>[0-9][0-9A-Za-z ,]*|[A-Z]*[0-9][0-9A-Z]*|[A-Z]{2,})\s*\)?\}?"
+_DIGITS = r"(?:\\text\s*\{)?\(?\s*(?P<digits>[0-9][0-9A-Za-z ,]*?|[A-Z]*[0-9][0-9A-Z]*|[A-Z]{2,})\s*\)?\}?"
 _SUBSCRIPT = re.compile(
     _DIGITS + r"\s*_\s*(?:(?P<digit>\d+)|\{\s*(?:\\text\{\s*base\s*\}\s*|\\text\{)?\s*(?:base\s*)?"
     r"\(?(?P<base>\d+|[a-z]+)\)?\s*\}?\s*\})"

@@ -72,6 +72,12 @@ _IN_WORDS = [
     ),
     (re.compile(r"(?:not equal to|not|anything (?:but|except)|all (?:but|except)|except(?: for)?) (.+)", re.I), "!="),
 ]
+_PART = re.compile(
+    r"\s*(?P<part>\d+(?:\.\d+)?\s*(?:\\text\{\s*)?(?:hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|days?|weeks?|months?|years?|feet|"
+    r"foot|ft|inch(?:es)?|in|yards?|yd|pounds?|lbs?|ounces?|oz|dollars?|cents?|meters?|m|cm|centimeters?|kg|g|grams?)\b(?:\s*,)?\s*\}?)"
+    r"\s*(?:,|(?:\\text\{)?\s*and\b\s*\}?)?"
+)
+_MAX_PARTS = 4
 _EXACTLY = re.compile(
     r"(?:(?:is|are)\s+)?(?:(?:exactly|precisely|only|just|equal to|equals|a total of)\s+)?", re.IGNORECASE
 )
@@ -102,6 +108,11 @@ _CONDITION = re.compile(
 _SET_BUILDER = re.compile(
     r"(?P<variable>[a-zA-Z])\s*(?:\\in\s*\\mathbb\{\w\}\s*)?(?:\||\\mid(?![A-Za-z])|:)\s*(?P<relation>.+)"
 )
+
+_SET_OF_EXPRESSIONS = re.compile(
+    r"(?P<expression>[^|:,]+?)\s*(?:\||\\mid(?![A-Za-z])|:)\s*(?P<condition>\w+\s*\\in\s*\\mathbb\{\w\}[^,]*)"
+)
+_CONDITION_BEHIND = re.compile(r"(?P<expression>.+?)\s*\(\s*(?P<condition>\w+\s*\\in\s*\\mathbb\{\w\}[^(),]*)\)")
 
 # --------------------------------------------------------------------------------------------------------------- words
 _LETTERS = re.compile(r"[A-Za-z]+(?:(?:\s+|['-])[A-Za-z]+)*[.!?]?")
@@ -146,9 +157,11 @@ _TWO_LETTER_WORDS = frozenset(
     ]
 )
 _TAIL_START = re.compile(
-    r"\s*\\text\{|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z])|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
+    r"\s*\\text\{|\s*\\p?mod(?![A-Za-z])|\s*\\?%|\s*\^\{\\circ\}|\s+(?=[A-Za-z])|\s*[€£¥₹]|\s*\\\$|(?<=[\d}])(?=(?:cm|km|mm|kg|mg)\b)"
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)(?![A-Za-z])")
+_RATIO_SIGN = re.compile(r":|to|\\text\{\s*to\s*\}")
+_EITHER_SIGN = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _OPEN_END = re.compile(r"(?:[-+*/^=(_,<>]|\\(?:cdot|times|div|pm|mp|frac|sqrt))\s*$")
 _CURRENCY_FIRST = re.compile(rf"(?:{CURRENCY})\s*")
 
@@ -163,12 +176,27 @@ def _read(text: str, depth: int) -> Reading:
     if depth > MAX_DEPTH:
         return Words(normalised_words(text))
     reading: Reading | None = read_clock_time(text) or read_numeral(text) or _quantity_of_number(text)
-    reading = reading or _choice(text, depth)
+    reading = reading or _choice(text, depth) or _of_parts(text, depth)
     for attempt in (_exactly, _relation_in_words, _several, _bracketed, _relation, _union, _ratio):
         reading = reading or attempt(text, depth)
     if reading is not None:
         return reading
     return _words(text) or _quantity(text)
+
+
+def _of_parts(text: str, depth: int) -> Several | None:
+    """ "2 hours and 30 minutes": one quantity in several units. Two of the same unit are two quantities."""
+    parts: list[str] = []
+    position = 0
+    while position < len(text):
+        part = _PART.match(text, position)
+        if part is None or len(parts) > _MAX_PARTS:
+            return None
+        parts.append(re.sub(r"(?<=\d)(?=[a-z])", " ", part["part"]))
+        position = part.end()
+    readings = tuple(_read(part.strip(), depth + 1) for part in parts)
+    units = {str(reading.unit) for reading in readings if isinstance(reading, Quantity)}
+    return Several(readings, "", "+") if len(parts) > 1 and len(units) == len(parts) else None
 
 
 def _quantity_of_number(text: str) -> Quantity | None:
@@ -211,6 +239,9 @@ def _several(text: str, depth: int) -> Several | None:
     r"""A bare list: members between commas, semicolons, "and", "or", \lor, \to … outside of all brackets."""
     tokens = [token for token in top_level(text) if token[0] in _JOINERS]
     tokens = _without_thousands(text, tokens)
+    behind = _CONDITION_BEHIND.fullmatch(text) if not tokens else None
+    if behind is not None:
+        return _several(f"{behind['expression']}, {behind['condition']}", depth)
     if not tokens or len(tokens) > MAX_ITEMS:
         return None
     items = [item for item in split_at(text, tokens) if item]
@@ -262,6 +293,9 @@ def _bracketed(text: str, depth: int) -> Reading | None:
         builder = _SET_BUILDER.fullmatch(inner) if kind == "{}" else None
         if builder is not None:
             return _read(builder["relation"], depth + 1)
+        members = _SET_OF_EXPRESSIONS.fullmatch(inner) if kind == "{}" else None
+        if members is not None:
+            return _read(f"{members['expression']}, {members['condition']}", depth + 1)
         return Several(_items(texts, depth), kind)
     if kind in ("()", "[]") and inner:
         return _read(inner, depth + 1)
@@ -302,7 +336,7 @@ def _union(text: str, depth: int) -> Union | None:
 
 
 def _ratio(text: str, depth: int) -> Ratio | None:
-    tokens = [token for token in top_level(text) if token[0] == ":"]
+    tokens = [token for token in top_level(text) if _RATIO_SIGN.fullmatch(token[0])]
     if not tokens or len(tokens) > MAX_ITEMS:
         return None
     parts = split_at(text, tokens)
@@ -336,7 +370,7 @@ def _words(text: str) -> Words | None:
 
 def _quantity(text: str) -> Reading:
     """An expression, with what stands beside it taken off."""
-    if r"\pm" in text or r"\mp" in text:
+    if _EITHER_SIGN.search(text):
         both = tuple(
             _read(text.replace(r"\pm", sign).replace(r"\mp", other), 1) for sign, other in (("+", "-"), ("-", "+"))
         )

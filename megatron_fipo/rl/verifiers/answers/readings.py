@@ -93,7 +93,7 @@ class Several:
     Attributes:
         items: in the order written.
         brackets: around them: "()", "[]", "[)", "(]", "{}", "<>"; empty for a bare list.
-        joiner: what stands between them: ",", "or", "and", "->".
+        joiner: what stands between them: ",", "or", "and", "->"; "+" for parts of one, as in "2 hours 30 minutes".
         condition: what a last member says of the variables, as "k in Z"; empty without one.
     """
 
@@ -105,7 +105,7 @@ class Several:
     @property
     def in_order(self) -> bool:
         """Whether the order counts by itself: in arrows and in lists with dots; in tuples, it counts against tuples."""
-        return self.joiner == "->" or any(isinstance(item, Dots) for item in self.items)
+        return self.joiner in ("->", "+") or any(isinstance(item, Dots) for item in self.items)
 
 
 @dataclass(frozen=True)

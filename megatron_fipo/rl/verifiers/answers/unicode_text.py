@@ -84,6 +84,7 @@ _PLAIN = {
     **dict.fromkeys("‘’‚‛′", "'"),
     **dict.fromkeys("、，", ","),
     **dict.fromkeys("。", "."),
+    "\u2236": ":",
     **dict.fromkeys("°º˚", r"^{\circ}"),
     "℃": r"^{\circ}C",
     "℉": r"^{\circ}F",
@@ -93,6 +94,7 @@ _PLAIN = {
 _CHARACTERS = str.maketrans({**{character: f"\\{name} " for character, name in _NAMED.items()}, **_PLAIN})
 
 _OVERLINED = re.compile("(?:\\d[\u0304\u0305])+")
+_RING_BEHIND_NUMBER = re.compile("(?<=[0-9}])\\s*\u2218")  # elsewhere it composes functions
 _DOTTED = re.compile("(\\d)\u0307")
 _FRACTION = re.compile("([\u2070-\u2079¹²³]+)[\u2044/]([\u2080-\u2089]+)")
 _ROOT = re.compile(r"([√∛∜])\s*")
@@ -104,6 +106,7 @@ def as_latex(text: str) -> str:
     """Text with LaTeX or ASCII in the place of every other spelling of mathematics; what is neither stays."""
     if text.isascii():
         return text
+    text = _RING_BEHIND_NUMBER.sub(r"^{\\circ}", text)
     text = _OVERLINED.sub(lambda run: rf"\overline{{{re.sub('[^0-9]', '', run[0])}}}", text)
     text = _DOTTED.sub(r"\\dot{\1}", text)
     text = _FRACTION.sub(lambda parts: rf"\frac{{{_plain(parts[1])}}}{{{_plain(parts[2])}}}", text)

@@ -54,6 +54,10 @@ _SPELLINGS = {
     "celsius": "celsius centigrade C",
     "fahrenheit": "fahrenheit F",
     "dollar": "dollar USD usd bucks buck",
+    "cad": "CAD",
+    "aud": "AUD",
+    "chf": "CHF",
+    "yuan": "yuan CNY RMB",
     "cent": "cent",
     "euro": "euro EUR eur",
     "gbp": "GBP gbp",
@@ -62,14 +66,17 @@ _SPELLINGS = {
 }
 _KNOWN = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in (unit, *spellings.split())}
 _SYMBOLS = {"$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee"}
-_CURRENCIES = frozenset([*_SYMBOLS.values(), "cent"])
+_CURRENCIES = frozenset([*_SYMBOLS.values(), "cent", "cad", "aud", "chf", "yuan"])
 _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "psi": "lb/in^2", "cc": "cm^3", "sqft": "ft^2"}
 
 ONE_LETTER_UNITS = "mgshLlAVWNJKCF"
 """Letters that are units behind a number and a space, where others are factors."""
 
-CURRENCY = r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
-"""Regular expression of a currency's sign."""
+CURRENCY = (
+    r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
+    r"|(?:\\text\s*\{\s*)?(?:USD|EUR|GBP|JPY|INR|CAD|AUD|CHF|CNY|RMB|Rs\.?)(?:\s*\})?(?=\s*-?[\d.]*\d)"
+)
+"""Regular expression of a currency's sign, or of its name in front of a number."""
 
 _CHANGING = frozenset(
     [
@@ -102,7 +109,7 @@ _SHORT_WORDS = frozenset(
     ["am", "an", "as", "at", "be", "by", "do", "in", "is", "it", "of", "on", "to", "up", "us", "we"]
 )
 _NOT_UNITS = re.compile(
-    r"(?:pi|factorial|squared|cubed|half|root|sqrt|times|divided|plus|minus|and|mod|choose|if|where|when|for|is|are|was|were|"
+    r"(?:pi|factorial|squared|cubed|half|root|sqrt|times(?=\s*[\d(\\])|divided|plus|minus|and|mod|choose|if|where|when|for|is|are|was|were|"
     r"because|since|so|but|then|theta|alpha|beta)\b"
 )
 _TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
@@ -135,6 +142,11 @@ class Unit:
     def changes(self) -> bool:
         """Whether it says something else than the value alone: "or more", "not"."""
         return not _CHANGING.isdisjoint(self.words)
+
+    @property
+    def is_modulus(self) -> bool:
+        """Whether it is "mod 10" behind a remainder."""
+        return len(self.words) == 1 and next(iter(self.words)).startswith("mod ")
 
     def agrees_with(self, other: Unit) -> bool:
         """Whether what both name is the same; what only one names is left open, unless it changes the value."""
@@ -212,6 +224,7 @@ def _may_be_bare(text: str, tokens: list[str], attached: bool) -> bool:
         or word in _POWERS
         or (word in _KNOWN and (len(word) == 2 or word in ONE_LETTER_UNITS))
         or word in _SHORT_WORDS
+        or word == "US"
         for word in words
     )
 
@@ -222,6 +235,8 @@ def _unit(tokens: list[str]) -> Unit:
     sign, pending, last = 1, 1, ""
     for token in tokens:
         word = token.lower()
+        if token == "US":
+            continue  # "5 US dollars"
         if token[0] == "^" or word in {"squared", "cubed"}:
             factor = {"squared": 2, "cubed": 3}.get(word) or int(token[1:])
             if last:

@@ -30,9 +30,11 @@ def value_of(relation: Relation) -> Reading | None:
         return read(members[0].text)
     if operators == ["in"] and members[0].name:
         return read(members[1].text)
+    last = read(members[-1].text)
+    if operators == ["=="] and members[0].name and isinstance(last, Quantity) and last.unit.is_modulus:
+        return last  # "x \\equiv 7 \\pmod{10}"
     if set(operators) != {"="}:
         return None
-    last = read(members[-1].text)
     numbers = [number for number in (_number(member) for member in members if not member.name) if number is not None]
     if not members[0].name and _number(members[0]) is None:
         return None
