@@ -26,7 +26,7 @@ def check_before_run(config: Config, world: ProcessGroup) -> None:
     with Work(world, "asking the Hugging Face hub whether the model may be pushed"):
         if world.rank() == 0:
             try:
-                check_may_push(config.checkpoint.push_to_hub)
+                check_may_push(config.checkpoint.push_to_hub, private=config.checkpoint.hub_private)
             except HubError as error:
                 problem = str(error)
     problem = exchange.all_gather_objects(problem, world)[0]

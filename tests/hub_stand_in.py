@@ -169,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] in ([], ["revision"]):
             if commit := self._commit_of(repository, "/".join(rest[1:]) or "main"):
                 siblings = [{"rfilename": file} for file in repository.commits[commit]]
-                self._json({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings, "private": False, "tags": []})
+                of = {"id": f"{owner}/{name}", "private": repository.private, "tags": []}
+                self._json({**of, "sha": commit, "siblings": siblings})
         elif rest[:1] == ["tree"]:
             if commit := self._commit_of(repository, "/".join(rest[1:])):
                 self._json([_entry(*item) for item in repository.commits[commit].items()])
@@ -228,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, request: dict[str, Any]) -> None:
         name = f"{request.get('organization') or self.hub.accounts[self._token()]['name']}/{request['name']}"
         self.hub.created.append(request)
-        self.hub.repository(name)
+        if ("model", name) not in self.hub.repositories:
+            self.hub.repository(name).private = request.get("visibility") == "private"
         self._json({"url": f"{self.hub.endpoint}/{name}", "id": name})
 
     def _batch(self, request: dict[str, Any]) -> None:

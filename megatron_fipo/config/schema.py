@@ -429,7 +429,7 @@ class CheckpointSection:
     """Repository on the Hugging Face hub (me/my-model) that gets this folder and a model card; empty: none. The token
     is that of `hf auth login` or HF_TOKEN, and is looked at before training."""
     hub_private: bool = True
-    """Make that repository private where it does not exist yet."""
+    """Make that repository private; one that exists and is public is refused."""
     export_with_checkpoints: bool = False
     """Also write one into each periodic checkpoint, as its subfolder huggingface."""
 

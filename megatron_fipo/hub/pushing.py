@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_fipo import __version__
 from megatron_fipo.config import Config, without_secrets
-from megatron_fipo.hub.client import end_waits, retried
+from megatron_fipo.hub.client import CONNECT_TIMEOUT_S, end_waits, retried
 from megatron_fipo.hub.names import HubError
 
 CARD = "README.md"
@@ -18,11 +18,15 @@ _LOGIN = "Log in with `hf auth login` and a token that may write, or set HF_TOKE
 _SHOWN = ("avg@", "cons@", "pass@", "response_tokens/mean")
 
 
-def check_may_push(name: str) -> None:
+def check_may_push(name: str, *, private: bool = True) -> None:
     """Make sure, before anything is trained, that there is a token and that it may write where the model is to go.
 
+    Args:
+        private: as `checkpoint.hub_private` says.
+
     Raises:
-        HubError: if there is none, it is not valid, it may only read, or it belongs to somebody else.
+        HubError: if there is no token, it is not valid, it may only read, or it belongs to somebody else; or if the
+            repository exists, is public, and should be private.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HTTPError
@@ -43,6 +47,30 @@ def check_may_push(name: str) -> None:
         ) from error
     if problem := _what_forbids(account, owner, name):
         raise HubError(f"{_KEY}={name}: {problem} {_LOGIN}.")
+    try:
+        _refuse_public(name, private)
+    except (HTTPError, OSError, ValueError) as error:
+        if isinstance(error, HubError):
+            raise
+        raise HubError(f"{_KEY}={name}: the hub does not say who may read it ({_reason(error)}).") from error
+
+
+def _refuse_public(name: str, private: bool) -> None:
+    """Refuse a repository that everybody may read, where the model should be private: making it says nothing then."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not private:
+        return
+    try:
+        info = retried(lambda: HfApi().repo_info(name, timeout=CONNECT_TIMEOUT_S))
+    except RepositoryNotFoundError:
+        return
+    if info.private is False:
+        raise HubError(
+            f"{_KEY}={name}: this repository exists and is public, and checkpoint.hub_private is true. Make it private "
+            "in its settings on the hub, name another, or set checkpoint.hub_private=false."
+        )
 
 
 def push(config: Config, folder: Path, evaluation: Path, origins: Mapping[str, Any]) -> str:
@@ -66,8 +94,11 @@ def push(config: Config, folder: Path, evaluation: Path, origins: Mapping[str, A
     end_waits()
     try:
         (folder / CARD).write_text(without_secrets(card), encoding="utf-8")
+        _refuse_public(name, config.checkpoint.hub_private)
         api.create_repo(name, private=config.checkpoint.hub_private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"megatron_fipo {__version__}: run {run}")
+    except HubError:
+        raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # an upload's own errors come as RuntimeError
         raise HubError(_reason(error)) from error
     return f"{api.endpoint}/{name}"

@@ -617,6 +617,22 @@ def test_no_token_a_wrong_one_and_no_hub_are_refused_before_training(
         check_may_push("me/mine")
 
 
+def test_what_should_be_private_is_not_pushed_where_everybody_reads(
+    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(hub, monkeypatch)
+    hub.repository("me/mine").commit({"README.md": b"there before"})
+    problem = r"push_to_hub=me/mine: this repository exists and is public.*hub_private=false"
+    with pytest.raises(HubError, match=problem):
+        check_may_push("me/mine")
+    with pytest.raises(HubError, match=problem):  # it may have come to be during the run
+        push(pushing(), tmp_path, tmp_path, ORIGINS)
+    assert len(hub.repository("me/mine").commits) == 1
+    check_may_push("me/mine", private=False)
+    hub.repository("me/mine").private = True
+    check_may_push("me/mine")
+
+
 def test_a_model_is_pushed_with_its_card(hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_in(hub, monkeypatch)
     export, evaluation = tmp_path / "secret-place/huggingface", tmp_path / "evaluation"
