@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -72,6 +73,43 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+LEAVES = """
+    import os, socket, sys, tempfile, time, uuid
+    from multiprocessing.shared_memory import SharedMemory
+    path = os.path.join(tempfile.gettempdir(), str(uuid.uuid4()))
+    socket.socket(socket.AF_UNIX).bind(path)
+    memory = SharedMemory(create=True, size=16)
+    print(path, memory.name, os.environ["TORCHINDUCTOR_CACHE_DIR"], flush=True)
+    time.sleep(600)
+"""
+"""A server that leaves a socket and shared memory when it is killed, as vLLM and SGLang do."""
+
+
+@pytest.mark.parametrize("temporary", ["t", "a/path/which/no/socket/fits/into/" + "x" * 60])
+@pytest.mark.parametrize("end", [ServerProcess.ask_to_end, ServerProcess.kill, lambda it: os.kill(it.pid, signal.SIGKILL)])
+def test_a_server_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: str, end: Callable[[ServerProcess], None]
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        usual = Path(short) / temporary
+        usual.mkdir(parents=True)
+        monkeypatch.setenv("TMPDIR", str(usual))
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        process = ServerProcess(LaunchPlan((sys.executable, "-c", textwrap.dedent(LEAVES))), tmp_path / "log", 1.0)
+        while "\n" not in process.log_tail():
+            assert process.exit_status is None
+            time.sleep(0.01)
+        path, memory, compiled = process.log_tail().split()
+        assert Path(path).is_socket() and Path("/dev/shm", memory).exists()
+        assert Path(path).parents[1] == (usual if temporary == "t" else Path("/tmp"))
+        assert Path(compiled).parent == usual, "what was compiled is for the next server too"
+        end(process)
+        process.wait()
+        assert not Path(path).parent.exists()
+        assert not Path("/dev/shm", memory).exists()
+        assert list(usual.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("deaf",)])
