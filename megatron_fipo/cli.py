@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from megatron_fipo.config import ParallelSection
 
 
+_PROCESSES_ANYWHERE, _PROCESSES_PER_CORE = 128, 16
+"""More processes than both are a slip of the finger, under which a machine would break down."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for input that cannot be used, or the command's own."""
     parser = _parser()
@@ -235,13 +239,16 @@ def _samples(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_fipo.config import load_config
+    from megatron_fipo.config import load_config, validate
 
     arguments = [args.config, *args.overrides]
     if "WORLD_SIZE" in os.environ and args.nproc is None:  # torchrun started this process
         num_processes = 1
     else:
-        num_processes = _num_processes(args.nproc, load_config(args.config, args.overrides).parallel)
+        config = load_config(args.config, args.overrides)
+        num_processes = _num_processes(args.nproc, config.parallel)
+        if num_processes > 1:
+            validate(config, num_processes)  # each process would refuse it too, once it has started
     if num_processes == 1:
         from megatron_fipo.train import main as train
 
@@ -263,6 +270,9 @@ def _num_processes(given: str | None, parallel: ParallelSection) -> int:
         return torch.cuda.device_count()
     if not given.isascii() or not given.isdigit() or int(given) < 1:
         raise ValueError(f"--nproc={given}: must be a number of processes, at least 1, or 'gpu'.")
+    most = max(_PROCESSES_ANYWHERE, _PROCESSES_PER_CORE * (os.cpu_count() or 1))
+    if len(given) > len(str(most)) or int(given) > most:
+        raise ValueError(f"--nproc={given}: this machine has {os.cpu_count()} cores; start at most {most} processes.")
     return int(given)
 
 
