@@ -119,6 +119,8 @@ class Chat:
             ValueError: if the tokenizer does not know part of the text.
             KeyboardInterrupt: on Ctrl-C; the turn is forgotten then.
         """
+        if not text.isascii() and text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise ValueError(f"{text!a} holds bytes that are no UTF-8, so that no tokenizer can read it")
         prompt, messages = text, [*self._messages, {"role": "user", "content": text}]
         if self.uses_template:
             prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

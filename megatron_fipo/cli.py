@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "validate", help="check a configuration and its files, and print it in full, without running it"
     )
     _add_config(validate)
-    validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
+    validate.add_argument("--world-size", type=_count, metavar="N", help="also check the layout for so many processes")
     validate.add_argument(
         "--files-elsewhere",
         action="store_true",
@@ -127,8 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         "preflight", help="memory, work and time of a run, computed before it is submitted; needs no GPU and no model"
     )
     _add_config(preflight)
-    preflight.add_argument("--world-size", type=int, metavar="N", help="training GPUs (default: one copy of the model)")
-    preflight.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    preflight.add_argument(
+        "--world-size", type=_count, metavar="N", help="training GPUs (default: one copy of the model)"
+    )
+    preflight.add_argument("--gpus-per-node", type=_count, default=8, metavar="N", help="(default: 8)")
     preflight.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb (default), h200 or b200")
     preflight.add_argument("--model-config", metavar="FILE", help="config.json of a model whose folder is not here")
     preflight.add_argument("--sizes-only", action="store_true", help="do not look for model, tokenizer and data files")
@@ -179,10 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)"
     )
-    certify.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default: 3)")
-    certify.add_argument("--updates", type=int, default=8, metavar="N", help="updates in each step (default: 8)")
+    certify.add_argument("--steps", type=_count, default=3, metavar="N", help="training steps (default: 3)")
+    certify.add_argument("--updates", type=_count, default=8, metavar="N", help="updates in each step (default: 8)")
     certify.add_argument(
-        "--longest-response", type=int, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
+        "--longest-response", type=_count, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
     )
     certify.set_defaults(run=_certify)
 
