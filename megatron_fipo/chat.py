@@ -187,6 +187,8 @@ def terminal_lines() -> Iterator[str]:
 
 def run(folder: str, prompt: str | None, options: ChatOptions) -> int:
     """`megatron-fipo chat`: answer one prompt, or talk until the input ends. Returns the exit status."""
+    if prompt is None and sys.stdin is None:
+        raise ValueError("standard input is closed, so that there is nothing to answer; give a text with --prompt.")
     chat = Chat(folder, options)
     if chat.warning:
         say_on_stderr(f"warning: {chat.warning}")

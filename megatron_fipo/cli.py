@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python complains as it leaves
+        return 0
     except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
         from megatron_fipo.error_net import report, say_on_stderr
 

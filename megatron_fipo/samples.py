@@ -198,7 +198,10 @@ def show_samples(
         raise ValueError(f"of the {len(kept)} samples that were kept of this step none is {kind}; try another --step.")
     shown = shown[:limit]
     count = f"{len(shown)} of {len(kept)} samples" if len(shown) < len(kept) else f"{len(kept)} samples"
-    print_samples(f"Step {kept[0].step} of {run}: {count}", [_shown(sample) for sample in shown], full=full)
+    try:
+        print_samples(f"Step {kept[0].step} of {run}: {count}", [_shown(sample) for sample in shown], full=full)
+    except SystemExit:  # rich's word for a pipe whose reader, such as head, has seen enough
+        return 0
     return 0
 
 

@@ -45,7 +45,7 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
 
 def _newest(folder: Path) -> Path:
     root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    damaged = []
+    damaged: list[str] = []
     for candidate in by_trust(root):
         try:
             files = read_manifest(candidate)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import select
 import shutil
@@ -31,6 +32,8 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _POLL_S = 0.5
 _TRACKERS_S = 5.0
 """Longest that resource trackers may take to give back what the dead held."""
+_LEAST_UNIQUE = 32
+"""Characters of a name that nobody else uses: it holds a UUID."""
 _LONGEST_BASE = 40
 """Bytes of a folder's path in which a folder for sockets may be made: a socket's path is at most 107 bytes, and engines
 name theirs by UUIDs."""
@@ -102,7 +105,17 @@ def _own_folder() -> Iterator[dict[str, str]]:
     try:
         yield {**kept, "TMPDIR": folder}
     finally:
+        _unlink_shared_memory(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unlink_shared_memory(folder: str) -> None:
+    """Unlink what vLLM's ranks on a CPU share, which no tracker knows: it is named after the file where they meet."""
+    for name in os.listdir(folder):
+        if len(name) > _LEAST_UNIQUE:
+            for path in Path("/dev/shm").glob(f"{glob.escape(name)}*"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def main(grace_s: float, command: list[str]) -> int:
