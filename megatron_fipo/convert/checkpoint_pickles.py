@@ -148,6 +148,8 @@ def check_pickles(folder: str | Path) -> None:
     """
     root = Path(folder)
     metadata = read_metadata(root)
+    if _check_format(root / FORMAT) == "torch" and not (root / COMMON).is_file():
+        raise ValueError(f"{root / COMMON} is not there. Restore it from a copy.")
     if (root / COMMON).is_file():
         _check_plain((root / COMMON).read_bytes(), root / COMMON)
     for index, info in metadata.storage_data.items():
@@ -162,8 +164,12 @@ def check_pickles(folder: str | Path) -> None:
             _check_state(_check_plain(data, file), file, is_extra=_EXTRA_STATE in index.fqn)
 
 
-def _check_format(file: Path) -> None:
-    """Other backends have loaders of their own, which read other files."""
+def _check_format(file: Path) -> str:
+    """Other backends have loaders of their own, which read other files.
+
+    Returns:
+        How what is common to all ranks is stored: in common.pt (torch), or between the tensors.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         backends = raw["sharded_backend"], raw.get("common_backend", "torch")
@@ -171,6 +177,7 @@ def _check_format(file: Path) -> None:
         raise ValueError(f"{file} does not say which format the checkpoint has ({error!r}).") from error
     if backends not in (("torch_dist", "torch"), ("torch_dist", "torch_dist")):
         raise ValueError(f"{file}: checkpoints of format {backends[0]!r} are not supported; only torch_dist is.")
+    return str(backends[1])
 
 
 def _has_the_form(metadata: Any) -> bool:

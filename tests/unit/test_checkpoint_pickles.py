@@ -199,6 +199,13 @@ def test_another_format_is_refused(folders: Path, tmp_path: Path) -> None:
             check_pickles(checkpoint)
 
 
+def test_a_missing_common_file_is_named(folders: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(folders / "megatron", tmp_path / "megatron")
+    (checkpoint / "common.pt").unlink()
+    with pytest.raises(ValueError, match=r"common\.pt is not there"):
+        check_pickles(checkpoint)
+
+
 def test_a_damaged_description_is_told_in_words(folders: Path, tmp_path: Path) -> None:
     """Each of a few hundred flipped bytes and cuts: refused in words, or read as something of the same form."""
     checkpoint = shutil.copytree(folders / "megatron", tmp_path / "megatron")
