@@ -100,10 +100,12 @@ def _own_folder() -> Iterator[dict[str, str]]:
     usual = tempfile.gettempdir()
     base = usual if len(os.fsencode(usual)) <= _LONGEST_BASE else "/tmp"
     folder = tempfile.mkdtemp(prefix="fipo-server-", dir=base)
+    # Behind what was there: a server that changes the first variable of all can no longer give its processes their names.
+    environment = {**os.environ, "TMPDIR": folder}
     # What torch compiles is kept among temporary files, and the next server is to find it.
-    kept = {"TORCHINDUCTOR_CACHE_DIR": os.path.join(usual, f"torchinductor_{os.getuid()}"), **os.environ}
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(usual, f"torchinductor_{os.getuid()}"))
     try:
-        yield {**kept, "TMPDIR": folder}
+        yield environment
     finally:
         _unlink_shared_memory(folder)
         shutil.rmtree(folder, ignore_errors=True)
