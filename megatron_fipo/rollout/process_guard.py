@@ -7,7 +7,7 @@ the command's whole session gets SIGTERM, GRACE_S seconds later SIGKILL, and so 
 command's process id is the one line on standard output; its own output goes to standard error. The exit status is the
 command's, 128 + n after signal n. Standard library only: it runs by path, without this package.
 
-Nor does anything remain on the disk. The command's temporary files go into a folder of its own, which is deleted with
+Nor do its files remain. The command's temporary files go into a folder of its own, which is deleted with
 it: engines leave sockets there whenever they are killed. Python's resource trackers among its children are left to give
 back what the dead held in /dev/shm.
 """
@@ -100,7 +100,7 @@ def _own_folder() -> Iterator[dict[str, str]]:
     usual = tempfile.gettempdir()
     base = usual if len(os.fsencode(usual)) <= _LONGEST_BASE else "/tmp"
     folder = tempfile.mkdtemp(prefix="fipo-server-", dir=base)
-    # Behind what was there: a server that changes the first variable of all can no longer give its processes their names.
+    # Behind what was there: a server that changes the first variable of all can no longer name its processes.
     environment = {**os.environ, "TMPDIR": folder}
     # What torch compiles is kept among temporary files, and the next server is to find it.
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(usual, f"torchinductor_{os.getuid()}"))
