@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import read_model_config
+from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.formatting import raw_token_ids
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.error_net import say_on_stderr
 from megatron_fipo.event_loop import run_to_end
 from megatron_fipo.hub.models import model_folder
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
@@ -88,10 +90,12 @@ class Chat:
         It goes on the GPU where there is one, in the checkpoint's dtype, else on the CPU in float32.
 
         Raises:
-            ValueError: if the folder holds no model.
+            ValueError: if the folder does not hold one whole model of finite numbers, as training wants it.
         """
         folder = model_folder(str(folder), key="model")
         read_model_config(folder)  # transformers would look for a path that does not exist on the hub, code and all
+        self.warning = check_weights(folder)
+        """Of files in the folder that are not read; empty where there are none."""
         self.options = options
         self.tokenizer = load_tokenizer(folder)
         on_gpu = torch.cuda.is_available()
@@ -115,6 +119,8 @@ class Chat:
             ValueError: if the tokenizer does not know part of the text.
             KeyboardInterrupt: on Ctrl-C; the turn is forgotten then.
         """
+        if not text.isascii() and text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise ValueError(f"{text!a} holds bytes that are no UTF-8, so that no tokenizer can read it")
         prompt, messages = text, [*self._messages, {"role": "user", "content": text}]
         if self.uses_template:
             prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -181,7 +187,11 @@ def terminal_lines() -> Iterator[str]:
 
 def run(folder: str, prompt: str | None, options: ChatOptions) -> int:
     """`megatron-fipo chat`: answer one prompt, or talk until the input ends. Returns the exit status."""
+    if prompt is None and sys.stdin is None:
+        raise ValueError("standard input is closed, so that there is nothing to answer; give a text with --prompt.")
     chat = Chat(folder, options)
+    if chat.warning:
+        say_on_stderr(f"warning: {chat.warning}")
     if prompt is not None:
         chat.answer(prompt)
         return 0

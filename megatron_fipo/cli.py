@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from megatron_fipo.config import ParallelSection
 
 
+_PROCESSES_ANYWHERE, _PROCESSES_PER_CORE = 128, 16
+"""More processes than both are a slip of the finger, under which a machine would break down."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for input that cannot be used, or the command's own."""
     parser = _parser()
@@ -30,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python complains as it leaves
+        return 0
     except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
         from megatron_fipo.error_net import report, say_on_stderr
 
@@ -126,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "validate", help="check a configuration and its files, and print it in full, without running it"
     )
     _add_config(validate)
-    validate.add_argument("--world-size", type=int, metavar="N", help="also check the layout for so many processes")
+    validate.add_argument("--world-size", type=_count, metavar="N", help="also check the layout for so many processes")
     validate.add_argument(
         "--files-elsewhere",
         action="store_true",
@@ -138,8 +148,10 @@ def _parser() -> argparse.ArgumentParser:
         "preflight", help="memory, work and time of a run, computed before it is submitted; needs no GPU and no model"
     )
     _add_config(preflight)
-    preflight.add_argument("--world-size", type=int, metavar="N", help="training GPUs (default: one copy of the model)")
-    preflight.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    preflight.add_argument(
+        "--world-size", type=_count, metavar="N", help="training GPUs (default: one copy of the model)"
+    )
+    preflight.add_argument("--gpus-per-node", type=_count, default=8, metavar="N", help="(default: 8)")
     preflight.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb (default), h200 or b200")
     preflight.add_argument("--model-config", metavar="FILE", help="config.json of a model whose folder is not here")
     preflight.add_argument("--sizes-only", action="store_true", help="do not look for model, tokenizer and data files")
@@ -190,10 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)"
     )
-    certify.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default: 3)")
-    certify.add_argument("--updates", type=int, default=8, metavar="N", help="updates in each step (default: 8)")
+    certify.add_argument("--steps", type=_count, default=3, metavar="N", help="training steps (default: 3)")
+    certify.add_argument("--updates", type=_count, default=8, metavar="N", help="updates in each step (default: 8)")
     certify.add_argument(
-        "--longest-response", type=int, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
+        "--longest-response", type=_count, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
     )
     certify.set_defaults(run=_certify)
 
@@ -250,13 +262,16 @@ def _samples(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_fipo.config import load_config
+    from megatron_fipo.config import load_config, validate
 
     arguments = [args.config, *args.overrides]
     if "WORLD_SIZE" in os.environ and args.nproc is None:  # torchrun started this process
         num_processes = 1
     else:
-        num_processes = _num_processes(args.nproc, load_config(args.config, args.overrides).parallel)
+        config = load_config(args.config, args.overrides)
+        num_processes = _num_processes(args.nproc, config.parallel)
+        if num_processes > 1:
+            validate(config, num_processes)  # each process would refuse it too, once it has started
     if num_processes == 1:
         from megatron_fipo.train import main as train
 
@@ -278,6 +293,9 @@ def _num_processes(given: str | None, parallel: ParallelSection) -> int:
         return torch.cuda.device_count()
     if not given.isascii() or not given.isdigit() or int(given) < 1:
         raise ValueError(f"--nproc={given}: must be a number of processes, at least 1, or 'gpu'.")
+    most = max(_PROCESSES_ANYWHERE, _PROCESSES_PER_CORE * (os.cpu_count() or 1))
+    if len(given) > len(str(most)) or int(given) > most:
+        raise ValueError(f"--nproc={given}: this machine has {os.cpu_count()} cores; start at most {most} processes.")
     return int(given)
 
 

@@ -133,7 +133,9 @@ def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
     note = ""
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        if not config.train.resume:
+        if config.train.resume:
+            _check_places(folder)
+        else:
             _check_is_a_runs(folder.root)
         lock = RunLock(folder.root)
         if not config.train.resume and any(path.name != _LOCK for path in folder.root.iterdir()):
@@ -149,6 +151,15 @@ def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
             "room, or set another run.output_dir."
         ) from error
     return folder, lock, note
+
+
+def _check_places(folder: RunFolder) -> None:
+    """Refuse what could not be written to later, before anything is trained."""
+    for place in (folder.checkpoints, folder.rollouts, folder.samples, folder.evaluation, folder.servers):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is no folder, and a run keeps files in one of that name. Move it elsewhere.")
+    if folder.metrics.exists() and not folder.metrics.is_file():
+        raise ValueError(f"{folder.metrics} is no file, and a run writes its metrics there. Move it elsewhere.")
 
 
 def _check_is_a_runs(root: Path) -> None:

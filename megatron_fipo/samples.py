@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_fipo.disk import write_text_whole
@@ -133,9 +133,22 @@ def _read(path: Path) -> Iterator[TrainingSample]:
         if not line:
             continue
         try:
-            yield TrainingSample(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            sample = TrainingSample(**json.loads(line))
+            if wrong := [field.name for field in fields(sample) if not _fits(getattr(sample, field.name), field.type)]:
+                raise ValueError(f"{wrong[0]}={getattr(sample, wrong[0])!r}")
+            if sample.trained_on and sample.advantage is None:
+                raise ValueError("it was trained on, without an advantage")
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is no sample: {error}. The file was damaged or edited.") from error
+        yield sample
+
+
+def _fits(value: object, kind: object) -> bool:
+    """Whether a value is what a field's annotation says."""
+    if value is None:
+        return "None" in str(kind)
+    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "bool": (bool,), "float": (int, float)}
+    return type(value) in allowed[str(kind).partition(" ")[0]]
 
 
 def _spans(steps: Sequence[int]) -> str:
@@ -185,7 +198,10 @@ def show_samples(
         raise ValueError(f"of the {len(kept)} samples that were kept of this step none is {kind}; try another --step.")
     shown = shown[:limit]
     count = f"{len(shown)} of {len(kept)} samples" if len(shown) < len(kept) else f"{len(kept)} samples"
-    print_samples(f"Step {kept[0].step} of {run}: {count}", [_shown(sample) for sample in shown], full=full)
+    try:
+        print_samples(f"Step {kept[0].step} of {run}: {count}", [_shown(sample) for sample in shown], full=full)
+    except SystemExit:  # rich's word for a pipe whose reader, such as head, has seen enough
+        return 0
     return 0
 
 

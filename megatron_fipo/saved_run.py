@@ -142,12 +142,20 @@ class SavedRun:
 
     def _check(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Compare the checkpoint's configuration and model with this run's."""
-        if not all(isinstance(state.get(name), dict) for name in ("config", "model", "prompts", "sampler")):
+        are_dicts = all(isinstance(state.get(name), dict) for name in ("config", "model", "prompts", "sampler"))
+        if not are_dicts or not isinstance(state.get("rng"), list):
             raise ValueError(
                 f"{checkpoint} does not hold what this version of a run goes on from. Go on with the version that "
                 "saved it, "
                 "delete it to go on from the one before, or set train.resume=false to start over (the old run is "
                 "renamed)."
+            )
+        name = checkpoint_folder.checkpoint_name(state["next_step"], state.get("num_updates", 0))
+        if checkpoint.name.removesuffix(".again") != name:
+            raise ValueError(
+                f"{checkpoint} holds what {name} should: {state['next_step']} steps are done in it. By the names it is "
+                "decided which is the newest and what may be deleted. Rename it, and write its name into the file "
+                "latest beside it."
             )
         check = check_resume(state["config"], self._recorded, is_mid_step=bool(state.get("num_updates")))
         shape = asdict(self._actor.shape)

@@ -5,6 +5,7 @@ Judged responses are recorded as they come. The same command after an interrupti
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
@@ -26,7 +27,8 @@ from megatron_fipo.config import (
 from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.disk import DiskError, write_text_whole, writing
+from megatron_fipo.disk import DiskError, disk_error, write_text_whole
+from megatron_fipo.error_net import is_of_the_machine
 from megatron_fipo.evaluation import (
     EVALUATION_STEP,
     EvaluationResult,
@@ -107,8 +109,7 @@ def evaluate_folder(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     ledger = RolloutLedger(folder / "responses", 0, _fingerprint(config), decode)
     if ledger.discard_others():
         console.warning("responses recorded for another model or other settings were found and deleted")
@@ -119,6 +120,22 @@ def evaluate_folder(
             ledger.close()
     problems = [ProblemResult.from_group(group) for group in groups]
     return evaluate_problems(problems), problems
+
+
+def _make(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: if it cannot be a folder to write into.
+        DiskError: if there is no room for it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_of_the_machine(error) and error.errno != errno.EROFS:
+            raise disk_error(folder, error) from error
+        raise ValueError(
+            f"{folder} cannot be the folder of an evaluation: {error.strerror or error}. Name another with --output."
+        ) from error
 
 
 def _judged_groups(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import nn
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_fipo.actor import checkpoint_folder, optimizer_state
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint_error import CheckpointError as CheckpointError
-from megatron_fipo.actor.checkpoint_error import could_not_write
+from megatron_fipo.actor.checkpoint_error import could_not_read, could_not_write
 from megatron_fipo.actor.forked_writers import ended_with_their_parent
 from megatron_fipo.convert.checkpoint_pickles import check_pickles
 from megatron_fipo.parallel import exchange
@@ -265,9 +266,12 @@ def load_loop_state(checkpoint: str | Path) -> dict[str, Any]:
         ValueError: if it is none of a run's.
     """
     check_pickles(checkpoint)
-    with _without_advice():
-        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    state = common.get("loop")
+    try:
+        with _without_advice():
+            common = dist_checkpointing.load_common_state_dict(Path(checkpoint))
+    except CheckpointingException as error:
+        raise could_not_read(Path(checkpoint), error) from error
+    state = common.get("loop") if isinstance(common, dict) else None
     if not isinstance(state, dict) or type(state.get("next_step")) is not int:
         raise ValueError(
             f"{checkpoint} holds weights but not the state of a run, so that none can go on from it. Restore it from "
@@ -284,6 +288,7 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
 
     Raises:
         UntrustedCheckpointError: on every rank, if opening the checkpoint would run code.
+        ValueError: on every rank, if its files do not hold what it says.
     """
     check_pickles(checkpoint)
     settings = optimizer_state.settings(actor.optimizer)
@@ -291,8 +296,11 @@ def load_checkpoint(actor: Actor, checkpoint: str | Path) -> dict[str, Any]:
         if hasattr(optimizer, "_set_main_param_and_optimizer_states"):
             optimizer_state.keep_adam_step(optimizer)
     state = _sharded_state(actor, is_loading=True)
-    with _without_advice():
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+    try:
+        with _without_advice():
+            loaded = dist_checkpointing.load(state, str(checkpoint))
+    except (CheckpointException, CheckpointingException) as error:
+        raise could_not_read(Path(checkpoint), error) from error
     for name, model in _named_models(actor):
         model.load_state_dict(loaded[name])
     actor.optimizer.load_state_dict(loaded["optimizer"])

@@ -30,7 +30,7 @@ def could_not_write(target: Path, error: BaseException) -> CheckpointError:
     """What to tell: a disk is full, another rank has died, or what the error says, none taken for another."""
     reason = str(error) or type(error).__name__
     if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
-        reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()})) or "a rank failed to write"
+        reason = _reasons(error) or "a rank failed to write"
     untouched = "Earlier checkpoints and the rollouts since then are untouched."
     is_disk = not isinstance(error, ConnectionError) and (isinstance(error, OSError) or _DISK.search(reason))
     if not is_disk and (isinstance(error, (ConnectionError, EOFError, DistError)) or _LOST.search(reason)):
@@ -49,3 +49,18 @@ def could_not_write(target: Path, error: BaseException) -> CheckpointError:
         f"the checkpoint {target} could not be written: {reason}{free_space(target.parent)}. {untouched} Make room or "
         "mend the folder's permissions, and start the same command again: it goes on from them."
     )
+
+
+def could_not_read(checkpoint: Path, error: BaseException) -> ValueError:
+    """What to tell of a checkpoint whose files do not hold what its description says."""
+    reason = _reasons(error) if isinstance(error, CheckpointException) else str(error)
+    return ValueError(
+        f"{checkpoint} cannot be read, although no file has changed since it was described: "
+        f"{' '.join(reason.split())[:600] or 'a rank failed to read'}. Restore it from a copy, or delete it to go on "
+        "from the one before."
+    )
+
+
+def _reasons(error: CheckpointException) -> str:
+    """Of every rank that failed, each once."""
+    return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))

@@ -70,6 +70,11 @@ def looks_secret(variable: str) -> bool:
     return bool(_SECRET_WORDS.search(name) or parts & _SECRET_PARTS)
 
 
+def variables_in(text: str) -> list[str]:
+    """Names of the environment variables that a text refers to."""
+    return _VARIABLE.findall(text)
+
+
 def remember_references(unresolved: DictConfig, config: Config) -> None:
     """Note which values of a configuration came from environment variables.
 

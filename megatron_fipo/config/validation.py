@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_fipo.config.environment import looks_secret, reference_of, variables_in, without_secrets
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.milestones import milestone_problems
 from megatron_fipo.config.rules import value_problems
@@ -25,6 +26,12 @@ from megatron_fipo.config.verifiers import verifier_problems, verifier_weights
 
 _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
 """Keys without which an algorithm would not be what its name says, where its preset sets them."""
+
+_KEY_OPTIONS = {"--api-key", "--admin-api-key"}
+_SECRET_OPTION = re.compile(
+    r"passw(or)?d|passphrase|secret|credential|(api|access|private|auth|admin)[-_]?key|(hf|api|auth|access|bearer)[-_]?token"
+)
+"""Options of servers that take a secret. Most that speak of tokens mean those that a model reads."""
 
 LONGEST_FOR_SEQUENCE_RATIOS = 2048
 """Tokens beyond which a whole response's probability ratio says little: a bias of 1e-3 a token is a factor of 8."""
@@ -255,12 +262,30 @@ def _server_key_problems(config: Config) -> Iterator[str]:
             "Start the servers with MEGATRON_FIPO_SERVER_KEY in their environment, and name here the variable of the "
             "trainer's environment that holds the same text."
         )
-    own_keys = {"--api-key", "--admin-api-key"}
-    if named := sorted(own_keys & {argument.partition("=")[0] for argument in servers.extra_args}):
+    yield from _secret_argument_problems(servers.extra_args)
+    if named := sorted(_KEY_OPTIONS & {argument.partition("=")[0] for argument in servers.extra_args}):
         yield (
             f"servers.extra_args: {', '.join(named)} would replace the random key that the run gives its servers, and "
             "everybody on the host reads command lines. Remove it; for servers with a key of yours, start them "
             "yourself, and set servers.urls and servers.api_key_env."
+        )
+
+
+def _secret_argument_problems(arguments: Sequence[str]) -> Iterator[str]:
+    """Everybody on a host reads the command lines of its processes, and a log may repeat them."""
+    for index, argument in enumerate(arguments):
+        option = argument.partition("=")[0]
+        source = reference_of(("servers", "extra_args", index), argument) or without_secrets(argument)
+        if named := [name for name in variables_in(source) if looks_secret(name)]:
+            what = f"the environment variable {named[0]} is a secret, by its name, which"
+        elif option.startswith("--") and option not in _KEY_OPTIONS and _SECRET_OPTION.search(option):
+            what = f"the value of {option} is a secret, by its name, which"
+        else:
+            continue
+        yield (
+            f"servers.extra_args: {what} everybody on the host could read from the server's command line. Remove it. "
+            "Servers have the run's environment: set the variable that the engine reads (such as HF_TOKEN) before the "
+            "run is started; or start the servers yourself, and set servers.urls."
         )
 
 

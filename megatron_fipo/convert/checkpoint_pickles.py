@@ -56,6 +56,8 @@ _WRITTEN_BY_TORCH = {
 """All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does "
 "anything."""
 
+_EXTRA_STATE = "_extra_state"
+"""In the names of what modules keep beside their weights."""
 _OF_TRANSFORMER_ENGINE = "transformer_engine."
 _REBUILT = {
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -105,7 +107,11 @@ def unpickle(data: bytes, file: Path) -> Any:
         UntrustedCheckpointError: if it names anything else, a function of Python's or a class of somebody's own.
         ValueError: if it is no whole pickle.
     """
-    return _unpickled(_TorchsRecords(io.BytesIO(data), file), file)
+    reader = _TorchsRecords(io.BytesIO(data), file)
+    try:
+        return _unpickled(reader, file)
+    finally:
+        reader.check_unchanged()
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -117,6 +123,8 @@ def read_metadata(folder: Path) -> Metadata:
     """
     _check_format(folder / FORMAT)
     file = folder / METADATA
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file} is no file.")
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -140,6 +148,8 @@ def check_pickles(folder: str | Path) -> None:
     """
     root = Path(folder)
     metadata = read_metadata(root)
+    if _check_format(root / FORMAT) == "torch" and not (root / COMMON).is_file():
+        raise ValueError(f"{root / COMMON} is not there. Restore it from a copy.")
     if (root / COMMON).is_file():
         _check_plain((root / COMMON).read_bytes(), root / COMMON)
     for index, info in metadata.storage_data.items():
@@ -151,11 +161,15 @@ def check_pickles(folder: str | Path) -> None:
                     data = stream.read(info.length)
             except OSError as error:
                 raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
-            _check_state(_check_plain(data, file), file)
+            _check_state(_check_plain(data, file), file, is_extra=_EXTRA_STATE in index.fqn)
 
 
-def _check_format(file: Path) -> None:
-    """Other backends have loaders of their own, which read other files."""
+def _check_format(file: Path) -> str:
+    """Other backends have loaders of their own, which read other files.
+
+    Returns:
+        How what is common to all ranks is stored: in common.pt (torch), or between the tensors.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         backends = raw["sharded_backend"], raw.get("common_backend", "torch")
@@ -163,6 +177,7 @@ def _check_format(file: Path) -> None:
         raise ValueError(f"{file} does not say which format the checkpoint has ({error!r}).") from error
     if backends not in (("torch_dist", "torch"), ("torch_dist", "torch_dist")):
         raise ValueError(f"{file}: checkpoints of format {backends[0]!r} are not supported; only torch_dist is.")
+    return str(backends[1])
 
 
 def _has_the_form(metadata: Any) -> bool:
@@ -222,20 +237,34 @@ def _check_plain(data: bytes, file: Path) -> Any:
         name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
         if name:
             raise UntrustedCheckpointError(file, name) from error
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        # torch's own words are advice to trust the file.
+        raise ValueError(f"{file} cannot be read: torch has not saved it so. Restore it from a copy.") from error
     except _DAMAGE as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _check_state(value: Any, file: Path) -> None:
-    """A module's extra state: Transformer Engine pickles its own into a tensor of bytes, and unpickles it as it is."""
+def _check_state(value: Any, file: Path, *, is_extra: bool) -> None:
+    """A module's extra state: Transformer Engine pickles its own into a tensor of bytes, and unpickles it as it is.
+
+    It takes the bytes of a tensor whatever its dtype. (From 2.20 on it refuses by itself what it does not know.)
+
+    Args:
+        is_extra: whether a module gets the value; of others only tensors of bytes are looked at.
+    """
     if isinstance(value, (list, tuple)):
         for item in value:
-            _check_state(item, file)
+            _check_state(item, file, is_extra=is_extra)
     elif isinstance(value, io.BytesIO):
         _check_plain(value.getvalue(), file)
-    elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
-        _unpickled(_StateOfFp8(io.BytesIO(value.cpu().numpy().tobytes()), file), file)
+    elif isinstance(value, torch.Tensor) and value.numel() and (is_extra or value.dtype == torch.uint8):
+        _unpickled(_StateOfFp8(io.BytesIO(_bytes_of(value, file)), file), file)
+
+
+def _bytes_of(tensor: torch.Tensor, file: Path) -> bytes:
+    try:
+        return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, quantized: nobody's state
+        raise ValueError(f"{file} holds a state that is no plain tensor ({error}). Restore it from a copy.") from error
 
 
 def _unpickled(unpickler: pickle.Unpickler, file: Path) -> Any:
@@ -253,12 +282,33 @@ class _TorchsRecords(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO, file: Path) -> None:
         super().__init__(stream)
         self._file = file
+        self._before: dict[str, tuple[Any, dict[str, Any]]] = {}
+        """What each of them had of attributes, by name."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _WRITTEN_BY_TORCH or is_dtype:
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
+            self._before.setdefault(f"{module}.{name}", (found, dict(getattr(found, "__dict__", {}))))
+            return found
         raise UntrustedCheckpointError(self._file, f"{module}.{name}")
+
+    def check_unchanged(self) -> None:
+        """A pickle can set attributes of what it names, the classes themselves: that is undone and refused.
+
+        Raises:
+            UntrustedCheckpointError: if it has.
+        """
+        for name, (found, before) in self._before.items():
+            now = dict(getattr(found, "__dict__", {}))
+            changed = [key for key in now.keys() | before.keys() if now.get(key) is not before.get(key)]
+            for key in changed:
+                if key in before:
+                    setattr(found, key, before[key])
+                else:
+                    delattr(found, key)
+            if changed:
+                raise UntrustedCheckpointError(self._file, f"a change of {name}")
 
 
 class _StateOfFp8(pickle.Unpickler):

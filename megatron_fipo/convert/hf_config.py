@@ -167,6 +167,12 @@ def model_shape(raw: dict[str, Any], place: str) -> ModelShape:
     _check_architecture(raw, place, family)
     _check_switches(raw, place, family)
     sizes = {key: _whole_number(raw, place, key) for key in _SIZES}
+    layer_types = raw.get("layer_types")
+    if layer_types and len(layer_types) != sizes["num_hidden_layers"]:
+        raise ValueError(
+            f"{place}: layer_types names {len(layer_types)} layers and num_hidden_layers={sizes['num_hidden_layers']}. "
+            "Whichever is wrong, correct it."
+        )
     heads = sizes["num_attention_heads"]
     groups = _key_value_heads(raw, place, family, heads)
     # Qwen2 has a bias on q, k and v and says so nowhere; where attention_bias exists, it means o_proj too.

@@ -297,6 +297,8 @@ def _check_tokenizer(root: Path, shape: ModelShape) -> Iterator[Problem]:
         words = str(error) if type(error) is ValueError else f"it has not the form of one ({error!r})"
         yield Problem("unreadable", "no tensor", "tokenizer.json", words)
         return
+    if not numbers:
+        yield Problem("unreadable", "no tensor", "tokenizer.json", "it holds no token")
     beyond = {token: number for token, number in numbers.items() if number >= shape.vocab_size}
     if beyond:
         token, largest = max(beyond.items(), key=lambda item: item[1])

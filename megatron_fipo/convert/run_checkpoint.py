@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from megatron_fipo.actor.checkpoint_folder import by_trust, faults, read_manifest
@@ -44,7 +45,7 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
 
 def _newest(folder: Path) -> Path:
     root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    damaged = []
+    damaged: list[str] = []
     for candidate in by_trust(root):
         try:
             files = read_manifest(candidate)
@@ -52,6 +53,8 @@ def _newest(folder: Path) -> Path:
         except (ValueError, OSError) as error:
             problems = [str(error)]
         if not problems:
+            for words in damaged:
+                print(f"warning: {root}/{words}. It is passed over.", file=sys.stderr)
             return candidate
         damaged.append(f"{candidate.name}: {problems[0]}")
     if damaged:

@@ -53,6 +53,13 @@ _FORMAT = {
 }
 
 
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
+)
+"""What torch raises where a file holds something else than its description says."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """A part of a stored tensor that is written and read in one go.
@@ -278,9 +285,14 @@ class TorchDistReader:
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _OneTensor(target)).wait()
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             files = ", ".join(file.name for file in self.files(key, layer))
-            raise ValueError(f"{self.folder}: {key}, {_of(layer)}, in {files}, cannot be read: {error}") from error
+            # What torch says of damaged pickles is advice to trust them.
+            is_pickle = isinstance(error, pickle.UnpicklingError)
+            reason = "torch has not saved a tensor there" if is_pickle else " ".join(str(error).split())
+            raise ValueError(
+                f"{self.folder}: {key}, {_of(layer)}, in {files}, cannot be read: {reason}. Restore it from a copy."
+            ) from error
         return target if layer is None else target[0]
 
 

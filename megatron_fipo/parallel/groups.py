@@ -102,6 +102,12 @@ def _start_distributed(timeout_s: float) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
+        rank, size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "")
+        if rank.isdigit() and size.isdigit() and int(rank) >= int(size):  # nobody would ever answer it
+            raise ValueError(
+                f"RANK={rank} with WORLD_SIZE={size}: ranks count from 0 to WORLD_SIZE - 1. torchrun sets both; unset "
+                "what is left over from elsewhere."
+            )
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

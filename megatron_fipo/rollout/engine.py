@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,8 +68,8 @@ def check_request(request: GenerationRequest, vocab_size: int, stop_token_ids: C
             raise ValueError(
                 f"{what}: {name} reach from {min(ids)} to {max(ids)}; the model has tokens 0 … {vocab_size - 1}"
             )
-    if sampling.temperature < 0:
-        raise ValueError(f"{what}: temperature must be at least 0; got {sampling.temperature}")
+    if not 0 <= sampling.temperature < math.inf:
+        raise ValueError(f"{what}: temperature must be at least 0, and finite; got {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"{what}: top_p must lie in (0, 1]; got {sampling.top_p}")
     if len(request.prefix) >= sampling.max_tokens:

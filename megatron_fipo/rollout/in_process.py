@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -69,7 +70,7 @@ class InProcessEngine:
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"rollout.max_batch_size must be at least 1; got {max_batch_size}")
-        config = AutoConfig.from_pretrained(model_path)
+        config = _read_config(model_path)
         _refuse_windows(config, model_path)
         self.stop_token_ids = frozenset(
             find_stop_token_ids(model_path, tokenizer) if stop_token_ids is None else stop_token_ids
@@ -77,6 +78,11 @@ class InProcessEngine:
         outside = sorted(token for token in self.stop_token_ids if not 0 <= token < config.vocab_size)
         if outside:
             raise ValueError(f"stop tokens {outside} lie outside the vocabulary of {config.vocab_size} of {model_path}")
+        if not -config.vocab_size <= (config.pad_token_id or 0) < config.vocab_size:
+            raise ValueError(
+                f"{model_path}: pad_token_id={config.pad_token_id} lies outside the vocabulary of {config.vocab_size}, "
+                "and transformers refuses such a model; mend it in its config.json."
+            )
         model = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval().requires_grad_(False)
         self.policy_version = policy_version
@@ -248,6 +254,22 @@ class InProcessEngine:
                 call.future.set_exception(error)
 
 
+def _read_config(model_path: str | Path) -> Any:
+    """config.json as transformers reads it.
+
+    Raises:
+        ValueError: if it takes none of a key's value: it has rules of its own, even for keys that change nothing.
+    """
+    try:
+        return AutoConfig.from_pretrained(model_path)
+    except (StrictDataclassError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{Path(model_path) / 'config.json'} is refused by transformers: {reason}. Mend that key, or copy or "
+            "download the file again."
+        ) from error
+
+
 def find_stop_token_ids(model_path: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
     """Tokens that end a response, as config.json, generation_config.json and the tokenizer name them, ascending.
 
@@ -257,10 +279,16 @@ def find_stop_token_ids(model_path: str | Path, tokenizer: Any = None) -> tuple[
         ValueError: if none of them names one, or a file cannot be read.
     """
     try:
-        named: list[Any] = [getattr(AutoConfig.from_pretrained(model_path), "eos_token_id", None)]
+        named: list[Any] = [getattr(_read_config(model_path), "eos_token_id", None)]
         if (Path(model_path) / "generation_config.json").is_file():
             named.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # transformers raises each for a damaged file
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # transformers raises each for a damaged file
         raise ValueError(
             f"{model_path}: config.json or generation_config.json cannot be used ({error}). Copy or download them "
             "again."

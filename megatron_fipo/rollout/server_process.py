@@ -39,7 +39,8 @@ def is_free(host: str, port: int) -> bool:
 class ServerProcess:
     """One running server.
 
-    It ends with this process, however that ends, and takes its own children along.
+    It ends with this process, however that ends, and takes its own children along, its temporary files, and what it
+    held in /dev/shm.
 
     Args:
         plan: command line and environment.
@@ -99,7 +100,7 @@ class ServerProcess:
         """Take it down at once, also where it hangs, and wait until it is gone."""
         if self.exit_status is None and self.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
-                os.killpg(self.pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)  # the guard takes care of what it started
         self.ask_to_end()
         self.wait()
 

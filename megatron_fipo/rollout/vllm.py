@@ -111,6 +111,7 @@ class VllmAdapter:
             KEY_VARIABLE: spec.key,
             "VLLM_API_KEY": None,  # the user's, for another server
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_RPC_BASE_PATH": None,  # its sockets lie with its temporary files, which go when it does
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # longer than clients keep connections: none breaks as it is used
             "HF_HUB_OFFLINE": "1",  # the model is a folder
             "TORCHELASTIC_USE_AGENT_STORE": None,  # else process groups would look for torchrun's store

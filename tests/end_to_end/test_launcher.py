@@ -166,6 +166,7 @@ def test_a_second_signal_ends_the_run_at_once(runs: Callable[..., Run]) -> None:
         ("0", "--nproc=0: must be a number of processes, at least 1, or 'gpu'"),
         ("two", "--nproc=two: must be a number"),
         ("3", "3 processes cannot"),
+        ("99999999999999999999", "start at most"),
     ],
 )
 def test_numbers_of_processes_that_cannot_be(runs: Callable[..., Run], nproc: str, message: str) -> None:

@@ -200,6 +200,23 @@ def test_a_checkpoint_that_would_run_code_is_refused(copied: Path, tmp_path: Pat
     assert not marker.exists()
 
 
+def test_a_checkpoint_that_does_not_hold_what_it_says_is_refused(copied: Path) -> None:
+    """Its manifest is right about its files, as after somebody has restored the wrong ones."""
+    checkpoint = copied / "checkpoints" / "step_000002"
+    first, second = sorted(checkpoint.glob("*.distcp"))[:2]
+    parked = first.rename(checkpoint / "parked")
+    second.rename(first)
+    parked.rename(second)
+    write_manifest(checkpoint, describe_files(checkpoint, file_names(checkpoint)))
+    message = _refused(copied, "train.num_steps=4")
+    assert f"{checkpoint}" in message
+    assert "cannot be read" in message
+    checkpoint.rename(checkpoint.with_name("step_000009"))
+    shutil.copytree(copied / "checkpoints/step_000001", checkpoint)
+    (copied / "checkpoints/latest").write_text("step_000002\n")
+    assert f"{checkpoint} holds what step_000001 should: 1 steps are done in it" in _refused(copied)
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from megatron_fipo.chat import TextPrinter
+from megatron_fipo.chat import Chat, ChatOptions, TextPrinter, run
+from tests.models import save_random_model
 
 
 class ByteTokenizer:
@@ -46,3 +52,27 @@ def test_text_is_printed_as_it_is() -> None:
 )
 def test_control_codes_are_shown_and_not_obeyed(text: str, shown: str) -> None:
     assert printed(text) == shown + "\n"
+
+
+@pytest.mark.parametrize("change", [{"model.norm.weight": math.nan}, {"lm_head.weight": 1.0}])
+def test_weights_that_training_refuses_are_not_talked_to(tmp_path: Path, change: dict[str, float]) -> None:
+    file = save_random_model(tmp_path, tie_word_embeddings=True) / "model.safetensors"
+    weights = load_file(file)
+    ((name, value),) = change.items()
+    place = "model.embed_tokens.weight" if name == "lm_head.weight" else name
+    weights[name] = torch.full_like(weights[place], value)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(name)):
+        Chat(tmp_path, ChatOptions())
+
+
+def test_a_text_that_is_no_text_is_refused() -> None:
+    """As a terminal's bytes arrive that are no UTF-8."""
+    with pytest.raises(ValueError, match=r"'1\+\\udcff' holds bytes that are no UTF-8"):
+        Chat.answer(Chat.__new__(Chat), "1+\udcff")
+
+
+def test_without_a_standard_input_there_is_nothing_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="give a text with --prompt"):
+        run("folder", None, ChatOptions())

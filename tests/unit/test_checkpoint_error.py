@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import DistBackendError
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fipo.actor.checkpoint_error import could_not_write
+from megatron_fipo.actor.checkpoint_error import could_not_read, could_not_write
 
 CLOSED = "[../third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:43210"
 ZIP = "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"
@@ -61,3 +61,13 @@ def test_what_is_neither_is_told_as_it_is(tmp_path: Path) -> None:
     assert "could not be written: dictionary changed size. Earlier checkpoints" in message
     assert "Make room" not in message
     assert "died" not in message
+
+
+def test_what_cannot_be_read_names_each_reason_once() -> None:
+    mismatch = AssertionError("mismatch sizes torch.Size([128, 128]) vs\ntorch.Size([1, 128, 128])")
+    said = str(could_not_read(Path("run/checkpoints/step_000003"), _failed(mismatch, mismatch, EOFError("cut short"))))
+    assert said.startswith("run/checkpoints/step_000003 cannot be read")
+    assert said.count("mismatch sizes torch.Size([128, 128]) vs torch.Size([1, 128, 128])") == 1
+    assert "cut short" in said
+    assert "Traceback" not in said
+    assert "Restore it from a copy, or delete it to go on from the one before." in said

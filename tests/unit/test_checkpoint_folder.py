@@ -219,3 +219,6 @@ def test_a_manifest_that_cannot_be_read_is_named(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         read_manifest(checkpoint)
+    (checkpoint / "manifest.json").mkdir()
+    with pytest.raises(ValueError, match=r"manifest\.json is no file"):
+        read_manifest(checkpoint)

@@ -6,14 +6,19 @@ import io
 import os
 import pickle
 import shutil
+import sys
+from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_fipo.convert.checkpoint_pickles import UntrustedCheckpointError, check_pickles, read_metadata, unpickle
 from megatron_fipo.convert.command import add_megatron_to_hf, add_verify, run
@@ -66,13 +71,25 @@ def in_an_extra_state(checkpoint: Path, marker: Path) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def in_the_state_of_fp8(checkpoint: Path, marker: Path) -> None:
-    """As Transformer Engine stores it: a pickle in a tensor of bytes."""
+def in_the_state_of_fp8(dtype: torch.dtype) -> Callable[[Path, Path], None]:
+    """As Transformer Engine stores it: a pickle in a tensor of bytes; it reads any other tensor's bytes as well."""
+
+    def change(checkpoint: Path, marker: Path) -> None:
+        put_state(checkpoint, {"recipe": Runs(marker)}, dtype)
+
+    return change
+
+
+def put_state(checkpoint: Path, state: Any, dtype: torch.dtype = torch.uint8) -> None:
+    """Give one module of a checkpoint a state, pickled into a tensor."""
     metadata = FileSystemReader(checkpoint).read_metadata()
     stored = metadata.state_dict_metadata
     index = next(index for index in metadata.storage_data if isinstance(stored[index.fqn], BytesStorageMetadata))
+    assert "_extra_state" in index.fqn
+    pickled = bytearray(pickle.dumps(state))
+    pickled += b"\0" * (-len(pickled) % dtype.itemsize)
     stream = io.BytesIO()
-    torch.save([torch.frombuffer(bytearray(pickle.dumps({"recipe": Runs(marker)})), dtype=torch.uint8)], stream)
+    torch.save([torch.frombuffer(pickled, dtype=dtype)], stream)
     (checkpoint / "more.distcp").write_bytes(stream.getvalue())
     info = metadata.storage_data[index]
     info.relative_path, info.offset, info.length = "more.distcp", 0, len(stream.getvalue())
@@ -87,7 +104,8 @@ OF_METADATA = ("storage_meta", "planner_data", "an object", "a tensor's entry")
 HOSTILE: dict[str, Callable[[Path, Path], None]] = {
     **{place: in_metadata(place) for place in OF_METADATA},
     "an extra state": in_an_extra_state,
-    "the state of FP8": in_the_state_of_fp8,
+    "the state of FP8": in_the_state_of_fp8(torch.uint8),
+    "the same in other numbers": in_the_state_of_fp8(torch.float32),
     "common.pt": in_common,
 }
 
@@ -124,6 +142,35 @@ def test_what_torch_and_megatron_would_do_with_it(folders: Path, tmp_path: Path)
     assert marker.is_dir()
 
 
+def test_the_state_of_fp8_is_read(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `get_extra_state` of Transformer Engine 2.10 pickles it; its recipes are looked at and not loaded."""
+    module = ModuleType("transformer_engine.common.recipe")
+
+    class Format(Enum):
+        HYBRID = namedtuple("_FormatHelper", ["max_fwd", "max_bwd"])(448.0, 57344.0)
+
+    @dataclass
+    class DelayedScaling:
+        fp8_format: Any = Format.HYBRID
+        margin: int = 0
+
+    for recipe in (Format, DelayedScaling, type(Format.HYBRID.value)):
+        recipe.__module__, recipe.__qualname__ = module.__name__, recipe.__name__
+        setattr(module, recipe.__name__, recipe)
+    state = {
+        "recipe": DelayedScaling(),
+        "scale_fwd": torch.ones(3),
+        "amax_history_fwd": torch.zeros(1024, 3),
+        "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "fp8_max_fwd": 448.0, "names": ("a", [1])},
+    }
+    checkpoint = shutil.copytree(folders / "megatron", tmp_path / "megatron")
+    for name in ("transformer_engine", "transformer_engine.common", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    put_state(checkpoint, state)
+    monkeypatch.undo()
+    check_pickles(checkpoint)
+
+
 def test_what_torch_writes_is_read(folders: Path) -> None:
     ours, theirs = read_metadata(folders / "megatron"), FileSystemReader(folders / "megatron").read_metadata()
     assert theirs.storage_meta is not None
@@ -150,6 +197,13 @@ def test_another_format_is_refused(folders: Path, tmp_path: Path) -> None:
         (checkpoint / "metadata.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             check_pickles(checkpoint)
+
+
+def test_a_missing_common_file_is_named(folders: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(folders / "megatron", tmp_path / "megatron")
+    (checkpoint / "common.pt").unlink()
+    with pytest.raises(ValueError, match=r"common\.pt is not there"):
+        check_pickles(checkpoint)
 
 
 def test_a_damaged_description_is_told_in_words(folders: Path, tmp_path: Path) -> None:
@@ -186,3 +240,18 @@ def test_names_behind_an_allowed_one_are_not_reached(tmp_path: Path) -> None:
     with pytest.raises(UntrustedCheckpointError, match=r"torch\.load"):
         unpickle(b"\x80\x04\x8c\x05torch\x8c\x04load\x93.", tmp_path)
     assert unpickle(pickle.dumps(torch.bfloat16), tmp_path) is torch.bfloat16
+
+
+def test_classes_stay_as_they_are(tmp_path: Path) -> None:
+    """A pickle's BUILD sets attributes of whatever lies below it, a class too."""
+    named = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08Metadata\x93"
+    state = b"N}(\x8c\x07planted\x8c\x01x\x8c\x07__doc__\x8c\x01xu\x86"
+    said = Metadata.__doc__
+    with pytest.raises(UntrustedCheckpointError, match=r"names a change of torch\..*\.Metadata"):
+        unpickle(b"\x80\x04" + named + state + b"b.", tmp_path)
+    assert not hasattr(Metadata, "planted")
+    assert Metadata.__doc__ == said
+    assert pickle.loads(b"\x80\x04" + named + state + b"b.") is Metadata
+    assert Metadata.planted == "x", "it is the check that keeps it away"
+    del Metadata.planted
+    Metadata.__doc__ = said

@@ -79,6 +79,10 @@ def test_validate_refuses_what_cannot_run(config: Path, capsys: pytest.CaptureFi
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("megatron-fipo validate: ")
+    for count in ("0", "-1", "two"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["validate", str(config), "--world-size", count])
+    capsys.readouterr()
     assert cli.main(["validate", str(config), "train.num_step=5"]) == 2
     assert "train.num_steps" in capsys.readouterr().err
     assert cli.main(["validate", str(config), "parallel.tp=3"]) == 2

@@ -116,7 +116,9 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(
     data = newest / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     assert main(["convert", "megatron-to-hf", str(run_folder), str(tmp_path / "older")]) == 0
-    assert "step_000001" in capfd.readouterr().err, "a damaged one is passed over"
+    said = capfd.readouterr().err
+    assert f"warning: {newest}: __0_0.distcp has" in said
+    assert f"newest checkpoint: {newest.with_name('step_000001')}" in said
 
 
 def test_a_run_whose_model_is_elsewhere_asks_for_the_base(

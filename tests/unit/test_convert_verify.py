@@ -214,6 +214,12 @@ CORRUPTIONS: dict[str, tuple[str, str, str, Callable[[Path], str]]] = {
         "token '<extra>' has the number 20; config.json says vocab_size=20",
         lambda f: tokenizer_of(f, ("<pad>", 0), ("<extra>", 20)),
     ),
+    "a tokenizer of nothing": (
+        "unreadable",
+        "no tensor",
+        "it holds no token",
+        lambda f: ((f / "tokenizer.json").write_text("{}"), "tokenizer.json")[1],
+    ),
     "end of text beyond the vocabulary": (
         "vocabulary",
         EMBEDDING,

@@ -104,6 +104,7 @@ def test_what_transformers_writes_today_is_understood(tmp_path: Path, family: st
         ({"use_sliding_window": True}, "use_sliding_window=True: sliding windows are not supported"),
         ({"mlp_bias": True}, "mlp_bias=True: biases in the MLP"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: dropout"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers and num_hidden_layers="),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*: only full attention is supported"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None should be a whole number"),
         ({"vocab_size": "many"}, "vocab_size='many' should be a whole number"),

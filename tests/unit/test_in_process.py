@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -475,6 +476,8 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
         ({"prompt": (VOCAB,)}, "prompt_ids reach from 20 to 20; the model has tokens 0 … 19"),
         ({"prefix": (-1,)}, "prefix reach from -1 to -1"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, and finite; got nan"),
+        ({"temperature": float("inf")}, "temperature must be at least 0, and finite; got inf"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"max_tokens": 2, "prefix": (3, 4)}, "max_tokens=2 leaves nothing after a prefix of 2"),
         ({"prefix": (3, EOS)}, "prefix ends in stop token 1"),
@@ -501,6 +504,29 @@ def test_stop_tokens_come_from_configs_and_tokenizer(tmp_path: Path) -> None:
         eos_token_id = 7
 
     assert find_stop_token_ids(tmp_path, Tokenizer()) == (1, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": "1"}, "config.json is refused by transformers: .*'eos_token_id'"),
+        ({"initializer_range": "wide"}, "config.json is refused by transformers: .*'initializer_range'"),
+        ({"pad_token_id": VOCAB}, "pad_token_id=20 lies outside the vocabulary of 20"),
+    ],
+)
+def test_a_configuration_that_transformers_cannot_use_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config = save_random_model(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        engine_of(tmp_path)
+
+
+def test_a_generation_config_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (save_random_model(tmp_path) / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be used"):
+        find_stop_token_ids(tmp_path)
 
 
 def test_a_model_that_names_no_end_is_refused(tmp_path: Path) -> None:

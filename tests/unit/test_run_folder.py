@@ -121,6 +121,16 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         prepare(config_for(tmp_path / "file" / "run"))
 
 
+def test_a_file_where_a_folder_will_be_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoints is no folder, and a run keeps files"):
+        prepare(config_for(tmp_path))
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is no file"):
+        prepare(config_for(tmp_path))
+
+
 @pytest.mark.parametrize("names", [["thesis.tex"], ["config.yaml"], ["evaluation", "thesis.tex"], ["provenance.json"]])
 def test_starting_over_sets_aside_nothing_but_runs(tmp_path: Path, names: list[str]) -> None:
     root = tmp_path / "mydata"

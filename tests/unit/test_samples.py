@@ -265,7 +265,10 @@ def test_folders_that_are_no_runs(
 def test_a_damaged_file_is_named_with_its_line(run: str) -> None:
     file = Path(run) / "samples/step_000005.jsonl"
     whole = file.read_bytes()
-    for damage in (b'{"step": 5}\n', b"[1\n", b"\xff\xfe\n"):
+    of_another_type = whole.splitlines()[0].replace(b'"score": 1.0', b'"score": "high"') + b"\n"
+    without_advantage = whole.splitlines()[0].replace(b'"advantage": 0.25', b'"advantage": null') + b"\n"
+    assert len({*whole.splitlines(keepends=True), of_another_type, without_advantage}) == 5
+    for damage in (b'{"step": 5}\n', b"[1\n", b"\xff\xfe\n", b"[" * 100_000, of_another_type, without_advantage):
         file.write_bytes(whole + damage)
         with pytest.raises(ValueError, match=r"step_000005\.jsonl, line 4 is no sample"):
             show_samples(run, None, None, None, None, full=False)

@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,6 +73,48 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+LEAVES = """
+    import os, socket, sys, tempfile, time, uuid
+    from multiprocessing.shared_memory import SharedMemory
+    path = os.path.join(tempfile.gettempdir(), str(uuid.uuid4()))
+    socket.socket(socket.AF_UNIX).bind(path)
+    memory = SharedMemory(create=True, size=16)
+    open("/dev/shm/" + os.path.basename(path) + "-0", "x").close()  # no tracker knows it
+    print(path, memory.name, os.environ["TORCHINDUCTOR_CACHE_DIR"], flush=True)
+    time.sleep(600)
+"""
+"""A server that leaves a socket and shared memory when it is killed, as vLLM and SGLang do."""
+
+
+@pytest.mark.parametrize("temporary", ["t", "a/path/which/no/socket/fits/into/" + "x" * 60])
+@pytest.mark.parametrize(
+    "end", [ServerProcess.ask_to_end, ServerProcess.kill, lambda it: os.kill(it.pid, signal.SIGKILL)]
+)
+def test_a_server_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: str, end: Callable[[ServerProcess], None]
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        usual = Path(short) / temporary
+        usual.mkdir(parents=True)
+        monkeypatch.setenv("TMPDIR", str(usual))
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        process = ServerProcess(LaunchPlan((sys.executable, "-c", textwrap.dedent(LEAVES))), tmp_path / "log", 1.0)
+        while "\n" not in process.log_tail():
+            assert process.exit_status is None
+            time.sleep(0.01)
+        path, memory, compiled = process.log_tail().split()
+        assert Path(path).is_socket()
+        assert Path("/dev/shm", memory).exists()
+        assert Path(path).parents[1] == (usual if temporary == "t" else Path("/tmp"))
+        assert Path(compiled).parent == usual, "what was compiled is for the next server too"
+        end(process)
+        process.wait()
+        assert not Path(path).parent.exists()
+        assert not Path("/dev/shm", memory).exists()
+        assert not Path("/dev/shm", f"{Path(path).name}-0").exists()
+        assert list(usual.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("deaf",)])
@@ -596,18 +639,27 @@ SOUND = ["model.path=m", "data.train.a.kind=chain_arithmetic", "data.train.a.ver
         (["servers.urls=[http://a:1]", "rollout.engine=vllm"], "servers.api_key_env=null: the worker extension of a"),
         (["servers.extra_args=[--api-key,x]"], r"extra_args: --api-key would replace the random key .* servers.urls"),
         (["servers.extra_args=[--admin-api-key=x]"], "extra_args: --admin-api-key would replace"),
+        (["servers.extra_args=[--hf-token, x]"], "value of --hf-token is a secret.*command line.*HF_TOKEN"),
+        (["servers.extra_args=[--ssl-keyfile-password=x]"], "value of --ssl-keyfile-password is a secret"),
+        (["servers.extra_args=[--config, '{k: ${oc.env:MY_STORE_SECRET}}']"], "MY_STORE_SECRET is a secret, by its"),
         (["servers.placement=shared"], "must be one of dedicated, colocated"),
         (["servers.base_port=80"], "must be between 1024 and 65535"),
     ],
 )
-def test_settings_that_contradict_each_other(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_settings_that_contradict_each_other(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_STORE_SECRET", "geheim-123")
+    with pytest.raises(ConfigError, match=message) as refused:
         validate(load_config(None, [*SOUND, "rollout.engine=sglang", *overrides]))
+    assert "geheim" not in str(refused.value)
 
 
 def test_sound_settings() -> None:
     for engine in ("sglang", "vllm", "in_process"):
         validate(load_config(None, [*SOUND, f"rollout.engine={engine}"]))
+        about_tokens = "servers.extra_args=[--num-speculative-tokens,3,--stop-token-ids,1,--ssl-keyfile=k,a-password]"
+        validate(load_config(None, [*SOUND, f"rollout.engine={engine}", about_tokens]))
         on_gpus = [*SOUND, f"rollout.engine={engine}", "servers.device=cuda"]
         validate(load_config(None, [*on_gpus, "servers.placement=colocated"]))
         validate(load_config(None, [*on_gpus, "servers.gpus=[1]", "servers.weight_sync=distributed"]))
