@@ -64,7 +64,10 @@ def _override_hint(args: argparse.Namespace, rest: Sequence[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="megatron-fipo", description="Train language models to reason, by FIPO on Megatron-Core."
+        prog="megatron-fipo",
+        description="Train language models to reason, by FIPO on Megatron-Core.",
+        epilog="To begin: 'megatron-fipo init' writes an example and says what to type next. "
+        "'megatron-fipo COMMAND --help' tells of one command.",
     )
     parser.add_argument("--version", action="version", version=f"megatron-fipo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -92,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="score a model on the configuration's evaluation data")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model on the configuration's evaluation data",
+        description="Score a model on the sources of data.evaluation: avg@k, cons@k and pass@k, printed and written to "
+        "metrics.json, every judged response to problems.jsonl. Stopped, the same command generates what is missing.",
+    )
     _add_config(evaluate)
     evaluate.add_argument(
         "--model", metavar="FOLDER", help="Hugging Face folder, or a name on the hub; by default model.path"
@@ -133,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     validate = commands.add_parser(
-        "validate", help="check a configuration and its files, and print it in full, without running it"
+        "validate",
+        help="check a configuration and its files, and print it in full, without running it",
+        description="Check a configuration, that model and data files are there, and verifiers of your own; print it "
+        "with every default filled in. Nothing is trained and nothing is fetched.",
     )
     _add_config(validate)
     validate.add_argument("--world-size", type=_count, metavar="N", help="also check the layout for so many processes")
@@ -145,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     validate.set_defaults(run=_validate)
 
     preflight = commands.add_parser(
-        "preflight", help="memory, work and time of a run, computed before it is submitted; needs no GPU and no model"
+        "preflight",
+        help="memory, work and time of a run, computed before it is submitted; needs no GPU and no model",
+        description="Compute memory, work and time of a run on GPUs, without one and without building the model, and "
+        "say what is missing or cannot work. Leaves with 0 if it fits, 1 if not, 2 if the configuration is no good.",
     )
     _add_config(preflight)
     preflight.add_argument(
@@ -185,7 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare)
 
     certify = commands.add_parser(
-        "certify", help="compare training under every layout with one process, on this machine's CPU or GPUs"
+        "certify",
+        help="compare training under every layout with one process, on this machine's CPU or GPUs",
+        description="Train a few updates under your objective in every layout, and compare gradients, loss, influence "
+        "weights, Future-KL and weights with one process. Leaves with 1 if a bound is broken.",
     )
     _add_config(certify)
     certify.add_argument(

@@ -266,7 +266,7 @@ class FipoConfig:
     clip_ratio_high: float = 0.28
     """The ratio is clipped above at 1 + clip_ratio_high."""
     dual_clip: Optional[float] = 10.0
-    """Where the weighted advantage is negative, the loss is at most -f*A*dual_clip; null: none (not with future_kl)."""
+    """Where the weighted advantage is negative, the loss is at most `-f*A*dual_clip`; null: none (not for FIPO)."""
     future_kl: bool = True
     """Weight advantages by Future-KL and filter sequences (FIPO); false leaves every weight at 1."""
     half_life_tokens: float = 32.0

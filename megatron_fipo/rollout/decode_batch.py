@@ -9,6 +9,7 @@ Shapes: N rows, B most rows, V vocabulary, W longest row, R response tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class DecodeBatch(Generic[RowT]):
 
     def __init__(self, model: Any, max_batch_size: int, stop_token_ids: Collection[int]) -> None:
         self.model = model
+        self._cache_argument = _cache_argument(model)
         self.max_batch_size = max_batch_size
         self.rows: list[RowT] = []
         self.num_steps = 0
@@ -134,8 +136,8 @@ class DecodeBatch(Generic[RowT]):
             input_ids=self._next_tokens[:n, None],
             attention_mask=mask[:, None, None, :],
             position_ids=lengths[:, None],
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_argument: self._cache},
         ).logits[:, -1]
         tokens, log_probs = sample_tokens(
             logits, self._temperature[:n], self._uniforms[rows, num_new], self._top_p[:n] if self._uses_top_p else None
@@ -247,9 +249,14 @@ class DecodeBatch(Generic[RowT]):
             [context[:-1] + (0,) * (width + 1 - len(context)) for context in contexts], device=device
         )
         prefilled = DynamicCache()
-        self.model(input_ids=input_ids, past_key_values=prefilled, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{self._cache_argument: prefilled})
         sources = torch.tensor([i for i, slots in enumerate(places) for _ in slots], device=device)
         self._cache.write(prefilled, sources, torch.tensor([slot for slots in places for slot in slots], device=device))
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model's `forward` calls its cache: transformers 5.24 renamed it, and warns about the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _prefill_chunks(contexts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,10 +185,12 @@ class InProcessEngine:
         enough = min(len(self._pending), max(1, self._batch.max_batch_size // _ADMIT_SHARE))
         if not num_new or (self._batch.rows and num_new < enough):
             return
-        new = [self._pending.popleft() for _ in range(num_new)]
+        new = list(islice(self._pending, num_new))
         for call in new:
             call.policy_version = self.policy_version
         self.num_prefilled_tokens += self._batch.admit(new)
+        for _ in new:  # not before: what a failing prefill leaves pending is failed, and nobody waits for ever
+            self._pending.popleft()
 
     def _step(self) -> None:
         batch = self._batch

@@ -233,7 +233,7 @@ def test_scripts_can_be_executed_and_say_what_they_take(script: str) -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_dry_run_prints_configuration_and_verdict(launcher: str) -> None:
     status, output = execute(launcher, FIPO_32B, "--dry-run", "train.num_steps=7", MODEL_PATH="/nowhere/Qwen2.5-32B")
-    assert "path: ${oc.env:MODEL_PATH,models/Qwen2.5-32B}" in output, "what is written keeps the reference"
+    assert "path: ${oc.env:MODEL_PATH,./models/Qwen2.5-32B}" in output, "what is written keeps the reference"
     assert "model.path=/nowhere/Qwen2.5-32B is no folder here" in output, "MODEL_PATH is honoured"
     assert "num_steps: 7" in output, "overrides are passed through"
     assert "32,763,876,352" in output

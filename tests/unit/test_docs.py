@@ -233,7 +233,7 @@ def test_the_tutorials_names_on_the_hub_make_a_configuration(tmp_path: Path) -> 
 
 
 def test_the_tutorials_verifier_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```python\n(# judges.py\n.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
     (tmp_path / "judges.py").write_text(block)
     monkeypatch.chdir(tmp_path)
     with VerifierPool(verifiers=["judges:verify"]) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,6 +277,44 @@ def test_a_shared_prompt_is_prefilled_once(folder: Path) -> None:
 def test_prefill_in_several_chunks(folder: Path, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_batch, "PREFILL_TOKENS", 16)
     assert largest_error(reference, generate(engine_of(folder), [request(i) for i in range(24)])) < TOLERANCE
+
+
+def test_the_cache_goes_by_the_name_that_transformers_gives_it(
+    folder: Path, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 5.24 calls it `cache`, earlier ones `past_key_values`; nobody is to read a warning about that."""
+    plain = type(reference).forward
+    name = "cache" if "cache" in inspect.signature(plain).parameters else "past_key_values"
+    other = "past_key_values" if name == "cache" else "cache"
+
+    def renamed(self: PreTrainedModel, input_ids: Tensor | None = None, **options: Any) -> Any:
+        assert name not in options
+        return plain(self, input_ids, **{name: options.pop(other, None)}, **options)
+
+    parameters = inspect.signature(plain).parameters.values()
+    renamed_parameters = [p.replace(name=other) if p.name == name else p for p in parameters]
+    expected = generate(engine_of(folder), [request(i) for i in range(4)])
+    monkeypatch.setattr(renamed, "__signature__", inspect.Signature(renamed_parameters), raising=False)
+    monkeypatch.setattr(type(reference), "forward", renamed)
+    got = generate(engine_of(folder), [request(i) for i in range(4)])
+    assert [s.response_ids.tolist() for s in got] == [s.response_ids.tolist() for s in expected]
+
+
+def test_a_prefill_that_fails_fails_its_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that finds no memory does. All requests get the error: what waits would wait for ever."""
+    engine = engine_of(folder, max_batch_size=2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room for the prefill")
+
+    async def outcomes() -> list[Any]:
+        together = asyncio.gather(*(engine.generate(request(i)) for i in range(5)), return_exceptions=True)
+        return await asyncio.wait_for(together, timeout=120)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.model), "forward", full)
+        assert [str(outcome) for outcome in asyncio.run(outcomes())] == ["no room for the prefill"] * 5
+    assert all(isinstance(outcome, Sample) for outcome in asyncio.run(outcomes()))
 
 
 def test_a_prompt_of_one_token(folder: Path, reference: PreTrainedModel) -> None:

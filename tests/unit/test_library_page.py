@@ -45,13 +45,15 @@ def test_every_python_block_is_run_by_a_test() -> None:
     run_block(firsts[0])
 
 
-def test_a_loop_of_ones_own() -> None:
+@pytest.mark.parametrize("mask_type", [torch.bool, torch.int64, torch.float32])
+def test_a_loop_of_ones_own(mask_type: torch.dtype) -> None:
     parameter = BATCH["log_probs"].clone().requires_grad_()
     optimizer = torch.optim.SGD([parameter], lr=0.5)
     update = run_block("def update(")["update"]
     copy = BATCH["log_probs"].clone().requires_grad_()
     expected_loss(copy).backward()  # type: ignore[no-untyped-call]
-    weight = update(optimizer, lambda: parameter * 1, *list(BATCH.values())[1:])
+    old_log_probs, advantages, mask = list(BATCH.values())[1:]
+    weight = update(optimizer, lambda: parameter * 1, old_log_probs, advantages, mask.to(mask_type))
     assert copy.grad is not None
     torch.testing.assert_close(parameter.detach(), BATCH["log_probs"] - 0.5 * copy.grad)
     assert float(weight) != 1.0
