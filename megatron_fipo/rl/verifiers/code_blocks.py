@@ -77,7 +77,7 @@ def extract_program(
         reads_input: whether the problem is to read an input and print.
         prompt: the beginning of a module that the program may go on from.
     """
-    text = response_text[-_SEARCHED_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n")
+    text = response_text[-_SEARCHED_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
     parser = _Parser()
     blocks = list(_blocks(text, parser))
     blocks = [block for block in blocks if block.closed] or blocks
@@ -90,7 +90,11 @@ def extract_program(
         candidates = [block for block in blocks if parser.is_program(block, prompt)] or blocks
     texts = [block.text for block in candidates]
     if len(texts) > 1 and names:
-        texts = [program for program in texts if parser.defines(program, names)] or texts
+        texts = (
+            [program for program in texts if parser.defines(program, names)]
+            or [program for program in texts if parser.imports(program, names)]
+            or texts
+        )
     elif len(texts) > 1 and reads_input:
         printing = [program for program in texts if _PRINTS.search(program)] or texts
         texts = [program for program in printing if _READS.search(program)] or printing
@@ -177,6 +181,13 @@ class _Parser:
             return any(_does_something(statement) for statement in tree.body)
         return bool(prompt.strip()) and block.text[:1] in (" ", "\t") and self.parsed(prompt + block.text) is not None
 
+    def imports(self, program: str, names: Collection[str]) -> bool:
+        """Whether a module takes one of the names from another, as examples of use do: from solution import add."""
+        tree = self.parsed(program)
+        return tree is not None and any(
+            isinstance(node, ast.alias) and (node.asname or node.name) in names for node in ast.walk(tree)
+        )
+
     def defines(self, program: str, names: Collection[str]) -> bool:
         """Whether a module binds one of the names, by itself or as a method."""
         tree = self.parsed(program)
@@ -199,6 +210,4 @@ def _does_something(statement: ast.stmt) -> bool:
 def _binds(node: ast.AST, names: Collection[str]) -> bool:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return node.name in names
-    if isinstance(node, ast.Name):
-        return isinstance(node.ctx, ast.Store) and node.id in names
-    return isinstance(node, ast.alias) and (node.asname or node.name) in names
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names
