@@ -69,7 +69,8 @@ def extract_program(
 
     Candidates are the blocks whose fence says Python, and those whose fence says nothing and which are Python to look
     at: they parse, and do more than name values, as sample output does. If there are none, all blocks are; if there are
-    no blocks, the whole response is the program, or what stands between marks such as <answer> or [BEGIN]. Of the candidates the last is taken that
+    no blocks, the whole response is the program, or what stands between marks such as <answer> or [BEGIN]. Of the
+    candidates the last is taken that
 
     - defines one of `names`, where the problem asks for a function: a later block that only calls it is its example;
     - reads the standard input and prints, else prints, where the problem is a matter of input and output.

@@ -87,7 +87,7 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
     for parameter in parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:
             by_name |= {known: field for known, field in _FIELD_OF.items() if known not in parameters}
-        elif parameter.kind in _NAMED_KINDS and parameter.name in _FIELD_OF or parameter.name in leading:
+        elif (parameter.kind in _NAMED_KINDS and parameter.name in _FIELD_OF) or parameter.name in leading:
             by_name[parameter.name] = _FIELD_OF[parameter.name]
         elif parameter.kind is not Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty:
             missing.append(parameter)
@@ -143,7 +143,11 @@ def _refusal(name: str, missing: list[Parameter]) -> str:
         if parameter.name not in _FIELD_OF and (hint := _nearest(parameter.name).rstrip("?"))
     ]
     by_position = [p.name for p in missing if p.kind is Parameter.POSITIONAL_ONLY]
-    more = " Parameters before a '/' go by position only, and none behind one that is unknown; remove it." if by_position else ""
+    more = (
+        " Parameters before a '/' go by position only, and none behind one that is unknown; remove it."
+        if by_position
+        else ""
+    )
     return (
         f"verifier {name} takes {named}, which a verifier is not given.{''.join(hints)}{more} It judges one response "
         f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or "

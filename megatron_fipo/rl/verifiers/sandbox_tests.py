@@ -16,6 +16,7 @@ from types import CodeType, FunctionType, ModuleType
 from megatron_fipo.rl.verifiers.sandbox_classes import names_meant_as_classes
 from megatron_fipo.rl.verifiers.sandbox_program import completed
 from megatron_fipo.rl.verifiers.sandbox_values import (
+    ATOMS,
     SHARED_MODULES,
     Decoder,
     Encoder,
@@ -119,7 +120,8 @@ class _Link:
         if named is not None:
             return named
         if isinstance(value, Exception) and type(value).__module__ == "builtins":
-            return ["exception", type(value).__name__, [str(argument) for argument in value.args]]
+            arguments = [argument if type(argument) in ATOMS else str(argument) for argument in value.args]
+            return ["exception", type(value).__name__, arguments]
         if isinstance(value, FunctionType) or (callable(value) and not isinstance(value, type)):
             self._callbacks.append(value)
             names = {name: getattr(value, name, None) for name in _NAMES_OF_FUNCTIONS}
