@@ -88,7 +88,7 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
 
 
 _NO_NUMBER = re.compile(r"(?<![a-z])(nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
-"""What Python reads as a number and is none: a distance to it passes for a small one (complex_arithmetic, in 0.1.25)."""
+"""What Python reads as a number and is none: a distance to it passes for small (complex_arithmetic, seen in 0.1.25)."""
 
 
 def _same_truth(answer: str, right: str) -> bool:
