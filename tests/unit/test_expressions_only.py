@@ -32,6 +32,7 @@ EVALUATING = {
     "source",
     ["1 + 2*(3 - 4)", "[[1, 0], [0, 1]]", "  ('a', 'b')", "sqrt(2)*x**2 + C", "exp(x)**(x**2)", "max(1, 2)", "2**5000",
      "(0x88b3 << 0x1) * 3",
+     "(2**3)**4", "pow(2, 10)", "(x**3000)**3000", "[1] + [2]",
      "Integer (2 )**Symbol ('x')", "{1: True}", "-x < 3"],
 )  # fmt: skip
 def test_expressions_pass(source: str) -> None:
@@ -43,9 +44,10 @@ def test_expressions_pass(source: str) -> None:
     "source",
     ["__import__('os')", "open('x')", "().__class__", "[].append", "x[0]", "[i for i in x]", "lambda: 1", "f'{x}'",
      "(y := 1)", "eval('1')", "getattr(x, 'y')", "exec", "print", "9**9**9", "2**Integer(9)**Integer(9)", "2**5001",
-     "1 << 5001", "1 << (1 << 10)", "2**(1 << 10)", "(lambda: 1)()", "'a'.join('b')", "await x", "*x", "_x",
-     "x if y else z",
-     "a.b()"],
+     "pow(7, 10**9)", "pow(7, 5001)", "((10**500)**500)**500", "pow(pow(2, 500), 500)", "[[1]*10**9]", "'a'*10**9",
+     "([1]+[2])*3",
+     "1 << 5001", "1 << (1 << 10)", "2**(1 << 10)", "(1 << 9)**9", "pow(2, 1 << 9)",
+      "(lambda: 1)()", "'a'.join('b')", "await x", "*x", "_x", "x if y else z", "a.b()"],
 )  # fmt: skip
 def test_code_does_not(source: str) -> None:
     with pytest.raises((NotAnExpressionError, SyntaxError)):
@@ -147,3 +149,17 @@ def test_sympy_may_write_the_products_of_its_monomials() -> None:
         assert sympy.Integral(sympy.Symbol("x"), (sympy.Symbol("x"), 0, 1)).doit() == sympy.Rational(1, 2)
         with pytest.raises(NotAnExpressionError):
             exec("def f(): pass")
+
+
+def test_what_is_no_number_is_no_distance_from_the_right_one() -> None:
+    entry = open_task("complex_arithmetic", {}, seed=3, size=1)[0]
+    reference = {"task": "complex_arithmetic", "params": {}, "entry": entry}
+    assert verify(f"Answer: {entry['answer']}", reference, "stop").correct
+    for answer in ("nan", "NaN", "nan+nani", "inf"):
+        assert not verify(f"Answer: {answer}", reference, "stop").correct, answer
+
+
+def test_a_scorer_that_raises_over_a_wrong_form_where_no_answer_is_known() -> None:
+    entry = open_task("boxnet", {}, seed=3, size=1)[0]
+    assert entry["answer"] is None
+    assert verify('Answer: {"a": 1}', {"task": "boxnet", "params": {}, "entry": entry}, "stop").score == 0.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import inspect
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path

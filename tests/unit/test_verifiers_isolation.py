@@ -243,6 +243,8 @@ def test_no_task_of_reasoning_gym_runs_its_answer(modules: Path, tmp_path: Path)
         # Its scorer takes any text for "yes": bool(answer) == bool("True").
         if task != "game_of_life_halting":
             jobs.append(VerifierJob("reasoning_gym", f"<answer>{code}</answer>", reference))
+        if task == "boxnet":  # its scorer raises, and telling of that reads files
+            jobs.append(VerifierJob("reasoning_gym", "<answer>[[]]</answer>", reference))
         if task in right:
             jobs.append(VerifierJob("reasoning_gym", f"<answer>{entry['answer']}</answer>", reference))
     assert len(jobs) >= 100

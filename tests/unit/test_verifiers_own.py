@@ -158,7 +158,7 @@ def test_only_who_asks_for_rows_is_given_them() -> None:
         (lambda a, b: 1, "takes 'a', 'b', .* response_text or response or completion or solution_str, reference or"),
         (lambda a, b, c, d: 1, "takes 'a', 'b', 'c', 'd'"),
         (lambda a, b, c, *, d: 1, "takes 'a', 'b', 'c', 'd'"),
-        (lambda response, reference, /: 1, "Parameters before a '/' have no name"),
+        (lambda text, reference, /: 1, "Parameters before a '/' go by position only"),
         (lambda: 1, "takes nothing that could be judged"),
     ],
 )  # fmt: skip
@@ -262,3 +262,20 @@ def test_keys_in_urls_are_not_shown() -> None:
     assert registry.shown_name("https://me:word@host:1/score?key=secret") == "https://host:1/score?…"
     assert registry.shown_name("1.0*math + 0.5*http://host/s?key=secret") == "1*math + 0.5*http://host/s?…"
     assert "secret" not in judge(VerifierJob("http://127.0.0.1:9/s?key=secret", "", object()), 0.1).error
+
+
+def test_parameters_before_a_slash_go_by_position() -> None:
+    def swapped(answer: str, completion: str, /, prompt: str = "") -> bool:
+        return (answer, completion, prompt) == ("4", "four", "2 + 2")
+
+    job = VerifierJob("own", "four", "4", prompt_text="2 + 2")
+    assert OwnFunction("own", swapped).judge(job, 1.0).correct
+
+
+def test_what_is_shown_of_a_returned_value_is_short() -> None:
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for returned in (nested, ["a" * 10**7] * 10**5):
+        with pytest.raises(NoVerdictError, match="returned a list"):
+            as_verdict(returned)

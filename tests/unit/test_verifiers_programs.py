@@ -106,6 +106,12 @@ DOCSTRING = """def f(x):
         ("```\n6\n```", "6"),
         (block("a = 1") + "```python\nb = 2", "a = 1"),
         ("```python\nb = 2", "b = 2"),
+        ("```python\nb = 2```\nThat is it.", "b = 2"),
+        ("```python\nb = '''```\n'''", "b = '''```\n'''"),
+        ("> So:\n> ```python\n> if a:\n>     b = 2\n> ```\n> Done", "if a:\n    b = 2"),
+        ("\ufeffb = 2", "b = 2"),
+        ("<think>\nhm\n</think>\n<answer>\nb = 2\n</answer>", "b = 2"),
+        ("[BEGIN]\nb = 2\n[DONE]\nmore", "b = 2"),
         ("", ""),
     ],
 )
@@ -165,11 +171,16 @@ def test_of_several_blocks_the_one_that_serves_the_problem_is_taken() -> None:
     assert judge(block(defines) + block(example), SQUARE).correct
     assert judge(block("def f(x): return x") + block(defines), SQUARE).correct
     assert not judge(block(defines) + block("def f(x): return x"), SQUARE).correct
+    assert judge(block(defines) + block("from solution import f\nassert f(2) == 4"), SQUARE).correct
+    assert extract_program(block("from math import gcd") + block("print(1)"), ["gcd"]) == "from math import gcd"
 
 
 # ------------------------------------------------------------------------------------------------------ as plain Python
 
 PRINTS_6 = [
+    "import resource\nhard = resource.getrlimit(resource.RLIMIT_STACK)[1]\n"
+    "resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))\nprint(6)",
+    "def f(n): return n and f(n - 1)\nf(40000)\nprint(6)",
     *[
         f"{RIGHT_SUM}\n{end}"
         for end in ("exit()", "quit()", "exit(0)", "import sys; sys.exit()", "raise SystemExit", "quit(None)")
@@ -371,6 +382,44 @@ def test_tolerances() -> None:
 # ----------------------------------------------------------------------------------- tests that run beside the program
 
 HONEST = {
+    "what a decorator takes over": (
+        "import functools\ndef f(g):\n    @functools.wraps(g)\n    def twice(*a): return 2 * g(*a)\n    return twice",
+        "@f\ndef g(x):\n    'of g'\n    return x\nassert g(3) == 6 and (g.__name__, g.__doc__) == ('g', 'of g')",
+    ),
+    "a function's text": (
+        "def f(a: int):\n    'squares'",
+        "assert f.__doc__ == 'squares' and f.__annotations__ == {'a': int}",
+    ),
+    "generators that are awaited": (
+        "async def f(n):\n    for i in range(n): yield i\nclass A:\n    async def __aenter__(self): return 5\n"
+        "    async def __aexit__(self, *error): return error[0] is KeyError",
+        "import asyncio\nasync def main():\n    g = f(9)\n    first = await g.__anext__()\n\n"
+        "    async with A() as five:\n        raise KeyError\n"
+        "    return [first, five, await anext(g)] + [x async for x in f(2)]\n"
+        "assert asyncio.run(main()) == [0, 5, 1, 0, 1]",
+    ),
+    "a with statement that takes an error": (
+        "class A:\n    def __enter__(self): pass\n    def __exit__(self, kind, error, _): return error.args == (3,)",
+        "with A(): raise ValueError(3)\ntry:\n    with A(): raise ValueError(4)\n"
+        "except ValueError: pass\nelse: assert False",
+    ),
+    "one object, looked up or made once": (
+        "import enum\nclass C(enum.Enum):\n    R = 1\nclass S:\n    it = None\n    def __new__(cls):\n"
+        "        cls.it = cls.it or super().__new__(cls)\n        return cls.it",
+        "assert C(1) is C.R\na = S()\nassert a is S() and isinstance(a, S)",
+    ),
+    "operators in place": (
+        "class L:\n    def __init__(self): self.a = []\n    def __iadd__(self, x):\n        self.a.append(x)\n"
+        "        return self",
+        "a = b = L()\na += 5\nassert a is b and a.a == [5]",
+    ),
+    "a class that tests mean as one": (
+        "class V:\n    def __init__(self, *x): self.x = x\n"
+        "    def __mul__(self, n): return V(*(n * x for x in self.x))\n"
+        "    def __eq__(self, o): return self.x == getattr(o, 'x', o)\n"
+        "    def __add__(self, o): return V(*self.x, *o.x)",
+        "assert V(1) + V(2) == V(1, 2)\nassert V(1) * 2 == V(2) and V(3) == (3,)",
+    ),
     "texts": ("def f(x): return x[::-1]", "assert f('abc') == 'cba' and isinstance(f('a'), str)"),
     "plain values": (
         "def f(x): return x",
@@ -531,7 +580,7 @@ HONEST = {
     ),
     "deep values": (
         "def f(n):\n    a = ()\n    for _ in range(n): a = [a]\n    return a",
-        "a = f(5000)\nn = 0\nwhile a:\n    a = a[0]\n    n += 1\nassert n == 5000",
+        "a = f(5000)\nfor _ in range(4999):\n    (a,) = a\nassert a == [()]",
     ),
 }
 
@@ -556,6 +605,25 @@ def test_helpers_of_the_prompt_are_the_prompt_s() -> None:
     assert judge("    return s[::-1]", reference).correct
     assert not judge(block("def encode(s): return s\ndef decode(s): return s"), reference).correct
     assert judge(block("from __future__ import annotations\ndef decode(s: str): return s[::-1]"), reference).correct
+
+
+def test_methods_of_nodes_as_leetcode_s_data_sets_have_them() -> None:
+    prompt = (
+        "from typing import *\nclass ListNode:\n    def __init__(self, val=0, next=None):\n        self.val = val\n"
+        "        self.next = next\ndef listed(values):\n    head = None\n    for value in reversed(values):\n"
+        "        head = ListNode(value, head)\n    return head\n"
+    )
+    tests = (
+        "def values(node):\n    return [node.val, *values(node.next)] if node else []\n"
+        "def check(candidate):\n    assert values(candidate(head=listed([1, 2, 3]))) == [3, 2, 1]"
+    )
+    reference = {"prompt": prompt, "entry_point": "Solution().reverse", "tests": tests}
+    right = (
+        "class Solution:\n    def reverse(self, head: Optional[ListNode]) -> Optional[ListNode]:\n        last = None\n"
+        "        while head: head.next, last, head = last, head, head.next\n        return last"
+    )
+    assert judge(block(right), reference).correct
+    assert not judge(block(right.replace("return last", "return head")), reference).correct
 
 
 # ------------------------------------------------------------------------------------------------------------ cheating
@@ -609,6 +677,10 @@ CHEATS = {
     "    __eq__ = lambda s, o: True\n"
     "class add(metaclass=Meta):\n"
     "    def __init__(self, *a): pass",
+    "an object in the place of a number": f"class add:\n    def __init__(self, *a): pass{EQUAL_EVERYTHING}"
+    "    def __abs__(self): return 0",
+    "a list in the place of a number": f"class add(list):\n    def __init__(self, *a): pass{EQUAL_EVERYTHING}"
+    "    def __abs__(self): return 0",
     "an equal number": f"class N(int):{EQUAL_EVERYTHING}def add(a, b): return N(7)",
     "an equal tuple": f"class N(tuple):{EQUAL_EVERYTHING}def add(a, b): return N()",
     "an equal list": f"class N(list):{EQUAL_EVERYTHING}def add(a, b): return N()",
@@ -679,9 +751,10 @@ def test_an_object_of_a_class_that_tests_name_is_not_asked_about_their_values() 
     assert not run(solution, tests="assert Solution().make() - 4 < 1").passed
     assert not run(solution, tests="assert Solution().add(1, 2) in [3, 4]").passed
     assert not run(solution, tests="assert [Solution().add(1, 2)] == [3]").passed
-    assert run(
-        solution, tests="assert Solution() == 3 and Solution() - 4 < 1"
-    ).passed  # made by the tests: what they test
+    # Made by the tests, of what they mean as a class: what they test. Else it may stand for a function.
+    asked = "assert Solution() == 3 and Solution() - 4 < 1"
+    assert run(solution, tests=f"{asked}\nassert isinstance(Solution(), Solution)").passed
+    assert not run(solution, tests=asked).passed
 
 
 def test_calls_are_compared_out_of_the_program_s_reach() -> None:

@@ -34,6 +34,11 @@ _PARSING_BUDGET = 1_000_000
 _FENCE = re.compile(r"^([ \t]*+)(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)
 _FENCE_BEHIND_TEXT = re.compile(r"(?<=[^\n`])()(`{3,}+)[ \t]*+([A-Za-z][\w+.-]*+)[ \t]*+$", re.MULTILINE)
 _PYTHON = re.compile(r"(i?python|py|pypy)[\d.]*", re.IGNORECASE)
+_QUOTED_FENCE = re.compile(r"^> ?[ \t]*(`{3}|~{3})", re.MULTILINE)
+_QUOTE = re.compile(r"^> ?", re.MULTILINE)
+_OPENING_MARK = re.compile(r"^(<(answer|code|python|solution)>|\[(BEGIN|PYTHON)\])[ \t]*$", re.MULTILINE)
+_CLOSING_MARK = re.compile(r"^(</(answer|code|python|solution)>|\[(DONE|/PYTHON)\])[ \t]*$", re.MULTILINE)
+_FENCE_AT_END = re.compile(r"(?<=[^\s`~])[ \t]*(`{3,}|~{3,})[ \t]*$", re.MULTILINE)
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -64,7 +69,8 @@ def extract_program(
 
     Candidates are the blocks whose fence says Python, and those whose fence says nothing and which are Python to look
     at: they parse, and do more than name values, as sample output does. If there are none, all blocks are; if there are
-    no blocks, the whole response is the program. Of the candidates the last is taken that
+    no blocks, the whole response is the program, or what stands between marks such as <answer> or [BEGIN]. Of the
+    candidates the last is taken that
 
     - defines one of `names`, where the problem asks for a function: a later block that only calls it is its example;
     - reads the standard input and prints, else prints, where the problem is a matter of input and output.
@@ -77,12 +83,14 @@ def extract_program(
         reads_input: whether the problem is to read an input and print.
         prompt: the beginning of a module that the program may go on from.
     """
-    text = response_text[-_SEARCHED_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n")
+    text = response_text[-_SEARCHED_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
+    if _QUOTED_FENCE.search(text):
+        text = _QUOTE.sub("", text)
     parser = _Parser()
     blocks = list(_blocks(text, parser))
     blocks = [block for block in blocks if block.closed] or blocks
     if not blocks:
-        return text.strip("\n")
+        return _between_marks(text).strip("\n")
     candidates = [
         block for block in blocks if block.says_python or (not block.language and parser.is_program(block, prompt))
     ]
@@ -90,11 +98,25 @@ def extract_program(
         candidates = [block for block in blocks if parser.is_program(block, prompt)] or blocks
     texts = [block.text for block in candidates]
     if len(texts) > 1 and names:
-        texts = [program for program in texts if parser.defines(program, names)] or texts
+        texts = (
+            [program for program in texts if parser.defines(program, names)]
+            or [program for program in texts if parser.imports(program, names)]
+            or texts
+        )
     elif len(texts) > 1 and reads_input:
         printing = [program for program in texts if _PRINTS.search(program)] or texts
         texts = [program for program in printing if _READS.search(program)] or printing
     return texts[-1]
+
+
+def _between_marks(text: str) -> str:
+    """A response without fences, less its thoughts and the lines that mark the program's ends."""
+    text = text.rpartition("</think>")[2]
+    opened = list(_OPENING_MARK.finditer(text))
+    if opened:
+        text = text[opened[-1].end() :]
+    closing = _CLOSING_MARK.search(text)
+    return text[: closing.start()] if closing else text
 
 
 _READS = re.compile(r"\b(input\s*\(|stdin\b|raw_input|fileinput|open\s*\(\s*0|os\.read\b|/dev/stdin|/dev/fd/0)")
@@ -115,7 +137,7 @@ def _blocks(text: str, parser: _Parser) -> Iterator[Block]:
         ends = list(itertools.islice(closing_places, _MAX_CLOSINGS))
         language = _language(opening)
         if not ends:
-            yield Block(language, _moved_left(text[opening.end() :], opening[1]), False)
+            yield _unclosed(text[opening.end() :], language, opening, parser)
             return
         end = ends[0]
         if not language or _PYTHON.fullmatch(language):
@@ -124,6 +146,15 @@ def _blocks(text: str, parser: _Parser) -> Iterator[Block]:
         closed = _closes(closing, opening)
         yield Block(language, _moved_left(text[opening.end() : closing.start()], opening[1]), True)
         position = end + closed
+
+
+def _unclosed(text: str, language: str, opening: re.Match[str], parser: _Parser) -> Block:
+    """The response's rest; up to a fence behind the last line's text, where that leaves a module."""
+    for closing in itertools.islice(_FENCE_AT_END.finditer(text), _MAX_CLOSINGS):
+        block = _moved_left(text[: closing.start()], opening[1])
+        if closing[1][0] == opening[2][0] and parser.parsed(block) is not None:
+            return Block(language, block, True)
+    return Block(language, _moved_left(text, opening[1]), False)
 
 
 def _closes(fence: re.Match[str], opening: re.Match[str]) -> bool:
@@ -177,6 +208,13 @@ class _Parser:
             return any(_does_something(statement) for statement in tree.body)
         return bool(prompt.strip()) and block.text[:1] in (" ", "\t") and self.parsed(prompt + block.text) is not None
 
+    def imports(self, program: str, names: Collection[str]) -> bool:
+        """Whether a module takes one of the names from another, as examples of use do: from solution import add."""
+        tree = self.parsed(program)
+        return tree is not None and any(
+            isinstance(node, ast.alias) and (node.asname or node.name) in names for node in ast.walk(tree)
+        )
+
     def defines(self, program: str, names: Collection[str]) -> bool:
         """Whether a module binds one of the names, by itself or as a method."""
         tree = self.parsed(program)
@@ -199,6 +237,4 @@ def _does_something(statement: ast.stmt) -> bool:
 def _binds(node: ast.AST, names: Collection[str]) -> bool:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return node.name in names
-    if isinstance(node, ast.Name):
-        return isinstance(node.ctx, ast.Store) and node.id in names
-    return isinstance(node, ast.alias) and (node.asname or node.name) in names
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names

@@ -42,7 +42,7 @@ class CodeReference:
 
     Attributes:
         prompt: beginning of a module, which the program completes or stands behind.
-        entry_point: the function that the prompt asks for.
+        entry_point: the function or method that the prompt asks for.
         tests: source.
         same_process: the tests run in the program's process.
         inputs: texts of the standard input.
@@ -223,9 +223,14 @@ def _with_tests(fields: dict[str, Any]) -> CodeReference:
     if not source.strip():
         raise ValueError(f"a code reference's tests are empty; {_FORMS}")
     if entry_point:
-        if not entry_point.isidentifier():
-            raise ValueError(f"entry_point of a code reference is the name of a function; got {entry_point!r:.100}")
+        holder, _, method = entry_point.rpartition("().")
+        if not all(name.isidentifier() for name in ([holder, method] if holder else [method])):
+            raise ValueError(
+                "entry_point of a code reference is the name of a function, or a method as in Solution().add; got "
+                f"{entry_point!r:.100}"
+            )
         source += f"\ncheck({entry_point})\n"
+        entry_point = method
     same_process = fields.get("same_process", False)
     if not isinstance(same_process, bool):
         raise ValueError(f"same_process of a code reference is true or false; got {same_process!r:.100}")

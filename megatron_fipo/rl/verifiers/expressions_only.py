@@ -15,12 +15,13 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import math
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_EXPONENT = 5000
 """Largest number that a power may have as its exponent; beyond, one answer takes for ever."""
@@ -121,6 +122,8 @@ def check_expression(source: str | bytes | ast.AST) -> None:
             raise NotAnExpressionError("it calls something that has no name")
         if isinstance(node, ast.BinOp):
             _check_size(node)
+        if _is_call_of_pow(node):
+            _check_power(*node.args[:2])
 
 
 def _check_size(node: ast.BinOp) -> None:
@@ -128,15 +131,51 @@ def _check_size(node: ast.BinOp) -> None:
         isinstance(node.right, ast.Constant) and _size(node.right.value) <= MAX_EXPONENT
     ):  # the task bitwise_arithmetic has its right answers computed from shifts by a few bits
         raise NotAnExpressionError(f"it shifts bits, and not by a number up to {MAX_EXPONENT}")
+    if isinstance(node.op, ast.Mult) and (_is_sequence(node.left) or _is_sequence(node.right)):
+        raise NotAnExpressionError("it repeats a list or a text")
     if isinstance(node.op, ast.Pow):
-        parts = list(ast.walk(node.right))
-        if any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.LShift) for part in parts):
-            raise NotAnExpressionError("a power of shifted bits is not computed")
-        is_number = not any(isinstance(part, ast.Name) and part.id not in _MAKERS_OF_NUMBERS for part in parts)
-        if is_number and any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow) for part in parts):
-            raise NotAnExpressionError("a tower of powers is not computed")
-        if any(isinstance(part, ast.Constant) and _size(part.value) > MAX_EXPONENT for part in parts):
-            raise NotAnExpressionError(f"its exponent is above {MAX_EXPONENT}")
+        _check_power(node.left, node.right)
+
+
+def _check_power(base: ast.expr, exponent: ast.expr) -> None:
+    parts = list(ast.walk(exponent))
+    if any(isinstance(part, ast.LShift) for part in (*parts, *ast.walk(base))):
+        raise NotAnExpressionError("a power of shifted bits is not computed")
+    if _is_number(parts) and _exponents(parts):
+        raise NotAnExpressionError("a tower of powers is not computed")
+    largest = _largest(exponent)
+    if _is_number(parts) and _is_number(below := list(ast.walk(base))):
+        largest *= math.prod(max(_largest(inner), 1.0) for inner in _exponents(below))
+    if largest > MAX_EXPONENT:
+        raise NotAnExpressionError(f"its exponent is above {MAX_EXPONENT}")
+
+
+def _is_number(parts: list[ast.AST]) -> bool:
+    numbers = {*_MAKERS_OF_NUMBERS, *_MATHEMATICS}
+    return not any(isinstance(part, ast.Name) and part.id not in numbers for part in parts)
+
+
+def _exponents(parts: list[ast.AST]) -> list[ast.expr]:
+    powers = [part.right for part in parts if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow)]
+    return powers + [part.args[1] for part in parts if _is_call_of_pow(part)]
+
+
+def _is_call_of_pow(node: ast.AST) -> TypeGuard[ast.Call]:
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "pow" and len(node.args) > 1
+    )
+
+
+def _largest(exponent: ast.expr) -> float:
+    return max((_size(part.value) for part in ast.walk(exponent) if isinstance(part, ast.Constant)), default=0.0)
+
+
+def _is_sequence(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return _is_sequence(node.left) or _is_sequence(node.right)
+    return isinstance(node, ast.List | ast.Tuple) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+    )
 
 
 def _size(value: object) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import inspect
+import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from inspect import Parameter
 from typing import Any
@@ -52,6 +53,7 @@ class OwnFunction(JobVerifier):
         """
         self._function = function
         self._by_name, self.hint = _bound(name, function)
+        self._leading = _positional_only(function) if self._by_name is not None else []
         self.wants_row = self._by_name is not None and "row" in self._by_name.values()
 
     def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
@@ -59,7 +61,9 @@ class OwnFunction(JobVerifier):
         if self._by_name is None:
             returned = self._function(job.response_text, job.reference, job.finish_reason)
         else:
-            returned = self._function(**{name: getattr(job, field) for name, field in self._by_name.items()})
+            given = {name: getattr(job, field) for name, field in self._by_name.items()}
+            leading = [given.pop(name) for name in self._leading]
+            returned = self._function(*leading, **given)
         if inspect.isawaitable(returned):
             returned = asyncio.run(_awaited(returned))
         return as_verdict(returned)
@@ -79,10 +83,11 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
         return None, ""
     by_name: dict[str, str] = {}
     missing, doubts = [], []
+    leading = _positional_only(function)
     for parameter in parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:
             by_name |= {known: field for known, field in _FIELD_OF.items() if known not in parameters}
-        elif parameter.kind in _NAMED_KINDS and parameter.name in _FIELD_OF:
+        elif (parameter.kind in _NAMED_KINDS and parameter.name in _FIELD_OF) or parameter.name in leading:
             by_name[parameter.name] = _FIELD_OF[parameter.name]
         elif parameter.kind is not Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty:
             missing.append(parameter)
@@ -96,6 +101,13 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
             f"these that it names: {_accepted_names()}."
         )
     return by_name, " ".join(doubts)
+
+
+def _positional_only(function: Callable[..., Any]) -> list[str]:
+    """Parameters before a "/" that are known by name, as far as one behind the other is."""
+    parameters = inspect.signature(function).parameters.values()
+    known = itertools.takewhile(lambda p: p.kind is Parameter.POSITIONAL_ONLY and p.name in _FIELD_OF, parameters)
+    return [parameter.name for parameter in known]
 
 
 def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
@@ -126,10 +138,16 @@ def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
 def _refusal(name: str, missing: list[Parameter]) -> str:
     named = ", ".join(repr(parameter.name) for parameter in missing)
     hints = [
-        f"{hint} for {parameter.name!r}?" for parameter in missing if (hint := _nearest(parameter.name).rstrip("?"))
+        f"{hint} for {parameter.name!r}?"
+        for parameter in missing
+        if parameter.name not in _FIELD_OF and (hint := _nearest(parameter.name).rstrip("?"))
     ]
     by_position = [p.name for p in missing if p.kind is Parameter.POSITIONAL_ONLY]
-    more = " Parameters before a '/' have no name to go by; remove it." if by_position else ""
+    more = (
+        " Parameters before a '/' go by position only, and none behind one that is unknown; remove it."
+        if by_position
+        else ""
+    )
     return (
         f"verifier {name} takes {named}, which a verifier is not given.{''.join(hints)}{more} It judges one response "
         f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or "

@@ -75,8 +75,7 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
         score = 0.0
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError):
         # Some scorers raise over an answer of the wrong form, which makes it a wrong answer; a scorer that raises over
-        # the right one as well is broken, and so is the judgement.
-        # A task without one right answer of its own cannot show that.
+        # the right one as well is broken, and so is the judgement. Entries without an answer of their own cannot tell.
         if entry["answer"] is not None and float(score_answer(entry["answer"], entry)) != 1.0:
             raise
         score = 0.0
@@ -84,7 +83,13 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     is_right = _SECOND_LOOKS.get(task)
     if score >= _FULL_MARKS and is_right is not None and not is_right(answer, str(entry["answer"])):
         score = 0.0
+    if score == 1.0 and _NO_NUMBER.search(answer) and not _NO_NUMBER.search(str(entry["answer"])):
+        score = 0.0
     return Verdict(min(max(score, 0.0), 1.0), answer)
+
+
+_NO_NUMBER = re.compile(r"(?<![a-z])(nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
+"""What Python reads as a number and is none: a distance to it passes for small (complex_arithmetic, seen in 0.1.25)."""
 
 
 def _same_truth(answer: str, right: str) -> bool:

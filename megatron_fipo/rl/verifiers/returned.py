@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,12 @@ def _described(value: Any) -> str:
     if value is None:
         return "None"
     article = "an" if type(value).__name__[0] in "aeiou" else "a"
-    return f"{article} {type(value).__name__} ({value!r:.80})"
+    return f"{article} {type(value).__name__} ({_SHORT.repr(value):.80})"
+
+
+_SHORT = reprlib.Repr()
+"""Looks at the beginning of a value only: what a verifier returns may be a gigabyte long, or nested without an end."""
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def _hint(returned: Any) -> str:

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PLAIN_BASES = (int, float, str, tuple, bytes, frozenset)
+_AWAITED_OF_GENERATORS = ("async_generator_asend", "async_generator_athrow")
 _ALL_STANDARD = frozenset(sys.stdlib_module_names)
 
 
 class _Callback:
-    """A function of the tests' side."""
+    """A function of the tests' side, with its names, which decorators take over."""
 
-    def __init__(self, server: _Server, number: int) -> None:
+    def __init__(self, server: _Server, number: int, names: dict[str, Any]) -> None:
         self._server, self.number = server, number
+        vars(self).update(names)
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         return self._server.call_back(self, arguments, settings)
@@ -44,6 +46,7 @@ class _Server:
         self._pipe = pipe
         self._objects: list[Any] = []
         self._number_of: dict[int, int] = {}
+        self._loop: Any = None
 
     # ------------------------------------------------------------------------------------------------------- encoding
 
@@ -57,7 +60,7 @@ class _Server:
         number = self._number(value)
         if isinstance(value, type):
             return ["class", number] if self._is_own(value) else ["object", number, -1]
-        if isinstance(value, CoroutineType):
+        if isinstance(value, CoroutineType) or type(value).__name__ in _AWAITED_OF_GENERATORS:
             return ["coroutine", number]
         cls = type(value)
         class_number = self._number(cls) if self._is_own(cls) else -1
@@ -147,24 +150,36 @@ class _Server:
         if what == "plain":
             return _plain_container(arguments[0])
         if what == "await":
-            import asyncio
-
-            return asyncio.run(arguments[0])
+            return self._awaited(arguments[0])
         return (getattr(operator, what, None) or getattr(builtins, what))(*arguments)
 
+    def _awaited(self, awaitable: Any) -> Any:
+        """What an awaitable gives; all run in one event loop, since generators and locks live longer than a call."""
+        import asyncio
+
+        async def run() -> Any:
+            return await awaitable
+
+        self._loop = self._loop or asyncio.new_event_loop()
+        return self._loop.run_until_complete(run())
+
     def _describe(self, cls: type) -> list[Any]:
-        """A class's names, its own bases, and the name of the plain kind or the exception that it is one of."""
+        """A class's names, the name of the plain kind or the exception that it is one of, its own bases, its docstring,
+        and whether a call makes a new object.
+        """
         bases = [base for base in cls.__bases__ if self._is_own(base)]
         built_in = next((base.__name__ for base in cls.__mro__ if base in _PLAIN_BASES), "")
         if issubclass(cls, BaseException):
             built_in = self._exception_name(cls)
-        return [cls.__name__, cls.__qualname__, cls.__module__, built_in, bases]
+        enum = sys.modules.get("enum")
+        looks_up = enum is not None and issubclass(cls, enum.Enum)
+        return [cls.__name__, cls.__qualname__, cls.__module__, built_in, bases, cls.__doc__, not looks_up]
 
     def _referred(self, coded: list[Any]) -> Any:
         if coded[0] == "yours":
             return self._objects[coded[1]]
         if coded[0] == "callback":
-            return _Callback(self, coded[1])
+            return _Callback(self, coded[1], coded[2])
         if coded[0] == "exception":
             return getattr(builtins, coded[1])(*coded[2])
         return standard_object(coded, _ALL_STANDARD)

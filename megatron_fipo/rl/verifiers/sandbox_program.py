@@ -94,6 +94,7 @@ def run(order: dict[str, Any]) -> ModuleType:
     vars(module).update(__file__=FILE_NAME, __builtins__=builtins, __loader__=_Source({name: text}), __annotations__={})
     if order["imports"]:
         provide_imports(module, text)
+        sys.setrecursionlimit(_JUDGES_RECURSION_LIMIT)
     for code in codes:
         exec(code, vars(module))
     return module
@@ -117,7 +118,7 @@ def _compiled(prompt: str, program: str) -> tuple[str, list[CodeType]]:
 
 def completed(prompt: str) -> str | None:
     """A prompt with an empty body for the function that it ends with, where it needs one; None if it is no module."""
-    for text in (prompt, f"{prompt.rstrip()}\n    pass\n"):
+    for text in (prompt, f"{prompt.rstrip()}\n    pass\n", f"{prompt.rstrip()}\n        pass\n"):
         try:
             _compile(text)
         except SyntaxError:
@@ -151,6 +152,9 @@ _JUDGES_IMPORTS = [
     "typing",
 ]
 """Modules whose names a judge such as LiveCodeBench's puts in front of every program, in its order: later ones win."""
+
+_JUDGES_RECURSION_LIMIT = 50_000
+"""What LiveCodeBench's judge allows before a program asks for more; LeetCode's allows more still."""
 
 
 def provide_imports(module: ModuleType, text: str) -> None:

@@ -3,8 +3,8 @@
 Plain data comes by value, so the program has no say in how it compares. Anything else is a `Stand-in`: what the tests
 do with it is done in the program's process, under one rule. What the program returns is never asked about a value that
 the tests hold: `f(2) == 4` is False and `f(2) - 4` a TypeError where f returns an object of its own, since such an
-object could answer what it likes. Objects that the tests themselves make, by calling one of the program's classes, are
-what they test, and are asked (`Money(3) == 3`).
+object could answer what it likes. Objects that the tests themselves make, by calling one of the program's classes that
+they mean as a class (`sandbox_classes`), are what they test, and are asked (`Money(3) == 3`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import builtins
 import sys
 from types import CodeType, FunctionType, ModuleType
 
+from megatron_fipo.rl.verifiers.sandbox_classes import names_meant_as_classes
 from megatron_fipo.rl.verifiers.sandbox_program import completed
 from megatron_fipo.rl.verifiers.sandbox_values import (
+    ATOMS,
     SHARED_MODULES,
     Decoder,
     Encoder,
@@ -35,6 +37,7 @@ _ARITHMETIC = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift",
     "divmod",
 )  # fmt: skip
+_NAMES_OF_FUNCTIONS = ("__name__", "__qualname__", "__doc__", "__module__")
 _ENDINGS = (SystemExit, KeyboardInterrupt, GeneratorExit)
 
 
@@ -50,6 +53,9 @@ class _Link:
         self._classes: dict[int, _StandInType] = {}
         self._callbacks: list[Any] = []
         self._stand_ins: dict[int, StandIn] = {}
+        self._made: dict[int | None, StandIn] = {}
+        self.meant_as_classes: frozenset[str] = frozenset()
+        self._under_test: set[int | None] = set()
 
     def request(self, what: str, *arguments: Any, settings: dict[str, Any] | None = None) -> Any:
         """Have something done in the program's process; changes to containers that were handed over are made here, too.
@@ -114,10 +120,12 @@ class _Link:
         if named is not None:
             return named
         if isinstance(value, Exception) and type(value).__module__ == "builtins":
-            return ["exception", type(value).__name__, [str(argument) for argument in value.args]]
+            arguments = [argument if type(argument) in ATOMS else str(argument) for argument in value.args]
+            return ["exception", type(value).__name__, arguments]
         if isinstance(value, FunctionType) or (callable(value) and not isinstance(value, type)):
             self._callbacks.append(value)
-            return ["callback", len(self._callbacks) - 1]
+            names = {name: getattr(value, name, None) for name in _NAMES_OF_FUNCTIONS}
+            return ["callback", len(self._callbacks) - 1, {n: v for n, v in names.items() if isinstance(v, str)}]
         raise TypeError(f"tests cannot hand a {type(value).__name__} of their own to the program")
 
     def _referred(self, coded: list[Any]) -> Any:
@@ -144,12 +152,27 @@ class _Link:
             found = self._stand_ins[number] = _new(cls, self, number)
         return found
 
+    def named(self, name: str, value: Any) -> Any:
+        """What the tests know by a name; a class that they mean as one is under test from here on."""
+        if isinstance(value, _StandInType) and name in self.meant_as_classes:
+            self._under_test.add(_number(value))
+        return value
+
+    def made_of(self, cls: _StandInType, value: Any) -> Any:
+        """What a call of a class made."""
+        makes_new = type.__getattribute__(cls, "_makes_new")
+        return self.made_by_tests(value) if makes_new and _number(cls) in self._under_test else value
+
     def made_by_tests(self, value: Any) -> Any:
         """A stand-in of its own for what the tests made: what the program returns later is another."""
-        if isinstance(value, StandIn):
-            value = _new(type(value), self, _number(value))
-            object.__setattr__(value, "_made_by_tests", True)
-        return value
+        if not isinstance(value, StandIn):
+            return value
+        number = _number(value)
+        made = self._made.get(number)
+        if made is None:
+            made = self._made[number] = _new(type(value), self, number)
+            object.__setattr__(made, "_made_by_tests", True)
+        return made
 
     def _value(self, number: int, class_number: int, plain: Any) -> Any:
         cls: Any = self.stand_in_class(class_number)
@@ -180,7 +203,7 @@ class _Link:
         found = self._classes.get(number)
         if found is None:
             reply = self.request("class", _Numbered(number))
-            name, qualified_name, module, built_in, bases = reply
+            name, qualified_name, module, built_in, bases, documentation, makes_new = reply
             if not all(isinstance(base, _StandInType) for base in bases):
                 raise ProtocolError("a class with bases that are none")
             own: tuple[type, ...] = tuple(bases)
@@ -188,10 +211,11 @@ class _Link:
                 own = (_Answering,) if built_in else (StandIn,)
             if built_in and not any(issubclass(base, _Answering) and base is not _Answering for base in own):
                 own = (*own, _PLAIN_BASES.get(built_in) or _exception_class(built_in))
-            body = {"__qualname__": qualified_name, "__module__": module}
+            body = {"__qualname__": qualified_name, "__module__": module, "__doc__": documentation}
             found = _StandInType.__new__(_StandInType, str(name), own, body)
             type.__setattr__(found, "_link", self)
             type.__setattr__(found, "_class_number", number)
+            type.__setattr__(found, "_makes_new", makes_new)
             self._classes[number] = found
         return found
 
@@ -234,12 +258,13 @@ class _StandInType(type):
 
     def __call__(cls, *arguments: Any, **settings: Any) -> Any:
         link: _Link = type.__getattribute__(cls, "_link")
-        return link.made_by_tests(link.request("call", cls, *arguments, settings=settings))
+        return link.made_of(cls, link.request("call", cls, *arguments, settings=settings))
 
     def __getattr__(cls, name: str) -> Any:
         if "_link" not in cls.__dict__:
             raise AttributeError(name)
-        return type.__getattribute__(cls, "_link").request("getattr", cls, name)
+        link: _Link = type.__getattribute__(cls, "_link")
+        return link.named(name, link.request("getattr", cls, name))
 
     def __setattr__(cls, name: str, value: Any) -> None:
         type.__getattribute__(cls, "_link").request("setattr", cls, name, value)
@@ -324,6 +349,30 @@ def _entered(name: str) -> Callable[..., Any]:
     return method
 
 
+def _exit(self: StandIn, error_type: Any, error: Any, traceback: Any) -> Any:
+    """The end of a with statement; a traceback holds the tests' own frames, and stays here."""
+    return self._link.request("getattr", self, "__exit__")(error_type, error, None)
+
+
+async def _exit_async(self: StandIn, error_type: Any, error: Any, traceback: Any) -> Any:
+    return await self._link.request("getattr", self, "__aexit__")(error_type, error, None)
+
+
+def _told(name: str) -> property:
+    """An attribute that classes have as well, so that asking the class would tell of the stand-in."""
+    return property(lambda self: self._link.request("getattr", self, name))
+
+
+def _in_place(what: str) -> Callable[..., Any]:
+    ask = _binary(what, reflected=False)
+
+    def method(self: StandIn, other: Any) -> Any:
+        result = ask(self, other)
+        return self if result is not NotImplemented and _number(result) == _number(self) else result
+
+    return method
+
+
 def _binary(what: str, reflected: bool) -> Callable[..., Any]:
     """An operator: asked of the program only where its other operand, or who made the object, allows it."""
 
@@ -357,14 +406,19 @@ def _define_special_methods() -> None:
     for what in ("len", "next", "str", "repr", "hash", "bool", "int", "float", "index", "round", "abs", "neg", "pos",
                  "invert", "format", "getitem", "setitem", "delitem", "reversed", "dir", "complex"):  # fmt: skip
         methods[what] = _forwarded(what)
-    for what in ("enter", "exit", "missing", "trunc", "floor", "ceil"):
+    for what in ("enter", "missing", "trunc", "floor", "ceil", "aenter", "aiter", "anext"):
         methods[what] = _entered(f"__{what}__")
+    methods["exit"], methods["aexit"] = _exit, _exit_async
+    for what in ("doc", "annotations"):
+        methods[what] = _told(f"__{what}__")
     for what in _COMPARISONS:
         methods[what] = _compared(what)
     for what in _ARITHMETIC:
         operation = f"{what}_" if what in ("and", "or") else what
         methods[what] = _binary(operation, reflected=False)
         methods[f"r{what}"] = _binary(operation, reflected=True)
+        if what != "divmod":
+            methods[f"i{what}"] = _in_place(f"i{what}")
     for name, method in methods.items():
         type.__setattr__(StandIn, f"__{name}__", method)
 
@@ -383,7 +437,7 @@ class _Program(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._link.request("get", name)
+        return self._link.named(name, self._link.request("get", name))
 
 
 def run(tests: dict[str, Any], replies_fd: int, requests_fd: int) -> bool:
@@ -407,11 +461,15 @@ def run(tests: dict[str, Any], replies_fd: int, requests_fd: int) -> bool:
     program._link = link
     sys.modules[tests["name"]] = program
     code = compile(tests["source"], "tests.py", "exec", dont_inherit=True)
+    link.meant_as_classes = names_meant_as_classes(
+        tests["source"], completed(tests["prompt"]) or "", tests["entry_point"]
+    )
     try:
         held = set(link.request("names"))
-        for name in sorted(_names_in(code) & held):
-            setattr(module, name, link.request("get", name))
-        _define_what_the_prompt_gives(module, tests["prompt"], tests["entry_point"])
+        given = _given_by_the_prompt(tests["prompt"], tests["entry_point"])
+        for name in sorted((_names_in(code) | _names_in(given)) & held):
+            setattr(module, name, link.named(name, link.request("get", name)))
+        exec(given, vars(module))
         exec(code, vars(module))
     except SystemExit as end:  # as unittest.main() ends
         return end.code in (None, 0, False)
@@ -428,18 +486,15 @@ def _names_in(code: CodeType) -> set[str]:
     return names
 
 
-def _define_what_the_prompt_gives(module: ModuleType, prompt: str, entry_point: str) -> None:
+def _given_by_the_prompt(prompt: str, entry_point: str) -> CodeType:
     """Imports and finished functions of the prompt, which tests mean by these names, not the program's."""
-    beginning = completed(prompt) if prompt else None
-    if beginning is None:
-        return
     import ast
 
-    tree = ast.parse(beginning)
+    tree = ast.parse(completed(prompt) or "")
     given = [
         node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) or _is_finished(node, entry_point)
     ]
-    exec(compile(ast.Module(given, []), "prompt.py", "exec", dont_inherit=True), vars(module))
+    return compile(ast.Module(given, []), "prompt.py", "exec", dont_inherit=True)
 
 
 def _is_finished(node: Any, entry_point: str) -> bool:

@@ -2,7 +2,8 @@
 
 Allowed is what the Python interpreter needs to compute, to read files and to write to what is open already, with
 asyncio's event loop: pipes, epoll, and pairs of connected sockets, which reach nothing but each other. There are no
-other sockets, no new processes, no signals to others, no writable files, no changed limits, whoever runs it, root too.
+other sockets, no new processes, no signals to others, no writable files, no changed limits but the stack's, whoever
+runs it, root too.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ _NEW_NAMESPACES = 0x7E020000
 _FCNTL_COMMANDS = (0, 1, 2, 3, 1030)  # F_DUPFD F_GETFD F_SETFD F_GETFL F_DUPFD_CLOEXEC; F_SETOWN would send signals
 _F_SETFL = 4
 _O_ASYNC = 0o20000
+_RLIMIT_STACK = 3
 _FIONBIO = 0x5421
 _SOCKET_IOCTLS = (_FIONBIO, 0x541B)  # and FIONREAD
 _AF_UNIX = 1
@@ -152,12 +154,16 @@ def _rule(name: str, threads: bool, sockets: bool) -> list[bytes]:
             _step(_RETURN, _ALLOW),
             _refuse(errno.EPERM),
         ]
-    if name == "prlimit64":  # reading limits: no new ones are given
+    if name == "prlimit64":  # reading limits, and its own stack's, which programs with deep recursion raise
         return [
             _load_argument(2),
-            _step(_EQUALS, 0, 0, 3),
+            _step(_EQUALS, 0, 0, 2),
             _load_argument(2, high=True),
-            _step(_EQUALS, 0, 0, 1),
+            _step(_EQUALS, 0, 4, 0),
+            _load_argument(0),
+            _step(_EQUALS, 0, 0, 3),
+            _load_argument(1),
+            _step(_EQUALS, _RLIMIT_STACK, 0, 1),
             _step(_RETURN, _ALLOW),
             _refuse(errno.EPERM),
         ]

@@ -27,7 +27,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from megatron_fipo.rl.verifiers import confinement
-from megatron_fipo.rl.verifiers.expressions_only import expressions_only, no_code
+from megatron_fipo.rl.verifiers.expressions_only import NotAnExpressionError, expressions_only, no_code
 from megatron_fipo.rl.verifiers.forked_judge import ForkingJudge, ThreadsError
 from megatron_fipo.rl.verifiers.isolation import Isolation, WorkerSetup, package_root
 from megatron_fipo.rl.verifiers.judging import judge
@@ -118,9 +118,11 @@ def _fork_for_each(setup: WorkerSetup, program: bytes, connection_fd: int, tasks
         prepare(job.reference)
         # Most scorers only compare. Where one does no more than that, nothing of the response can have run, and there
         # is no need to judge it again in a fork, which costs a hundred times as much.
-        with no_code() as watch:
+        verdict = None
+        # Telling of a scorer's failure may read files, and so trip the watch outside of the scorer.
+        with suppress(NotAnExpressionError), no_code() as watch:
             verdict = judge(job, setup.timeout_s)
-        return judging.judge(name, pickled) if watch.tripped else verdict
+        return judging.judge(name, pickled) if verdict is None or watch.tripped else verdict
 
     return judge_task
 
