@@ -243,13 +243,16 @@ def test_no_task_of_reasoning_gym_runs_its_answer(modules: Path, tmp_path: Path)
         # Its scorer takes any text for "yes": bool(answer) == bool("True").
         if task != "game_of_life_halting":
             jobs.append(VerifierJob("reasoning_gym", f"<answer>{code}</answer>", reference))
-        if task == "boxnet":  # its scorer raises, and telling of that reads files
+        if task == "boxnet":  # its scorer raises, and knows no right answer
             jobs.append(VerifierJob("reasoning_gym", "<answer>[[]]</answer>", reference))
         if task in right:
             jobs.append(VerifierJob("reasoning_gym", f"<answer>{entry['answer']}</answer>", reference))
     assert len(jobs) >= 100
     with VerifierPool(num_workers=2, timeout_s=60.0, verifiers=["reasoning_gym"]) as pool:
         verdicts = pool.judge_all(jobs)
+        # Telling of an error reads files, which no scorer may; the worker lives on and says what it is.
+        (unjudged,) = pool.judge_all([VerifierJob("reasoning_gym", "4", {"task": "countdown"})])
+    assert "is a mapping with task, params and entry" in unjudged.error
     assert [verdict.error for verdict in verdicts if verdict.error] == []
     accepted = [job.reference["task"] for job, verdict in zip(jobs, verdicts, strict=True) if verdict.correct]
     assert accepted == right

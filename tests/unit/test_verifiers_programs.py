@@ -393,8 +393,8 @@ HONEST = {
     "generators that are awaited": (
         "async def f(n):\n    for i in range(n): yield i\nclass A:\n    async def __aenter__(self): return 5\n"
         "    async def __aexit__(self, *error): return error[0] is KeyError",
-        "import asyncio\nasync def main():\n    g = f(9)\n    first = await g.__anext__()\n\n"
-        "    async with A() as five:\n        raise KeyError\n"
+        "import asyncio\nasync def main():\n    g = f(9)\n    first = await g.__anext__()\n"
+        "    async with A() as five: raise KeyError\n"
         "    return [first, five, await anext(g)] + [x async for x in f(2)]\n"
         "assert asyncio.run(main()) == [0, 5, 1, 0, 1]",
     ),
