@@ -99,6 +99,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(client, "RETRY_WAITS_S", (0.0, 0.0))
         yield stand_in
+        huggingface_hub.close_session()  # the client keeps its connections
 
 
 def log_in(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, **account: Any) -> None:

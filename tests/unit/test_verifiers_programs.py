@@ -631,13 +631,13 @@ def test_methods_of_nodes_as_leetcode_s_data_sets_have_them() -> None:
 ADD_TESTS = "assert add(1, 2) == 3\nassert abs(add(0.5, 0.25) - 0.75) < 1e-6"
 WALK_DESCRIPTORS = """
 import os
-for fd in range(3, 64):
+for fd in range(3, 1024):
     try:
         os.lseek(fd, 0, 0)
         text = os.read(fd, 10**5)
     except OSError:
         continue
-    for other in range(3, 64):
+    for other in range(3, 1024):
         try: os.write(other, {what})
         except OSError: pass
 os._exit(0)
@@ -663,7 +663,7 @@ CHEATS = {
     "the token out of a file": WALK_DESCRIPTORS.format(what="text[-40:]"),
     "the word that means passed": WALK_DESCRIPTORS.format(what="b'passed'"),
     "the word, without looking": "import os\n"
-    "for fd in range(3, 64):\n"
+    "for fd in range(3, 1024):\n"
     "    try: os.write(fd, b'passed')\n"
     "    except OSError: pass\n"
     "os._exit(0)",
@@ -685,7 +685,7 @@ CHEATS = {
     "an equal tuple": f"class N(tuple):{EQUAL_EVERYTHING}def add(a, b): return N()",
     "an equal list": f"class N(list):{EQUAL_EVERYTHING}def add(a, b): return N()",
     "mapped files": "import mmap\n"
-    "for fd in range(3, 64):\n"
+    "for fd in range(3, 1024):\n"
     "    try: m = mmap.mmap(fd, 0)\n"
     "    except (OSError, ValueError): continue\n"
     "    m[:] = b' ' * len(m)\n"
@@ -710,12 +710,12 @@ CHEATS = {
     "os._exit in a function": "import os\ndef add(a, b): os._exit(0)",
     "its own answers": "import os, json\n"
     "reply = json.dumps({'value': 3, 'table': [], 'changed': [], 'printed': ''}).encode()\n"
-    "for fd in range(3, 64):\n"
+    "for fd in range(3, 1024):\n"
     "    try: [os.write(fd, len(reply).to_bytes(8, 'big') + reply) for _ in range(9)]\n"
     "    except OSError: pass\n"
     "def add(a, b): return 0",
     "a reply that is none": "import os\n"
-    "for fd in range(3, 64):\n"
+    "for fd in range(3, 1024):\n"
     "    try: os.write(fd, b'\\0\\0\\0\\0\\0\\0\\0\\2[]')\n"
     "    except OSError: pass\n"
     "def add(a, b): return 3",
@@ -764,7 +764,7 @@ def test_calls_are_compared_out_of_the_program_s_reach() -> None:
         f"class N(int):{EQUAL_EVERYTHING}def add(a, b): return N(7)",
         "import json\njson.dumps = lambda value: '{\"value\": 3}'\ndef add(a, b): return 0",
         "import os\n"
-        "for fd in range(3, 64):\n"
+        "for fd in range(3, 1024):\n"
         "    try: os.write(fd, b'{\"value\": 3}\\n' * 2)\n"
         "    except OSError: pass\n"
         "os._exit(0)",
@@ -776,7 +776,7 @@ def test_calls_are_compared_out_of_the_program_s_reach() -> None:
         assert not judge(block(cheat), reference).correct, cheat
     right = (
         "import os\n"
-        "for fd in range(3, 64):\n"
+        "for fd in range(3, 1024):\n"
         '    try: os.write(fd, b\'{"value": 3}\\n{"value": 4}\\n\')\n'
         "    except OSError: pass\n"
         "os._exit(0)"
@@ -789,7 +789,7 @@ def test_calls_are_compared_out_of_the_program_s_reach() -> None:
 def test_a_program_cannot_void_its_verdict(reference: Any, code: int) -> None:
     program = (
         "import os\n"
-        "for fd in (*range(3, 64), 1):\n"
+        "for fd in (*range(3, 1024), 1):\n"
         "    try: os.write(fd, b'unprotected: set verifier=code_unprotected\\n')\n"
         f"    except OSError: pass\nos._exit({code})\ndef f(x): pass"
     )
