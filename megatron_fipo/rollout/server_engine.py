@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -169,12 +168,13 @@ class ServerEngine:
             self._loop.call_soon(partial(self._begin_abort, self.pool))
 
     async def _complete(self, pool: ServerPool, request: GenerationRequest) -> Completion:
-        number, start = next(self._numbers), time.perf_counter()
+        now = asyncio.get_running_loop().time
+        number, start = next(self._numbers), now()
         async with self._slots:
             completion = await self._send_until_answered(pool, request, number)
         self._load.num_cached_tokens += completion.num_cached_tokens
         self._load.num_prompt_tokens += len(request.prompt_ids) + len(request.prefix)
-        self._load.ends.append(time.perf_counter())
+        self._load.ends.append(now())
         self._load.durations.append(self._load.ends[-1] - start)
         return completion
 

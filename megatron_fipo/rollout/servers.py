@@ -109,6 +109,7 @@ class ServerPool:
         log_folder: where their logs go; None attaches to running servers at the specs' hosts and ports.
         settings: time-outs and restarts.
         router: command line of a router in front of them, given their URLs and its port; None for none.
+        start_process: starts a process of a plan, given where its log goes.
     """
 
     def __init__(
@@ -119,8 +120,9 @@ class ServerPool:
         log_folder: Path | None,
         settings: WatchSettings,
         router: Callable[[Sequence[str], int], LaunchPlan] | None = None,
+        start_process: Callable[[LaunchPlan, Path], ServerProcess] = ServerProcess,
     ) -> None:
-        self.adapter, self.settings = adapter, settings
+        self.adapter, self.settings, self._start_process = adapter, settings, start_process
         self._specs, self._log_folder, self._router_plan = specs, log_folder, router
         self.servers: list[Server] = []
         self.arrived: ArrivedWeights | None = None
@@ -168,6 +170,9 @@ class ServerPool:
         """End the servers that were started here, and all connections."""
         for task in self._tasks:
             task.cancel()
+        # First: as they end, requests to them fail, and whoever sent one would have its server started anew.
+        for server in self.servers:
+            await self._set(server, State.LOST, "it is closed")
         await asyncio.gather(*self._tasks, return_exceptions=True)
         processes = [server.process for server in self.servers] + [self._router_process]
         for process in processes:
@@ -177,7 +182,7 @@ class ServerPool:
             if process is not None:
                 await asyncio.to_thread(process.wait)
         for server in self.servers:
-            server.process, server.state, server.reason = None, State.LOST, "it is closed"
+            server.process = None
         self._router_process = None
         if self._session is not None:
             await self._session.close()
@@ -341,7 +346,7 @@ class ServerPool:
                 f"port {spec.port} of {spec.host}, where {server.name} was to listen, is taken. End what listens "
                 "there, or set servers.base_port to another one (null takes ports that are free)."
             )
-        server.process = ServerProcess(self.adapter.launch_plan(spec), server.log)
+        server.process = self._start_process(self.adapter.launch_plan(spec), server.log)
         await self._wait_until_healthy(server)
         info = await server.client.info()
         if info.weight_version != spec.weight_version:
@@ -417,7 +422,7 @@ class ServerPool:
         assert self._log_folder is not None, "a router stands in front of servers that were started here"
         port = free_port()
         plan = self._router_plan([server.client.url for server in self.servers], port)
-        self._router_process = ServerProcess(plan, self._log_folder / "router.log")
+        self._router_process = self._start_process(plan, self._log_folder / "router.log")
         key = self._specs[0].key  # the same for all servers of a pool
         self.router = ServerConnection(self._session, f"http://127.0.0.1:{port}", is_gateway=True, key=key)
         deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
@@ -501,7 +506,7 @@ class ServerPool:
             version = _NO_VERSION if folder is None else self.arrived.version
             spec = replace(spec, model_path=folder or spec.model_path, weight_version=version)
         assert server.log is not None, "it has a process"
-        server.process = ServerProcess(self.adapter.launch_plan(spec), server.log)
+        server.process = self._start_process(self.adapter.launch_plan(spec), server.log)
         await self._wait_until_healthy(server)
 
     async def _verify(self, server: Server) -> None:
