@@ -103,7 +103,7 @@ class ServerEngine:
         self._numbers = itertools.count()
         self._abort_below = 0
         self._in_flight: dict[int, tuple[Server, str]] = {}
-        self._acquiring: set[asyncio.Future[Server]] = set()
+        self._waiting: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._memory: Literal["resident", "released", "weights only"] = "resident"
         self._last_sync: SyncReport | None = None
@@ -181,12 +181,12 @@ class ServerEngine:
     async def _send_until_answered(self, pool: ServerPool, request: GenerationRequest, number: int) -> Completion:
         reasons: list[str] = []
         while len(reasons) < _MAX_SENDS:
-            server = await self._acquire(pool, request.group_id, number)
+            server = await self._choose(pool, request.group_id, number)
             if server is None:
                 return Completion((), (), "abort", ())
             request_id = f"{request.sample_id}#{number}.{len(reasons)}"
             self._in_flight[number] = server, request_id
-            router = pool.usable_router
+            router = pool.usable_router if not reasons else None  # what was lost may have been lost by the router
             answering = server.client.generate(
                 request, request_id, sorted(self.stop_token_ids), self._request_timeout_s, router
             )
@@ -214,27 +214,28 @@ class ServerEngine:
             f"sample {request.sample_id!r} was sent {_MAX_SENDS} times and never answered:\n" + "\n".join(reasons)
         )
 
-    async def _acquire(self, pool: ServerPool, group_id: int, number: int) -> Server | None:
-        """A server, or None once the request has been aborted."""
-        if number < self._abort_below:
-            return None
-        acquiring = asyncio.ensure_future(pool.acquire(group_id))
-        self._acquiring.add(acquiring)
-        try:
-            return await acquiring
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                acquiring.cancel()
-                raise
-            return None
-        finally:
-            self._acquiring.discard(acquiring)
+    async def _choose(self, pool: ServerPool, group_id: int, number: int) -> Server | None:
+        """A server, to be asked before the next await; None once the request has been aborted."""
+        while number >= self._abort_below:
+            if (server := pool.choose(group_id)) is not None:
+                return server
+            waiting = asyncio.ensure_future(pool.wait_until_one_may_generate())
+            self._waiting.add(waiting)
+            try:
+                await waiting
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if current is not None and current.cancelling():
+                    waiting.cancel()
+                    raise
+            finally:
+                self._waiting.discard(waiting)
+        return None
 
     def _begin_abort(self, pool: ServerPool) -> None:
         self._abort_below = next(self._numbers)
-        for acquiring in self._acquiring:
-            acquiring.cancel()
+        for waiting in self._waiting:
+            waiting.cancel()
         for server in pool.servers:
             self._spawn(self._tell(pool, server, server.client.abort_all()))
         self._spawn(self._abort_late_ones(pool))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,8 @@ from megatron_fipo.rollout.server_http import (
 from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 """Between two looks at a process that starts."""
@@ -140,7 +143,14 @@ class ServerPool:
 
     @property
     def usable_router(self) -> ServerConnection | None:
-        """The router, while every server behind it may generate."""
+        """The router, while it lives and every server behind it may generate."""
+        process = self._router_process
+        if self.router is not None and process is not None and process.exit_status is not None:
+            logger.warning(
+                "the router ended; requests go to the servers themselves from here on. Its last words:\n%s",
+                process.log_tail()[-2000:],
+            )
+            self.router = None
         return self.router if all(server.state is State.READY for server in self.servers) else None
 
     async def start(self) -> None:
@@ -189,28 +199,32 @@ class ServerPool:
 
     # --- generating -------------------------------------------------------------------------------------------------
 
-    async def acquire(self, group_id: int) -> Server:
-        """A server for a request: where its group is, or where least is in flight. Waits while servers restart.
+    def choose(self, group_id: int) -> Server | None:
+        """The server for a request: where its group is, or where least is in flight; None while none may generate.
 
-        Raises:
-            ServerError: if none is ready and none will be, with each one's reason.
+        Ask it before the next await: until then nobody else sees that it has one request more, and it may be held.
         """
-        async with self._changed:
-            while True:
-                ready = [server for server in self.servers if server.state is State.READY]
-                if ready:
-                    break
-                if not any(server.state in (State.RESTARTING, State.HELD) for server in self.servers):
-                    raise ServerError(f"no server can generate: {self.reasons()}")
-                await self._changed.wait()
+        ready = [server for server in self.servers if server.state is State.READY]
         # A group stays together: its prompt is computed once.
         server = self._affinity.get(group_id)
-        if server is None or server.state is not State.READY:
+        if ready and server not in ready:
             server = min(ready, key=lambda candidate: len(candidate.in_flight))
             self._affinity[group_id] = server
             while len(self._affinity) > 4096:
                 self._affinity.popitem(last=False)
-        return server
+        return server if ready else None
+
+    async def wait_until_one_may_generate(self) -> None:
+        """Return as soon as there is something to choose; waits while servers restart or are held.
+
+        Raises:
+            ServerError: if none will, with each one's reason.
+        """
+        async with self._changed:
+            while not any(server.state is State.READY for server in self.servers):
+                if not any(server.state in (State.RESTARTING, State.HELD) for server in self.servers):
+                    raise ServerError(f"no server can generate: {self.reasons()}")
+                await self._changed.wait()
 
     async def ask(self, server: Server, coroutine: Coroutine[Any, Any, T]) -> T:
         """Await a request to a server, which fails at once when the server goes away.

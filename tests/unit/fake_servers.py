@@ -322,6 +322,8 @@ class Router:
         self.words: list[str] = []
         self.turns = itertools.count()
         self.ready_at = world.loop.time() + 1.0
+        self.is_broken = False
+        """It lives, and answers every request with an error."""
 
     def end(self, status: int, words: str = "") -> None:
         if self.exit_status is None:
@@ -335,6 +337,8 @@ class Router:
     def choose(self) -> int:
         if not self.is_up:
             raise ServerUnreachableError(f"{self.url}/generate could not be asked: connection refused")
+        if self.is_broken:
+            raise ServerUnreachableError(f"{self.url}/generate answered 502: no worker")
         return next(self.turns) % self.world.num_servers
 
 
@@ -442,6 +446,7 @@ class FakeServer:
     async def join_group(self, address: GroupAddress, timeout_s: float) -> None:
         machine = await self._ask("join_group", timeout_s)
         meeting = self.world.meetings[address.name]
+        self.world.joined.append((self.number, address))
         meeting.members.append(machine)
         machine.groups.add(address.name)
         await self._within(machine, meeting.is_whole.wait(), timeout_s, "join_group")
@@ -507,7 +512,7 @@ class FakeServer:
 
     async def _ask(self, route: str, timeout_s: float = _CONTROL_TIMEOUT_S, asked: Asked | None = None) -> Machine:
         self.world.asked.append(asked or Asked(self.number, route))
-        await asyncio.sleep(_TRIP_S)
+        await asyncio.sleep(self.world.trips[self.number, route])
         machine = self._machine(route)
         if fault := self.world.next_fault(self.number, route):
             fault(machine)
@@ -565,6 +570,26 @@ def unavailable() -> Fault:
 
     def fault(machine: Machine) -> None:
         raise ServerUnreachableError(f"{machine.url} answered 503: later")
+
+    return fault
+
+
+def cut_off() -> Fault:
+    """The connections of all requests break; the server lives, and goes on working on them."""
+
+    def fault(machine: Machine) -> None:
+        for running in machine.running.values():
+            running.answer.set_exception(ServerUnreachableError(f"{machine.url}/generate: the answer was cut short"))
+
+    return fault
+
+
+def drop_requests() -> Fault:
+    """The server ends all requests by itself, as one does that shuts down or has no memory for them."""
+
+    def fault(machine: Machine) -> None:
+        for request_id in list(machine.running):
+            machine.finish(request_id, "abort")
 
     return fault
 
@@ -642,9 +667,13 @@ class World:
         self.asked: list[Asked] = []
         self.breaches: list[str] = []
         self.launched: list[LaunchSpec] = []
+        self.joined: list[tuple[int, GroupAddress]] = []
+        """Which server joined which group, as what."""
         self.boots: dict[int, list[Fault | None]] = defaultdict(list)
         """What befalls each server's next lives two seconds after their launch."""
         self.boot_s = BOOT_S
+        self.trips: dict[tuple[int, str], float] = defaultdict(lambda: _TRIP_S)
+        """How long a server's questions of a kind are on their way."""
         self._faults: dict[tuple[int, str], list[Fault | None]] = defaultdict(list)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.base = folder / "base"

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from megatron_fipo.rollout.server_http import ServerError, ServerUnreachableError
-from megatron_fipo.rollout.servers import ArrivedWeights, ServerPool
+from megatron_fipo.rollout.servers import ArrivedWeights, Server, ServerPool
 from tests.unit.fake_servers import (
     BOOT_S,
     CONFIG,
@@ -58,9 +58,16 @@ def arrive(world: World, pool: ServerPool, version: int, *, keeps_folder: bool =
     pool.arrived = ArrivedWeights(str(version), folder if keeps_folder else None, world.whole[str(version)])
 
 
+async def acquire(pool: ServerPool, group: int) -> Server:
+    """The server of a request, once there is one."""
+    while (server := pool.choose(group)) is None:
+        await pool.wait_until_one_may_generate()
+    return server
+
+
 def acquired(world: World, pool: ServerPool, group: int = 0) -> int:
     """The number of the server that a request of a group would go to."""
-    return pool.servers.index(world.run(pool.acquire(group)))
+    return pool.servers.index(world.run(acquire(pool, group)))
 
 
 def suspect(world: World, pool: ServerPool, number: int) -> None:
@@ -70,7 +77,7 @@ def suspect(world: World, pool: ServerPool, number: int) -> None:
 
 async def ask(pool: ServerPool, group: int, sample: int = 0) -> list[int]:
     """One request to whichever server the pool gives."""
-    server = await pool.acquire(group)
+    server = await acquire(pool, group)
     answering = server.client.generate(request(sample, group=group), f"{group}/{sample}", [1], 1000.0)
     return list((await pool.ask(server, answering)).token_ids)
 
@@ -87,7 +94,7 @@ def test_all_servers_start_at_the_same_time_and_end_with_the_pool(world: World) 
     assert pool.num_restarts == 0
     close(world, pool)
     with pytest.raises(ServerError, match=r"no server can generate: fake-0 .*: it is closed; fake-1"):
-        world.run(pool.acquire(0))
+        world.run(acquire(pool, 0))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +340,7 @@ def test_a_lost_server_is_noticed_restarted_with_the_weights_checked_and_used(
 
 def test_requests_of_a_server_that_hangs_fail_when_it_is_killed(world: World) -> None:
     pool = started(world, health_interval_s=10.0, health_timeout_s=60.0)
-    server = world.run(pool.acquire(0))
+    server = world.run(acquire(pool, 0))
     where = pool.servers.index(server)
     asking = world.begin(ask(pool, 0))
     world.until(world.generated_at)
@@ -382,7 +389,7 @@ def test_another_server_in_its_place_is_stale(world: World) -> None:
     world.fault(1, "health", unavailable())
     world.until(lambda: "it holds weights '2', not '3'" in pool.reasons())
     with pytest.raises(ServerError, match=r"no server can generate: fake-0 .* fake-1"):
-        world.run(pool.acquire(0))
+        world.run(acquire(pool, 0))
     assert pool.num_restarts == 0
     close(world, pool)
 
@@ -423,7 +430,7 @@ def test_restarts_are_counted_for_each_server_and_the_next_death_is_the_last(wor
         r".*restarted 2 times: servers\.max_restarts.*words of life 2 of 1"
     )
     with pytest.raises(ServerError, match=words):
-        world.run(pool.acquire(0))
+        world.run(acquire(pool, 0))
     close(world, pool)
 
 
@@ -548,7 +555,7 @@ def test_closing_with_requests_in_flight_starts_no_server_anew(world: World) -> 
     failures: list[str] = []
 
     async def ask_and_suspect(group: int) -> None:
-        server = await pool.acquire(group)
+        server = await acquire(pool, group)
         try:
             await pool.ask(server, server.client.generate(request(group=group), str(group), [1], 100.0))
         except ServerError as error:
@@ -568,7 +575,7 @@ def test_closing_with_requests_in_flight_starts_no_server_anew(world: World) -> 
 def test_who_waits_for_a_server_hears_that_the_pool_is_closed(world: World) -> None:
     pool = started(world)
     world.run(pool.hold())
-    waiting = world.begin(pool.acquire(0))
+    waiting = world.begin(acquire(pool, 0))
     world.advance(1.0)
     world.run(pool.close())
     with pytest.raises(ServerError, match="it is closed"):

@@ -1,0 +1,409 @@
+"""Updates of the weights of played servers: whatever befalls one half-way, no token is drawn with weights that are not
+whole. The played servers look at each token they draw (`World.breaches`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from megatron_fipo.rl.types import Sample
+from megatron_fipo.rollout.canary import CanaryError
+from megatron_fipo.rollout.server_engine import ServerEngine
+from megatron_fipo.rollout.server_http import ServerError
+from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from tests.unit.fake_servers import (
+    BUCKET_S,
+    Fault,
+    Machine,
+    World,
+    die,
+    hang,
+    play_groups,
+    refuse,
+    request,
+    tokens_of,
+    unavailable,
+)
+
+METHODS: tuple[Method, ...] = ("tensor", "distributed", "disk")
+ROUTES = {
+    "tensor": ["pause", "begin_update", *["load_bucket"] * 3, "end_update", "checksums", "resume"],
+    "distributed": ["join_group", "pause", "begin_update", *["receive_bucket"] * 3, "end_update", "checksums", "resume"],
+    "disk": ["pause", "begin_update", "load_folder", "end_update", "checksums", "resume"],
+}
+PHASES = [(method, place) for method in METHODS for place in range(len(ROUTES[method]))]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    world = World(tmp_path)
+    play_groups(world, monkeypatch)
+    yield world
+    world.close()
+
+
+class Run:
+    """An engine that is started, and its update."""
+
+    def __init__(self, world: World, method: Method = "tensor", *, keeps_snapshot: bool = True) -> None:
+        self.world, pool = world, world.pool()
+        self.pool, self.sync = pool, world.sync(pool, method, keeps_snapshot=keeps_snapshot)
+        self.engine: ServerEngine = world.engine(pool, self.sync)
+        self.engine.start()
+
+    def generate(self, count: int = 4, num_tokens: int = 4) -> list[Sample]:
+        """One request of each of several groups; so every server that may generate has some."""
+
+        async def all_of_them() -> list[Sample]:
+            requests = (request(0, group=group, num_tokens=num_tokens) for group in range(count))
+            return list(await asyncio.gather(*map(self.engine.generate, requests)))
+
+        return self.world.run(all_of_them(), 900.0)
+
+    def versions(self) -> set[int]:
+        """Of the weights that responses are generated with now."""
+        return {version for sample in self.generate() for version, _, _ in sample.policy_versions}
+
+    def wait_until_all_are_back(self) -> None:
+        self.world.until(lambda: not self.pool.reasons())
+
+    def close(self) -> None:
+        self.engine.close()
+        assert not asyncio.all_tasks(self.world.loop)
+        self.world.expect_sound()
+
+
+def befall(world: World, server: int, method: Method, place: int, fault: Fault) -> None:
+    """A fault at one question of an update."""
+    route = ROUTES[method][place]
+    before = ROUTES[method][:place].count(route)
+    world.fault(server, route, *[None] * before, fault)
+
+
+# --- updates that succeed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_server_is_written_proven_and_only_then_goes_on(world: World, method: Method) -> None:
+    run = Run(world, method)
+    report = run.sync.run(world.new_weights(1), "1")
+    assert world.routes(0) == world.routes(1) == ROUTES[method]
+    assert [machine.weights for machine in world.machines.values()] == [world.whole["1"]] * 2
+    assert (report.num_bytes, report.num_buckets, report.num_servers) == (48, 3, 2)
+    assert report.transfer_s > 0
+    assert report.check_s > 0
+    assert run.pool.arrived is not None
+    assert (run.pool.arrived.version, run.pool.arrived.checksums) == ("1", world.whole["1"])
+    assert run.versions() == {1}
+    run.close()
+
+
+def test_servers_are_written_at_the_same_time_while_the_next_bucket_is_packed(world: World) -> None:
+    run = Run(world)
+    start = world.loop.time()
+    run.sync.run(world.new_weights(1), "1")
+    assert 3 * BUCKET_S <= world.loop.time() - start < 3 * BUCKET_S + 1
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_request_that_arrives_in_an_update_waits_and_one_in_flight_goes_on(world: World, method: Method) -> None:
+    run = Run(world, method)
+
+    async def later() -> Sample:
+        await asyncio.sleep(3.0)
+        return await run.engine.generate(request(1, group=9))
+
+    early = world.begin(run.engine.generate(request(0, num_tokens=6)))
+    world.advance(2.5)
+    late = world.begin(later())
+    sent_before = len(world.generated_at())
+    run.sync.run(world.new_weights(1), "1")
+    assert len(world.generated_at()) == sent_before
+    assert world.run(early).policy_versions == [(0, 0, 2), (1, 2, 6)]
+    assert world.run(late).policy_versions == [(1, 0, 4)]
+    run.close()
+
+
+def test_an_update_waits_for_a_server_that_comes_back(world: World) -> None:
+    run = Run(world)
+    world.machines[1].end(1)
+    world.until(lambda: run.pool.reasons())
+    report = run.sync.run(world.new_weights(1), "1")
+    assert report.num_servers == 2
+    assert run.versions() == {1}
+    assert set(world.generated_at()) == {0, 1}
+    run.close()
+
+
+def test_an_update_makes_a_stale_server_sound_and_leaves_a_lost_one_out(world: World) -> None:
+    run = Run(world)
+    world.run(run.pool.set_stale(run.pool.servers[1], "for a reason"))
+    assert run.sync.run(world.new_weights(1), "1").num_servers == 2
+    assert run.pool.reasons() == ""
+    world.boots[1].append(die("it cannot start any more"))
+    world.machines[1].end(1)
+    world.until(lambda: "it cannot start any more" in run.pool.reasons())
+    assert run.sync.run(world.new_weights(2), "2").num_servers == 1
+    assert run.versions() == {2}
+    assert "it cannot start any more" in run.pool.reasons()
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_servers_that_are_kept_held_do_not_go_on(world: World, method: Method) -> None:
+    run = Run(world, method)
+    run.sync.run(world.new_weights(1), "1", keep_held=True)
+    assert world.routes(0) == ROUTES[method][:-1]
+    waiting = world.begin(run.engine.generate(request()))
+    world.advance(300.0)
+    assert not waiting.done()
+    assert world.generated_at() == []
+    waiting.cancel()
+    run.close()
+
+
+def test_what_readies_servers_comes_first_and_where_it_fails_nothing_is_written(world: World) -> None:
+    run = Run(world)
+    stream = iter(world.new_weights(1))
+
+    def fail() -> None:
+        raise ServerError("no memory")
+
+    with pytest.raises(ServerError, match="no memory"):
+        run.sync.run(stream, "1", beforehand=fail)
+    assert list(stream) == [], "other ranks send into it"
+    assert world.routes(0) == []
+    assert run.versions() == {0}
+    run.close()
+
+
+# --- a process group --------------------------------------------------------------------------------------------------
+
+
+def test_the_process_group_lives_until_a_server_changes(world: World) -> None:
+    run = Run(world, "distributed")
+    for version in (1, 2):
+        run.sync.run(world.new_weights(version), str(version))
+    assert [(server, address.first_rank, address.world_size) for server, address in world.joined] == [(0, 1, 3), (1, 2, 3)]
+    (first,) = {address.name for _, address in world.joined}
+    world.machines[1].end(1)
+    world.until(lambda: run.pool.num_restarts and not run.pool.reasons())
+    run.sync.run(world.new_weights(3), "3")
+    assert len(world.joined) == 4
+    (second,) = {address.name for _, address in world.joined[2:]}
+    assert first != second
+    assert world.meetings[first].has_been_left
+    assert world.machines[0].groups == world.machines[1].groups == {second}
+    assert world.routes(0).count("leave_group") == 1
+    assert world.routes(1).count("leave_group") == 0, "its new life has never been in the old one"
+    assert run.versions() == {3}
+    run.close()
+    assert world.meetings[second].has_been_left
+
+
+# --- updates that fail half-way ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "place"), PHASES)
+@pytest.mark.parametrize("fault", [die("its last words"), hang(), unavailable()], ids=["dies", "hangs", "503"])
+def test_a_server_that_is_lost_half_way_never_generates_with_mixed_weights(
+    world: World, method: Method, place: int, fault: Fault
+) -> None:
+    run = Run(world, method)
+    in_flight = [world.begin(run.engine.generate(request(0, group=group, num_tokens=9))) for group in range(4)]
+    world.advance(2.5)
+    befall(world, 1, method, place, fault)
+    transfers_to_all = method != "distributed" or place > ROUTES[method].index("end_update") - 1
+    if transfers_to_all:
+        assert run.sync.run(world.new_weights(1), "1").num_servers == 1
+        for each in in_flight:
+            sample = world.run(each, 900.0)
+            assert sample.response_ids.tolist() == tokens_of(request(0, group=sample.prompt_id, num_tokens=9))
+        run.wait_until_all_are_back()
+        assert run.versions() == {1}
+        assert run.pool.num_restarts == 1
+    else:
+        with pytest.raises(ServerError, match=r"process group"):
+            run.sync.run(world.new_weights(1), "1")
+        for each in in_flight:
+            with pytest.raises(ServerError, match="no server can generate: .*the update to weights 1 failed"):
+                world.run(each)
+    # The next one finds both, and none has anything left of what went wrong.
+    assert run.sync.run(world.new_weights(2), "2").num_servers >= 1
+    run.wait_until_all_are_back()
+    assert run.versions() == {2}
+    assert [machine.weights for machine in world.machines.values()] == [world.whole["2"]] * 2
+    run.close()
+
+
+@pytest.mark.parametrize(("method", "place"), PHASES)
+def test_a_server_that_refuses_half_way_ends_the_update_and_no_server_generates(
+    world: World, method: Method, place: int
+) -> None:
+    run = Run(world, method)
+    in_flight = [world.begin(run.engine.generate(request(0, group=group, num_tokens=9))) for group in range(4)]
+    world.advance(2.5)
+    befall(world, 1, method, place, refuse("shapes differ", 400))
+    stream = iter(world.new_weights(1))
+    with pytest.raises(ServerError, match="400: shapes differ"):
+        run.sync.run(stream, "1")
+    assert list(stream) == [], "other ranks send into it"
+    assert run.pool.arrived is None
+    num_sent = len(world.generated_at())
+    for each in in_flight:
+        with pytest.raises(ServerError, match=r"no server can generate: .*the update to weights 1 failed: .*shapes dif"):
+            world.run(each)
+    world.advance(300.0)
+    assert len(world.generated_at()) == num_sent
+    assert run.sync.run(world.new_weights(2), "2").num_servers == 2
+    assert run.pool.reasons() == ""
+    assert run.versions() == {2}
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", ["differs", "lacks", "has more"])
+def test_a_server_that_holds_something_else_is_found_out(world: World, method: Method, what: str) -> None:
+    run = Run(world, method)
+
+    def corrupt(machine: Machine) -> None:
+        if what == "lacks":
+            del machine.weights["b"]
+        else:
+            machine.weights["b" if what == "differs" else "x"] = "other"
+
+    world.fault(1, "checksums", corrupt)
+    words = {"differs": "1 tensors differ: b", "lacks": "are missing: b", "has more": "were not sent to it: x"}[what]
+    with pytest.raises(CanaryError, match=rf"fake-1 .* does not hold the weights that were sent to it: .*{words}"):
+        run.sync.run(world.new_weights(1), "1")
+    assert run.pool.arrived is None
+    with pytest.raises(RuntimeError, match=rf"no server can generate: fake-0 .*update to weights 1 failed.*fake-1"):
+        run.engine.health()
+    world.machines[1].weights.pop("x", None)
+    run.sync.run(world.new_weights(2), "2")
+    assert run.versions() == {2}
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", ["lacks a tensor", "has one twice", "breaks off"])
+def test_a_stream_that_is_not_whole_ends_the_update_and_no_server_generates(
+    world: World, method: Method, what: str
+) -> None:
+    run = Run(world, method)
+    tensors = world.new_weights(1)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors[:2]
+        if what == "has one twice":
+            yield tensors[0]
+        elif what == "breaks off":
+            raise OSError("rank 3 is gone")
+
+    words = {"lacks a tensor": "lacks c", "has one twice": "a came twice", "breaks off": "rank 3 is gone"}[what]
+    with pytest.raises((ValueError, OSError), match=words):
+        run.sync.run(stream(), "1")
+    with pytest.raises(RuntimeError, match=f"no server can generate: .*the update to weights 1 failed: .*{words}"):
+        run.engine.health()
+    run.sync.run(world.new_weights(2), "2")
+    assert run.versions() == {2}
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [1, 3, -2])
+def test_when_no_server_survives_the_update_fails_with_each_ones_reason(
+    world: World, method: Method, place: int
+) -> None:
+    run = Run(world, method)
+    place %= len(ROUTES[method])
+    for server in (0, 1):
+        befall(world, server, method, place, die())
+    with pytest.raises(ServerError, match=rf"(?s){world.urls[0]}.*{world.urls[1]}"):
+        run.sync.run(world.new_weights(1), "1")
+    with pytest.raises(RuntimeError, match="no server can generate"):
+        run.engine.health()
+    run.close()
+
+
+@pytest.mark.parametrize("keeps_snapshot", [True, False])
+def test_a_server_lost_in_an_update_comes_back_with_the_weights_of_that_or_of_the_next(
+    world: World, keeps_snapshot: bool
+) -> None:
+    run = Run(world, keeps_snapshot=keeps_snapshot)
+    befall(world, 1, "tensor", 3, die())
+    run.sync.run(world.new_weights(1), "1")
+    if keeps_snapshot:
+        run.wait_until_all_are_back()
+        assert run.pool.arrived is not None
+        assert world.launched[-1].model_path == run.pool.arrived.folder
+        assert world.launched[-1].weight_version == "1"
+    else:
+        world.until(lambda: "it holds weights 'never synced', not '1'" in run.pool.reasons())
+        run.generate()
+        assert set(world.generated_at()) == {0}
+    run.sync.run(world.new_weights(2), "2")
+    assert run.pool.reasons() == ""
+    assert run.versions() == {2}
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_server_whose_last_answer_is_lost_is_not_left_paused(world: World, method: Method) -> None:
+    """It holds the new weights, and says so; but nobody has told it to go on."""
+    run = Run(world, method)
+    world.fault(1, "end_update, answered", unavailable())
+    run.sync.run(world.new_weights(1), "1")
+    run.wait_until_all_are_back()
+    world.run(run.pool.set_stale(run.pool.servers[0], "so that it is the other one's turn"))
+    assert run.versions() == {1}
+    run.close()
+
+
+def test_two_updates_fail_and_the_third_succeeds(world: World) -> None:
+    run = Run(world)
+    run.sync.run(world.new_weights(1), "1")
+    for version, place in ((2, 3), (3, 5)):
+        befall(world, version % 2, "tensor", place, refuse("no"))
+        with pytest.raises(ServerError, match="500: no"):
+            run.sync.run(world.new_weights(version), str(version))
+        assert run.pool.arrived is not None
+        assert run.pool.arrived.version == "1"
+    run.sync.run(world.new_weights(4), "4")
+    assert run.versions() == {4}
+    run.close()
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_snapshot_is_kept_and_a_failed_update_leaves_the_one_before(world: World) -> None:
+    run = Run(world)
+    for version in (1, 2):
+        run.engine.update_weights(world.new_weights(version), version)
+        assert [folder.name for folder in (world.folder / "snapshots").iterdir()] == [f"version-{version}"]
+    world.fault(0, "load_bucket", refuse("no"))
+    with pytest.raises(ServerError, match="500: no"):
+        run.engine.update_weights(world.new_weights(3), 3)
+    assert (world.folder / "snapshots" / "version-2").is_dir()
+    run.engine.update_weights(world.new_weights(3), 3)
+    world.machines[0].end(1)
+    world.until(lambda: run.pool.num_restarts and not run.pool.reasons())
+    assert run.versions() == {3}
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closing_after_an_update_that_failed_ends_everything(world: World, method: Method) -> None:
+    run = Run(world, method)
+    befall(world, 0, method, len(ROUTES[method]) - 3, refuse("no"))
+    sync: WeightSync = run.sync
+    with pytest.raises(ServerError):
+        sync.run(world.new_weights(1), "1")
+    run.close()
+    assert all(meeting.has_been_left for meeting in world.meetings.values())
