@@ -181,6 +181,8 @@ class _Session:
         self.all = list(servers)
         self.servers = list(servers)
         self.died: list[tuple[Server, str]] = []
+        self.refusals: list[ServerError | CanaryError] = []
+        """Both are known as soon as one server has said so, while others still work on the same."""
 
     def each(self, action: Callable[[Server], Awaitable[object]]) -> None:
         """Do something with every server at the same time, and wait for all."""
@@ -194,18 +196,18 @@ class _Session:
         return self._loop.submit(self._each(action))
 
     async def _each(self, action: Callable[[Server], Awaitable[object]]) -> None:
-        errors: list[BaseException] = []
-        tasks = [(server, asyncio.ensure_future(action(server))) for server in self.servers]
-        for server, task in tasks:
+        async def act(server: Server) -> None:
             try:
-                await task
+                await action(server)
             except ServerUnreachableError as error:
                 self.servers.remove(server)
                 self.died.append((server, str(error)))
             except (ServerError, CanaryError) as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                self.refusals.append(error)
+
+        await asyncio.gather(*(act(server) for server in list(self.servers)))
+        if self.refusals:
+            raise self.refusals[0]
         if not self.servers:
             raise ServerError("no server survived the update: " + "; ".join(reason for _, reason in self.died))
 
@@ -306,8 +308,7 @@ class _DistributedTransfer:
         if self._group is None or members != self._members:
             self._form_group(session, members)
         session.each(lambda server: _open_update(server.client))
-        if session.died:
-            self._fail(session)
+        self._expect_whole(session)
 
     def send(self, session: _Session, bucket: Bucket) -> None:
         group = self._group
@@ -316,22 +317,17 @@ class _DistributedTransfer:
             lambda server: server.client.receive_bucket(bucket.specs, self._name, self._timeout_s)
         )
 
-        def check() -> None:
-            if receiving.done():
-                receiving.result()
-            if session.died:
-                self._fail(session)
-
         try:
-            group.broadcast(bucket.flat, check)
+            group.broadcast(bucket.flat, lambda: self._expect_whole(session))
             receiving.result()
         except ServerError:
             self.close()
             raise
-        except RuntimeError as error:  # the backend's
+        except RuntimeError as error:  # the backend's; what members said tells more
+            self._expect_whole(session)
             self.close()
             raise ServerError(f"broadcasting weights to {len(session.servers)} servers failed: {error}") from error
-        check()
+        self._expect_whole(session)
 
     def settle(self) -> None:
         pass
@@ -358,6 +354,7 @@ class _DistributedTransfer:
         backend: Literal["gloo", "nccl"] = "nccl" if session.servers[0].spec.device == "cuda" else "gloo"
         name = f"weights-{uuid.uuid4().hex[:12]}"  # a server attached to may know one of an earlier run
         group = ExternalGroup(self._host, name, backend, world_size, self._timeout_s)
+        self._group, self._name = group, name  # from here on close() leaves it
 
         def join(server: Server) -> Awaitable[object]:
             address = GroupAddress(self._host, group.port, name, backend, world_size, first_rank[server.name])
@@ -367,19 +364,27 @@ class _DistributedTransfer:
         try:
             group.meet()
         except RuntimeError as error:  # the store's; what members said tells more
-            if joining.done():
-                joining.result()
+            self._expect_whole(session)
+            self.close()
             raise ServerError(f"servers did not join the weight update's process group: {error}") from error
         joining.result()
-        self._group, self._name, self._members = group, name, members
-        if session.died:
-            self._fail(session)
+        self._members = members
+        self._expect_whole(session)
 
-    def _fail(self, session: _Session) -> None:
-        self.close()
-        raise ServerError(
-            "a member of the weight update's process group died: " + "; ".join(reason for _, reason in session.died)
-        )
+    def _expect_whole(self, session: _Session) -> None:
+        """Every member of the group still takes part; else the group is given up.
+
+        Raises:
+            ServerError: with what the one said that does not.
+        """
+        if session.refusals or session.died:
+            self.close()
+        if session.refusals:
+            raise session.refusals[0]
+        if session.died:
+            raise ServerError(
+                "a member of the weight update's process group died: " + "; ".join(reason for _, reason in session.died)
+            )
 
 
 async def _nothing() -> None:

@@ -716,9 +716,7 @@ class World:
         else:
             spec = self.launched[int(argument)]
             number = self.ports.index(spec.port)
-            subject = Machine(
-                self, number, self.urls[number], spec.model_path, spec.weight_version, boot_s=self.boot_s
-            )
+            subject = Machine(self, number, self.urls[number], spec.model_path, spec.weight_version, boot_s=self.boot_s)
             self.machines[number] = subject
             if self.boots[number] and (fault := self.boots[number].pop(0)):
                 self.loop.call_later(2.0, fault, subject)
@@ -738,9 +736,7 @@ class World:
 
     # what is tested
 
-    def pool(
-        self, *, attached: bool = False, router: bool = False, key: str = "a key", **settings: Any
-    ) -> ServerPool:
+    def pool(self, *, attached: bool = False, router: bool = False, key: str = "a key", **settings: Any) -> ServerPool:
         """A pool of all servers, not started."""
         spec = LaunchSpec("python", self.base, self.host, 0, "float32", "0", key=key)
         return ServerPool(

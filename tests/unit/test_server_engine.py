@@ -36,7 +36,9 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def started(world: World, *, colocated: bool = False, **options: object) -> ServerEngine:
-    of_engine = {name: options.pop(name) for name in ("max_concurrent_requests", "request_timeout_s") if name in options}
+    of_engine = {
+        name: options.pop(name) for name in ("max_concurrent_requests", "request_timeout_s") if name in options
+    }
     engine = world.engine(world.pool(**options), colocated=colocated, **of_engine)  # type: ignore[arg-type]
     engine.start()
     return engine
@@ -437,7 +439,12 @@ def test_abort_through_a_router_reaches_whichever_server_has_the_request(
     [("dies while sending", 4, True), ("has died", 0, True), ("answers errors", 4, False)],
 )
 def test_when_the_router_is_lost_requests_go_to_the_servers_themselves(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str, num_resent: int, warns: bool
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    num_resent: int,
+    warns: bool,
 ) -> None:
     play_routers(world, monkeypatch)
     engine = started(world, router=True)
@@ -636,9 +643,7 @@ def test_an_update_that_fails_ends_the_run_on_every_rank_and_the_version_stays(w
     close(world, engine)
 
 
-@pytest.mark.parametrize(
-    ("skew", "fails"), [(0.05, False), (0.2, True), (-0.2, True), (math.nan, True)], ids=str
-)
+@pytest.mark.parametrize(("skew", "fails"), [(0.05, False), (0.2, True), (-0.2, True), (math.nan, True)], ids=str)
 def test_a_server_that_computes_something_else_may_not_generate(world: World, skew: float, fails: bool) -> None:
     engine = started(world)
     world.machines[1].skew = skew
