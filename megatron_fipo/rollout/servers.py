@@ -326,12 +326,15 @@ class ServerPool:
         self._spawn(self._look_after(server))
 
     async def restart_when_there_is_memory(self, server: Server, reason: str) -> None:
-        """Bring a server back that has died, but not before `let_go_all`.
+        """Bring a server back that has died or does not answer, but not before `let_go_all`.
 
-        It sizes its cache by the memory that is free when it starts, and until then the actor has that.
+        It sizes its cache by the memory that is free when it starts, and until then the actor has that. So one that
+        still holds some is killed; nor would it live through a question after its health with half its memory gone.
         """
         self._drop_requests(server)
         await self._set(server, State.LOST, reason)
+        if server.process is not None:
+            await asyncio.to_thread(server.process.kill)
         self._waiting_for_memory.append((server, reason))
 
     def reasons(self) -> str:

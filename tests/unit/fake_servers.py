@@ -103,7 +103,7 @@ class ScriptedLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._clock = _JumpingSelector()
         super().__init__(self._clock)
-        # Tests look at what comes of a task themselves; and Python 3.11 cannot format one error within another's report.
+        # Tests look at what comes of tasks; and Python 3.11 fails if one error is formatted while another one is.
         self.set_exception_handler(lambda loop, context: None)
 
     def time(self) -> float:
@@ -702,7 +702,7 @@ class World:
         return self.weights(version)
 
     def read_folder(self, folder: Path) -> dict[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for file in sorted(folder.glob("*.safetensors")):
             found |= {name: digest(tensor) for name, tensor in load_file(file).items()}
         return found

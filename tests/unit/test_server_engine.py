@@ -25,6 +25,7 @@ from tests.unit.fake_servers import (
     request,
     token,
     tokens_of,
+    unavailable,
 )
 
 
@@ -536,7 +537,7 @@ def test_no_question_after_health_meets_the_release(world: World) -> None:
 
 
 @pytest.mark.parametrize("phase", ["pause", "release_memory", "resume_memory weights", "load_bucket", "checksums"])
-@pytest.mark.parametrize("fault", [die(), hang()], ids=["dies", "hangs"])
+@pytest.mark.parametrize("fault", [die(), hang(), unavailable()], ids=["dies", "hangs", "503"])
 def test_who_is_lost_while_memory_is_lent_comes_back_when_there_is_memory_again(
     world: World, phase: str, fault: Fault
 ) -> None:
@@ -547,6 +548,7 @@ def test_who_is_lost_while_memory_is_lent_comes_back_when_there_is_memory_again(
     engine.update_weights(world.new_weights(1), 1)
     world.advance(200.0)
     assert len(world.launched) == 2, "what it would size its cache by is the actor's"
+    assert world.machines[1].exit_status is not None, "what it held is the actor's, too"
     engine.resume_memory()
     assert world.run(engine.generate(request())).policy_versions == [(1, 0, 4)]
     assert world.generated_at() == [0]
@@ -672,7 +674,7 @@ def test_nothing_is_started_where_the_check_before_fails_or_another_rank_does(wo
         raise ServerError("two versions of NCCL")
 
     engine = world.engine(world.pool(), check_before_start=check)
-    with pytest.raises(ServerError, match="^two versions of NCCL$"):
+    with pytest.raises(ServerError, match=r"^two versions of NCCL$"):
         engine.start()
     assert world.launched == []
     engine.close()
@@ -710,6 +712,28 @@ def test_closing_with_requests_in_flight_ends_them_and_every_server(world: World
     assert not asyncio.all_tasks(world.loop)
     world.expect_sound()
     assert [server.state for server in pool.servers] == [State.LOST] * 2
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_closing_after_an_update_that_was_interrupted_ends_everything(world: World, colocated: bool) -> None:
+    engine = started(world, colocated=colocated)
+    answering = (
+        [] if colocated else [world.begin(engine.generate(request(sample, group=sample))) for sample in range(4)]
+    )
+    world.advance(1.5)
+
+    def stream() -> Iterator:  # type: ignore[type-arg]
+        yield from world.new_weights(1)[:2]
+        raise KeyboardInterrupt
+
+    if colocated:
+        engine.release_memory()
+    with pytest.raises(KeyboardInterrupt):
+        engine.update_weights(stream(), 1)
+    engine.close()
+    assert all(each.done() for each in answering)
+    assert not asyncio.all_tasks(world.loop)
+    world.expect_sound()
 
 
 @pytest.mark.parametrize("phase", ["lent", "weights only", "stale"])

@@ -251,18 +251,22 @@ def test_who_dies_while_it_is_held_comes_back_when_all_are_let_go(world: World) 
     close(world, pool)
 
 
-@pytest.mark.parametrize("fault", [refuse("I will not"), None])
-def test_what_is_done_with_held_servers_raises_what_one_refuses_and_when_none_is_left(
-    world: World, fault: Fault | None
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ([None, refuse("I will not")], r"500: I will not"),
+        ([die(), refuse("I will not")], r"500: I will not"),
+        ([die(), die()], r"no server is left: fake-0 .*connection reset; fake-1 .*connection reset"),
+    ],
+)
+def test_what_is_done_with_held_servers_fails_where_one_refuses_or_none_is_left(
+    world: World, faults: list[Fault | None], words: str
 ) -> None:
     pool = started(world)
     world.run(pool.hold())
-    for server in (0, 1):
-        world.fault(server, "pause", die(f"words of {server}") if fault is None else None)
-    world.fault(1, "pause", fault)
-    words = r"500: I will not" if fault else r"no server is left: fake-0 .*fake-1"
+    for server, fault in enumerate(faults):
+        world.fault(server, "pause", fault)
     with pytest.raises(ServerError, match=words):
-        world.run(pool.on_held(lambda client: client.pause()))
         world.run(pool.on_held(lambda client: client.pause()))
     close(world, pool)
 
@@ -323,9 +327,9 @@ def test_a_lost_server_is_noticed_restarted_with_the_weights_checked_and_used(
     passed = world.until(lambda: pool.num_restarts and not pool.reasons())
     assert at_least_s < passed < at_most_s
     assert pool.num_restarts == 1
-    assert world.launched[2] == replace(
-        world.launched[1], model_path=pool.arrived.folder if pool.arrived else None, weight_version="3"
-    )
+    assert pool.arrived is not None
+    assert pool.arrived.folder is not None
+    assert world.launched[2] == replace(world.launched[1], model_path=pool.arrived.folder, weight_version="3")
     assert world.machines[1] is not first_life
     assert first_life.exit_status is not None
     after = [asked.route for asked in world.asked[num_asked:] if asked.server == 1]
@@ -422,8 +426,7 @@ def test_restarts_are_counted_for_each_server_and_the_next_death_is_the_last(wor
         for number in (0, 1):
             world.machines[number].end(1, f"words of life {life} of {number}")
             suspect(world, pool, number)
-        world.until(lambda: all(machine.is_up for machine in world.machines.values()) or life == 2)
-        world.advance(5.0)
+        world.advance(30.0)
     assert pool.num_restarts == 4
     words = (
         r"(?s)no server can generate: fake-0 .*fake-0 exited with 1 .*words of life 2 of 0"
@@ -521,6 +524,30 @@ def test_a_router_is_started_before_the_servers_that_are_up(world: World, monkey
     assert pool.usable_router is not None
     close(world, pool)
     assert len(world.processes) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("error: unexpected argument", "the router ended:.*unexpected argument"),
+        ("", "the router was not ready in time"),
+    ],
+)
+def test_a_router_that_does_not_start_ends_the_start(
+    world: World, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    play_routers(world, monkeypatch)
+    pool = world.pool(router=True, start_timeout_s=30.0)
+    starting = world.begin(pool.start())
+    world.until(lambda: world.routers)
+    for router in world.routers.values():
+        router.ready_at += 1e6
+        if words:
+            router.end(2, words)
+    with pytest.raises(ServerError, match=f"(?s){message}"):
+        world.run(starting)
+    assert len(world.processes) == 3
+    world.expect_sound()
 
 
 # --- closing ----------------------------------------------------------------------------------------------------------

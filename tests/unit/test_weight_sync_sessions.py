@@ -333,7 +333,7 @@ def test_a_server_that_holds_something_else_is_found_out(world: World, method: M
     with pytest.raises(CanaryError, match=rf"fake-1 .* does not hold the weights that were sent to it: .*{words}"):
         run.sync.run(world.new_weights(1), "1")
     assert run.pool.arrived is None
-    with pytest.raises(RuntimeError, match=rf"no server can generate: fake-0 .*update to weights 1 failed.*fake-1"):
+    with pytest.raises(RuntimeError, match=r"no server can generate: fake-0 .*update to weights 1 failed.*fake-1"):
         run.engine.health()
     world.machines[1].weights.pop("x", None)
     run.sync.run(world.new_weights(2), "2")
