@@ -226,7 +226,6 @@ class ServerEngine:
             except asyncio.CancelledError:
                 current = asyncio.current_task()
                 if current is not None and current.cancelling():
-                    waiting.cancel()
                     raise
             finally:
                 self._waiting.discard(waiting)

@@ -239,7 +239,6 @@ class ServerPool:
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is not None and current.cancelling():
-                task.cancel()
                 raise
             raise ServerUnreachableError(f"{server.name} went away: {server.reason}") from None
         finally:

@@ -209,6 +209,8 @@ class Machine:
         self.exit_status: int | None = None
         self.words: list[str] = []
         self.is_hanging = False
+        self.is_cut_off = False
+        """Whoever waits for an answer hears nothing of its end: its host, or what lies between, is gone as well."""
         self.gone = asyncio.Event()
         self.going_on = asyncio.Event()
         self.going_on.set()
@@ -228,6 +230,8 @@ class Machine:
         if self.exit_status is None:
             self.exit_status = status
             self.words.append(words)
+            if self.is_cut_off:
+                return
             self.gone.set()
             for running in self.running.values():
                 if not running.answer.done():

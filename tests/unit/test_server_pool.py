@@ -153,6 +153,10 @@ def test_a_group_stays_where_it_is_and_others_go_where_least_is_in_flight(world:
     assert len(set(where)) == 4, "a group went to two servers"
     assert by_group[1] != by_group[2]
     assert by_group[3] == by_group[4] == by_group[2], "the server of group 1 had three in flight"
+    later = [world.begin(ask(pool, group)) for group in (10, 11)]
+    for each in later:
+        world.run(each)
+    assert sorted(world.generated_at()[-2:]) == [0, 1], "what has been answered does not count any more"
     close(world, pool)
 
 
@@ -285,7 +289,7 @@ def test_a_stale_server_gets_no_requests_until_it_is_let_go(world: World) -> Non
     assert world.machines[where].exit_status is None, "it lives; nobody restarts it"
     assert set(world.run(pool.hold())) == set(pool.servers), "an update is what it needs"
     world.run(pool.let_go_all())
-    assert {acquired(world, pool, group) for group in range(8)} == {1 - where}, "what is stale stays so"
+    assert {acquired(world, pool, group) for group in range(8, 16)} == {1 - where}, "what is stale stays so"
     world.run(pool.let_go(pool.servers))
     assert {acquired(world, pool, group) for group in (100,)} <= {0, 1}
     assert pool.reasons() == ""
@@ -353,6 +357,23 @@ def test_requests_of_a_server_that_hangs_fail_when_it_is_killed(world: World) ->
         world.run(asking)
     assert 60 < world.loop.time() - 1000 < 100, "long before the request's own time-out"
     assert world.generated_at() == [where]
+    close(world, pool)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_requests_of_a_server_that_is_cut_off_fail_when_it_is_given_up(world: World, attached: bool) -> None:
+    """Its end breaks no connection that this side would notice: nothing else would end them before their time-out."""
+    for number in (0, 1):
+        world.others_server(number)
+    pool = started(world, attached=attached, health_interval_s=10.0, health_timeout_s=60.0)
+    asking = world.begin(ask(pool, 0))
+    world.until(world.generated_at)
+    (where,) = world.generated_at()
+    world.machines[where].is_hanging = world.machines[where].is_cut_off = True
+    start = world.loop.time()
+    with pytest.raises(ServerUnreachableError, match=f"fake-{where} went away"):
+        world.run(asking)
+    assert 60.0 < world.loop.time() - start < 100.0
     close(world, pool)
 
 
