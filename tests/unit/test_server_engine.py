@@ -296,6 +296,7 @@ def test_abort_ends_what_is_sent_what_waits_for_its_turn_and_nothing_that_comes_
     assert [len(sample.response_ids) for sample in samples] == [3, 3, 0, 0], "each has what there was"
     assert samples[0].policy_versions == [(0, 0, 3)]
     assert samples[3].policy_versions == []
+    world.advance(1.0)
     num_cancels = [asked.route for asked in world.asked].count("cancel")
     world.advance(20.0)
     assert [asked.route for asked in world.asked].count("cancel") == num_cancels, "nobody is told of what has ended"
