@@ -178,11 +178,13 @@ class ServerPool:
 
     async def close(self) -> None:
         """End the servers that were started here, and all connections."""
+        # First: as servers end, requests to them fail, and whoever sent one would have its server started anew.
+        for server in self.servers:
+            server.state, server.reason = State.LOST, "it is closed"
         for task in self._tasks:
             task.cancel()
-        # First: as they end, requests to them fail, and whoever sent one would have its server started anew.
-        for server in self.servers:
-            await self._set(server, State.LOST, "it is closed")
+        async with self._changed:
+            self._changed.notify_all()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         processes = [server.process for server in self.servers] + [self._router_process]
         for process in processes:
