@@ -1,34 +1,23 @@
-"""Inference servers that are played, on a clock that is scripted.
+"""Inference servers that are played, behind the `InferenceServer` protocol.
 
-A `World` has servers behind the `InferenceServer` protocol: they boot, hold weights, draw tokens, pause, lend memory,
-hang and die, and note what no server may be asked to do (`breaches`). Its clock jumps to the next time-out as soon as
-everything waits, so that minutes take milliseconds; where everything waits and nothing will ever happen, it raises
-`HangError` instead of waiting for ever.
+They boot, hold weights, draw tokens, pause, lend memory, hang and die, in the time of a scripted clock; and they note
+what no server may be asked to do (`World.breaches`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import hashlib
 import itertools
-import json
-import selectors
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_fipo.parallel.external_group import ExternalGroup
-from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.packers import Packers
+from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_api import (
     Bucket,
     Completion,
@@ -38,142 +27,26 @@ from megatron_fipo.rollout.server_api import (
     ServerInfo,
     TensorSpec,
 )
-from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError, ServerUnreachableError
-from megatron_fipo.rollout.server_process import ServerProcess, free_port
-from megatron_fipo.rollout.servers import ServerPool, WatchSettings
-from megatron_fipo.rollout.snapshots import SnapshotWriter
-from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.server_process import ServerProcess
+
+if TYPE_CHECKING:
+    from tests.unit.server_world import World
 
 T = TypeVar("T")
 
-BOOT_S = 5.0
 TOKEN_S = 1.0
 BUCKET_S = 2.0
-_TRIP_S = 0.001
+TRIP_S = 0.001
 """From a question to its answer, where nothing takes longer."""
-_THREAD_S = 0.5
-"""What was given to another thread takes so long."""
 _CONTROL_TIMEOUT_S = 60.0
 VOCAB = 1000
 NAMES = ("a", "b", "c")
-CONFIG = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
+"""Of the tensors that a server's weights consist of."""
 
 
-# --- the clock --------------------------------------------------------------------------------------------------------
-
-
-class HangError(Exception):
-    """Everything waits, and nothing will end it."""
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    now = 1000.0
-    horizon = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        found = super().select(0)
-        if found or (timeout is not None and timeout <= 0):
-            return found
-        if timeout is None:
-            raise HangError("everything waits, and there is no time-out")
-        self.now += timeout
-        if self.now > self.horizon:
-            raise HangError("everything has waited for hours")
-        return []
-
-
-class ScriptedLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only when everything that runs on it waits."""
-
-    def __init__(self) -> None:
-        self._clock = _JumpingSelector()
-        super().__init__(self._clock)
-        # Tests look at what comes of tasks; and Python 3.11 fails if one error is formatted while another one is.
-        self.set_exception_handler(lambda loop, context: None)
-
-    def time(self) -> float:
-        return self._clock.now
-
-    def drive(self, awaitable: Awaitable[T], within_s: float = 3600.0) -> T:
-        """Run until something is there, however much time that takes on this clock."""
-        self._clock.horizon = self._clock.now + within_s
-        return self.run_until_complete(awaitable)
-
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """What another thread would do, a while later; like there it is done even where nobody waits any more."""
-        future = self.create_future()
-
-        def finish() -> None:
-            try:
-                result = func(*args)
-            except (OSError, RuntimeError, AssertionError) as error:
-                if not future.done():
-                    future.set_exception(error)
-                return
-            if not future.done():
-                future.set_result(result)
-
-        self.call_later(_THREAD_S, finish)
-        return future
-
-
-class _Driven(concurrent.futures.Future[T]):
-    """Waiting for it drives the loop."""
-
-    def __init__(self, loop: ScriptedLoop, task: asyncio.Task[T]) -> None:
-        super().__init__()
-        self._loop, self._task = loop, task
-
-    def done(self) -> bool:
-        return self._task.done()
-
-    def result(self, timeout: float | None = None) -> T:
-        if not self._task.done():
-            self._loop.drive(asyncio.wait([self._task]))
-        return self._task.result()
-
-
-class DrivenLoop(EventLoopThread):
-    """The scripted loop in the place of a thread's: whoever waits for it drives it."""
-
-    def __init__(self, loop: ScriptedLoop) -> None:
-        self.loop = loop
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        return _Driven(self.loop, self.loop.create_task(coroutine))
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self.submit(coroutine).result()
-
-    async def run_here(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return await self.loop.create_task(coroutine)
-
-    def call_soon(self, function: Callable[[], object]) -> None:
-        self.loop.call_soon(function)
-
-    def stop(self) -> None:
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        self.loop.drive(asyncio.gather(*tasks, return_exceptions=True) if tasks else asyncio.sleep(0))
-
-
-# --- servers ----------------------------------------------------------------------------------------------------------
+def digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -375,7 +248,7 @@ class FakeServer:
         machine.num_probes += 1
         try:
             await self._within(machine, machine.going_on.wait(), timeout_s, "health")
-            await asyncio.sleep(_TRIP_S)
+            await asyncio.sleep(TRIP_S)
             if not all(machine.memory.values()):
                 machine.breach("was asked after its health while its memory was lent")
             if machine.exit_status is not None:
@@ -623,266 +496,3 @@ class FakeAdapter:
 
     def reason_of_exit(self, log: str) -> str:
         return log.strip()
-
-
-# --- a process group --------------------------------------------------------------------------------------------------
-
-
-class Meeting:
-    """A process group of the sender and the servers that have joined it."""
-
-    def __init__(self, num_others: int) -> None:
-        self.num_others = num_others
-        self.members: list[Machine] = []
-        self.is_whole = asyncio.Event()
-        self.waiting: dict[int, asyncio.Future[Tensor]] = {}
-        self.has_been_left = False
-
-
-# --- all of it --------------------------------------------------------------------------------------------------------
-
-
-def digest(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
-
-
-class World:
-    """Servers, their processes, a router, and the clock.
-
-    Attributes:
-        asked: every question in order, of all servers.
-        breaches: what no server may be asked to do, and was.
-        launched: the specification of each process that was started.
-        whole: what a server holds that has a version wholly.
-    """
-
-    def __init__(self, folder: Path, num_servers: int = 2) -> None:
-        self.loop = ScriptedLoop()
-        self.thread = DrivenLoop(self.loop)
-        self.folder, self.num_servers = folder, num_servers
-        self.host = "127.77.0.1"  # whose ports nobody else takes meanwhile
-        self.ports = [free_port(self.host) for _ in range(num_servers)]
-        self.urls = [f"http://{self.host}:{port}" for port in self.ports]
-        self.machines: dict[int, Machine] = {}
-        self.clients: dict[int, FakeServer] = {}
-        self.routers: dict[str, Router] = {}
-        self.processes: list[FakeProcess] = []
-        self.meetings: dict[str, Meeting] = {}
-        self.asked: list[Asked] = []
-        self.breaches: list[str] = []
-        self.launched: list[LaunchSpec] = []
-        self.joined: list[tuple[int, GroupAddress]] = []
-        """Which server joined which group, as what."""
-        self.boots: dict[int, list[Fault | None]] = defaultdict(list)
-        """What befalls each server's next lives two seconds after their launch."""
-        self.boot_s = BOOT_S
-        self.trips: dict[tuple[int, str], float] = defaultdict(lambda: _TRIP_S)
-        """How long a server's questions of a kind are on their way."""
-        self._faults: dict[tuple[int, str], list[Fault | None]] = defaultdict(list)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self.base = folder / "base"
-        self.base.mkdir(parents=True)
-        (self.base / "config.json").write_text(json.dumps(CONFIG))
-        save_file(dict(self.weights(0)), self.base / "model.safetensors")
-        self.whole = {"0": {name: digest(tensor) for name, tensor in self.weights(0)}}
-
-    # what is played
-
-    def fault(self, server: int, route: str, *faults: Fault | None) -> None:
-        """What befalls a server at its next questions of a kind; None for nothing."""
-        self._faults[server, route] += faults
-
-    def next_fault(self, server: int, route: str) -> Fault | None:
-        queue = self._faults[server, route]
-        return queue.pop(0) if queue else None
-
-    def weights(self, version: int) -> list[tuple[str, Tensor]]:
-        """The weights of a version: three tensors."""
-        return [(name, torch.full((4,), 10.0 * version + place)) for place, name in enumerate(NAMES)]
-
-    def new_weights(self, version: int) -> list[tuple[str, Tensor]]:
-        """The same, from here on known as whole."""
-        self.whole[str(version)] = {name: digest(tensor) for name, tensor in self.weights(version)}
-        return self.weights(version)
-
-    def read_folder(self, folder: Path) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            found |= {name: digest(tensor) for name, tensor in load_file(file).items()}
-        return found
-
-    def start_process(self, plan: LaunchPlan, log: Path) -> FakeProcess:
-        """In the place of `ServerProcess`."""
-        kind, argument = plan.command
-        subject: Machine | Router
-        if kind == "router":
-            subject = self.routers[argument] = Router(self, argument)
-        else:
-            spec = self.launched[int(argument)]
-            number = self.ports.index(spec.port)
-            subject = Machine(self, number, self.urls[number], spec.model_path, spec.weight_version, boot_s=self.boot_s)
-            self.machines[number] = subject
-            if self.boots[number] and (fault := self.boots[number].pop(0)):
-                self.loop.call_later(2.0, fault, subject)
-        self.processes.append(FakeProcess(subject))
-        return self.processes[-1]
-
-    def others_server(self, number: int, **changes: Any) -> Machine:
-        """A server that somebody else has started."""
-        values: dict[str, Any] = {"folder": self.base, "version": "0", "boot_s": 0.0} | changes
-        self.machines[number] = Machine(self, number, self.urls[number], **values)
-        return self.machines[number]
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self.loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    # what is tested
-
-    def pool(self, *, attached: bool = False, router: bool = False, key: str = "a key", **settings: Any) -> ServerPool:
-        """A pool of all servers, not started."""
-        spec = LaunchSpec("python", self.base, self.host, 0, "float32", "0", key=key)
-        return ServerPool(
-            FakeAdapter(self),
-            [replace(spec, port=port) for port in self.ports],
-            log_folder=None if attached else self.folder / "logs",
-            settings=WatchSettings(**settings),
-            router=(lambda urls, port: LaunchPlan(("router", f"http://127.0.0.1:{port}"))) if router else None,
-            start_process=self.start_process,
-        )
-
-    def sync(self, pool: ServerPool, method: Method = "tensor", *, keeps_snapshot: bool = True) -> WeightSync:
-        """An update takes three buckets."""
-        return WeightSync(
-            pool,
-            self.thread,
-            method=method,
-            packers=Packers(16, torch.float32, torch.device("cpu")),
-            timeout_s=100.0,
-            snapshots=SnapshotWriter(self.folder / "snapshots", self.base) if keeps_snapshot else None,
-        )
-
-    def engine(self, pool: ServerPool, sync: WeightSync | None = None, **options: Any) -> ServerEngine:
-        values: dict[str, Any] = {
-            "agree": lambda problem: [problem],
-            "stop_token_ids": [1],
-            "vocab_size": VOCAB,
-            "max_concurrent_requests": 64,
-            "request_timeout_s": 500.0,
-            "canary_tolerance": 0.1,
-        }
-        return ServerEngine(pool, self.thread, sync or self.sync(pool), **(values | options))
-
-    # what a test does with time
-
-    def run(self, awaitable: Awaitable[T], within_s: float = 3600.0) -> T:
-        """Await something, however long it takes on this clock; at most `within_s`."""
-        return self.loop.drive(awaitable, within_s)
-
-    def begin(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin something; it goes on while time passes."""
-        return self.loop.create_task(coroutine)
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass."""
-        self.loop.drive(asyncio.sleep(seconds), seconds + 1.0)
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Call something as code on the loop does."""
-
-        async def call() -> T:
-            return function()
-
-        return self.run(call())
-
-    def until(self, holds: Callable[[], object], within_s: float = 600.0) -> float:
-        """Let time pass until something holds; how much has passed."""
-        start = self.loop.time()
-
-        async def wait() -> None:
-            while not holds():
-                await asyncio.sleep(0.01)
-
-        self.loop.drive(wait(), within_s)
-        return self.loop.time() - start
-
-    def routes(self, server: int, *, but: Iterable[str] = ("health", "info")) -> list[str]:
-        """What one server was asked, in order."""
-        return [asked.route for asked in self.asked if asked.server == server and asked.route not in but]
-
-    def generated_at(self) -> list[int]:
-        """Which servers were given requests, in order."""
-        return [asked.server for asked in self.asked if asked.route == "generate"]
-
-    # its end
-
-    def expect_sound(self) -> None:
-        """No server was asked for what it may not be asked, and none that was started is left."""
-        assert self.breaches == []
-        assert [process for process in self.processes if process.exit_status is None] == []
-        assert all(process.has_been_waited_for for process in self.processes)
-
-    def close(self) -> None:
-        self.thread.stop()
-        self.loop.close()
-
-
-def request(sample: int = 0, *, group: int = 0, num_tokens: int = 4, **options: Any) -> GenerationRequest:
-    """A request of a group; its seed is a function of both."""
-    values: dict[str, Any] = {"seed": 100 * group + sample, "prompt_ids": (5, 6 + group)} | options
-    return GenerationRequest(f"{group}/{sample}", group, sample, sampling=SamplingParams(num_tokens), **values)
-
-
-def tokens_of(asked: GenerationRequest) -> list[int]:
-    """What any server answers to a request."""
-    return [token(asked.seed, position) for position in range(asked.sampling.max_tokens)]
-
-
-def play_routers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a router's own address answered."""
-
-    async def get(connection: ServerConnection, route: str, *, timeout_s: float) -> None:
-        await asyncio.sleep(_TRIP_S)
-        router = world.routers[connection.url]
-        if not router.is_up:
-            raise ServerUnreachableError(f"{connection.url}{route} could not be asked: connection refused")
-
-    monkeypatch.setattr(ServerConnection, "get", get)
-
-
-def play_groups(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have broadcasts arrive at played servers."""
-
-    def begin(group: Any, host: str, name: str, backend: str, world_size: int, timeout_s: float) -> None:
-        group.port, group.played = 29500, Meeting(world_size - 1)
-        group.timeout_s = timeout_s
-        world.meetings[name] = group.played
-
-    def meet(group: Any) -> None:
-        meeting: Meeting = group.played
-        deadline = world.loop.time() + group.timeout_s
-        while len(meeting.members) < meeting.num_others:
-            world.advance(0.1)
-            if world.loop.time() > deadline:
-                raise RuntimeError("not all members came")
-        meeting.is_whole.set()
-
-    def broadcast(group: Any, tensor: Tensor, check: Callable[[], object]) -> None:
-        meeting: Meeting = group.played
-        deadline = world.loop.time() + group.timeout_s
-        while len(meeting.waiting) < meeting.num_others:
-            check()
-            world.advance(0.1)
-            if world.loop.time() > deadline:
-                raise RuntimeError("a member did not receive")
-        for mail in meeting.waiting.values():
-            if not mail.done():
-                mail.set_result(tensor.clone())
-        meeting.waiting.clear()
-
-    def leave(group: Any) -> None:
-        group.played.has_been_left = True
-
-    for function, name in ((begin, "__init__"), (meet, "meet"), (broadcast, "broadcast"), (leave, "leave")):
-        monkeypatch.setattr(ExternalGroup, name, function)

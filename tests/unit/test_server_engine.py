@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from megatron_fipo.rl.types import Sample
+from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerError, ServerRefusedError
 from megatron_fipo.rollout.servers import State
-from tests.unit.fake_servers import (
-    TOKEN_S,
-    Fault,
-    World,
-    cut_off,
-    die,
-    drop_requests,
-    hang,
-    play_routers,
-    refuse,
-    request,
-    token,
-    tokens_of,
-    unavailable,
-)
+from tests.unit.fake_servers import TOKEN_S, Fault, cut_off, die, drop_requests, hang, refuse, token, unavailable
+from tests.unit.server_world import World, play_routers, request, tokens_of
 
 
 @pytest.fixture
@@ -89,7 +79,7 @@ def test_every_request_has_its_own_answer(world: World) -> None:
     close(world, engine)
 
 
-async def _all(engine: ServerEngine, requests: list) -> list:  # type: ignore[type-arg]
+async def _all(engine: ServerEngine, requests: Sequence[GenerationRequest]) -> list[Sample]:
     return await asyncio.gather(*(engine.generate(asked) for asked in requests))
 
 
@@ -628,7 +618,7 @@ def test_an_update_that_fails_ends_the_run_on_every_rank_and_the_version_stays(w
     engine.start()
     drained = []
 
-    def stream() -> Iterator:  # type: ignore[type-arg]
+    def stream() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in world.new_weights(1):
             yield name, tensor
             drained.append(name)
@@ -726,7 +716,7 @@ def test_closing_after_an_update_that_was_interrupted_ends_everything(world: Wor
     )
     world.advance(1.5)
 
-    def stream() -> Iterator:  # type: ignore[type-arg]
+    def stream() -> Iterator[tuple[str, Tensor]]:
         yield from world.new_weights(1)[:2]
         raise KeyboardInterrupt
 

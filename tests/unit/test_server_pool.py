@@ -15,19 +15,8 @@ from safetensors.torch import save_file
 
 from megatron_fipo.rollout.server_http import ServerError, ServerUnreachableError
 from megatron_fipo.rollout.servers import ArrivedWeights, Server, ServerPool
-from tests.unit.fake_servers import (
-    BOOT_S,
-    CONFIG,
-    Fault,
-    World,
-    die,
-    hang,
-    play_routers,
-    refuse,
-    request,
-    tokens_of,
-    unavailable,
-)
+from tests.unit.fake_servers import Fault, die, hang, refuse, unavailable
+from tests.unit.server_world import BOOT_S, CONFIG, World, play_routers, request, tokens_of
 
 
 @pytest.fixture

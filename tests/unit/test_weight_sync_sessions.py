@@ -15,19 +15,8 @@ from megatron_fipo.rollout.canary import CanaryError
 from megatron_fipo.rollout.server_engine import ServerEngine
 from megatron_fipo.rollout.server_http import ServerError
 from megatron_fipo.rollout.weight_sync import Method, WeightSync
-from tests.unit.fake_servers import (
-    BUCKET_S,
-    Fault,
-    Machine,
-    World,
-    die,
-    hang,
-    play_groups,
-    refuse,
-    request,
-    tokens_of,
-    unavailable,
-)
+from tests.unit.fake_servers import BUCKET_S, Fault, Machine, die, hang, refuse, unavailable
+from tests.unit.server_world import World, play_groups, request, tokens_of
 
 METHODS: tuple[Method, ...] = ("tensor", "distributed", "disk")
 ROUTES = {
