@@ -483,7 +483,7 @@ class ServerPool:
             if not await self._answers(server):
                 await self._revive(server)
             await self._verify(server)
-        except (ServerError, OSError) as error:
+        except (ServerError, OSError, ValueError) as error:  # of the last kind are an adapter's
             self._drop_requests(server)
             await self._set(server, State.LOST, str(error))
 

@@ -484,6 +484,8 @@ class FakeAdapter:
         self.world = world
 
     def launch_plan(self, spec: LaunchSpec) -> LaunchPlan:
+        if self.world.launch_problem:
+            raise ValueError(self.world.launch_problem)
         self.world.launched.append(spec)
         return LaunchPlan(("server", str(len(self.world.launched) - 1)))
 

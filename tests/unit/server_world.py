@@ -102,6 +102,8 @@ class World:
         self.boots: dict[int, list[Fault | None]] = defaultdict(list)
         """What befalls each server's next lives two seconds after their launch."""
         self.boot_s = BOOT_S
+        self.launch_problem = ""
+        """Why a server of what is asked for cannot be started."""
         self.trips: dict[tuple[int, str], float] = defaultdict(lambda: TRIP_S)
         """How long a server's questions of a kind are on their way."""
         self._faults: dict[tuple[int, str], list[Fault | None]] = defaultdict(list)

@@ -464,6 +464,16 @@ def test_a_restart_that_does_not_come_up_is_given_up_in_words_and_leaves_no_proc
     close(world, pool)
 
 
+def test_a_server_that_this_engine_cannot_start_again_is_given_up_and_nobody_waits_for_it(world: World) -> None:
+    pool = started(world)
+    world.launch_problem = "servers.extra_args: the newest weights have no tokenizer"
+    world.machines[0].end(1)
+    suspect(world, pool, 0)
+    world.until(lambda: world.launch_problem in pool.reasons())
+    assert world.run(pool.hold()) == pool.servers[1:]
+    close(world, pool)
+
+
 # --- attached ---------------------------------------------------------------------------------------------------------
 
 
