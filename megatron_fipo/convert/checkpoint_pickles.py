@@ -58,6 +58,12 @@ _WRITTEN_BY_TORCH = {
 """All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does "
 "anything."""
 
+_LOADERS_OF_TENSORS = (
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+)
+"""What pickled tensors name: torch's own, and what Megatron-Core 0.19 puts in its place."""
+
 _EXTRA_STATE = "_extra_state"
 """In the names of what modules keep beside their weights."""
 _OF_TRANSFORMER_ENGINE = "transformer_engine."
@@ -318,7 +324,7 @@ class _StateOfFp8(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(_OF_TRANSFORMER_ENGINE) and "recipe" in module and "." not in name:
             return _Inert
-        if (module, name) == ("torch.storage", "_load_from_bytes"):  # unpickles in turn
+        if (module, name) in _LOADERS_OF_TENSORS:  # they unpickle in turn
             return lambda data: _check_plain(data, self._file)
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _REBUILT or is_dtype:
