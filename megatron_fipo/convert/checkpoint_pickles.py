@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+_COMMON_STATE = "common_state/"
+"""Begins the name of an object between the tensors in which Megatron-Core 0.19 keeps what 0.16 writes into COMMON."""
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _WRITTEN_BY_TORCH = {
@@ -55,6 +57,12 @@ _WRITTEN_BY_TORCH = {
 }
 """All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does "
 "anything."""
+
+_LOADERS_OF_TENSORS = (
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+)
+"""What pickled tensors name: torch's own, and what Megatron-Core 0.19 puts in its place."""
 
 _EXTRA_STATE = "_extra_state"
 """In the names of what modules keep beside their weights."""
@@ -148,10 +156,10 @@ def check_pickles(folder: str | Path) -> None:
     """
     root = Path(folder)
     metadata = read_metadata(root)
-    if _check_format(root / FORMAT) == "torch" and not (root / COMMON).is_file():
-        raise ValueError(f"{root / COMMON} is not there. Restore it from a copy.")
     if (root / COMMON).is_file():
         _check_plain((root / COMMON).read_bytes(), root / COMMON)
+    elif not any(name.startswith(_COMMON_STATE) for name in metadata.state_dict_metadata):
+        raise ValueError(f"{root / COMMON} is not there. Restore it from a copy.")
     for index, info in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             file = root / info.relative_path
@@ -164,12 +172,8 @@ def check_pickles(folder: str | Path) -> None:
             _check_state(_check_plain(data, file), file, is_extra=_EXTRA_STATE in index.fqn)
 
 
-def _check_format(file: Path) -> str:
-    """Other backends have loaders of their own, which read other files.
-
-    Returns:
-        How what is common to all ranks is stored: in common.pt (torch), or between the tensors.
-    """
+def _check_format(file: Path) -> None:
+    """Other backends have loaders of their own, which read other files."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         backends = raw["sharded_backend"], raw.get("common_backend", "torch")
@@ -177,7 +181,6 @@ def _check_format(file: Path) -> str:
         raise ValueError(f"{file} does not say which format the checkpoint has ({error!r}).") from error
     if backends not in (("torch_dist", "torch"), ("torch_dist", "torch_dist")):
         raise ValueError(f"{file}: checkpoints of format {backends[0]!r} are not supported; only torch_dist is.")
-    return str(backends[1])
 
 
 def _has_the_form(metadata: Any) -> bool:
@@ -321,7 +324,7 @@ class _StateOfFp8(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(_OF_TRANSFORMER_ENGINE) and "recipe" in module and "." not in name:
             return _Inert
-        if (module, name) == ("torch.storage", "_load_from_bytes"):  # unpickles in turn
+        if (module, name) in _LOADERS_OF_TENSORS:  # they unpickle in turn
             return lambda data: _check_plain(data, self._file)
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _REBUILT or is_dtype:
