@@ -55,8 +55,8 @@ _WRITTEN_BY_TORCH = {
     ),
     *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does "
-"anything."""
+"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does
+anything."""
 
 _LOADERS_OF_TENSORS = (
     ("torch.storage", "_load_from_bytes"),
@@ -100,8 +100,7 @@ class UntrustedCheckpointError(ValueError):
         super().__init__(
             f"{file} names {what}, which no checkpoint of this project or of Megatron-Core does; opening it could run "
             "anything. Only open checkpoints that you would run. If this one is yours, something has changed it: "
-            "restore it "
-            "from a copy."
+            "restore it from a copy."
         )
 
 
