@@ -25,7 +25,7 @@ import torch
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples/quickstart/base"

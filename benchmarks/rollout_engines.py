@@ -21,18 +21,18 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.handover import actor_log_probs
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from megatron_fipo.rollout.in_process import InProcessEngine
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_setup import build_server_engine
+from megatron_fipo.rollout.handover import actor_log_probs
+from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.setup import build_server_engine
+from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 
 @dataclass

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import math_verify
 
-from megatron_fipo.rl.verifiers.answer_markers import last_boxed
+from megatron_fipo.verifiers.answer_markers import last_boxed
 
 # It reports every text that it cannot read, with a traceback.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)

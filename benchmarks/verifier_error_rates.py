@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # as a script, only this folder is on the path
 
 from benchmarks import verifier_baselines as baselines  # noqa: E402
-from megatron_fipo.rl.verifiers.pool import VerifierPool  # noqa: E402
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob  # noqa: E402
+from megatron_fipo.verifiers.pool import VerifierPool  # noqa: E402
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob  # noqa: E402
 
 PAIRS_FILE = ROOT / "tests" / "data" / "judged_pairs.jsonl"
 PAGE = ROOT / "docs" / "verifiers.md"

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from random import Random
 
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.verdict import VerifierJob
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.verdict import VerifierJob
 
 SENTENCES = (
     "Let us denote by $x_{%d}$ the number of ways; then $x_{%d} = x_{%d} + 2x_{%d}$ holds. ",

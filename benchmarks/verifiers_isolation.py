@@ -21,12 +21,12 @@ from random import Random
 
 from verifiers import mathematics_jobs
 
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 OWN = """
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 def verify(response_text, reference, finish_reason):
     answer = response_text.rpartition("=")[2].strip()

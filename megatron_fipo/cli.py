@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fipo import __version__
-from megatron_fipo.convert.command import CONVERSIONS, run_conversion
+from megatron_fipo.convert.offline.command import CONVERSIONS, run_conversion
 from megatron_fipo.starters.command import STARTERS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python complains as it leaves
         return 0
     except Exception as error:  # noqa: BLE001 - every error ends in words and an exit code
-        from megatron_fipo.error_net import report, say_on_stderr
+        from megatron_fipo.system.error_net import report, say_on_stderr
 
         return report(error, say_on_stderr, f"megatron-fipo {args.command}")
     return status
@@ -273,7 +273,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _samples(args: argparse.Namespace) -> int:
-    from megatron_fipo.samples import show_samples
+    from megatron_fipo.run.samples import show_samples
 
     return show_samples(args.run_folder, args.step, args.source, args.right, args.limit, full=args.full)
 
@@ -318,8 +318,8 @@ def _num_processes(given: str | None, parallel: ParallelSection) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, require_inputs, validate
-    from megatron_fipo.rl.verifiers.registry import also_look_in
-    from megatron_fipo.standalone_evaluation import run
+    from megatron_fipo.evaluation.of_folder import run
+    from megatron_fipo.verifiers.registry import also_look_in
 
     config = load_config(args.config, args.overrides)
     also_look_in(Path(args.config).parent)
@@ -329,7 +329,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from megatron_fipo.chat import ChatOptions, run
+    from megatron_fipo.evaluation.chat import ChatOptions, run
 
     options = ChatOptions(
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, raw=args.raw, seed=args.seed
@@ -350,8 +350,8 @@ def _validate(args: argparse.Namespace) -> int:
     )
     from megatron_fipo.hub.models import cached_folder
     from megatron_fipo.preflight.findings import MISSING, file_findings
-    from megatron_fipo.rl.verifiers.registry import also_look_in
-    from megatron_fipo.verifier_check import inspect_own
+    from megatron_fipo.verifiers.check import inspect_own
+    from megatron_fipo.verifiers.registry import also_look_in
 
     config = load_config(args.config, args.overrides)
     also_look_in(Path(args.config).parent)

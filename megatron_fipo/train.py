@@ -22,14 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_fipo import (
-    cuda_start,  # noqa: F401 - before the packages that start CUDA
-    quiet,  # noqa: F401 - before the packages that it silences
-)
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
 from megatron_fipo.actor.backend import layers_in_use
-from megatron_fipo.actor.checkpoint import CheckpointError
-from megatron_fipo.best_model import BestModel
+from megatron_fipo.checkpoint.torch_dist import CheckpointError
 from megatron_fipo.config import (
     Config,
     StopRule,
@@ -43,21 +38,13 @@ from megatron_fipo.config import (
     verifier_weights,
     warnings_for,
 )
+from megatron_fipo.console.console import Console
 from megatron_fipo.convert.weight_files import find_weight_files
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.disk import DiskError
-from megatron_fipo.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
-from megatron_fipo.error_net import EXIT_STOPPED as EXIT_STOPPED
-from megatron_fipo.error_net import report
-from megatron_fipo.generation import GroupGenerator, build_engine
-from megatron_fipo.handover import Handover
-from megatron_fipo.held_out_evaluation import HeldOutEvaluation
-from megatron_fipo.interrupt import Interrupt
-from megatron_fipo.metrics.console import Console
+from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
-from megatron_fipo.named_on_hub import NamedRun, resolve_for_run
 from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
@@ -68,25 +55,38 @@ from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.parallel.waiting import OtherRankError
-from megatron_fipo.push_to_hub import check_before_run, push_after_run
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
+from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.objective import LossOutput
-from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group, PackedBatch
-from megatron_fipo.rl.verifiers.isolation import isolation_warnings
-from megatron_fipo.rl.verifiers.pool import VerifierPool, WorkerStartError
-from megatron_fipo.rl.verifiers.registry import also_look_in
 from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
+from megatron_fipo.rollout.generation import GroupGenerator, build_engine
+from megatron_fipo.rollout.handover import Handover
 from megatron_fipo.rollout.ledger import RolloutLedger
-from megatron_fipo.rollout.server_http import ServerError
-from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
-from megatron_fipo.sample_choice import samples_of_step
-from megatron_fipo.samples import forget_samples, write_samples
-from megatron_fipo.saved_run import SavedRun
-from megatron_fipo.step_metrics import StepClock, gather_results, restore_results, step_metrics
-from megatron_fipo.verifier_check import Findings, inspect_own
-from megatron_fipo.verifier_probes import VerifierProbes, first_prompts
+from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.run.best_model import BestModel
+from megatron_fipo.run.folder import RunFolder, RunLock, prepare, record_config
+from megatron_fipo.run.named_on_hub import NamedRun, resolve_for_run
+from megatron_fipo.run.push_to_hub import check_before_run, push_after_run
+from megatron_fipo.run.sample_choice import samples_of_step
+from megatron_fipo.run.samples import forget_samples, write_samples
+from megatron_fipo.run.saved import SavedRun
+from megatron_fipo.run.step_report import StepClock, gather_results, restore_results, step_metrics
+from megatron_fipo.run.verifier_probes import VerifierProbes, first_prompts
+from megatron_fipo.system import (
+    cuda_start,  # noqa: F401 - before the packages that start CUDA
+    quiet,  # noqa: F401 - before the packages that it silences
+)
+from megatron_fipo.system.disk import DiskError
+from megatron_fipo.system.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
+from megatron_fipo.system.error_net import EXIT_STOPPED as EXIT_STOPPED
+from megatron_fipo.system.error_net import report
+from megatron_fipo.system.interrupt import Interrupt
+from megatron_fipo.verifiers.check import Findings, inspect_own
+from megatron_fipo.verifiers.isolation import isolation_warnings
+from megatron_fipo.verifiers.pool import VerifierPool, WorkerStartError
+from megatron_fipo.verifiers.registry import also_look_in
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 
 def by_length(response: str, reference: object, finish_reason: str) -> Verdict:

@@ -22,13 +22,13 @@ from benchmarks.evidence.receiver import receive
 from benchmarks.evidence.report import Settings
 from benchmarks.evidence.workbench import Workbench, workbench
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.rollout.packers import NodeGroup, Packers
-from megatron_fipo.rollout.server_api import Bucket
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm import transport
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest
-from megatron_fipo.rollout.sglang_checksums import SglangLedger
-from megatron_fipo.rollout.snapshots import SnapshotWriter
-from megatron_fipo.rollout.vllm_checksums import VllmLedger
+from megatron_fipo.rollout.servers.api import Bucket
+from megatron_fipo.rollout.servers.packers import NodeGroup, Packers
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest
+from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger
+from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
+from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
 
 _GPU = "0"
 _ANSWER_S = 120.0

@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm import transport
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest
 
 
 def receive(pipe: Connection, device: str) -> None:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.rl.types import Prompt
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 TEMPLATES = {
     "direct": """<|im_start|>system

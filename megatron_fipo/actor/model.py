@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from megatron_fipo.actor.backend import uses_transformer_engine
 from megatron_fipo.actor.precision import fp8_options
 from megatron_fipo.config import ModelSection, ParallelSection, RecomputedPart, recomputed_part
+from megatron_fipo.convert.dtypes import MODEL_DTYPES
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.parallel.cp_attention import ContextParallelAttention
 from megatron_fipo.parallel.groups import ParallelGroups, is_stage_edge
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTH_MULTIPLE = 1024
 """The longest sequence of a microbatch is given to Megatron rounded up to a multiple of this."""
 
@@ -78,7 +78,7 @@ def _transformer_config(
     shape: ModelShape, model: ModelSection, parallel: ParallelSection, **options: Any
 ) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
-    dtype = DTYPES[model.dtype]
+    dtype = MODEL_DTYPES[model.dtype]
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

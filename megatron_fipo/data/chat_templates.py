@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
+from megatron_fipo.verifiers.cpu_limit import CpuLimitError, cpu_limit
 
 LIMIT_S = 10.0
 """CPU time that one prompt may take; templates take less than a millisecond."""

@@ -23,7 +23,7 @@ from megatron_fipo.config import DataSourceConfig, verifier_weights
 from megatron_fipo.data.chain_arithmetic import ChainArithmetic
 from megatron_fipo.data.prompt_files import check_file, json_rows, open_parquet, parquet_batches
 from megatron_fipo.data.references import check_characters, checked_reference
-from megatron_fipo.data.schemas import SCHEMAS, select_columns
+from megatron_fipo.data.row_forms import SCHEMAS, select_columns
 from megatron_fipo.hub.datasets import FetchedSource, fetched_here, file_kind
 
 
@@ -365,7 +365,7 @@ def _reasoning_gym(task: str, params: Mapping[str, Any], seed: int) -> RecordGen
     # Imported here: it takes a second, which runs without such a source need not wait for.
     from reasoning_gym.factory import DATASETS
 
-    from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
+    from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
 
     if task not in DATASETS:
         raise ValueError(f"reasoning-gym has no task {task!r}.{nearest_name(task, list(DATASETS))}")

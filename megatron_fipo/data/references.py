@@ -10,7 +10,7 @@ reason that no log tells. The rules, by verifier:
   answer_field=answer.target), true and false, bytes. The mathematical ones and chain_arithmetic also refuse a text
   without a letter, digit or symbol in it, and what tables write for a missing number ("nan"): a response without an
   answer is wrong there, so nothing would be right. For exact an empty text is an empty response.
-- code and code_unprotected: what `rl.verifiers.code_reference.check_reference` lets through.
+- code and code_unprotected: what `verifiers.code_reference.check_reference` lets through.
 - your own and reward models: whatever the first rule lets through.
 """
 
@@ -50,7 +50,7 @@ def checked_reference(reference: Any, verifiers: Sequence[str], name: str) -> An
         check_characters(text, name)
     if any(verifier in PROGRAMS for verifier in verifiers):
         # Imported here: other sources need nothing of it.
-        from megatron_fipo.rl.verifiers.code_reference import check_reference
+        from megatron_fipo.verifiers.code_reference import check_reference
 
         try:
             check_reference(reference)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_fipo.disk import DiskError, disk_error
 from megatron_fipo.hub.names import HubError, Repository
+from megatron_fipo.system.disk import DiskError, disk_error
 
 CONNECT_TIMEOUT_S = 10.0
 """Longest wait for the hub's first answer."""

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from megatron_fipo.config import Config, load_config, resolved_yaml, validate, without_secrets
 from megatron_fipo.launch.tiny import TINY, TINY_RANKS, tiny_overrides
-from megatron_fipo.text_hygiene import clean_text
+from megatron_fipo.system.text_hygiene import clean_text
 
 EXIT_BAD_INPUT = 2
 DEFAULT_PORT = 29501

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_fipo.config import Config, written_values
-from megatron_fipo.disk import append_whole, write_text_whole, writing
+from megatron_fipo.system.disk import append_whole, write_text_whole, writing
 
 
 class Sink(Protocol):

@@ -9,7 +9,7 @@ from datetime import timedelta
 from torch.distributed import DistError, TCPStore
 
 from megatron_fipo.config import without_secrets
-from megatron_fipo.text_hygiene import clean_text
+from megatron_fipo.system.text_hygiene import clean_text
 
 _PATIENCE = timedelta(seconds=10)
 

@@ -26,7 +26,7 @@ from megatron_fipo.preflight.hardware import GPUS
 from megatron_fipo.preflight.parameters import whole_parameters
 from megatron_fipo.preflight.plan import Plan, make_plan
 from megatron_fipo.preflight.work import Assumptions
-from megatron_fipo.text_hygiene import clean_text
+from megatron_fipo.system.text_hygiene import clean_text
 
 EXIT_FITS = 0
 EXIT_DOES_NOT = 1

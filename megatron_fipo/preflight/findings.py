@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_fipo.config import FILE_KINDS, Config, DataSourceConfig, is_hub_name, updates_per_step, warnings_for
 from megatron_fipo.config.schema import REPOSITORY_NAME
-from megatron_fipo.data.schemas import SCHEMAS, select_columns
+from megatron_fipo.data.row_forms import SCHEMAS, select_columns
 from megatron_fipo.hub.datasets import cached_source, file_kind
 from megatron_fipo.hub.datasets import would_download as source_would_download
 from megatron_fipo.hub.models import cached_folder, revision_without_name, would_download

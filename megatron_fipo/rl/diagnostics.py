@@ -11,7 +11,7 @@ from megatron_fipo.metrics.reductions import Distribution, Last, Mean, Metrics, 
 from megatron_fipo.rl.advantages import is_correct
 from megatron_fipo.rl.judged import parts_of
 from megatron_fipo.rl.types import Group
-from megatron_fipo.rl.verifiers.verdict import metric_part
+from megatron_fipo.verifiers.verdict import metric_part
 
 NUM_LENGTH_BUCKETS = 8
 NOISE_DOMINATES_ABOVE = 0.5

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_fipo.rl.types import Group, Sample
-from megatron_fipo.rl.verifiers.registry import shown_name
+from megatron_fipo.verifiers.registry import shown_name
 
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
 """What differs between errors of one kind: quoted text and numbers."""

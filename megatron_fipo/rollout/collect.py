@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from megatron_fipo.config import without_secrets
 from megatron_fipo.rl.types import Group, Prompt, Sample
-from megatron_fipo.rl.verifiers.verdict import Verdict
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, sample_seed
+from megatron_fipo.verifiers.verdict import Verdict
 
 Judge: TypeAlias = Callable[[Prompt, str, str], Awaitable[Verdict]]
 """(prompt, response_text, finish_reason) -> Verdict; what cannot be judged comes back as a verdict with an error."""

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_fipo.disk import append_whole, writing
 from megatron_fipo.rl.types import Prompt, Sample
+from megatron_fipo.system.disk import append_whole, writing
 
 SampleKey = tuple[str, int, int]
 """(source, prompt_id, sample_index)."""

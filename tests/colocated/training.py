@@ -18,20 +18,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_fipo import handover
 from megatron_fipo.config import Config, ParallelSection, load_config
 from megatron_fipo.convert.hf_config import read_model_shape
-from megatron_fipo.handover import Handover
-from megatron_fipo.rollout import server_engine, weight_buckets
-from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT, CudaHandle
-from megatron_fipo.rollout.node_layout import TrainerGpu
-from megatron_fipo.rollout.packers import Packers
-from megatron_fipo.rollout.server_api import Bucket, InferenceServer
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import ServerRefusedError
-from megatron_fipo.rollout.server_setup import build_server_engine
-from megatron_fipo.rollout.servers import ServerPool
-from megatron_fipo.rollout.sglang import SglangServer
+from megatron_fipo.rollout import handover
+from megatron_fipo.rollout.handover import Handover
+from megatron_fipo.rollout.servers import engine as server_engine
+from megatron_fipo.rollout.servers import weight_buckets
+from megatron_fipo.rollout.servers.api import Bucket, InferenceServer
+from megatron_fipo.rollout.servers.cuda_handles import DEVICE_ARGUMENT, CudaHandle
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.http import ServerRefusedError
+from megatron_fipo.rollout.servers.node_layout import TrainerGpu
+from megatron_fipo.rollout.servers.packers import Packers
+from megatron_fipo.rollout.servers.pool import ServerPool
+from megatron_fipo.rollout.servers.setup import build_server_engine
+from megatron_fipo.rollout.servers.sglang.server import SglangServer
 from tests.colocated.fake_gpus import FakeGpus
 from tests.models import load
 from tests.parallel.layouts import layout

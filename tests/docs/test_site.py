@@ -65,13 +65,13 @@ def test_a_broken_link_anchor_reference_and_a_forgotten_page_each_fail(copy: Pat
     with (copy / "docs/checkpoints.md").open("a", encoding="utf-8") as page:
         page.write("\n[gone](nowhere.md) [anchor](metrics.md#no-such-heading) [code](../megatron_fipo/nowhere.py)\n")
     with (copy / "docs/reference/evaluation.md").open("a", encoding="utf-8") as page:
-        page.write("\n::: megatron_fipo.evaluation.no_such_function\n")
+        page.write("\n::: megatron_fipo.evaluation.scores.no_such_function\n")
     (copy / "docs/forgotten.md").write_text("# A page that no list names\n", encoding="utf-8")
     run = build(copy)
     output = run.stdout + run.stderr
     assert run.returncode != 0
     # An unknown reference ends the build at once, before links are looked at; so each is asked for by itself.
-    assert "megatron_fipo.evaluation.no_such_function" in output
+    assert "megatron_fipo.evaluation.scores.no_such_function" in output
     (copy / "docs/reference/evaluation.md").write_text("# Evaluation\n", encoding="utf-8")
     run = build(copy)
     output = run.stdout + run.stderr

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo import generation
 from megatron_fipo import train as train_module
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.evaluation import EVALUATION_STEP
+from megatron_fipo.evaluation.scores import EVALUATION_STEP
+from megatron_fipo.rollout import generation
 from tests.end_to_end.runs import Outcome, latest_checkpoint_name, processes_of, step_lines, timeless, train
 
 WORLD_SIZE = 2

@@ -12,7 +12,7 @@ from tests.end_to_end.runs import QUICKSTART, ROOT, SMALL
 CELLS = """
 import asyncio, sys
 from megatron_fipo.train import main
-from megatron_fipo.chat import Chat, ChatOptions
+from megatron_fipo.evaluation.chat import Chat, ChatOptions
 
 async def cell(arguments):
     return main(arguments)

@@ -25,15 +25,15 @@ from transformers import AutoModelForCausalLM
 
 from megatron_fipo import config as configuration
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import load_checkpoint
-from megatron_fipo.chat import Chat, ChatOptions
+from megatron_fipo.checkpoint.torch_dist import load_checkpoint
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.evaluation.chat import Chat, ChatOptions
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.types import Sample
-from megatron_fipo.rl.verifiers import chain_arithmetic
-from megatron_fipo.samples import read_samples
+from megatron_fipo.run.samples import read_samples
+from megatron_fipo.verifiers import chain_arithmetic
 from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines
 
 NUM_STEPS = 5

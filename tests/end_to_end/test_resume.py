@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_fipo import train as train_module
-from megatron_fipo.actor.checkpoint_folder import describe_files, file_names, write_manifest
-from megatron_fipo.run_folder import RunLock
+from megatron_fipo.checkpoint.folder import describe_files, file_names, write_manifest
+from megatron_fipo.run.folder import RunLock
 from tests.end_to_end import kills
 from tests.end_to_end.runs import (
     differing,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.samples import read_samples
+from megatron_fipo.run.samples import read_samples
 from tests.end_to_end.runs import ROOT, metric_lines, step_lines
 
 TIMEOUT_S = 240.0

@@ -7,7 +7,7 @@ import time
 import zlib
 from typing import Any
 
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 
 def always_wrong(response_text: str, reference: Any, finish_reason: str) -> Verdict:

@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_fipo.config import Config, ParallelSection, load_config, validate
-from megatron_fipo.generation import GroupGenerator, build_engine
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.types import Prompt, Sample
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rollout.canary import canary_sequences
 from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.generation import GroupGenerator, build_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
-from megatron_fipo.rollout.server_api import InferenceServer
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import ServerError
-from megatron_fipo.rollout.server_setup import build_server_engine
+from megatron_fipo.rollout.servers.api import InferenceServer
+from megatron_fipo.rollout.servers.canary import canary_sequences
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.setup import build_server_engine
+from megatron_fipo.verifiers.pool import VerifierPool
 from tests.engines.serving import (
     GROUP_SIZE,
     KEY,

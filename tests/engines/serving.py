@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.packers import Packers
-from megatron_fipo.rollout.server_api import InferenceServer, LaunchSpec
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_process import free_port
-from megatron_fipo.rollout.server_setup import ADAPTERS
-from megatron_fipo.rollout.servers import ServerPool, WatchSettings
-from megatron_fipo.rollout.sglang import router_plan
-from megatron_fipo.rollout.snapshots import SnapshotWriter
-from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.api import InferenceServer, LaunchSpec
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.event_loop import EventLoopThread
+from megatron_fipo.rollout.servers.packers import Packers
+from megatron_fipo.rollout.servers.pool import ServerPool, WatchSettings
+from megatron_fipo.rollout.servers.process import free_port
+from megatron_fipo.rollout.servers.setup import ADAPTERS
+from megatron_fipo.rollout.servers.sglang.server import router_plan
+from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
+from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
 from tests.engines.environments import server_python
 from tests.models import load, save_random_model
 

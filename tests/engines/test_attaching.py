@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.rollout.server_process import free_port
+from megatron_fipo.rollout.servers.process import free_port
 from tests.engines.attaching import expect_no_server, shares
 from tests.models import save_random_model
 from tests.parallel.ranks import run_ranks

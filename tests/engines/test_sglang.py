@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rollout.canary import canary_sequences
-from megatron_fipo.rollout.cuda_handles import CudaHandle
-from megatron_fipo.rollout.server_api import Bucket, TensorSpec
-from megatron_fipo.rollout.server_http import ServerError, ServerRefusedError
-from megatron_fipo.rollout.servers import State
-from megatron_fipo.rollout.sglang import _LAUNCHERS, _serialize
-from megatron_fipo.rollout.sglang_checksums import gpu_hash
-from megatron_fipo.rollout.weight_buckets import pack
-from megatron_fipo.rollout.weight_sync import Method
+from megatron_fipo.rollout.servers.api import Bucket, TensorSpec
+from megatron_fipo.rollout.servers.canary import canary_sequences
+from megatron_fipo.rollout.servers.cuda_handles import CudaHandle
+from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
+from megatron_fipo.rollout.servers.pool import State
+from megatron_fipo.rollout.servers.sglang.checksums import gpu_hash
+from megatron_fipo.rollout.servers.sglang.server import _LAUNCHERS, _serialize
+from megatron_fipo.rollout.servers.weight_buckets import pack
+from megatron_fipo.rollout.servers.weight_sync import Method
 from tests.engines.attaching import expect_two_nodes_to_share
 from tests.engines.environments import server_python
 from tests.engines.serving import CONTEXT_TOKENS, STOP, TOLERANCE, VOCABULARY, Serving, request, scores

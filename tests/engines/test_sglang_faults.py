@@ -16,11 +16,11 @@ import pytest
 from torch import Tensor
 
 from megatron_fipo.rl.types import Sample
-from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.server_api import LaunchSpec
-from megatron_fipo.rollout.server_http import ServerError
-from megatron_fipo.rollout.servers import Server, ServerPool, State, WatchSettings
-from megatron_fipo.rollout.sglang import SglangAdapter
+from megatron_fipo.rollout.servers.api import LaunchSpec
+from megatron_fipo.rollout.servers.event_loop import EventLoopThread
+from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.pool import Server, ServerPool, State, WatchSettings
+from megatron_fipo.rollout.servers.sglang.server import SglangAdapter
 from tests.engines.guarding import JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import SIZES, Serving, launch_spec, request
 from tests.models import save_random_model

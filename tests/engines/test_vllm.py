@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rl.types import Sample
-from megatron_fipo.rollout.canary import CanaryError
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.rollout.packers import Packers
-from megatron_fipo.rollout.server_api import Bucket, Completion, LaunchSpec, TensorSpec
-from megatron_fipo.rollout.server_http import ServerRefusedError
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.sealed import seal
-from megatron_fipo.rollout.server_process import ServerProcess
-from megatron_fipo.rollout.vllm import VllmAdapter
-from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.api import Bucket, Completion, LaunchSpec, TensorSpec
+from megatron_fipo.rollout.servers.canary import CanaryError
+from megatron_fipo.rollout.servers.http import ServerRefusedError
+from megatron_fipo.rollout.servers.packers import Packers
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.sealed import seal
+from megatron_fipo.rollout.servers.process import ServerProcess
+from megatron_fipo.rollout.servers.vllm.server import VllmAdapter
+from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
 from tests.engines.attaching import expect_two_nodes_to_share
 from tests.engines.guarding import FROM_A_PAGE, JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import (

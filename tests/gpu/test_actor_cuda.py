@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.backend import uses_transformer_engine
-from megatron_fipo.actor.checkpoint import Keeping, begin_checkpoint, load_checkpoint, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint, load_checkpoint, save_checkpoint
 from megatron_fipo.config import Config, ModelSection
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches

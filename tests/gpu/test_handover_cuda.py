@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.evidence.receiver import receive
 from megatron_fipo.parallel.device_memory import prefer_expandable_segments
-from megatron_fipo.rollout.cuda_handles import cuda_handle
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm import transport
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest
-from megatron_fipo.rollout.weight_buckets import pack
+from megatron_fipo.rollout.servers.cuda_handles import cuda_handle
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest
+from megatron_fipo.rollout.servers.weight_buckets import pack
 
 pytestmark = [
     pytest.mark.gpu,

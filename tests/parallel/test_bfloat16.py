@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import Keeping, load_checkpoint, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, load_checkpoint, save_checkpoint
 from megatron_fipo.config import Config, ModelSection, ParallelSection
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from megatron_fipo.actor import optimizer_state
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import (
+from megatron_fipo.checkpoint.folder import latest_checkpoint
+from megatron_fipo.checkpoint.torch_dist import (
     CheckpointError,
     Keeping,
     begin_checkpoint,
@@ -35,7 +36,6 @@ from megatron_fipo.actor.checkpoint import (
     load_loop_state,
     save_checkpoint,
 )
-from megatron_fipo.actor.checkpoint_folder import latest_checkpoint
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel import exchange
 from tests.parallel import layouts

@@ -23,15 +23,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import Keeping, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, save_checkpoint
 from megatron_fipo.config import ParallelSection
-from megatron_fipo.convert.command import add_verify, run
-from megatron_fipo.convert.logits import compare_logits, load_torch_dist
 from megatron_fipo.convert.mapping import GatedMlp, GroupedQkv
-from megatron_fipo.convert.to_hugging_face import plan_to_hugging_face
-from megatron_fipo.convert.to_megatron import plan_to_megatron
+from megatron_fipo.convert.offline.command import add_verify, run
+from megatron_fipo.convert.offline.logits import compare_logits, load_torch_dist
+from megatron_fipo.convert.offline.to_hugging_face import plan_to_hugging_face
+from megatron_fipo.convert.offline.to_megatron import plan_to_megatron
+from megatron_fipo.convert.offline.verification import verify_weights
 from megatron_fipo.convert.torch_dist import TorchDistReader
-from megatron_fipo.convert.verification import verify_weights
 from megatron_fipo.parallel import exchange
 from tests.models import save_random_model
 from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step

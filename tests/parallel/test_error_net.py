@@ -7,9 +7,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_fipo.error_net import EXIT_BAD_INPUT, EXIT_STOPPED, report
 from megatron_fipo.parallel import say_once as say_once_module
 from megatron_fipo.parallel.say_once import say_once
+from megatron_fipo.system.error_net import EXIT_BAD_INPUT, EXIT_STOPPED, report
 from tests.parallel.ranks import run_ranks
 
 

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from megatron_fipo.actor import optimizer_state
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import Keeping, load_checkpoint, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, load_checkpoint, save_checkpoint
 from tests.parallel import layouts
 from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step, whole_weights
 from tests.parallel.ranks import RankError, run_ranks

@@ -11,9 +11,9 @@ import torch
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel.announcements import Announcements
 from megatron_fipo.parallel.waiting import OtherRankError
-from megatron_fipo.rollout.server_http import ServerError
-from megatron_fipo.rollout.snapshots import SnapshotFollower, Snapshots, SnapshotWriter
-from megatron_fipo.rollout.weight_buckets import pack
+from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.snapshots import SnapshotFollower, Snapshots, SnapshotWriter
+from megatron_fipo.rollout.servers.weight_buckets import pack
 from tests.models import load, save_random_model
 from tests.parallel.layouts import layout
 from tests.parallel.ranks import run_ranks

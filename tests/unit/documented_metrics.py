@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.config import FipoConfig, RewardSection, SamplingSection
-from megatron_fipo.evaluation import evaluate_samples
+from megatron_fipo.evaluation.scores import evaluate_samples
 from megatron_fipo.metrics.reductions import Metrics, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
+from megatron_fipo.rl.dynamic_sampling import DynamicSampler
 from megatron_fipo.rl.objective import policy_loss
 from megatron_fipo.rl.rollout_correction import CORRECTIONS
-from megatron_fipo.rl.sampling import DynamicSampler
-from megatron_fipo.step_metrics import INFLUENCE_STD, StepClock
+from megatron_fipo.run.step_report import INFLUENCE_STD, StepClock
 from tests.unit.rl_samples import make_group
 
 AREAS = (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.server_api import (
+from megatron_fipo.rollout.servers.api import (
     Bucket,
     Completion,
     GroupAddress,
@@ -27,8 +27,8 @@ from megatron_fipo.rollout.server_api import (
     ServerInfo,
     TensorSpec,
 )
-from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError, ServerUnreachableError
-from megatron_fipo.rollout.server_process import ServerProcess
+from megatron_fipo.rollout.servers.http import ServerConnection, ServerRefusedError, ServerUnreachableError
+from megatron_fipo.rollout.servers.process import ServerProcess
 
 if TYPE_CHECKING:
     from tests.unit.server_world import World

@@ -12,7 +12,7 @@ import selectors
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from megatron_fipo.rollout.event_loop import EventLoopThread
+from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 
 T = TypeVar("T")
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from megatron_fipo.parallel.external_group import ExternalGroup
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.packers import Packers
-from megatron_fipo.rollout.server_api import GroupAddress, LaunchPlan, LaunchSpec
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import ServerConnection, ServerUnreachableError
-from megatron_fipo.rollout.server_process import free_port
-from megatron_fipo.rollout.servers import ServerPool, WatchSettings
-from megatron_fipo.rollout.snapshots import SnapshotWriter
-from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.api import GroupAddress, LaunchPlan, LaunchSpec
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.http import ServerConnection, ServerUnreachableError
+from megatron_fipo.rollout.servers.packers import Packers
+from megatron_fipo.rollout.servers.pool import ServerPool, WatchSettings
+from megatron_fipo.rollout.servers.process import free_port
+from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
+from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
 from tests.unit.fake_servers import (
     NAMES,
     TRIP_S,

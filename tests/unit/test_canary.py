@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo.convert.hf_config import read_model_shape
-from megatron_fipo.rollout.canary import CanaryError, canary_sequences, compare_checksums, compare_log_probs
-from megatron_fipo.rollout.sglang_checksums import SglangLedger, gpu_hash, sha_hash
-from megatron_fipo.rollout.vllm_checksums import VllmLedger
+from megatron_fipo.rollout.servers.canary import CanaryError, canary_sequences, compare_checksums, compare_log_probs
+from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger, gpu_hash, sha_hash
+from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
 from tests.models import load, save_random_model
 
 

@@ -22,7 +22,7 @@ from megatron_fipo.data.chain_arithmetic import (
     worked_solution,
 )
 from megatron_fipo.data.held_out import HELD_OUT_SHARE, is_held_out
-from megatron_fipo.rl.verifiers import chain_arithmetic
+from megatron_fipo.verifiers import chain_arithmetic
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 PROBLEM = ChainProblem(operands=(3, 9, 5, 6), operators="+-+")

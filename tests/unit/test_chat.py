@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_fipo.chat import Chat, ChatOptions, TextPrinter, run
+from megatron_fipo.evaluation.chat import Chat, ChatOptions, TextPrinter, run
 from tests.models import save_random_model
 
 

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import DistBackendError
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fipo.actor.checkpoint_error import could_not_read, could_not_write
+from megatron_fipo.checkpoint.error import could_not_read, could_not_write
 
 CLOSED = "[../third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:43210"
 ZIP = "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"

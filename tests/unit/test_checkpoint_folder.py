@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.actor.checkpoint_folder import (
+from megatron_fipo.checkpoint.folder import (
     begin,
     by_trust,
     checkpoint_name,

@@ -16,11 +16,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import megatron_fipo
-from megatron_fipo import chat, cli
+from megatron_fipo import cli
 from megatron_fipo.config import load_config
+from megatron_fipo.evaluation import chat
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.in_process import InProcessEngine
+from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
 from tests.models import save_random_model
 
 CHARACTERS = "0123456789+-=;?#é"

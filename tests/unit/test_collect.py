@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rl.types import Group, Prompt, Sample
-from megatron_fipo.rl.verifiers.verdict import Verdict
 from megatron_fipo.rollout.collect import ABORTED, generate_groups
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
+from megatron_fipo.verifiers.verdict import Verdict
 
 PROMPTS = [Prompt(i, "s", f"q{i}", (10 + i,), "exact", f"{i}") for i in range(3)]
 SAMPLING = SamplingParams(max_tokens=4, temperature=0.5, top_p=0.9)

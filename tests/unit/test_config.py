@@ -480,7 +480,7 @@ def test_every_number_has_a_rule() -> None:
 
 
 def test_names_agree_with_what_the_package_has() -> None:
-    from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS
+    from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS
 
     assert set(VERIFIERS) == set(BUILTIN_VERIFIERS)
 

@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.metrics.console import HEADER_EVERY_LINES, Console, ShownSample
+from megatron_fipo.console.console import HEADER_EVERY_LINES, Console, ShownSample
 
 METRICS = {
     "reward/mean": -0.25,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.actor.checkpoint_folder import describe_files, file_names, write_manifest
+from megatron_fipo.checkpoint.folder import describe_files, file_names, write_manifest
 from megatron_fipo.cli import main
-from megatron_fipo.convert.command import add_hf_to_megatron, add_megatron_to_hf, add_verify, run
+from megatron_fipo.convert.offline.command import add_hf_to_megatron, add_megatron_to_hf, add_verify, run
 from tests.models import save_random_model
 
 TOOLS = Path(__file__).parents[2] / "tools" / "convert"

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megatron_fipo.convert.hf_folder import partial_of
 from megatron_fipo.convert.inspection import ProblemsError
+from megatron_fipo.convert.offline.to_hugging_face import plan_to_hugging_face
+from megatron_fipo.convert.offline.to_megatron import plan_to_megatron
+from megatron_fipo.convert.offline.verification import verify_weights
 from megatron_fipo.convert.plan import being_written
-from megatron_fipo.convert.to_hugging_face import plan_to_hugging_face
-from megatron_fipo.convert.to_megatron import plan_to_megatron
 from megatron_fipo.convert.torch_dist import TorchDistReader
-from megatron_fipo.convert.verification import verify_weights
 from tests.models import load, save_random_model
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -212,7 +212,7 @@ def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
 
 def test_tensors_are_read_when_their_turn_comes(model: Path, tmp_path: Path) -> None:
     """Never more than one parameter's source tensors are held: the reads of one precede those of the next."""
-    from megatron_fipo.convert import to_megatron as module
+    from megatron_fipo.convert.offline import to_megatron as module
 
     events: list[str] = []
     read = module._read
@@ -277,7 +277,7 @@ def counting(target: Any, name: str) -> Iterator[list[Any]]:
 
 @pytest.mark.parametrize("count", [0, 1, 11, 25])
 def test_a_killed_conversion_to_megatron_goes_on(model: Path, tmp_path: Path, count: int) -> None:
-    from megatron_fipo.convert import to_megatron as module
+    from megatron_fipo.convert.offline import to_megatron as module
 
     whole = to_megatron(model, tmp_path / "whole")
     target = tmp_path / "megatron"

@@ -14,11 +14,11 @@ import pyarrow.parquet as parquet
 import pytest
 
 from megatron_fipo.config import SCHEMAS, ConfigError, DataSourceConfig, load_config, validate
-from megatron_fipo.data import schemas
+from megatron_fipo.data import row_forms as schemas
 from megatron_fipo.data.prompts import PromptStream, evaluation_prompts
 from megatron_fipo.data.records import read_records
-from megatron_fipo.rl.verifiers.registry import load_verifier
-from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict
+from megatron_fipo.verifiers.registry import load_verifier
+from megatron_fipo.verifiers.verdict import JobVerifier, Verdict
 
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -212,7 +212,7 @@ def test_published_rows(tmp_path: Path, schema: str, row: dict[str, Any], prompt
 
 
 def test_code_references_are_what_the_code_verifier_reads(tmp_path: Path) -> None:
-    from megatron_fipo.rl.verifiers.verdict import VerifierJob
+    from megatron_fipo.verifiers.verdict import VerifierJob
 
     row = {"prompt": "def f(x):\n", "test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "f"}
     source = write_jsonl(tmp_path / "a.jsonl", [row], schema="humaneval", verifier="code")

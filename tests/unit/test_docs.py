@@ -15,8 +15,8 @@ import pytest
 from megatron_fipo.cli import _parser
 from megatron_fipo.config import Config, load_config, validate
 from megatron_fipo.config.schema import DataSourceConfig
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.verdict import VerifierJob
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.verdict import VerifierJob
 from tests.unit import documented_metrics as metrics
 from tools.docs import figures
 

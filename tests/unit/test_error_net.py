@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo import cli, error_net, train
+from megatron_fipo import cli, train
 from megatron_fipo.config import load_config
-from megatron_fipo.error_net import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, report
 from megatron_fipo.parallel.say_once import say_once
+from megatron_fipo.system import error_net
+from megatron_fipo.system.error_net import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, report
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart/fipo.yaml"
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.disk import DiskError
-from megatron_fipo.evaluation import (
+from megatron_fipo.evaluation.scores import (
     ProblemResult,
     avg_at_k,
     confidence_interval,
@@ -24,6 +23,7 @@ from megatron_fipo.evaluation import (
     write_problems,
 )
 from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.system.disk import DiskError
 
 
 def group(

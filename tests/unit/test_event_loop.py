@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from megatron_fipo.event_loop import run_to_end
+from megatron_fipo.system.event_loop import run_to_end
 
 
 async def doubled(number: int) -> int:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import sympy
 
-from megatron_fipo.rl.verifiers import mathematics
-from megatron_fipo.rl.verifiers.expressions_only import (
+from megatron_fipo.verifiers import mathematics
+from megatron_fipo.verifiers.expressions_only import (
     NotAnExpressionError,
     check_expression,
     expressions_only,
     no_code,
 )
-from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task, prepare, verify
+from megatron_fipo.verifiers.reasoning_gym_tasks import open_task, prepare, verify
 
 EVALUATING = {
     "binary_matrix", "bitwise_arithmetic", "countdown", "intermediate_integration", "n_queens", "number_sorting",

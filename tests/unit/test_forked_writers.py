@@ -13,7 +13,7 @@ import pytest
 PARENT = """
 import multiprocessing, os, signal, sys, time
 from contextlib import nullcontext
-from megatron_fipo.actor.forked_writers import ended_with_their_parent
+from megatron_fipo.checkpoint.forked_writers import ended_with_their_parent
 
 fork = multiprocessing.get_context("fork")
 

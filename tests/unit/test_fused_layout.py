@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
-from megatron_fipo.rollout.fused_layout import FusedLayout
-from megatron_fipo.rollout.server_api import ChecksumLedger
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest, label
-from megatron_fipo.rollout.sglang_checksums import SglangLedger, gpu_hash, sha_hash
-from megatron_fipo.rollout.vllm_checksums import VllmLedger
+from megatron_fipo.rollout.servers.api import ChecksumLedger
+from megatron_fipo.rollout.servers.fused_layout import FusedLayout
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest, label
+from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger, gpu_hash, sha_hash
+from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
 from tests.models import load, save_random_model
 
 Hash = Callable[[Tensor], str]

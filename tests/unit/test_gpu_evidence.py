@@ -24,8 +24,8 @@ from benchmarks.evidence.receiver import receive
 from benchmarks.evidence.report import DONE, FAILED, PARTS, SIZES, SKIPPED, Report, Settings, SkipCase
 from benchmarks.evidence.workbench import workbench
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm import transport
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import digest
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest
 from tests.parallel.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]

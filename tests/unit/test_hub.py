@@ -15,15 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from megatron_fipo import named_on_hub
-from megatron_fipo.chat import ChatOptions
-from megatron_fipo.chat import run as run_chat
 from megatron_fipo.cli import main
 from megatron_fipo.config import Config, DataSourceConfig, is_hub_name, load_config, recorded_values, save_resolved
-from megatron_fipo.convert.run_checkpoint import find_checkpoint
+from megatron_fipo.convert.offline.run_checkpoint import find_checkpoint
 from megatron_fipo.data.records import read_records
-from megatron_fipo.disk import DiskError
-from megatron_fipo.error_net import EXIT_STOPPED
+from megatron_fipo.evaluation.chat import ChatOptions
+from megatron_fipo.evaluation.chat import run as run_chat
 from megatron_fipo.hub import client
 from megatron_fipo.hub.client import NoAccessError, UnreachableError
 from megatron_fipo.hub.datasets import choose_files, fetched_here
@@ -31,6 +28,9 @@ from megatron_fipo.hub.models import cached_model, fetch_model, model_commit, mo
 from megatron_fipo.hub.names import HubError, Repository
 from megatron_fipo.hub.pushing import check_may_push, model_card, push, upload_command
 from megatron_fipo.metrics.provenance import save_provenance
+from megatron_fipo.run import named_on_hub
+from megatron_fipo.system.disk import DiskError
+from megatron_fipo.system.error_net import EXIT_STOPPED
 from tests.hub_stand_in import StandInHub, serve
 
 BASE = Path(__file__).parents[2] / "examples/quickstart/base"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_fipo.interrupt import Interrupt
+from megatron_fipo.system.interrupt import Interrupt
 
 
 def send(number: signal.Signals) -> None:

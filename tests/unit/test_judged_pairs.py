@@ -13,8 +13,8 @@ import pytest
 from benchmarks import verifier_baselines as baselines
 from benchmarks import verifier_error_rates as error_rates
 from benchmarks.verifier_error_rates import Pair
-from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS
+from megatron_fipo.verifiers.verdict import Verdict
 
 PAIRS = error_rates.read_pairs()
 PAGE = error_rates.PAGE.read_text(encoding="utf-8")

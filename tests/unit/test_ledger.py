@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.disk import DiskError
 from megatron_fipo.rl.types import Prompt, Sample
 from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.system.disk import DiskError
 
 PROMPTS = [Prompt(number, "sums", f"{number}+1=", (5, number), "exact", str(number + 1)) for number in range(4)]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.best_model import BestModel
 from megatron_fipo.config import Config, DataSection, DataSourceConfig, OptimizerSection, StopRule, TrainSection
 from megatron_fipo.config.milestones import milestone_problems
+from megatron_fipo.run.best_model import BestModel
 
 
 @pytest.mark.parametrize(

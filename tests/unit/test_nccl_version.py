@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.rollout.nccl_version import check_same_nccl, nccl_of
-from megatron_fipo.rollout.server_http import ServerError
+from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.nccl_version import check_same_nccl, nccl_of
 
 
 def interpreter(folder: Path, name: str, answer: str) -> str:

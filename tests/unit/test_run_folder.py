@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config import Config, RunSection, TrainSection, load_config
-from megatron_fipo.disk import DiskError
-from megatron_fipo.run_folder import RunFolder, RunLock, prepare, record_config
+from megatron_fipo.run.folder import RunFolder, RunLock, prepare, record_config
+from megatron_fipo.system.disk import DiskError
 
 
 def config_for(folder: Path, *, resume: bool = True) -> Config:
@@ -76,7 +76,7 @@ def test_an_empty_folder_is_no_earlier_run(tmp_path: Path) -> None:
 
 
 HOLD = (
-    "import sys, pathlib; from megatron_fipo.run_folder import RunLock; lock = RunLock(pathlib.Path(sys.argv[1])); "
+    "import sys, pathlib; from megatron_fipo.run.folder import RunLock; lock = RunLock(pathlib.Path(sys.argv[1])); "
     "print('held', flush=True); sys.stdin.read()"
 )
 

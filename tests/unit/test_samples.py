@@ -12,16 +12,16 @@ import torch
 
 from megatron_fipo import cli
 from megatron_fipo.config import SamplingSection
-from megatron_fipo.disk import DiskError
 from megatron_fipo.rl.types import Group, Prompt, Sample
-from megatron_fipo.sample_choice import MAX_REFERENCE_CHARACTERS, samples_of_step
-from megatron_fipo.samples import (
+from megatron_fipo.run.sample_choice import MAX_REFERENCE_CHARACTERS, samples_of_step
+from megatron_fipo.run.samples import (
     TrainingSample,
     forget_samples,
     read_samples,
     show_samples,
     write_samples,
 )
+from megatron_fipo.system.disk import DiskError
 
 PAPER = SamplingSection()
 """What is beyond the batch is thrown away."""

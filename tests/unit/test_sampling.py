@@ -10,7 +10,7 @@ import torch
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.metrics.reductions import scalars
-from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
+from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Group
 from tests.unit.rl_samples import make_group
 

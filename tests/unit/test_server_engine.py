@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_fipo.rl.types import Sample
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import ServerError, ServerRefusedError
-from megatron_fipo.rollout.servers import State
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
+from megatron_fipo.rollout.servers.pool import State
 from tests.unit.fake_servers import TOKEN_S, Fault, cut_off, die, drop_requests, hang, refuse, token, unavailable
 from tests.unit.server_world import World, play_routers, request, tokens_of
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from megatron_fipo.rollout.server_plugins import server_guard
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm import transport
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.sealed import seal, unseal
-from megatron_fipo.rollout.server_plugins.server_guard import KEY_VARIABLE, ServerGuard, refusal
+from megatron_fipo.rollout.servers.plugins import server_guard
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.sealed import seal, unseal
+from megatron_fipo.rollout.servers.plugins.server_guard import KEY_VARIABLE, ServerGuard, refusal
 
 KEY = "a-long-random-text"
 TORCHS_ARGUMENTS = inspect.signature(reductions.rebuild_cuda_tensor).parameters

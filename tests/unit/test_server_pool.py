@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from megatron_fipo.rollout.server_http import ServerError, ServerUnreachableError
-from megatron_fipo.rollout.servers import ArrivedWeights, Server, ServerPool
+from megatron_fipo.rollout.servers.http import ServerError, ServerUnreachableError
+from megatron_fipo.rollout.servers.pool import ArrivedWeights, Server, ServerPool
 from tests.unit.fake_servers import Fault, die, hang, refuse, unavailable
 from tests.unit.server_world import BOOT_S, CONFIG, World, play_routers, request, tokens_of
 

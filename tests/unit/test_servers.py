@@ -25,12 +25,12 @@ import pytest
 import torch
 
 from megatron_fipo.config import Config, ConfigError, load_config, validate, warnings_for
-from megatron_fipo.rollout import process_guard
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, check_request
-from megatron_fipo.rollout.event_loop import EventLoopThread
-from megatron_fipo.rollout.server_api import LaunchPlan, LaunchSpec, ServerAdapter
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import (
+from megatron_fipo.rollout.servers import process_guard
+from megatron_fipo.rollout.servers.api import LaunchPlan, LaunchSpec, ServerAdapter
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.event_loop import EventLoopThread
+from megatron_fipo.rollout.servers.http import (
     ANSWER_BYTES,
     ServerConnection,
     ServerError,
@@ -38,13 +38,13 @@ from megatron_fipo.rollout.server_http import (
     ServerUnreachableError,
     reading,
 )
-from megatron_fipo.rollout.server_plugins import server_guard
-from megatron_fipo.rollout.server_plugins.server_guard import KEY_VARIABLE
-from megatron_fipo.rollout.server_process import ServerProcess, free_port, is_free
-from megatron_fipo.rollout.server_setup import _cores, _launch_specs
-from megatron_fipo.rollout.servers import ServerPool, WatchSettings
-from megatron_fipo.rollout.sglang import SglangAdapter, _completion, router_plan
-from megatron_fipo.rollout.vllm import VllmAdapter
+from megatron_fipo.rollout.servers.plugins import server_guard
+from megatron_fipo.rollout.servers.plugins.server_guard import KEY_VARIABLE
+from megatron_fipo.rollout.servers.pool import ServerPool, WatchSettings
+from megatron_fipo.rollout.servers.process import ServerProcess, free_port, is_free
+from megatron_fipo.rollout.servers.setup import _cores, _launch_specs
+from megatron_fipo.rollout.servers.sglang.server import SglangAdapter, _completion, router_plan
+from megatron_fipo.rollout.servers.vllm.server import VllmAdapter
 
 FAMILY = """
     import os, signal, subprocess, sys, time
@@ -150,8 +150,8 @@ def test_servers_end_when_their_owner_is_killed(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from megatron_fipo.rollout.server_api import LaunchPlan\n"
-            "from megatron_fipo.rollout.server_process import ServerProcess\n"
+            "import sys; from pathlib import Path; from megatron_fipo.rollout.servers.api import LaunchPlan\n"
+            "from megatron_fipo.rollout.servers.process import ServerProcess\n"
             f"process = ServerProcess(LaunchPlan((sys.executable, '-c', {textwrap.dedent(FAMILY)!r})), "
             f"Path({str(tmp_path / 'log')!r}))\n"
             "print(process._guard.pid, process.pid, flush=True); input()",
@@ -159,7 +159,7 @@ def test_servers_end_when_their_owner_is_killed(tmp_path: Path) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(process_guard.__file__).parents[2],
+        cwd=Path(process_guard.__file__).parents[3],
     )
     assert owner.stdout is not None
     guard, server = map(int, owner.stdout.readline().split())

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import Config, MetricsSection
-from megatron_fipo.disk import DiskError
 from megatron_fipo.metrics.sinks import JsonlSink, SinkGroup, TensorBoardSink, WandbSink, open_sinks
+from megatron_fipo.system.disk import DiskError
 
 
 def config_with(**metrics: Any) -> Config:

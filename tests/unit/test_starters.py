@@ -15,11 +15,11 @@ import pytest
 from megatron_fipo import cli
 from megatron_fipo.config import load_config, validate
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.registry import FOLDERS_VARIABLE
-from megatron_fipo.rl.verifiers.verdict import VerifierJob
 from megatron_fipo.starters import command
 from megatron_fipo.starters.command import SHIPPED, STARTERS
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.registry import FOLDERS_VARIABLE
+from megatron_fipo.verifiers.verdict import VerifierJob
 
 ROOT = Path(__file__).parents[2]
 ALL = tuple(STARTERS)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_fipo.text_hygiene import clean_text
+from megatron_fipo.system.text_hygiene import clean_text
 
 
 @pytest.mark.parametrize(

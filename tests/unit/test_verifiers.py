@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.rl.verifiers import chain_arithmetic, exact, mathematics
-from megatron_fipo.rl.verifiers.answer_markers import last_answer_line, last_boxed, last_marked_answer
-from megatron_fipo.rl.verifiers.pool import MAX_BATCH_SIZE, VerifierPool
-from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS, check_verifier_name, load_verifier
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
-from megatron_fipo.rl.verifiers.worker_process import VerifierUnavailableError
+from megatron_fipo.verifiers import chain_arithmetic, exact, mathematics
+from megatron_fipo.verifiers.answer_markers import last_answer_line, last_boxed, last_marked_answer
+from megatron_fipo.verifiers.pool import MAX_BATCH_SIZE, VerifierPool
+from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS, check_verifier_name, load_verifier
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers.worker_process import VerifierUnavailableError
 
 MISBEHAVIOUR = """
 import ctypes, os, sys, time
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 def behave(response_text, reference, finish_reason):
     if response_text == "hang":
@@ -215,7 +215,7 @@ def test_scorers_that_give_full_marks_to_wrong_answers_get_a_second_look(
     task: str, seed: int | None, right: tuple[str, ...], wrong: tuple[str, ...]
 ) -> None:
     """The first of the wrong ones is the control: it passes by the package's own scorer."""
-    from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
+    from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
 
     verify = load_verifier("reasoning_gym")
     entries = (open_task(task, {}, seed=number, size=1)[0] for number in range(400))
@@ -415,8 +415,8 @@ def test_bad_arguments() -> None:
 @pytest.mark.usefixtures("misbehaviour")
 def test_worker_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
     program = """
-        from megatron_fipo.rl.verifiers.pool import VerifierPool
-        from megatron_fipo.rl.verifiers.verdict import VerifierJob
+        from megatron_fipo.verifiers.pool import VerifierPool
+        from megatron_fipo.verifiers.verdict import VerifierJob
         name = "misbehaviour:behave"
         pool = VerifierPool(timeout_s=0.5, verifiers=[name], trusted=[name])  # may write its marker
         print(pool.judge_all([VerifierJob("misbehaviour:behave", "pid", "")])[0].answer, flush=True)

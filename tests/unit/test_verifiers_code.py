@@ -16,14 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_fipo.rl.verifiers import sandbox, syscall_filter
-from megatron_fipo.rl.verifiers.code import verify, verify_unprotected
-from megatron_fipo.rl.verifiers.code_blocks import extract_program
-from megatron_fipo.rl.verifiers.code_reference import read_reference
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.sandbox import Limits, Outcome, run_python
-from megatron_fipo.rl.verifiers.syscall_filter import SandboxUnavailableError
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers import sandbox, syscall_filter
+from megatron_fipo.verifiers.code import verify, verify_unprotected
+from megatron_fipo.verifiers.code_blocks import extract_program
+from megatron_fipo.verifiers.code_reference import read_reference
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.sandbox import Limits, Outcome, run_python
+from megatron_fipo.verifiers.syscall_filter import SandboxUnavailableError
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 SUM = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
 ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3", "7\n"]}
@@ -280,7 +280,7 @@ def test_folders_are_deleted_and_processes_gone(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_program_dies_with_the_process_that_runs_it() -> None:
     runner = (
-        "from megatron_fipo.rl.verifiers.sandbox import *; run_python('while True: pass', limits=Limits(wall_s=600.0))"
+        "from megatron_fipo.verifiers.sandbox import *; run_python('while True: pass', limits=Limits(wall_s=600.0))"
     )
     process = subprocess.Popen([sys.executable, "-c", runner])
     try:
@@ -324,7 +324,7 @@ for capability in range(64):
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
     program = """
-from megatron_fipo.rl.verifiers.sandbox import Limits, check_available, run_python
+from megatron_fipo.verifiers.sandbox import Limits, check_available, run_python
 with open("/proc/self/status") as status:
     assert "CapEff:\\t0000000000000000" in status.read()
 check_available()

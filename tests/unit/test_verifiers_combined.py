@@ -15,14 +15,14 @@ import pytest
 
 from megatron_fipo.config import Config, ConfigError, DataSourceConfig, load_config, validate, verifier_weights
 from megatron_fipo.data.records import read_records
+from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
-from megatron_fipo.rl.sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.types import Prompt
-from megatron_fipo.rl.verifiers.combined import combine, judge_combined
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.verdict import RAISED, Verdict, VerifierJob, combined_name, split_name
-from megatron_fipo.verifier_check import Findings, inspect_own
-from megatron_fipo.verifier_probes import VerifierProbes
+from megatron_fipo.run.verifier_probes import VerifierProbes
+from megatron_fipo.verifiers.check import Findings, inspect_own
+from megatron_fipo.verifiers.combined import combine, judge_combined
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.verdict import RAISED, Verdict, VerifierJob, combined_name, split_name
 from tests.unit.rl_samples import make_group
 
 WEIGHTS = {"math": 1.0, "judges:format": 0.2}

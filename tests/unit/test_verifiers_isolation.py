@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.rl.verifiers import pool as pool_module
-from megatron_fipo.rl.verifiers.isolation import Isolation, isolation_of, isolation_warnings
-from megatron_fipo.rl.verifiers.pool import VerifierPool, WorkerStartError
-from megatron_fipo.rl.verifiers.registry import BUILTIN_VERIFIERS
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
-from megatron_fipo.rl.verifiers.worker_process import VerifierUnavailableError
+from megatron_fipo.verifiers import pool as pool_module
+from megatron_fipo.verifiers.isolation import Isolation, isolation_of, isolation_warnings
+from megatron_fipo.verifiers.pool import VerifierPool, WorkerStartError
+from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers.worker_process import VerifierUnavailableError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 
 RUNS_ITS_TEXT = '''
 import os
 from pathlib import Path
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 data = Path(__file__).with_name("words.txt")
 
@@ -191,8 +191,8 @@ def test_what_a_response_writes_to_every_file_is_no_verdict(running: VerifierPoo
 def test_one_response_does_not_change_how_the_next_is_judged(running: VerifierPool) -> None:
     tampering = """
         import builtins, sys
-        import megatron_fipo.rl.verifiers.judging as judging
-        from megatron_fipo.rl.verifiers.verdict import Verdict
+        import megatron_fipo.verifiers.judging as judging
+        from megatron_fipo.verifiers.verdict import Verdict
         for name in ("__main__", "runs_its_text", judging.__name__):
             module = sys.modules[name]
             module.judge = module.verify = lambda *anything: Verdict(1.0, "tampered")
@@ -222,7 +222,7 @@ def gym_entries() -> Iterator[tuple[str, dict[str, Any]]]:
     """An entry of every task of the installed package that can be made without further parameters."""
     from reasoning_gym.factory import DATASETS
 
-    from megatron_fipo.rl.verifiers.reasoning_gym_tasks import open_task
+    from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
 
     for task in sorted(DATASETS.keys() - {"composite"}):
         yield task, open_task(task, {}, seed=1, size=1)[0]
@@ -266,10 +266,10 @@ def test_no_task_of_reasoning_gym_runs_its_answer(modules: Path, tmp_path: Path)
 def test_workers_know_no_secret_and_their_command_lines_neither(modules: Path) -> None:
     url = "http://127.0.0.1:9/score?key=a-secret-in-a-name"
     names = [RUNS, "math", "code", "reasoning_gym", url]
-    others = children_running("megatron_fipo.rl.verifiers.worker")
+    others = children_running("megatron_fipo.verifiers.worker")
     with VerifierPool(verifiers=names) as pool:
         pool.wait_until_ready()
-        workers = [worker for worker in children_running("megatron_fipo.rl.verifiers.worker") if worker not in others]
+        workers = [worker for worker in children_running("megatron_fipo.verifiers.worker") if worker not in others]
         assert len(workers) == len({isolation_of(name) for name in names}) == 5
         for worker in workers:
             environment = (worker / "environ").read_bytes()
@@ -306,7 +306,7 @@ def test_every_name_has_its_kind() -> None:
 def test_a_kernel_without_landlock_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     for has, expected in ((True, []), (False, ["judges:verify can read files"])):
-        monkeypatch.setattr("megatron_fipo.rl.verifiers.isolation.has_landlock", lambda has=has: has)
+        monkeypatch.setattr("megatron_fipo.verifiers.isolation.has_landlock", lambda has=has: has)
         warnings = isolation_warnings(["math", "judges:verify"], [])
         assert [part in warning for part, warning in zip(expected, warnings, strict=True)] == [True] * len(expected)
         assert isolation_warnings(["math", "judges:verify"], ["judges:verify"]) == []
@@ -315,8 +315,8 @@ def test_a_kernel_without_landlock_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 NOWHERE = """
 import platform, sys
 platform.machine = lambda: "riscv64"
-from megatron_fipo.rl.verifiers.isolation import Isolation, WorkerSetup
-from megatron_fipo.rl.verifiers.worker import CannotJudgeError, start
+from megatron_fipo.verifiers.isolation import Isolation, WorkerSetup
+from megatron_fipo.verifiers.worker import CannotJudgeError, start
 name, isolation = sys.argv[1:]
 try:
     start(WorkerSetup((name,), Isolation(isolation), 1.0, 8.0), -1)
@@ -332,7 +332,7 @@ except CannotJudgeError as error:
 def test_where_nothing_can_be_confined_what_evaluates_text_is_refused(
     modules: Path, name: str, kind: str, refused: bool
 ) -> None:
-    path = os.pathsep.join([str(Path(pool_module.__file__).parents[3]), str(modules)])
+    path = os.pathsep.join([str(Path(pool_module.__file__).parents[2]), str(modules)])
     run = subprocess.run(
         [sys.executable, "-c", NOWHERE, name, kind],
         env={**os.environ, "PYTHONPATH": path},
@@ -350,7 +350,7 @@ def test_where_nothing_can_be_confined_what_evaluates_text_is_refused(
 
 TALKS_BACK = r"""
 import os, pickle, struct
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 class Bomb:
     def __init__(self, folder):
@@ -423,7 +423,7 @@ def test_whatever_a_worker_sends_is_data(modules: Path, tmp_path: Path) -> None:
 DIES_AT_ITS_START = """
 import os, signal
 from pathlib import Path
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 starts = Path(__file__).with_name("starts")
 starts.mkdir(exist_ok=True)
@@ -482,7 +482,7 @@ def test_what_would_fail_again_is_not_tried_again(
 
 LEAVES_FILES = """
 import tempfile, time
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 folder = tempfile.mkdtemp()
 

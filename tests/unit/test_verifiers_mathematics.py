@@ -16,16 +16,16 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.rl.verifiers import mathematics
-from megatron_fipo.rl.verifiers.answer_markers import MAX_SEARCHED_CHARACTERS, last_answer_tag, last_boxed, last_line
-from megatron_fipo.rl.verifiers.answers import algebra, units
-from megatron_fipo.rl.verifiers.answers.size_limit import TooLargeError, size_limit
-from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
-from megatron_fipo.rl.verifiers.math_text import cleaned, is_computable
-from megatron_fipo.rl.verifiers.plain_numbers import read_plain_number
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.registry import load_verifier
-from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict, VerifierFunction, VerifierJob
+from megatron_fipo.verifiers import mathematics
+from megatron_fipo.verifiers.answer_markers import MAX_SEARCHED_CHARACTERS, last_answer_tag, last_boxed, last_line
+from megatron_fipo.verifiers.answers import algebra, units
+from megatron_fipo.verifiers.answers.size_limit import TooLargeError, size_limit
+from megatron_fipo.verifiers.cpu_limit import CpuLimitError, cpu_limit
+from megatron_fipo.verifiers.math_text import cleaned, is_computable
+from megatron_fipo.verifiers.plain_numbers import read_plain_number
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.registry import load_verifier
+from megatron_fipo.verifiers.verdict import JobVerifier, Verdict, VerifierFunction, VerifierJob
 
 TABLE = [
     json.loads(line)
@@ -512,8 +512,8 @@ def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monk
     """The control: the answers above are as hostile as they look, and the pool survives them even so."""
     (tmp_path / "careless.py").write_text(
         "import contextlib\n"
-        "from megatron_fipo.rl.verifiers import mathematics\n"
-        "from megatron_fipo.rl.verifiers.answers import algebra\n"
+        "from megatron_fipo.verifiers import mathematics\n"
+        "from megatron_fipo.verifiers.answers import algebra\n"
         "mathematics.is_computable = algebra.is_computable = lambda text: True\n"
         "mathematics.size_limit = contextlib.nullcontext\n"
         "verify = mathematics.verify\n"

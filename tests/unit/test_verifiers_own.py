@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.rl.verifiers import asking, registry
-from megatron_fipo.rl.verifiers.inspection import inspect_verifiers
-from megatron_fipo.rl.verifiers.judging import judge
-from megatron_fipo.rl.verifiers.own_function import OwnFunction, SignatureError
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.returned import NoVerdictError, as_verdict
-from megatron_fipo.rl.verifiers.verdict import NO_VERDICT, RAISED, JobVerifier, Verdict, VerifierJob
+from megatron_fipo.verifiers import asking, registry
+from megatron_fipo.verifiers.inspection import inspect_verifiers
+from megatron_fipo.verifiers.judging import judge
+from megatron_fipo.verifiers.own_function import OwnFunction, SignatureError
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.returned import NoVerdictError, as_verdict
+from megatron_fipo.verifiers.verdict import NO_VERDICT, RAISED, JobVerifier, Verdict, VerifierJob
 
 JOB = VerifierJob("own", "4", "four", "length", "2+2=", {"level": 3})
 
@@ -252,7 +252,7 @@ def test_a_verdict_that_holds_what_it_should_not_is_an_error() -> None:
 
 
 def test_half_a_character_in_a_verdict_is_written_out() -> None:
-    verdict = judge(VerifierJob("megatron_fipo.rl.verifiers.exact:verify", "\ud800", "\ud800"), 1.0)
+    verdict = judge(VerifierJob("megatron_fipo.verifiers.exact:verify", "\ud800", "\ud800"), 1.0)
     assert verdict.correct
     verdict.answer.encode()
     assert verdict.answer.endswith("\\ud800")

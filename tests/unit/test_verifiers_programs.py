@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.rl.verifiers import sandbox
-from megatron_fipo.rl.verifiers.code import verify
-from megatron_fipo.rl.verifiers.code_blocks import extract_program
-from megatron_fipo.rl.verifiers.code_output import same_output, same_result
-from megatron_fipo.rl.verifiers.code_reference import check_reference, read_reference
-from megatron_fipo.rl.verifiers.cpu_limit import CpuLimitError, cpu_limit
-from megatron_fipo.rl.verifiers.sandbox import Limits, Outcome, run_python
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers import sandbox
+from megatron_fipo.verifiers.code import verify
+from megatron_fipo.verifiers.code_blocks import extract_program
+from megatron_fipo.verifiers.code_output import same_output, same_result
+from megatron_fipo.verifiers.code_reference import check_reference, read_reference
+from megatron_fipo.verifiers.cpu_limit import CpuLimitError, cpu_limit
+from megatron_fipo.verifiers.sandbox import Limits, Outcome, run_python
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 FENCE = "```"
 LIMITS = Limits(wall_s=60.0)

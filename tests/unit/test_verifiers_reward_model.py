@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.rl.verifiers import reward_model
-from megatron_fipo.rl.verifiers.judging import judge
-from megatron_fipo.rl.verifiers.pool import VerifierPool
-from megatron_fipo.rl.verifiers.registry import check_verifier_name, load_verifier
-from megatron_fipo.rl.verifiers.reward_model import RewardModel, RewardModelError
-from megatron_fipo.rl.verifiers.verdict import Verdict, VerifierJob
+from megatron_fipo.verifiers import reward_model
+from megatron_fipo.verifiers.judging import judge
+from megatron_fipo.verifiers.pool import VerifierPool
+from megatron_fipo.verifiers.registry import check_verifier_name, load_verifier
+from megatron_fipo.verifiers.reward_model import RewardModel, RewardModelError
+from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 
 @dataclass
@@ -198,7 +198,7 @@ def test_what_is_no_url(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ objects that judge
 
 OBJECTS = """
-from megatron_fipo.rl.verifiers.verdict import JobVerifier, Verdict
+from megatron_fipo.verifiers.verdict import JobVerifier, Verdict
 
 class Judge(JobVerifier):
     def __init__(self, ready):

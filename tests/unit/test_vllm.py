@@ -18,11 +18,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from megatron_fipo.config import ConfigError, load_config, validate
-from megatron_fipo.rollout import server_plugins
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.server_api import Completion, LaunchSpec
-from megatron_fipo.rollout.server_http import ServerConnection, ServerRefusedError
-from megatron_fipo.rollout.vllm import VllmAdapter, VllmServer, _continued_seed
+from megatron_fipo.rollout.servers import plugins
+from megatron_fipo.rollout.servers.api import Completion, LaunchSpec
+from megatron_fipo.rollout.servers.http import ServerConnection, ServerRefusedError
+from megatron_fipo.rollout.servers.vllm.server import VllmAdapter, VllmServer, _continued_seed
 from tests.models import save_random_model
 
 REQUEST = GenerationRequest("sample", 0, 0, (5, 6, 7), SamplingParams(8), seed=1)
@@ -258,7 +258,7 @@ def test_the_launcher_for_cpus_leaves_time_to_others_in_every_process(tmp_path: 
         path = tmp_path / "vllm" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    launcher = Path(server_plugins.__file__).with_name("vllm_cpu_launcher.py")
+    launcher = Path(plugins.__file__).with_name("vllm_cpu_launcher.py")
     command = [sys.executable, str(launcher), "--port", "1"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)

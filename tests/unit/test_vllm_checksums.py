@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.digest import _CHUNK_ELEMENTS, digest, label
-from megatron_fipo.rollout.server_plugins.megatron_fipo_vllm.transport import pack, unpack
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import _CHUNK_ELEMENTS, digest, label
+from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.transport import pack, unpack
 
 
 def random_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

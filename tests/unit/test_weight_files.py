@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.convert.command import add_verify, run
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.hf_folder import CheckpointReader
 from megatron_fipo.convert.inspection import check_weights, inspect_folder
+from megatron_fipo.convert.offline.command import add_verify, run
 from megatron_fipo.convert.weight_files import find_weight_files, is_buffer
 from tests.models import save_random_model
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from megatron_fipo.parallel.external_group import ExternalGroup
-from megatron_fipo.rollout import sglang
-from megatron_fipo.rollout.snapshots import SnapshotWriter
-from megatron_fipo.rollout.weight_buckets import pack
+from megatron_fipo.rollout.servers.sglang import server as sglang
+from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
+from megatron_fipo.rollout.servers.weight_buckets import pack
 from tests.models import TINY, load, save_random_model
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from megatron_fipo.rl.types import Sample
-from megatron_fipo.rollout.canary import CanaryError
-from megatron_fipo.rollout.server_engine import ServerEngine
-from megatron_fipo.rollout.server_http import ServerError
-from megatron_fipo.rollout.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.canary import CanaryError
+from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
 from tests.unit.fake_servers import BUCKET_S, Fault, Machine, die, hang, refuse, unavailable
 from tests.unit.server_world import World, play_groups, request, tokens_of
 

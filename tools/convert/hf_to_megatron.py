@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_fipo.convert.command import add_hf_to_megatron, run
+from megatron_fipo.convert.offline.command import add_hf_to_megatron, run
 
 if __name__ == "__main__":
     sys.exit(run(add_hf_to_megatron))

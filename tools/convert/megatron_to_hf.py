@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_fipo.convert.command import add_megatron_to_hf, run
+from megatron_fipo.convert.offline.command import add_megatron_to_hf, run
 
 if __name__ == "__main__":
     sys.exit(run(add_megatron_to_hf))

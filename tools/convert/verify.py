@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_fipo.convert.command import add_verify, run
+from megatron_fipo.convert.offline.command import add_verify, run
 
 if __name__ == "__main__":
     sys.exit(run(add_verify))

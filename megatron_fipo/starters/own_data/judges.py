@@ -1,6 +1,6 @@
 """Judges of responses. `verifier: judges:verify` in the configuration names a function of this file."""
 
-from megatron_fipo.rl.verifiers.verdict import Verdict
+from megatron_fipo.verifiers.verdict import Verdict
 
 
 def verify(response_text: str, reference: object, finish_reason: str) -> Verdict:

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from megatron_fipo.convert.hf_config import read_model_shape
-from megatron_fipo.rollout.cuda_handles import DEVICE_ARGUMENT
-from megatron_fipo.rollout.server_plugins.server_guard import refusal
-from megatron_fipo.rollout.sglang_checksums import SglangLedger
+from megatron_fipo.rollout.servers.cuda_handles import DEVICE_ARGUMENT
+from megatron_fipo.rollout.servers.plugins.server_guard import refusal
+from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger
 from tests.colocated.fake_gpus import FakeGpus, OutOfGpuMemoryError
 
 UUID = "GPU-fake-"

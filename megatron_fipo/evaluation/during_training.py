@@ -1,0 +1,162 @@
+"""Evaluation of the policy in the course of a run: scored, shown, written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import Config
+from megatron_fipo.console.console import Console, ShownSample
+from megatron_fipo.evaluation.scores import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
+from megatron_fipo.rl.types import Group, Prompt
+from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.generation import GroupGenerator
+from megatron_fipo.system.disk import DiskError, write_text_whole
+
+MAX_TYPED_CHARACTERS = 60
+"""Longest prompt that is proposed for typing."""
+
+_HEADLINE = ("avg@", "cons@", "pass@", "response_tokens/mean")
+
+
+class HeldOutEvaluation:
+    """Evaluates on every source of data.evaluation."""
+
+    def __init__(
+        self,
+        config: Config,
+        sets: Mapping[str, Sequence[Prompt]],
+        generator: GroupGenerator,
+        console: Console,
+        folder: Path | None,
+    ) -> None:
+        """
+        Args:
+            sets: prompts by source.
+            folder: where judged responses are written; None on all ranks but one.
+        """
+        self._config, self._sets, self._generator = config, sets, generator
+        self._console, self._folder = console, folder
+        self._solved: list[Prompt] = []
+
+    def run(self, when: str, *, compare: bool = False, announce: bool = True) -> dict[str, float]:
+        """Scores by flat name, the same on every rank; empty without sources. Collective over all ranks.
+
+        Args:
+            when: "before", "after" or a step; goes into file names and headings.
+            compare: show the scores of the evaluation "before" beside these, if this run or the one that it goes on
+                from has made it.
+            announce: show samples and a table.
+
+        Raises:
+            DiskError: on the rank that writes, after the last collective call.
+            ValueError: there too, if the scores to compare with are damaged.
+        """
+        metrics: dict[str, float] = {}
+        self._solved = []
+        unwritten: DiskError | None = None
+        for source, prompts in self._sets.items():
+            groups = self._generate(prompts)
+            self._solved += [group.prompt for group in groups if all(sample.accuracy == 1 for sample in group.samples)]
+            problems = [ProblemResult.from_group(group) for group in groups]
+            metrics |= evaluate_problems(problems)[source].metrics
+            if self._folder is not None:
+                try:
+                    write_problems(self._folder / f"{when}_{source}.jsonl", problems)
+                except DiskError as error:  # told at the end, since other ranks go on to generate the next source
+                    unwritten = error
+            if announce:
+                self._show_samples(when, source, groups)
+        if unwritten is not None:
+            raise unwritten
+        if self._folder is not None and metrics:
+            write_text_whole(self._folder / f"{when}.json", json.dumps(metrics, indent=2) + "\n")
+            if announce:
+                before = self.scores_before() if compare else {}
+                title = "Held-out, before and after" if before else "Held-out"
+                after = _headline(metrics) if before else None
+                self._console.evaluation_table(title, _headline(before or metrics), after)
+        return metrics
+
+    def prompts_to_try(self) -> list[str]:
+        """The shortest and the longest prompt that a person could type and that the last evaluation found solved.
+
+        Those of sources with a chat template are left out: they hold the template's marks. Empty where there is none.
+        """
+        typed = sorted(
+            {
+                prompt.text
+                for prompt in self._solved
+                if len(prompt.text) <= MAX_TYPED_CHARACTERS
+                and prompt.text.isprintable()
+                and not self._config.data.evaluation[prompt.source].chat_template
+            },
+            key=lambda text: (len(text), text),
+        )
+        return [typed[0], typed[-1]] if len(typed) > 1 else typed
+
+    def scores_before(self) -> dict[str, float]:
+        """What training began with, as this run or the one that it goes on from wrote it; empty where nothing did."""
+        if self._folder is None or not (path := self._folder / "before.json").is_file():
+            return {}
+        try:
+            scores = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise _no_scores(path, str(error)) from error
+        if not isinstance(scores, dict) or not all(type(value) in (int, float) for value in scores.values()):
+            raise _no_scores(path, "numbers by name were expected")
+        return scores
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        section, rollout = self._config.evaluation, self._config.rollout
+        max_tokens = section.max_response_tokens or rollout.max_response_tokens
+        sampling = SamplingParams(max_tokens, section.temperature, section.top_p)
+        num_samples = section.num_samples_per_prompt
+        with self._console.evaluation_progress(len(self._generator.own_share(prompts)) * num_samples) as progress:
+            return self._generator.generate(
+                prompts, num_samples, sampling, EVALUATION_STEP, on_sample=lambda sample: progress.advance()
+            )
+
+    def _show_samples(self, when: str, source: str, groups: Sequence[Group]) -> None:
+        shown = [(group.prompt, group.samples[0]) for group in groups[: self._config.run.num_sample_prints]]
+        self._console.samples(
+            f"Responses {when} training: {source}",
+            [
+                ShownSample(
+                    prompt=prompt.text,
+                    response=sample.response_text,
+                    reference=_reference_text(prompt.reference),
+                    answer=sample.answer,
+                    accuracy=sample.accuracy,
+                    num_tokens=len(sample.response_ids),
+                    truncated=sample.truncated,
+                )
+                for prompt, sample in shown
+            ],
+        )
+
+
+def _no_scores(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} does not hold the scores that training began with ({reason}). Restore it from a copy, or delete it: "
+        "the "
+        "comparison at the end is then left out."
+    )
+
+
+def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What is shown of an evaluation; the rest is in the metrics."""
+    short = {name.removeprefix("evaluation/"): value for name, value in metrics.items()}
+    return {
+        name: value
+        for name, value in short.items()
+        if name.split("/", 1)[1].startswith(_HEADLINE) and "_ci95_" not in name
+    }
+
+
+def _reference_text(reference: Any) -> str:
+    if isinstance(reference, dict) and "entry" in reference:
+        return str(reference["entry"].get("answer", ""))
+    return str(reference)

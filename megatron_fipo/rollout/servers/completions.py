@@ -1,0 +1,47 @@
+"""From the parts of a server's answer to one response, refused where they do not belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_fipo.rollout.servers.api import Completion
+from megatron_fipo.rollout.servers.http import ServerRefusedError
+
+
+def join_completion(
+    url: str,
+    token_ids: Sequence[int],
+    scored: Sequence[tuple[int, float]],
+    finish_reason: Any,
+    version_spans: Sequence[tuple[str, int, int]],
+    num_cached_tokens: int,
+) -> Completion:
+    """One response, whole and consistent.
+
+    Args:
+        url: the server's, for the message.
+        token_ids: the response.
+        scored: (token id, log-prob) as the server lists them beside the response.
+        finish_reason: in the server's word.
+        version_spans: (weight version, first token, one past the last); empty ones are left out.
+        num_cached_tokens: see `Completion`.
+
+    Raises:
+        ServerRefusedError: if tokens, log-probs and weight versions do not cover each other, or the finish reason is
+            none of stop, length and abort.
+    """
+    spans = [span for span in version_spans if span[2] > span[1]]
+    covered = [span[1] for span in spans] + [len(token_ids)] == [0] + [span[2] for span in spans]
+    same_tokens = [token_id for token_id, _ in scored] == list(token_ids)
+    log_probs = [log_prob for _, log_prob in scored]
+    are_numbers = all(type(token) is int for token in token_ids) and all(
+        type(each) in (int, float) for each in log_probs
+    )
+    if same_tokens and covered and are_numbers and finish_reason in ("stop", "length", "abort"):
+        return Completion(token_ids, log_probs, finish_reason, spans, num_cached_tokens)
+    raise ServerRefusedError(
+        f"{url} gave {len(token_ids)} tokens, {len(scored)} log-probs, finish_reason {finish_reason!r} and weight "
+        f"versions {spans}, which do not belong together",
+        200,
+    )

@@ -1,0 +1,132 @@
+"""How far each verifier is kept apart from the trainer, by its name.
+
+| kind | verifiers | environment | the response is judged | may do |
+|---|---|---|---|---|
+| COMPUTING | math, exact, chain_arithmetic | allow-list | in one process for all | compute, read Python's files |
+| EVALUATING | reasoning_gym | allow-list | in a process of its own | the same |
+| OWN | package.module:function | allow-list | in a process of its own | the same, and read its module's folder |
+| PROGRAMS | code, code_unprotected | allow-list | by programs that it starts in `sandbox` | what the user may |
+| REMOTE | the URL of a reward model | allow-list, proxies | by a server | reach servers, write no file |
+| TRUSTED | what `verifier.trusted` names | the trainer's | in one process for all | what the user may |
+
+Only what cannot turn a text into code judges many responses in one process: mathematics has an evaluator of its own,
+behind `expressions_only`.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import megatron_fipo
+from megatron_fipo.verifiers.confinement import has_landlock
+from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS, FOLDERS_VARIABLE
+
+
+class Isolation(Enum):
+    """The kinds of the table above; each has processes of its own."""
+
+    COMPUTING = "computing"
+    EVALUATING = "evaluating"
+    OWN = "own"
+    PROGRAMS = "programs"
+    REMOTE = "remote"
+    TRUSTED = "trusted"
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether every response has a process of its own."""
+        return self in (Isolation.EVALUATING, Isolation.OWN)
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker is told before it starts.
+
+    Attributes:
+        verifiers: names to import.
+        isolation: the kind that all of them are.
+        timeout_s: longest time for one response.
+        memory_gib: address space that the process may take.
+    """
+
+    verifiers: tuple[str, ...]
+    isolation: Isolation
+    timeout_s: float
+    memory_gib: float
+
+
+_BUILTIN = {
+    "chain_arithmetic": Isolation.COMPUTING,
+    "code": Isolation.PROGRAMS,
+    "code_unprotected": Isolation.PROGRAMS,
+    "exact": Isolation.COMPUTING,
+    "math": Isolation.COMPUTING,
+    "math_answer": Isolation.COMPUTING,
+    "math_boxed": Isolation.COMPUTING,
+    "reasoning_gym": Isolation.EVALUATING,
+}
+
+_PASSED_ON = (
+    "PATH", "HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "LC_NUMERIC", "LC_COLLATE", "TZ", "VIRTUAL_ENV",
+    "CONDA_PREFIX", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8",
+    "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONWARNINGS",
+    FOLDERS_VARIABLE,
+)  # fmt: skip
+"""What a worker keeps of the trainer's environment: where Python and its packages are, and how text is read."""
+
+_PASSED_ON_TO_CLIENTS = (
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+    "SSL_CERT_FILE", "SSL_CERT_DIR",
+)  # fmt: skip
+
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def isolation_of(verifier: str, trusted: Collection[str] = ()) -> Isolation:
+    """The kind of a verifier's name; a built-in one may be called by its dotted path as well."""
+    if verifier in trusted:
+        return Isolation.TRUSTED
+    if verifier.startswith(("http://", "https://")):
+        return Isolation.REMOTE
+    builtin = {path: name for name, path in BUILTIN_VERIFIERS.items()}.get(verifier, verifier)
+    # One that is new and not in the table is kept as far away as there is.
+    return _BUILTIN.get(builtin, Isolation.EVALUATING if builtin in BUILTIN_VERIFIERS else Isolation.OWN)
+
+
+def environment_of(isolation: Isolation, scratch: str) -> dict[str, str]:
+    """A worker's environment: no secret of the trainer's, one thread, and a folder for temporary files."""
+    if isolation is Isolation.TRUSTED:
+        environment = dict(os.environ)
+    else:
+        names = (*_PASSED_ON, *(_PASSED_ON_TO_CLIENTS if isolation is Isolation.REMOTE else ()))
+        environment = {name: os.environ[name] for name in names if name in os.environ}
+        environment.setdefault("PYTHONUSERBASE", site.getuserbase())
+    python_path = [package_root(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **environment,
+        **dict.fromkeys(_ONE_THREAD, "1"),
+        "PYTHONPATH": os.pathsep.join(python_path),
+        "TMPDIR": scratch,
+    }
+
+
+def package_root() -> str:
+    """The folder from which this package is imported."""
+    return str(Path(megatron_fipo.__file__).parents[1])
+
+
+def isolation_warnings(verifiers: Iterable[str], trusted: Collection[str]) -> list[str]:
+    """What of the protection cannot be had on this machine, for these verifiers."""
+    confined = sorted(name for name in verifiers if isolation_of(name, trusted).is_forked)
+    if not confined or not sys.platform.startswith("linux") or has_landlock():
+        return []
+    return [
+        f"this kernel has no Landlock, so that the processes of {', '.join(confined)} can read files, and in /proc the "
+        "environment and memory of this run; they can neither write any nor reach the network"
+    ]

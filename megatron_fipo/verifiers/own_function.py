@@ -1,0 +1,164 @@
+"""A function of the user's own as a verifier: it takes by name what it wants, and returns what `returned` understands.
+
+    def reward(response, answer):                          # what it wants, in any order
+    async def reward(completion, prompt, row):             # awaited; row is the data's row as a dict
+    def reward(response_text, **kwargs):                   # kwargs holds everything else
+    def reward(response_text, reference, finish_reason):   # these three also go by position, whatever their names
+
+A signature that can never be called is refused where the function is loaded, before anything is generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
+from inspect import Parameter
+from typing import Any
+
+from megatron_fipo.verifiers.returned import as_verdict
+from megatron_fipo.verifiers.verdict import JobVerifier, Verdict, VerifierJob
+
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "response_text": ("response_text", "response", "completion", "solution_str"),
+    "reference": ("reference", "answer", "ground_truth"),
+    "finish_reason": ("finish_reason",),
+    "prompt_text": ("prompt_text", "prompt"),
+    "row": ("row",),
+}
+"""Names that a parameter may have, by the field of `VerifierJob` that it is given."""
+
+_FIELD_OF = {name: field for field, names in ARGUMENTS.items() for name in names}
+_BY_POSITION = ("response_text", "reference", "finish_reason")
+_NAMED_KINDS = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+class SignatureError(TypeError):
+    """A function that asks for what a verifier is not given."""
+
+
+class OwnFunction(JobVerifier):
+    """Calls a function with what its parameters' names ask for."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        """
+        Args:
+            name: of the verifier, for messages.
+            function: plain or a coroutine function.
+
+        Raises:
+            SignatureError: if it cannot be called.
+        """
+        self._function = function
+        self._by_name, self.hint = _bound(name, function)
+        self._leading = _positional_only(function) if self._by_name is not None else []
+        self.wants_row = self._by_name is not None and "row" in self._by_name.values()
+
+    def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
+        """What the function says; raises what it raises, and NoVerdictError for what is no verdict."""
+        if self._by_name is None:
+            returned = self._function(job.response_text, job.reference, job.finish_reason)
+        else:
+            given = {name: getattr(job, field) for name, field in self._by_name.items()}
+            leading = [given.pop(name) for name in self._leading]
+            returned = self._function(*leading, **given)
+        if inspect.isawaitable(returned):
+            returned = asyncio.run(_awaited(returned))
+        return as_verdict(returned)
+
+
+async def _awaited(returned: Awaitable[Any]) -> Any:
+    return await returned
+
+
+def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | None, str]:
+    """(field of the job by parameter, None where the three go by position; a doubt to tell, else empty)."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions written in C have none
+        return None, ""
+    if _goes_by_position(parameters):
+        return None, ""
+    by_name: dict[str, str] = {}
+    missing, doubts = [], []
+    leading = _positional_only(function)
+    for parameter in parameters.values():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            by_name |= {known: field for known, field in _FIELD_OF.items() if known not in parameters}
+        elif (parameter.kind in _NAMED_KINDS and parameter.name in _FIELD_OF) or parameter.name in leading:
+            by_name[parameter.name] = _FIELD_OF[parameter.name]
+        elif parameter.kind is not Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty:
+            missing.append(parameter)
+        elif parameter.kind in _NAMED_KINDS and (nearest := _nearest(parameter.name, cutoff=0.8)):
+            doubts.append(f"its parameter {parameter.name!r} is never given anything.{nearest}")
+    if missing:
+        raise SignatureError(_refusal(name, missing))
+    if not by_name:
+        raise SignatureError(
+            f"verifier {name} takes nothing that could be judged. It is called once for each response, with those of "
+            f"these that it names: {_accepted_names()}."
+        )
+    return by_name, " ".join(doubts)
+
+
+def _positional_only(function: Callable[..., Any]) -> list[str]:
+    """Parameters before a "/" that are known by name, as far as one behind the other is."""
+    parameters = inspect.signature(function).parameters.values()
+    known = itertools.takewhile(lambda p: p.kind is Parameter.POSITIONAL_ONLY and p.name in _FIELD_OF, parameters)
+    return [parameter.name for parameter in known]
+
+
+def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
+    """Whether it is of the form (response_text, reference, finish_reason), under whatever names.
+
+    Three parameters are if none has a name that is known, or if those that have one stand at its place and the third
+    is finish_reason. So (text, truth, reason) works, and (response, answer, difficulty) is never given the reason for
+    which the response ended in place of a difficulty.
+    """
+    values = list(parameters.values())
+    names_one = any(name in _FIELD_OF for name in parameters)
+    if any(value.kind is Parameter.KEYWORD_ONLY and value.default is Parameter.empty for value in values):
+        return False
+    if not names_one and any(value.kind is Parameter.VAR_POSITIONAL for value in values):
+        return True  # such as a decorator that hides what it wraps
+    positional = [v for v in values if v.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    first, others = positional[:3], [value for value in values if value not in positional[:3]]
+    if len(first) < 3 or any(value.default is Parameter.empty for value in positional[3:]):
+        return False
+    if not names_one:
+        return True
+    if any(value.name in _FIELD_OF or value.kind is Parameter.VAR_KEYWORD for value in others):
+        return False
+    at_their_place = all(_FIELD_OF.get(v.name, at) == at for v, at in zip(first, _BY_POSITION, strict=True))
+    return at_their_place and first[2].name == "finish_reason"
+
+
+def _refusal(name: str, missing: list[Parameter]) -> str:
+    named = ", ".join(repr(parameter.name) for parameter in missing)
+    hints = [
+        f"{hint} for {parameter.name!r}?"
+        for parameter in missing
+        if parameter.name not in _FIELD_OF and (hint := _nearest(parameter.name).rstrip("?"))
+    ]
+    by_position = [p.name for p in missing if p.kind is Parameter.POSITIONAL_ONLY]
+    more = (
+        " Parameters before a '/' go by position only, and none behind one that is unknown; remove it."
+        if by_position
+        else ""
+    )
+    return (
+        f"verifier {name} takes {named}, which a verifier is not given.{''.join(hints)}{more} It judges one response "
+        f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or "
+        f"exactly three by position: {', '.join(_BY_POSITION)}. Other parameters need a default."
+    )
+
+
+def _nearest(name: str, cutoff: float = 0.5) -> str:
+    nearest = difflib.get_close_matches(name.lower(), _FIELD_OF, n=1, cutoff=cutoff)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _accepted_names() -> str:
+    return ", ".join(" or ".join(names) for names in ARGUMENTS.values())

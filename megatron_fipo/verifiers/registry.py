@@ -1,0 +1,200 @@
+"""Verifiers by name.
+
+A built-in name stands for a dotted path, so any other importable function works the same way. The URL of a reward model
+is a name, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_fipo.verifiers.own_function import OwnFunction, SignatureError
+from megatron_fipo.verifiers.reward_model import RewardModel, without_secrets
+from megatron_fipo.verifiers.verdict import JobVerifier, Verifier, split_name
+
+BUILTIN_VERIFIERS = {
+    "chain_arithmetic": "megatron_fipo.verifiers.chain_arithmetic:verify",
+    "code": "megatron_fipo.verifiers.code:verify",
+    "code_unprotected": "megatron_fipo.verifiers.code:verify_unprotected",
+    "exact": "megatron_fipo.verifiers.exact:verify",
+    "math": "megatron_fipo.verifiers.mathematics:verify",
+    "math_answer": "megatron_fipo.verifiers.mathematics:verify_answer_line",
+    "math_boxed": "megatron_fipo.verifiers.mathematics:verify_boxed",
+    "reasoning_gym": "megatron_fipo.verifiers.reasoning_gym_tasks:verify",
+}
+"""Dotted path of each built-in verifier; modules load on first use, so that only those in use need their packages."""
+
+FOLDERS_VARIABLE = "MEGATRON_FIPO_VERIFIER_FOLDERS"
+"""Environment variable with further folders, separated as in PATH, in which a user's own modules are looked for. A
+process that judges inherits it."""
+
+_URL = re.compile(r"https?://[^\s/]+\S*")
+
+
+class CannotLoadError(ImportError):
+    """A verifier of the user's own that cannot be used; the message says why and what to do, without a traceback."""
+
+
+def check_verifier_name(name: str) -> None:
+    """Check that a name can stand for a verifier, without importing anything.
+
+    Raises:
+        ValueError: if it is neither built in, nor of the form "package.module:function", nor the URL of a reward model.
+    """
+    if name in BUILTIN_VERIFIERS or _URL.fullmatch(name) or is_own(name):
+        return
+    nearest = difflib.get_close_matches(name, BUILTIN_VERIFIERS, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(
+        f"unknown verifier {name!r}: known are {', '.join(sorted(BUILTIN_VERIFIERS))}, "
+        f"a function of your own as 'package.module:function', or the URL of a reward model.{hint}"
+    )
+
+
+def is_own(name: str) -> bool:
+    """Whether a verifier's name is the path of a user's own, "package.module:function"."""
+    module, separator, function = name.partition(":")
+    return bool(separator) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def shown_name(name: str) -> str:
+    """A name, or several with weights in one (`combined_name`), as messages show it: no key that a URL may hold."""
+    weights = split_name(name)
+    if len(weights) == 1:
+        return without_secrets(name) if _URL.fullmatch(name) else name
+    return " + ".join(f"{weight:g}*{shown_name(part)}" for part, weight in weights.items())
+
+
+def also_look_in(folder: Path) -> None:
+    """Have modules of the user's own looked for in a folder as well, in every process started from here on.
+
+    It comes last: what the current directory or the environment has under a name is what the name means.
+    """
+    folders = [text for text in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if text]
+    if str(folder.resolve()) not in folders:
+        os.environ[FOLDERS_VARIABLE] = os.pathsep.join([*folders, str(folder.resolve())])
+
+
+@cache
+def load_verifier(name: str) -> Verifier:
+    """Import a verifier.
+
+    Raises:
+        ValueError: for a name that cannot stand for a verifier.
+        CannotLoadError: if a user's own cannot be used: no such module or function, an exception when it is imported,
+            a signature that a verifier cannot be called with.
+        ImportError: if a package that a built-in one needs is not installed.
+    """
+    check_verifier_name(name)
+    if _URL.fullmatch(name):
+        return RewardModel(name)
+    if name not in BUILTIN_VERIFIERS:
+        return _own(name)
+    module, _, function = BUILTIN_VERIFIERS[name].partition(":")
+    verifier: Verifier = getattr(importlib.import_module(module), function)
+    return verifier
+
+
+# ------------------------------------------------------------------------------------------------- a user's own module
+
+
+def _own(name: str) -> JobVerifier:
+    module_name, _, attribute = name.partition(":")
+    module = _import(name, module_name)
+    if not hasattr(module, attribute):
+        raise CannotLoadError(_no_such_function(name, module, attribute))
+    found = getattr(module, attribute)
+    if isinstance(found, JobVerifier):
+        return found
+    if inspect.isclass(found):
+        raise CannotLoadError(
+            f"verifier {name!r} is a class. Name an instance of it: `{attribute.lower()} = {attribute}(…)` in the "
+            f"module, and verifier: {module_name}:{attribute.lower()}."
+        )
+    if not callable(found):
+        raise CannotLoadError(f"verifier {name!r} is a {type(found).__name__} and no function.")
+    try:
+        return OwnFunction(name, found)
+    except SignatureError as error:
+        raise CannotLoadError(str(error)) from error
+
+
+def _import(name: str, module_name: str) -> ModuleType:
+    for folder in (str(Path.cwd()), *os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)):
+        if folder and folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise CannotLoadError(_no_such_module(name, module_name, error.name)) from error
+        raise CannotLoadError(
+            f"verifier {name!r}: its module imports {error.name!r}, which is not installed for {sys.executable}."
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise CannotLoadError(
+            f"verifier {name!r}: importing its module failed: {type(error).__name__}: {error} ({_place(error)})."
+        ) from error
+
+
+def _no_such_module(name: str, module_name: str, missing: str) -> str:
+    folders = _searched()
+    where = ", ".join(str(folder) for folder in folders)
+    parent, _, leaf = missing.rpartition(".")
+    if parent:
+        known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))]
+        where = f"the package {parent}"
+    else:
+        known = [module.name for folder in folders for module in pkgutil.iter_modules([str(folder)])]
+    nearest = difflib.get_close_matches(leaf, known, n=1, cutoff=0.6)
+    hint = ""
+    if nearest:
+        module = module_name.replace(missing, f"{parent}.{nearest[0]}" if parent else nearest[0], 1)
+        hint = f" Did you mean '{module}:{name.partition(':')[2]}'?"
+    return (
+        f"verifier {name!r}: there is no module {missing!r}. It was looked for in {where}"
+        f"{'' if parent else ' and among the installed packages'}.{hint}"
+    )
+
+
+def _searched() -> list[Path]:
+    """The folders of sys.path in which a user's own module may lie: not the interpreter's, not those of packages."""
+    folders = []
+    for entry in sys.path:
+        folder = Path(entry or ".").resolve()
+        is_installed = any(folder.is_relative_to(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix))
+        if folder.is_dir() and folder not in folders and not is_installed and folder.name != "site-packages":
+            folders.append(folder)
+    return folders
+
+
+def _no_such_function(name: str, module: ModuleType, attribute: str) -> str:
+    own = sorted(key for key, value in vars(module).items() if not key.startswith("_") and _could_judge(module, value))
+    nearest = difflib.get_close_matches(attribute, own, n=1, cutoff=0.5)
+    hint = f" Did you mean '{module.__name__}:{nearest[0]}'?" if nearest else ""
+    place = getattr(module, "__file__", None) or module.__name__
+    return f"verifier {name!r}: {place} has no {attribute!r}; it has {', '.join(own) or 'no function'}.{hint}"
+
+
+def _could_judge(module: ModuleType, value: Any) -> bool:
+    if isinstance(value, JobVerifier):
+        return True
+    return callable(value) and not inspect.isclass(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"

@@ -1,0 +1,124 @@
+"""What a verifier returns, as people write them, to a verdict.
+
+A number or a bool is the score. A dict holds it under "score", beside "answer", "error" and further numbers by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_fipo.verifiers.verdict import Verdict, score_remedy
+
+_ACCEPTED = (
+    "A verifier judges one response and returns its score in [0, 1] (float, int or bool), a dict with 'score' and, if "
+    "there is one, 'answer', or a Verdict"
+)
+_KEYS = ("score", "answer", "error")
+
+
+class NoVerdictError(ValueError):
+    """What came back from a verifier is no verdict; the message says what it is and what would be one."""
+
+
+def as_verdict(returned: Any) -> Verdict:
+    """The verdict that a returned value stands for.
+
+    Raises:
+        NoVerdictError: for anything that stands for none, a score outside [0, 1] or NaN among it.
+    """
+    if isinstance(returned, Verdict):
+        return returned
+    if isinstance(returned, Mapping):
+        return _from_mapping(returned)
+    score = number(returned)
+    if score is None:
+        raise NoVerdictError(f"returned {_described(returned)}. {_ACCEPTED}.{_hint(returned)}")
+    return Verdict(_checked(score, returned))
+
+
+def number(value: Any) -> float | None:
+    """A number, also one of numpy's or torch's without dimensions, as a float; None for anything else."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, (bool, int, float)):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return None
+
+
+def _from_mapping(returned: Mapping[Any, Any]) -> Verdict:
+    error = returned.get("error")
+    if error:
+        return Verdict(0.0, _text(returned.get("answer")), str(error), _parts(returned))
+    if "score" not in returned:
+        names = [str(key) for key in returned]
+        nearest = difflib.get_close_matches("score", names, n=1, cutoff=0.5)
+        hint = f" Is {nearest[0]!r} meant to be 'score'?" if nearest else ""
+        raise NoVerdictError(f"returned a dict without 'score'; it has {', '.join(names) or 'nothing'}.{hint}")
+    score = number(returned["score"])
+    if score is None:
+        raise NoVerdictError(f"returned a dict whose 'score' is {_described(returned['score'])}. {_ACCEPTED}.")
+    return Verdict(_checked(score, returned["score"]), _text(returned.get("answer")), "", _parts(returned))
+
+
+def _parts(returned: Mapping[Any, Any]) -> dict[str, float]:
+    """The further numbers of a dict."""
+    parts = {}
+    for key, value in returned.items():
+        if key in _KEYS:
+            continue
+        part = number(value)
+        if part is None or not math.isfinite(part):
+            raise NoVerdictError(
+                f"returned a dict whose {str(key)!r} is {_described(value)}. Keys besides {', '.join(_KEYS)} are shown "
+                "as metrics and hold finite numbers. Leave it out."
+            )
+        parts[str(key)] = part
+    return parts
+
+
+def _checked(score: float, returned: Any) -> float:
+    if not 0.0 <= score <= 1.0:
+        raise NoVerdictError(f"returned the score {returned!r:.80}; a score lies in [0, 1]. {score_remedy(score)}")
+    return score
+
+
+def _text(answer: Any) -> str:
+    return "" if answer is None else str(answer)
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "None"
+    article = "an" if type(value).__name__[0] in "aeiou" else "a"
+    return f"{article} {type(value).__name__} ({_SHORT.repr(value):.80})"
+
+
+_SHORT = reprlib.Repr()
+"""Looks at the beginning of a value only: what a verifier returns may be a gigabyte long, or nested without an end."""
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def _hint(returned: Any) -> str:
+    if returned is None:
+        return " Does every way through it end in a return?"
+    if isinstance(returned, (list, tuple)) or getattr(returned, "shape", ()) != ():
+        return " It gets one response and not a batch: return the one score, not a list."
+    if isinstance(returned, str) and number_in(returned):
+        return " Return the number, not its text."
+    return ""
+
+
+def number_in(text: str) -> bool:
+    """Whether a text spells a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
