@@ -26,7 +26,7 @@ from megatron_fipo.config import Config, load_config
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.handover import actor_log_probs
 from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine

@@ -59,7 +59,8 @@ from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.objective import LossOutput
-from megatron_fipo.rl.types import Group, PackedBatch
+from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rl.trajectory import Group
 from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine
 from megatron_fipo.rollout.handover import Handover

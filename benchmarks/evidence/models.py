@@ -40,7 +40,8 @@ from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.preflight.memory import training_memory
 from megatron_fipo.preflight.work import forward_flops
 from megatron_fipo.rl.objective import LossOutput
-from megatron_fipo.rl.types import Group, PackedBatch, Prompt, Sample
+from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 
 PAD_TOKEN = 0
 LOGIT_STD = 4.0

@@ -27,8 +27,9 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.metrics.reductions import Mean, Metrics, scalars
 from megatron_fipo.parallel import cpu, exchange, groups
 from megatron_fipo.parallel.batch import shard_batch
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.types import PackedBatch, Sample
+from megatron_fipo.rl.trajectory import Sample
 
 BASE = Path(__file__).parent / "base"
 TASK = ChainArithmetic(num_terms=7, min_terms=2)

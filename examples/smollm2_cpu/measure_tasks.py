@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data.prompts import PromptStream
-from megatron_fipo.rl.types import Prompt
+from megatron_fipo.rl.trajectory import Prompt
 from megatron_fipo.verifiers.pool import VerifierPool
 from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 

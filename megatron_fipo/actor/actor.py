@@ -29,7 +29,7 @@ from megatron_fipo.metrics.reductions import Metrics, merge
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.vocab_log_probs import vocab_log_probs
-from megatron_fipo.rl.types import PackedBatch
+from megatron_fipo.rl.packed_batch import PackedBatch
 
 
 class Loss(Protocol):

@@ -24,7 +24,7 @@ from megatron_fipo.parallel import cpu, exchange, sharded_loss
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.objective import LossOutput, log_prob_shift
-from megatron_fipo.rl.types import PackedBatch
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 PAD_TOKEN = 0

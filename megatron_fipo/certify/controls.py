@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_fipo.parallel import batch, cp_layout, cp_suffix_sum, sharded_loss
 from megatron_fipo.rl.objective import LossOutput
-from megatron_fipo.rl.types import PackedBatch
+from megatron_fipo.rl.packed_batch import PackedBatch
 
 
 @dataclass(frozen=True)

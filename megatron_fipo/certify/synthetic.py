@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_fipo.config import Config
 from megatron_fipo.convert.families import expected_tensors
 from megatron_fipo.convert.hf_config import ModelShape, model_shape
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 
 GROUPS_PER_UPDATE = 2
 SAMPLES_PER_GROUP = 4

@@ -23,7 +23,7 @@ from megatron_fipo.config import (
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
 from megatron_fipo.data.records import nearest_name, read_records, record_generator
-from megatron_fipo.rl.types import Prompt
+from megatron_fipo.rl.trajectory import Prompt
 from megatron_fipo.verifiers.registry import check_verifier_name
 from megatron_fipo.verifiers.verdict import combined_name
 

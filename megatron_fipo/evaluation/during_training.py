@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fipo.config import Config
 from megatron_fipo.console.console import Console, ShownSample
 from megatron_fipo.evaluation.scores import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
-from megatron_fipo.rl.types import Group, Prompt
+from megatron_fipo.rl.trajectory import Group, Prompt
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator
 from megatron_fipo.system.disk import DiskError, write_text_whole

@@ -38,7 +38,7 @@ from megatron_fipo.hub.datasets import fetched_here
 from megatron_fipo.hub.models import model_folder
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import build_engine, in_process_engine

@@ -20,7 +20,7 @@ from megatron_fipo.system.disk import write_text_whole
 from megatron_fipo.verifiers.verdict import metric_part
 
 if TYPE_CHECKING:
-    from megatron_fipo.rl.types import Group
+    from megatron_fipo.rl.trajectory import Group
 
 EVALUATION_STEP = -1
 """Step that keys an evaluation's randomness: the same each time, so that policies meet the same random numbers."""

@@ -12,9 +12,10 @@ from torch.distributed import ProcessGroup
 from megatron_fipo.config import Config, microbatch_token_multiple, pad_multiple
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.groups import ParallelGroups, device
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch, pack, split_minibatches
 from megatron_fipo.rl.segments import segments_of
-from megatron_fipo.rl.types import Group, PackedBatch, Sample
+from megatron_fipo.rl.trajectory import Group, Sample
 
 _PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs", "sequence_ids")
 _PER_SEQUENCE = ("cu_seqlens_padded", "response_token_counts")

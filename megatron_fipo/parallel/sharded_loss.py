@@ -9,8 +9,8 @@ from torch.distributed import ProcessGroup
 from megatron_fipo.config import FipoConfig
 from megatron_fipo.parallel import cp_suffix_sum, exchange
 from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.rollout_correction import SumOverShards
-from megatron_fipo.rl.types import PackedBatch
 
 
 def sharded_policy_loss(

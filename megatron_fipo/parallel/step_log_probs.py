@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import FILLER
-from megatron_fipo.rl.types import PackedBatch
 
 
 def gather_old_log_probs(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config import RewardSection
-from megatron_fipo.rl.types import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Sample
 
 STD_EPSILON = 1e-6
 

@@ -10,7 +10,7 @@ import torch
 from megatron_fipo.metrics.reductions import Distribution, Last, Mean, Metrics, Std
 from megatron_fipo.rl.advantages import is_correct
 from megatron_fipo.rl.judged import parts_of
-from megatron_fipo.rl.types import Group
+from megatron_fipo.rl.trajectory import Group
 from megatron_fipo.verifiers.verdict import metric_part
 
 NUM_LENGTH_BUCKETS = 8

@@ -22,7 +22,7 @@ from megatron_fipo.config import SamplingSection
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.rl.advantages import is_correct
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 
 NUM_NAMED_KINDS = 3
 """Kinds of failure that the account of a batch that was not filled names."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.rl.types import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Sample
 from megatron_fipo.verifiers.registry import shown_name
 
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")

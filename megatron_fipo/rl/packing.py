@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_fipo.rl.types import Group, PackedBatch, PackedLengths, Sample
+from megatron_fipo.rl.packed_batch import PackedBatch, PackedLengths
+from megatron_fipo.rl.trajectory import Group, Sample
 
 FILLER = -1
 """Sample index of a sequence that only fills a microbatch: no response token, no loss."""

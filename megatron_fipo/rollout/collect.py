@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from megatron_fipo.config import without_secrets
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, sample_seed
 from megatron_fipo.verifiers.verdict import Verdict
 

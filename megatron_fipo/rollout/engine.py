@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron_fipo.convert.dtypes import MODEL_DTYPES
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.parallel.waiting import Work
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine, find_stop_token_ids

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_fipo.rl.types import Prompt, Sample
+from megatron_fipo.rl.trajectory import Prompt, Sample
 from megatron_fipo.system.disk import append_whole, writing
 
 SampleKey = tuple[str, int, int]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.rl.advantages import is_correct
-from megatron_fipo.rl.types import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Sample
 from megatron_fipo.run.samples import TrainingSample
 
 MAX_REFERENCE_CHARACTERS = 10_000

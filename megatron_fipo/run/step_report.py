@@ -12,7 +12,7 @@ from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, mer
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
-from megatron_fipo.rl.types import Group
+from megatron_fipo.rl.trajectory import Group
 
 INFLUENCE_STD = "fipo/influence_weight/std"
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from megatron_fipo.data.prompts import PromptStream
-from megatron_fipo.rl.types import Prompt
+from megatron_fipo.rl.trajectory import Prompt
 from megatron_fipo.verifiers.check import Findings
 from megatron_fipo.verifiers.pool import VerifierPool
 from megatron_fipo.verifiers.registry import shown_name

@@ -31,7 +31,7 @@ from megatron_fipo.evaluation.chat import Chat, ChatOptions
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.run.samples import read_samples
 from megatron_fipo.verifiers import chain_arithmetic
 from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines

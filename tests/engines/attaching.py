@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from megatron_fipo.config import Config, ParallelSection, load_config, validate
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.rl.types import Prompt, Sample
+from megatron_fipo.rl.trajectory import Prompt, Sample
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine
 from megatron_fipo.rollout.ledger import RolloutLedger

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.servers.api import InferenceServer, LaunchSpec
 from megatron_fipo.rollout.servers.engine import ServerEngine

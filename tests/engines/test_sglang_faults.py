@@ -15,7 +15,7 @@ import psutil
 import pytest
 from torch import Tensor
 
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.servers.api import LaunchSpec
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.servers.api import Bucket, Completion, LaunchSpec, TensorSpec
 from megatron_fipo.rollout.servers.canary import CanaryError

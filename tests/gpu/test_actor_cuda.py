@@ -28,7 +28,7 @@ from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.objective import LossOutput
-from megatron_fipo.rl.types import PackedBatch
+from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.models import load, save_random_model
 from tests.parallel.layouts import (
     LOG_PROB_CHUNK_MIB,

@@ -41,7 +41,8 @@ from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.objective import LossOutput, policy_loss
-from megatron_fipo.rl.types import Group, PackedBatch, Prompt, Sample
+from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from tests.models import load, save_random_model
 
 TEMPERATURE = 0.7

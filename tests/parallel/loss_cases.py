@@ -17,9 +17,10 @@ from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.objective import LossOutput
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.rollout_correction import CORRECTIONS
-from megatron_fipo.rl.types import PackedBatch, Sample
+from megatron_fipo.rl.trajectory import Sample
 
 LENGTHS = (5, 33, 64, 1100)
 """Of responses: less than a block, a token more than one, two blocks, and so many that blocks have blocks."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor, NonFiniteError
 from megatron_fipo.config import ParallelSection
-from megatron_fipo.rl.types import PackedBatch
+from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.parallel.layouts import Breakage, Case, Outcome, config_of, layout, save_models, train_step, whole_weights
 from tests.parallel.ranks import run_ranks
 

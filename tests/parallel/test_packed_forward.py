@@ -25,8 +25,9 @@ from megatron_fipo.config import Config, ParallelSection
 from megatron_fipo.parallel import batch as batches
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.types import PackedBatch, Sample
+from megatron_fipo.rl.trajectory import Sample
 from tests import pretend_device
 from tests.parallel.layouts import PAD_TOKEN, Case, config_of, groups_of_step, layout, save_models
 from tests.parallel.ranks import run_ranks

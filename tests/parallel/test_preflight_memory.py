@@ -27,7 +27,8 @@ from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.preflight.hardware import GIB
 from megatron_fipo.preflight.memory import layer_activations, training_memory
 from megatron_fipo.rl.objective import LossOutput
-from megatron_fipo.rl.types import Group, PackedBatch, Prompt, Sample
+from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from tests.models import save_random_model
 from tests.parallel.ranks import run_ranks
 

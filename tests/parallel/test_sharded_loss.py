@@ -16,9 +16,10 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.rollout_correction import CORRECTIONS
-from megatron_fipo.rl.types import PackedBatch, Sample
+from megatron_fipo.rl.trajectory import Sample
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = (5, 33, 64, 97)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 
 
 def make_sample(

@@ -19,7 +19,7 @@ import megatron_fipo
 from megatron_fipo import cli
 from megatron_fipo.config import load_config
 from megatron_fipo.evaluation import chat
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
 from tests.models import save_random_model

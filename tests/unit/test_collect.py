@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.rollout.collect import ABORTED, generate_groups
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
 from megatron_fipo.verifiers.verdict import Verdict

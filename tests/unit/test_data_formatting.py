@@ -15,7 +15,7 @@ from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data import chat_templates
 from megatron_fipo.data.formatting import raw_token_ids
 from megatron_fipo.data.prompts import PromptStream, evaluation_prompts
-from megatron_fipo.rl.types import Prompt
+from megatron_fipo.rl.trajectory import Prompt
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -12,7 +12,7 @@ from megatron_fipo.metrics.reductions import merge, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
 from megatron_fipo.rl.objective import policy_loss
-from megatron_fipo.rl.types import Group
+from megatron_fipo.rl.trajectory import Group
 from tests.unit.rl_samples import make_group
 
 

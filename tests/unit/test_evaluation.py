@@ -22,7 +22,7 @@ from megatron_fipo.evaluation.scores import (
     pass_at_k,
     write_problems,
 )
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.system.disk import DiskError
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import decode_batch
 from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine, copy_weights, find_stop_token_ids

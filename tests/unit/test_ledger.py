@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.rl.types import Prompt, Sample
+from megatron_fipo.rl.trajectory import Prompt, Sample
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.system.disk import DiskError
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import FILLER, build_packed_batch, pack, split_minibatches
-from megatron_fipo.rl.types import PackedBatch
 from tests.unit.rl_samples import make_group, make_sample
 
 

@@ -11,7 +11,7 @@ import torch
 from megatron_fipo.config import Config, DataSection, DataSourceConfig, EvaluationSection
 from megatron_fipo.console.console import Console
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 
 SOURCE = DataSourceConfig(kind="chain_arithmetic", verifier="chain_arithmetic", num_prompts=1)
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_fipo import cli
 from megatron_fipo.config import SamplingSection
-from megatron_fipo.rl.types import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.run.sample_choice import MAX_REFERENCE_CHARACTERS, samples_of_step
 from megatron_fipo.run.samples import (
     TrainingSample,

@@ -11,7 +11,7 @@ import torch
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.metrics.reductions import scalars
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
-from megatron_fipo.rl.types import Group
+from megatron_fipo.rl.trajectory import Group
 from tests.unit.rl_samples import make_group
 
 MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)

@@ -7,8 +7,8 @@ import torch
 
 from megatron_fipo.rl import future_kl as future_kl_module
 from megatron_fipo.rl.future_kl import decay_to_end, future_kl, power_table, segment_heads
+from megatron_fipo.rl.packed_batch import PackedLengths
 from megatron_fipo.rl.segments import BLOCK, segments_of
-from megatron_fipo.rl.types import PackedLengths
 
 CPU = torch.device("cpu")
 

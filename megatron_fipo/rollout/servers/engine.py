@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.metrics.reductions import Max, Mean, Metrics, Min, Sum
-from megatron_fipo.rl.types import Sample
+from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, check_request
 from megatron_fipo.rollout.servers.api import Completion, InferenceServer
 from megatron_fipo.rollout.servers.canary import CanaryError, LogProbDifference, compare_log_probs
