@@ -29,7 +29,7 @@ from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.handover import actor_log_probs
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.setup import build_server_engine
 from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
 
 EOS = 1
 

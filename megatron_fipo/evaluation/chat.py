@@ -18,7 +18,7 @@ from megatron_fipo.data.formatting import raw_token_ids
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.hub.models import model_folder
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.system.error_net import say_on_stderr
 from megatron_fipo.system.event_loop import run_to_end

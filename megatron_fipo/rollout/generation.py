@@ -17,7 +17,7 @@ from megatron_fipo.parallel.waiting import Work
 from megatron_fipo.rl.trajectory import Group, Prompt, Sample
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine, find_stop_token_ids
+from megatron_fipo.rollout.in_process.engine import InProcessEngine, find_stop_token_ids
 from megatron_fipo.rollout.ledger import RolloutLedger, SampleKey
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.setup import build_server_engine

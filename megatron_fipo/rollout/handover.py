@@ -15,7 +15,7 @@ from megatron_fipo.parallel.groups import device
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs
 from megatron_fipo.rl.packing import FILLER, build_packed_batch
 from megatron_fipo.rl.trajectory import Sample
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.rollout.servers.canary import canary_sequences
 from megatron_fipo.rollout.servers.engine import ServerEngine
 

@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.rollout import generation
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
 
 
 def die() -> None:

@@ -21,7 +21,7 @@ from megatron_fipo.config import load_config
 from megatron_fipo.evaluation import chat
 from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from tests.models import save_random_model
 
 CHARACTERS = "0123456789+-=;?#é"

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process import decode_batch
-from megatron_fipo.rollout.in_process.in_process.engine import InProcessEngine, copy_weights, find_stop_token_ids
-from megatron_fipo.rollout.in_process.in_process.token_sampling import _nucleus, request_uniforms, sample_tokens
+from megatron_fipo.rollout.in_process.engine import InProcessEngine, copy_weights, find_stop_token_ids
+from megatron_fipo.rollout.in_process.token_sampling import _nucleus, request_uniforms, sample_tokens
 from tests.models import load, save_random_model
 
 VOCAB = 20

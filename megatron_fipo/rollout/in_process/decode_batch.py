@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError
-from megatron_fipo.rollout.in_process.in_process.slot_cache import SlotCache
-from megatron_fipo.rollout.in_process.in_process.token_sampling import request_uniforms, sample_tokens
+from megatron_fipo.rollout.in_process.slot_cache import SlotCache
+from megatron_fipo.rollout.in_process.token_sampling import request_uniforms, sample_tokens
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill forward pass, padding included; bounds the memory of its activations."""

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.engine import GenerationRequest, check_request
-from megatron_fipo.rollout.in_process.in_process.decode_batch import DecodeBatch, Row
+from megatron_fipo.rollout.in_process.decode_batch import DecodeBatch, Row
 
 _ADMIT_SHARE = 8
 """Requests wait until one in so many slots is free, so that a prefill serves several."""
