@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.parallel import cp_layout, exchange
 from megatron_fipo.parallel.cp_suffix_sum import cp_future_kl, exchanged_bytes
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.future_kl import future_kl
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 
 @dataclass(frozen=True)

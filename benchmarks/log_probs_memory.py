@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import ModelSection, log_prob_chunk_tokens
 from megatron_fipo.parallel.vocab_log_probs import vocab_log_probs
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 GIB = 2**30
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.parallel import cpu
@@ -32,7 +33,6 @@ from megatron_fipo.rollout.handover import actor_log_probs
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.setup import build_server_engine
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 
 @dataclass

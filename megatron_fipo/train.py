@@ -22,6 +22,10 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_fipo import (
+    cuda_start,  # noqa: F401 - before the packages that start CUDA
+    quiet,  # noqa: F401 - before the packages that it silences
+)
 from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
 from megatron_fipo.actor.backend import layers_in_use
 from megatron_fipo.checkpoint.torch_dist import CheckpointError
@@ -75,10 +79,6 @@ from megatron_fipo.run.samples import forget_samples, write_samples
 from megatron_fipo.run.saved import SavedRun
 from megatron_fipo.run.step_report import StepClock, gather_results, restore_results, step_metrics
 from megatron_fipo.run.verifier_probes import VerifierProbes, first_prompts
-from megatron_fipo.system import (
-    cuda_start,  # noqa: F401 - before the packages that start CUDA
-    quiet,  # noqa: F401 - before the packages that it silences
-)
 from megatron_fipo.system.disk import DiskError
 from megatron_fipo.system.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
 from megatron_fipo.system.error_net import EXIT_STOPPED as EXIT_STOPPED

@@ -15,11 +15,11 @@ from torch.distributed import ProcessGroup
 from benchmarks.evidence import models
 from benchmarks.evidence.measuring import time_calls
 from benchmarks.evidence.report import Settings
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 _BYTES, _TINY_BYTES = 128 * 2**20, 64 * 2**10
 

@@ -19,7 +19,7 @@ _REASON_CHARACTERS = 3000
 
 def run_part(settings: Settings) -> None:
     """Run the cases that are pending. Ends the process with EXIT_START_AGAIN where another one has to go on."""
-    from megatron_fipo.system import (
+    from megatron_fipo import (
         cuda_start,  # noqa: F401 - before the packages that start CUDA
         quiet,  # noqa: F401 - before the packages that it silences
     )

@@ -18,12 +18,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.certify.comparison import QUANTITIES, breaches
 from megatron_fipo.certify.controls import CONTROLS, Control
 from megatron_fipo.certify.layouts import DEFAULT_LAYOUTS, Layout, parse_layout
 from megatron_fipo.certify.runner import LEARNING_RATE, Options, Runner
 from megatron_fipo.config import Config
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 PIPE_WIDTH = 150
 """Columns of output that goes to no terminal."""

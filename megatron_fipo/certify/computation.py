@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.certify import controls
 from megatron_fipo.certify.synthetic import draw_groups
@@ -25,7 +26,6 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.objective import LossOutput, log_prob_shift
 from megatron_fipo.rl.packed_batch import PackedBatch
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 
 PAD_TOKEN = 0
 _MAX_POSITION_BITS = 32

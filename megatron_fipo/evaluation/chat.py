@@ -12,6 +12,7 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import read_model_config
 from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.formatting import raw_token_ids
@@ -19,7 +20,6 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.hub.models import model_folder
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.system.error_net import say_on_stderr
 from megatron_fipo.system.event_loop import run_to_end
 from megatron_fipo.system.text_hygiene import clean_text

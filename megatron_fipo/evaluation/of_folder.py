@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import (
     Config,
     ParallelSection,
@@ -45,7 +46,6 @@ from megatron_fipo.rollout.generation import build_engine, in_process_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.run.verifier_probes import VerifierProbes, first_held_out
-from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.system.disk import DiskError, disk_error, write_text_whole
 from megatron_fipo.system.error_net import is_of_the_machine
 from megatron_fipo.system.event_loop import run_to_end

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.system.cuda_start import set_max_connections
+from megatron_fipo.cuda_start import set_max_connections
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 

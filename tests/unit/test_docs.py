@@ -315,7 +315,7 @@ def _joined(node: ast.expr) -> str:
 
 WARNING_FILES = (
     "config/validation.py", "data/prompts.py", "preflight/findings.py", "preflight/plan.py",
-    "preflight/rollout_plan.py", "rl/diagnostics.py", "saved_run.py", "standalone_evaluation.py", "train.py",
+    "preflight/rollout_plan.py", "rl/diagnostics.py", "run/saved.py", "evaluation/of_folder.py", "train.py",
 )  # fmt: skip
 
 

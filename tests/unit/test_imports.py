@@ -15,6 +15,8 @@ import megatron_fipo
 PACKAGE = Path(megatron_fipo.__file__).parent
 
 ALLOWED: dict[str, set[str]] = {
+    "quiet": set(),
+    "cuda_start": set(),
     "system": {"system"},
     "system.error_net": {"config", "system"},
     "config": {"config"},
@@ -62,8 +64,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
 
-OPEN_TO_ALL = {"system"}
-"""What the operating system and the process need: it imports nothing of the package but itself."""
+OPEN_TO_ALL = {"system", "quiet", "cuda_start"}
+"""What the operating system, the process and its libraries need: they import nothing else of the package."""
 
 TORCH_FREE = {"config", "hub", "preflight", "launch"}
 TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")

@@ -37,8 +37,8 @@ def run_conversion(args: argparse.Namespace) -> int:
     Returns:
         0; 1 where what was verified is not right; 2 where what was given cannot be used, 3 where the disk gave out.
     """
+    from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
     from megatron_fipo.parallel.local_ranks import RankError
-    from megatron_fipo.system import quiet  # noqa: F401 - before the packages that it silences
     from megatron_fipo.system.error_net import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, is_of_the_machine
 
     try:

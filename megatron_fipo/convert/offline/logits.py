@@ -52,7 +52,7 @@ PASSAGES = (
 _LONGEST = 512
 _RANKS: dict[str, Any] = {
     # The first silences what the second imports.
-    "preload": ["megatron_fipo.system.quiet", "megatron_fipo.convert.offline.logits"],
+    "preload": ["megatron_fipo.quiet", "megatron_fipo.convert.offline.logits"],
     "timeout_s": 3600.0,
 }
 """How the processes are started."""
