@@ -27,7 +27,7 @@ from megatron_fipo.config import Config, load_config
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.handover import actor_log_probs
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
@@ -138,11 +138,11 @@ def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path, 
     return engine
 
 
-async def _generate(engine: RolloutEngine, requests: list[GenerationRequest]) -> list[Sample]:
+async def _generate(engine: RolloutEngine, requests: list[GenerationRequest]) -> list[Trajectory]:
     return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
 
 
-def _difference(actor: Actor, config: Config, samples: list[Sample]) -> float:
+def _difference(actor: Actor, config: Config, samples: list[Trajectory]) -> float:
     """Largest |difference| of a sampled token's log-prob."""
     sequences = [[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()] for sample in samples]
     found = actor_log_probs(actor, config, sequences)

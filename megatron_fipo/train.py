@@ -46,6 +46,7 @@ from megatron_fipo.console.console import Console
 from megatron_fipo.convert.weight_files import find_weight_files
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.environments.single_turn import SingleTurn, judge_in
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
@@ -67,7 +68,7 @@ from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.trajectory import Group
 from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine
-from megatron_fipo.rollout.handover import Handover
+from megatron_fipo.rollout.handover import ScoredPolicy
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.http import ServerError
 from megatron_fipo.run.best_model import BestModel
@@ -147,10 +148,10 @@ class Trainer:
             self.verifiers.close()
             raise
         self.folder, self._lock = self._prepare_folder()  # nothing is written for what cannot run
-        self.engine, share = build_engine(config, ranks, tokenizer, self.folder.servers)
-        self.handover = Handover(config, self.actor, self.engine)
+        self.engine = build_engine(config, ranks, tokenizer, self.folder.servers)
+        self.policy = ScoredPolicy(self.actor, config)
         try:
-            self.handover.start()
+            self.engine.start(self.policy)
         except BaseException:
             self.engine.close()
             raise
@@ -161,8 +162,9 @@ class Trainer:
             numbers_fingerprint(named.recorded),
             decode=self._decode,
         )
+        environment = SingleTurn(judge_in(self.verifiers), self._decode)
         self.generator = GroupGenerator(
-            self.engine, self.verifiers, tokenizer, ranks, config.run.seed, self.ledger, share, self._leave_if_asked
+            self.engine, environment, ranks, config.run.seed, self.ledger, self._leave_if_asked
         )
         self.sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
         self.saved = SavedRun(config, self.actor, self.folder, self.ledger, console, named.recorded)
@@ -238,12 +240,12 @@ class Trainer:
         clock = StepClock()
         if self._half_step is None:  # otherwise all that it trains on is recorded, and these weights wrote none of it
             with clock.phase("weight_sync"):
-                self.handover.to_rollout(step)
+                self.engine.give(self.policy, step)
         with clock.phase("rollout"):
             groups, generated = self._collect_groups(step)
         state_before = self._state_to_go_on_from()
         with clock.phase("handover_to_training"):
-            self.handover.to_training()
+            self.engine.take_back(self.policy)
         assign_advantages(groups, self.config.advantages.estimator)
         self._keep_samples(step, groups, generated)
         minibatches = build_minibatches(groups, self.config, self.ranks, self.pad_token_id)
@@ -251,7 +253,7 @@ class Trainer:
             self._set_old_log_probs(minibatches)
         with clock.phase("update"):
             updates = self._update(step, minibatches, state_before)
-        engine_metrics = exchange.merge_metrics(self.handover.metrics, self.ranks.world)
+        engine_metrics = exchange.merge_metrics(self.engine.metrics(), self.ranks.world)
         more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches), **engine_metrics}
         max_response_tokens = self.config.rollout.max_response_tokens
         numbers, warning = step_metrics(groups, generated, updates, clock, more, max_response_tokens, self.ranks)
@@ -379,7 +381,7 @@ class Trainer:
 
     def _evaluate(self, when: str, **options: bool) -> dict[str, float]:
         """Evaluate the policy as it is now."""
-        self.handover.to_rollout(self.next_step)
+        self.engine.give(self.policy, self.next_step)
         self._check_folder()
         metrics: dict[str, float] = {}
         self._on_every_rank(lambda: metrics.update(self.evaluation.run(when, **options)))
@@ -404,7 +406,7 @@ class Trainer:
         """Keep the model where it is the best so far."""
         if not self.config.checkpoint.keep_best:
             return
-        self.handover.to_training()  # its weights may be lent out
+        self.engine.take_back(self.policy)  # its weights may be lent out
         said: list[str] = []
         self._on_every_rank(lambda: said.append(self.best.note(self.next_step, scores)))
         if said[0]:
@@ -531,7 +533,7 @@ class Trainer:
 
     def _save(self, state: Mapping[str, Any], *, in_background: bool = False) -> None:
         self._check_folder()
-        self.handover.to_training()  # the actor's weights may be lent out
+        self.engine.take_back(self.policy)  # the actor's weights may be lent out
         self.saved.save(state, in_background=in_background)
 
     def _resume(self) -> bool:

@@ -41,7 +41,7 @@ from megatron_fipo.preflight.memory import training_memory
 from megatron_fipo.preflight.work import forward_flops
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 
 PAD_TOKEN = 0
 LOGIT_STD = 4.0
@@ -235,7 +235,7 @@ def make_groups(packing: Packing, vocab_size: int) -> list[Group]:
     for index, length in enumerate(packing.lengths):
         prompt = max(length // 16, 1) if length > 1 else 1
         response = length - prompt
-        sample = Sample(
+        sample = Trajectory.of_response(
             prompt_id=index,
             sample_index=0,
             prompt_ids=torch.randint(2, vocab_size, (prompt,), generator=generator),

@@ -29,7 +29,7 @@ from megatron_fipo.parallel import cpu, exchange, groups
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 
 BASE = Path(__file__).parent / "base"
 TASK = ChainArithmetic(num_terms=7, min_terms=2)
@@ -77,7 +77,7 @@ def write_random_model(folder: Path) -> None:
         shutil.copy2(file, folder / file.name)
 
 
-def draw_solutions(update: int, share: int, num_shares: int, tokenizer: object) -> list[Sample]:
+def draw_solutions(update: int, share: int, num_shares: int, tokenizer: object) -> list[Trajectory]:
     """One data-parallel rank's part of an update's worked solutions; held-out problems are never among them."""
     samples = []
     for index in range(share, SOLUTIONS_PER_UPDATE, num_shares):
@@ -87,7 +87,9 @@ def draw_solutions(update: int, share: int, num_shares: int, tokenizer: object) 
         prompt_ids, response_ids = (
             torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in (problem.prompt, solution)
         )
-        samples.append(Sample(index, 0, prompt_ids, response_ids, torch.zeros(len(response_ids)), "stop"))
+        samples.append(
+            Trajectory.of_response(index, 0, prompt_ids, response_ids, torch.zeros(len(response_ids)), "stop")
+        )
     return samples
 
 

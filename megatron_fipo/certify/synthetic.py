@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_fipo.config import Config
 from megatron_fipo.convert.families import expected_tensors
 from megatron_fipo.convert.hf_config import ModelShape, model_shape
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 
 GROUPS_PER_UPDATE = 2
 SAMPLES_PER_GROUP = 4
@@ -88,7 +88,7 @@ def draw_groups(config: Config, shape: ModelShape, step: int, num_updates: int, 
                 places = torch.randperm(length, generator=generator)[: 1 if prompt_id % 2 else 3]
                 drift[places] = beyond_dual_clip
             samples.append(
-                Sample(
+                Trajectory.of_response(
                     prompt_id=prompt_id,
                     sample_index=index,
                     prompt_ids=prompt_ids,

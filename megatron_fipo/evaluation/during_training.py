@@ -130,7 +130,7 @@ class HeldOutEvaluation:
                     reference=_reference_text(prompt.reference),
                     answer=sample.answer,
                     accuracy=sample.accuracy,
-                    num_tokens=len(sample.response_ids),
+                    num_tokens=sample.num_response_tokens,
                     truncated=sample.truncated,
                 )
                 for prompt, sample in shown

@@ -28,6 +28,7 @@ from megatron_fipo.console.console import Console
 from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.environments.single_turn import Decode, SingleTurn, decode_with, judge_in
 from megatron_fipo.evaluation.scores import (
     EVALUATION_STEP,
     EvaluationResult,
@@ -39,22 +40,19 @@ from megatron_fipo.hub.datasets import fetched_here
 from megatron_fipo.hub.models import model_folder
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import build_engine, in_process_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
-from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.run.verifier_probes import VerifierProbes, first_held_out
 from megatron_fipo.system.disk import DiskError, disk_error, write_text_whole
 from megatron_fipo.system.error_net import is_of_the_machine
 from megatron_fipo.system.event_loop import run_to_end
 from megatron_fipo.system.interrupt import Interrupt
 from megatron_fipo.verifiers.check import inspect_own
-from megatron_fipo.verifiers.combined import judge_combined
 from megatron_fipo.verifiers.isolation import isolation_warnings
 from megatron_fipo.verifiers.pool import VerifierPool
-from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 EXIT_STOPPED = 3
 
@@ -105,9 +103,7 @@ def evaluate_folder(
     for warning in inspected.warnings:
         console.warning(warning)
     sets = evaluation_sets(config, tokenizer, inspected.row_readers)
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    decode = decode_with(tokenizer)
 
     _make(folder)
     ledger = RolloutLedger(folder / "responses", 0, _fingerprint(config), decode)
@@ -139,7 +135,7 @@ def _make(folder: Path) -> None:
 
 
 def _judged_groups(
-    config: Config, sets: Mapping[str, Sequence[Prompt]], engine: RolloutEngine, ledger: RolloutLedger, decode: Any,
+    config: Config, sets: Mapping[str, Sequence[Prompt]], engine: RolloutEngine, ledger: RolloutLedger, decode: Decode,
     console: Console,
 ) -> list[Group]:  # fmt: skip
     settings = config.evaluation
@@ -152,7 +148,6 @@ def _judged_groups(
     finished = ledger.finished(EVALUATION_STEP, 0, prompts)
     if finished:
         console.info(f"{len(finished)} responses are there from an evaluation that was interrupted")
-    sources = {prompt.prompt_id: prompt.source for prompt in prompts}
     names = sorted({name for source in config.data.evaluation.values() for name in verifier_weights(source)})
     for warning in isolation_warnings(names, config.verifier.trusted):
         console.warning(warning)
@@ -164,21 +159,16 @@ def _judged_groups(
     ):
         progress.advance(len(finished))
 
-        async def judge(prompt: Prompt, text: str, finish_reason: str) -> Verdict:
-            job = VerifierJob(prompt.verifier, text, prompt.reference, finish_reason, prompt.text, prompt.row)
-            return await judge_combined(pool, job)
-
-        def note(sample: Sample) -> None:
+        def note(sample: Trajectory) -> None:
             if sample.finish_reason != "abort":
-                ledger.append(0, sources[sample.prompt_id], sample)
+                ledger.append(0, sample)
             progress.advance()
 
         groups = run_to_end(
             generate_groups(
                 engine,
                 prompts,
-                judge,
-                decode=decode,
+                SingleTurn(judge_in(pool), decode),
                 num_samples=settings.num_samples_per_prompt,
                 sampling=sampling,
                 run_seed=config.run.seed,
@@ -215,10 +205,9 @@ def _engine(config: Config, tokenizer: Any, folder: Path) -> Iterator[RolloutEng
     cpu.install()
     ranks = parallel_groups.initialize(ParallelSection(), config.run.seed)
     try:
-        engine, _ = build_engine(config, ranks, tokenizer, folder)
+        engine = build_engine(config, ranks, tokenizer, folder)
         try:
-            if isinstance(engine, ServerEngine):
-                engine.start()
+            engine.start(None)
             yield engine
         finally:
             engine.close()

@@ -133,7 +133,7 @@ class ProblemResult:
             correct=tuple(sample.accuracy == 1.0 and not sample.error for sample in samples),
             scores=tuple(float(sample.accuracy) for sample in samples),
             answers=tuple(sample.answer for sample in samples),
-            response_tokens=tuple(len(sample.response_ids) for sample in samples),
+            response_tokens=tuple(sample.num_response_tokens for sample in samples),
             finish_reasons=tuple(sample.finish_reason for sample in samples),
             errors=tuple(sample.error for sample in samples),
             parts=tuple(sample.parts for sample in samples) if any(sample.parts for sample in samples) else (),

@@ -15,7 +15,7 @@ from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch, pack, split_minibatches
 from megatron_fipo.rl.segments import segments_of
-from megatron_fipo.rl.trajectory import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Trajectory
 
 _PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs", "sequence_ids")
 _PER_SEQUENCE = ("cu_seqlens_padded", "response_token_counts")
@@ -71,7 +71,7 @@ def build_minibatches(
     return minibatches
 
 
-def padded_tokens(samples: Sequence[Sample], indices: Sequence[int], config: Config) -> int:
+def padded_tokens(samples: Sequence[Trajectory], indices: Sequence[int], config: Config) -> int:
     """Tokens of a microbatch of these samples with all padding; none make one filler sequence."""
     multiple, whole = pad_multiple(config), microbatch_token_multiple(config)
     tokens = sum(-(-samples[index].num_tokens // multiple) * multiple for index in indices)

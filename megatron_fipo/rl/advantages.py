@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config import RewardSection
-from megatron_fipo.rl.trajectory import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Trajectory
 
 STD_EPSILON = 1e-6
 
@@ -43,7 +43,7 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def is_correct(sample: Sample) -> bool:
+def is_correct(sample: Trajectory) -> bool:
     """Whether the verifier accepted the answer in full. Partial credit is not acceptance."""
     return sample.accuracy == 1.0
 
@@ -72,7 +72,7 @@ def overlong_penalty(length: int, max_response_tokens: int, buffer_tokens: int, 
 
 
 def assign_rewards(groups: Sequence[Group], config: RewardSection, max_response_tokens: int) -> None:
-    """Set `Sample.reward`: reward.correct or reward.incorrect, plus the overlong penalty.
+    """Set `Trajectory.reward`: reward.correct or reward.incorrect, plus the overlong penalty.
 
     Raises:
         ValueError: if the overlong buffer does not fit into max_response_tokens.
@@ -81,12 +81,12 @@ def assign_rewards(groups: Sequence[Group], config: RewardSection, max_response_
         for sample in group.samples:
             verdict = config.correct if is_correct(sample) else config.incorrect
             sample.reward = verdict + overlong_penalty(
-                len(sample.response_ids), max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty
+                sample.num_response_tokens, max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty
             )
 
 
 def assign_advantages(groups: Sequence[Group], estimator: str) -> None:
-    """Set `Sample.advantage` from the rewards of its group; call `assign_rewards` first.
+    """Set `Trajectory.advantage` from the rewards of its group; call `assign_rewards` first.
 
     Args:
         estimator: group_std, group_mean or leave_one_out.

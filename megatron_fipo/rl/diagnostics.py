@@ -31,7 +31,7 @@ def rollout_metrics(groups: Sequence[Group], max_response_tokens: int) -> Metric
     of max_response_tokens; the last one has no upper end.
     """
     samples = [sample for group in groups for sample in group.samples if not sample.error]
-    lengths = torch.tensor([float(len(sample.response_ids)) for sample in samples])
+    lengths = torch.tensor([float(sample.num_response_tokens) for sample in samples])
     correct = torch.tensor([is_correct(sample) for sample in samples], dtype=torch.float64)
     metrics: Metrics = {
         "reward/mean": Mean(sum(sample.reward for sample in samples), len(samples)),
@@ -58,7 +58,7 @@ def advantage_metrics(groups: Sequence[Group]) -> Metrics:
     """
     samples = [sample for group in groups for sample in group.samples]
     advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)
-    lengths = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.float64)
+    lengths = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.float64)
     return {
         "advantages/length_weighted_mean": Mean((advantages * lengths).sum(), lengths.sum()),
         "advantages/std": Std(advantages.sum(), advantages.square().sum(), len(samples)),

@@ -15,14 +15,14 @@ make every all-wrong group look mixed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.rl.advantages import is_correct
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group
 
 NUM_NAMED_KINDS = 3
 """Kinds of failure that the account of a batch that was not filled names."""
@@ -153,18 +153,11 @@ class DynamicSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The surplus groups as plain containers and tensors, for the checkpoint at the end of a step."""
-        return {"surplus": [asdict(group) for group in self._ready]}
+        return {"surplus": [group.state_dict() for group in self._ready]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the surplus of a checkpoint; ages count on from the steps in which the groups were made."""
-        self._ready = [
-            Group(
-                prompt=Prompt(**group["prompt"]),
-                samples=[Sample(**sample) for sample in group["samples"]],
-                created_at_step=group["created_at_step"],
-            )
-            for group in state["surplus"]
-        ]
+        self._ready = [Group.from_state_dict(group) for group in state["surplus"]]
 
     def _diagnosis(self) -> str:
         counts = self._counts

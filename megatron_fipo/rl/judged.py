@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.rl.trajectory import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Trajectory
 from megatron_fipo.verifiers.registry import shown_name
 
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
@@ -107,7 +107,7 @@ def graded_scores(groups: Sequence[Group]) -> list[GradedScores]:
     return found
 
 
-def parts_of(samples: Iterable[Sample]) -> dict[str, list[float]]:
+def parts_of(samples: Iterable[Trajectory]) -> dict[str, list[float]]:
     """Every value of each part of a verdict, by the part's name, in order of first appearance."""
     values: dict[str, list[float]] = {}
     for sample in samples:

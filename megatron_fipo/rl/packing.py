@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_fipo.rl.packed_batch import PackedBatch, PackedLengths
-from megatron_fipo.rl.trajectory import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Trajectory
 
 FILLER = -1
 """Sample index of a sequence that only fills a microbatch: no response token, no loss."""
@@ -85,7 +85,7 @@ def pack(
 
 
 def build_packed_batch(
-    samples: Sequence[Sample],
+    samples: Sequence[Trajectory],
     indices: Sequence[int],
     pad_multiple: int,
     pad_token_id: int,
@@ -138,16 +138,17 @@ def build_packed_batch(
                 f"sample {sample_indices[position]} of prompt {sample.prompt_id} has no prompt tokens: nothing "
                 "predicts its first response token. Give the prompt at least one token."
             )
-        tokens = torch.cat([sample.prompt_ids, sample.response_ids])
+        response_ids = sample.response_ids
+        tokens = torch.cat([sample.prompt_ids, response_ids])
         input_ids[start : start + len(tokens)] = tokens
         labels[start : start + len(tokens) - 1] = tokens[1:]
         first = start + len(sample.prompt_ids) - 1
-        response = slice(first, first + len(sample.response_ids))
+        response = slice(first, first + len(response_ids))
         rollout_log_probs[response] = sample.rollout_log_probs
         if not (mask_truncated and sample.truncated):
-            response_mask[response] = True
+            response_mask[response] = sample.policy_mask
             advantages[response] = sample.advantage
-            response_token_counts[position] = len(sample.response_ids)
+            response_token_counts[position] = sample.num_policy_tokens
     sequence_ids = torch.repeat_interleave(torch.arange(len(padded)), torch.tensor(padded), output_size=num_tokens)
     return PackedBatch(
         input_ids=input_ids,

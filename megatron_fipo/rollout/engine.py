@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.metrics.reductions import Metrics
+from megatron_fipo.rl.trajectory import OfSegments, Prompt, Segment
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class GenerationRequest:
         group_id: requests with the same group_id share their prompt.
         sample_index: position within the group.
         prompt_ids: prompt tokens.
-        prefix: response tokens that exist already (a partial sample to be continued); empty for a fresh one. The sample
+        prefix: response tokens that exist already (a partial response to be continued); empty for a fresh one. The turn
             then holds only what follows; max_tokens and the stream of random numbers still count from the response's
             start.
         sampling: how to sample.
@@ -84,30 +86,131 @@ class NotFiniteError(RuntimeError):
     """The policy gives numbers that are not finite, so that nothing can be sampled from it."""
 
 
+@dataclass
+class Turn(OfSegments):
+    """What the policy wrote on one request: one segment for each version of its weights that wrote on it."""
+
+    request: GenerationRequest
+    segments: list[Segment]
+    finish_reason: str
+    """stop, length or abort."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token in the response, behind the request's prefix."""
+        return len(self.request.prefix)
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """int64 [P], the request's."""
+        return torch.tensor(self.request.prompt_ids, dtype=torch.int64)
+
+    @property
+    def prompt_id(self) -> int:
+        """The request's group_id."""
+        return self.request.group_id
+
+    @property
+    def sample_index(self) -> int:
+        """The request's."""
+        return self.request.sample_index
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the prompts a rank generates for: every count-th one from the index-th on."""
+
+    index: int
+    count: int
+
+    def of(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Its prompts, in order."""
+        return list(prompts[self.index :: self.count])
+
+
+ALL_PROMPTS = Share(0, 1)
+
+
+class Policy(Protocol):
+    """What an engine needs of the model that is trained. All methods but `offload` and `onload` are collective."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below it."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under Hugging Face names, on every rank, which must drain it."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs at temperature 1 of each sequence's tokens from the second on, the same on every rank."""
+        ...
+
+    def offload(self) -> None:
+        """Lend the GPU memory of weights, gradients and optimizer; nothing else may be called before `onload`."""
+        ...
+
+    def onload(self) -> None:
+        """Take that memory back."""
+        ...
+
+
 class RolloutEngine(Protocol):
-    """Generates responses with the policy that it was last given."""
+    """Generates with the policy that it was last given, in this process or on servers.
 
-    policy_version: int
+    Order: `start`, then `give`, generation and `take_back` in turns, then `close`.
+    """
+
+    share: Share | None
+    """Of the prompts, this rank's; None where it generates nothing."""
     repeatable: bool
-    """Whether the same requests, made together, give the same samples again bit for bit."""
+    """Whether the same requests, made together, give the same turns again bit for bit."""
 
-    async def generate(self, request: GenerationRequest) -> Sample:
-        """Generate one response. Cancelling the awaiting task frees what the request holds.
+    def start(self, policy: Policy | None) -> None:
+        """Make everything ready but the weights. Collective over all ranks.
+
+        Args:
+            policy: that is trained beside it; None where nothing is.
+
+        Raises:
+            ServerError: on every rank, in a server's words, if one does not come up.
+        """
+        ...
+
+    def give(self, policy: Policy, version: int) -> None:
+        """Bring the policy's weights to the engine, unless it has this version of them. Collective over all ranks.
+
+        The engine can generate when this returns. It may have the policy's memory then, until `take_back`.
+
+        Args:
+            version: of the policy; written into segments.
+
+        Raises:
+            ServerError: on every rank, if weights did not arrive, or not these.
+        """
+        ...
+
+    def take_back(self, policy: Policy) -> None:
+        """Give the policy the memory back that it lent; it can compute and be saved then. Collective over all ranks.
+
+        Nothing is in flight. What the engine generates with next has to be given anew if it lent anything.
+        """
+        ...
+
+    async def generate(self, request: GenerationRequest) -> Turn:
+        """Generate one response, or the rest of one. Cancelling the awaiting task frees what the request holds.
 
         `abort()` makes pending calls return what they have, with finish_reason "abort".
         """
         ...
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Take over new weights under their Hugging Face names. Collective: every rank drains the stream."""
-        ...
-
-    def health(self) -> None:
-        """Raise RuntimeError with the reason if the engine cannot generate."""
-        ...
-
     def abort(self) -> None:
-        """End every request in flight."""
+        """End every request in flight. Safe in a signal handler."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """What generation and the last `give` took since this was last called; to be merged over ranks."""
         ...
 
     def close(self) -> None:

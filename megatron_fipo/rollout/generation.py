@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fipo.config import Config
 from megatron_fipo.convert.dtypes import MODEL_DTYPES
+from megatron_fipo.environments.environment import Environment
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.parallel.waiting import Work
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.collect import generate_groups
-from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
+from megatron_fipo.rollout.engine import ALL_PROMPTS, RolloutEngine, SamplingParams, Share
 from megatron_fipo.rollout.in_process.engine import InProcessEngine, find_stop_token_ids
-from megatron_fipo.rollout.ledger import RolloutLedger, SampleKey
-from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.setup import build_server_engine
 from megatron_fipo.system.event_loop import run_to_end
-from megatron_fipo.verifiers.combined import judge_combined
-from megatron_fipo.verifiers.pool import VerifierPool
-from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 
 class GroupGenerator:
@@ -37,28 +35,24 @@ class GroupGenerator:
     def __init__(
         self,
         engine: RolloutEngine,
-        verifiers: VerifierPool,
-        tokenizer: Any,
+        environment: Environment,
         ranks: ParallelGroups,
         run_seed: int,
         ledger: RolloutLedger,
-        share: tuple[int, int] | None,
         leave_if_asked: Callable[[], None],
     ) -> None:
         """
         Args:
-            ledger: takes down training's responses, and gives back those of a run that was killed.
-            share: (index, count) of this rank among those that generate; None where it only waits.
+            ledger: records training's responses, and returns those that a killed run had recorded.
             leave_if_asked: called on all ranks before and after each generation; raises where the run is to end, so
                 that no generation begins after the signal, and no response that was cut short counts as a whole one.
         """
-        self._engine, self._verifiers, self._tokenizer = engine, verifiers, tokenizer
-        self._ranks, self._run_seed, self._ledger = ranks, run_seed, ledger
-        self._share, self._leave_if_asked = share, leave_if_asked
+        self._engine, self._environment, self._ranks = engine, environment, ranks
+        self._run_seed, self._ledger, self._leave_if_asked = run_seed, ledger, leave_if_asked
 
     def own_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that this rank generates for."""
-        return [] if self._share is None else list(prompts[self._share[0] :: self._share[1]])
+        return [] if self._engine.share is None else self._engine.share.of(prompts)
 
     def generate(
         self,
@@ -66,7 +60,7 @@ class GroupGenerator:
         num_samples: int,
         sampling: SamplingParams,
         step: int,
-        on_sample: Callable[[Sample], None],
+        on_sample: Callable[[Trajectory], None],
         round_index: int | None = None,
         only_recorded: bool = False,
     ) -> list[Group]:
@@ -74,7 +68,7 @@ class GroupGenerator:
 
         Args:
             step: part of the key of each response's randomness.
-            on_sample: called with each of this rank's samples when it is judged, or found in the ledger.
+            on_sample: called with each of this rank's trajectories when it is judged, or found in the ledger.
             round_index: which of the step's rounds of generation this is, for the ledger; None keeps out of the ledger.
             only_recorded: take every response from the ledger: the policy that wrote them is gone.
 
@@ -85,20 +79,14 @@ class GroupGenerator:
         self._leave_if_asked()
         own_prompts = self.own_share(prompts)
         finished = self._finished(step, round_index, own_prompts, num_samples)
-        own_missing = len(own_prompts) * num_samples - len(finished)
-        if only_recorded and (num_missing := sum(exchange.all_gather_objects(own_missing, self._ranks.world))):
-            raise ValueError(
-                f"step {step}: the checkpoint was saved between this step's updates, and of the rollouts that they are "
-                f"made on {num_missing} are not recorded any more. Bring the run's folder rollouts/ back, or delete "
-                "the checkpoint to go on from the one before."
-            )
+        if only_recorded:
+            self._check_complete(step, len(own_prompts) * num_samples - len(finished))
         for sample in finished.values():
             on_sample(sample)
-        sources = {prompt.prompt_id: prompt.source for prompt in own_prompts}
 
-        def note(sample: Sample) -> None:
+        def note(sample: Trajectory) -> None:
             if round_index is not None and sample.finish_reason != "abort":
-                self._ledger.append(round_index, sources[sample.prompt_id], sample)
+                self._ledger.append(round_index, sample)
             on_sample(sample)
 
         with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
@@ -106,8 +94,7 @@ class GroupGenerator:
                 generate_groups(
                     self._engine,
                     own_prompts,
-                    self._judge,
-                    decode=self._decode,
+                    self._environment,
                     num_samples=num_samples,
                     sampling=sampling,
                     run_seed=self._run_seed,
@@ -119,21 +106,39 @@ class GroupGenerator:
             if round_index is not None:
                 self._ledger.secure()
         self._leave_if_asked()
+        return self._of_all_ranks(own, prompts, with_text=round_index is None)
+
+    def _check_complete(self, step: int, own_missing: int) -> None:
+        """
+        Raises:
+            ValueError: on every rank, if any lacks a recorded response.
+        """
+        if num_missing := sum(exchange.all_gather_objects(own_missing, self._ranks.world)):
+            raise ValueError(
+                f"step {step}: the checkpoint was saved between this step's updates, and of the rollouts that they are "
+                f"made on {num_missing} are not recorded any more. Bring the run's folder rollouts/ back, or delete "
+                "the checkpoint to go on from the one before."
+            )
+
+    def _of_all_ranks(self, own: Sequence[Group], prompts: Sequence[Prompt], *, with_text: bool) -> list[Group]:
+        """The groups of all ranks in the order of `prompts`. Collective."""
         for group in own:  # a row was there to be judged by: it goes neither to other ranks nor into checkpoints
             group.prompt = replace(group.prompt, row=None)
-        if round_index is not None:
-            _make_compact(own)
-        shares = exchange.all_gather_objects(own, self._ranks.world)
+        for sample in (sample for group in own for sample in group.samples):
+            _make_compact(sample, with_text)
+        shares = exchange.all_gather_objects(list(own), self._ranks.world)
         by_id = {group.prompt.prompt_id: group for share in shares for group in share}
         groups = [by_id[prompt.prompt_id] for prompt in prompts]
         for group, prompt in zip(groups, prompts, strict=True):
-            _make_whole(group, prompt)
+            prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
+            for sample in group.samples:
+                _make_whole(sample, prompt_ids)
         return groups
 
     def _finished(
         self, step: int, round_index: int | None, own_prompts: Sequence[Prompt], num_samples: int
-    ) -> Mapping[SampleKey, Sample]:
-        """This rank's samples that a run before this one has generated and judged.
+    ) -> Mapping[SampleKey, Trajectory]:
+        """This rank's trajectories that a run before this one has generated and judged.
 
         An engine that repeats itself bit for bit is given an unfinished share whole: with fewer requests beside them,
         the missing ones would round otherwise.
@@ -144,59 +149,48 @@ class GroupGenerator:
         is_whole = len(finished) == len(own_prompts) * num_samples
         return finished if is_whole or not self._engine.repeatable else {}
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    async def _judge(self, prompt: Prompt, response_text: str, finish_reason: str) -> Verdict:
-        job = VerifierJob(prompt.verifier, response_text, prompt.reference, finish_reason, prompt.text, prompt.row)
-        return await judge_combined(self._verifiers, job)
-
-
-def _make_compact(groups: Sequence[Group]) -> None:
-    """Leave what other ranks need of samples to be trained on: 8 bytes a token, and no text."""
-    for sample in (sample for group in groups for sample in group.samples):
-        sample.prompt_ids = torch.empty(0, dtype=torch.int32)
-        sample.response_ids = sample.response_ids.int()
+def _make_compact(sample: Trajectory, with_text: bool) -> None:
+    """Drop what other ranks do not need; an int32 id and a float32 log-prob per token remain."""
+    sample.prompt_ids = torch.empty(0, dtype=torch.int32)
+    for segment in sample.segments:
+        segment.token_ids = segment.token_ids.int()
+    if not with_text:
         sample.response_text = ""
 
 
-def _make_whole(group: Group, prompt: Prompt) -> None:
+def _make_whole(sample: Trajectory, prompt_ids: Tensor) -> None:
     """Undo `_make_compact`, but for the text."""
-    prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
-    for sample in group.samples:
-        sample.prompt_ids = prompt_ids
-        sample.response_ids = sample.response_ids.long()
+    sample.prompt_ids = prompt_ids
+    for segment in sample.segments:
+        segment.token_ids = segment.token_ids.long()
 
 
-def in_process_engine(config: Config, tokenizer: Any) -> InProcessEngine:
-    """The engine of rollout.engine=in_process, on this process's device."""
+def in_process_engine(config: Config, tokenizer: Any, share: Share = ALL_PROMPTS) -> InProcessEngine:
+    """The engine of rollout.engine=in_process, on this process's device.
+
+    Args:
+        share: of the prompts, this process's.
+    """
     return InProcessEngine(
         config.model.path,
         dtype=MODEL_DTYPES[config.model.dtype],
         max_batch_size=config.rollout.max_batch_size,
         device=device(),
         tokenizer=tokenizer,
+        share=share,
     )
 
 
-def build_engine(
-    config: Config, ranks: ParallelGroups, tokenizer: Any, folder: Path
-) -> tuple[InProcessEngine | ServerEngine, tuple[int, int] | None]:
-    """The run's rollout engine, its servers not started yet, and this rank's share of the prompts.
-
-    Collective over all ranks.
+def build_engine(config: Config, ranks: ParallelGroups, tokenizer: Any, folder: Path) -> RolloutEngine:
+    """The run's rollout engine, not started yet. Collective over all ranks.
 
     Args:
         folder: for what servers log and keep.
-
-    Returns:
-        (engine, (index, count) of this rank among those that generate, None where it does not).
 
     Raises:
         ValueError: if the model, the devices or the configuration do not fit together.
     """
     if config.rollout.engine == "in_process":
-        return in_process_engine(config, tokenizer), (ranks.rank, ranks.world.size())
-    stop_token_ids = find_stop_token_ids(config.model.path, tokenizer)
-    servers = build_server_engine(config, ranks, stop_token_ids, folder)
-    return servers, servers.share
+        return in_process_engine(config, tokenizer, Share(ranks.rank, ranks.world.size()))
+    return build_server_engine(config, ranks, find_stop_token_ids(config.model.path, tokenizer), folder)

@@ -27,11 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Prompt, Sample
+from megatron_fipo.rl.trajectory import Prompt, SampleKey, Trajectory, outline, segments_from
 from megatron_fipo.system.disk import append_whole, writing
-
-SampleKey = tuple[str, int, int]
-"""(source, prompt_id, sample_index)."""
 
 _STEP = re.compile(r"step_(-?\d+)")
 
@@ -49,11 +46,11 @@ class RolloutLedger:
     def __init__(self, folder: Path, rank: int, fingerprint: str, decode: Callable[[list[int]], str]) -> None:
         self._folder, self._rank, self._fingerprint, self._decode = folder, rank, fingerprint, decode
         self._step: int | None = None
-        self._recorded: dict[int, dict[SampleKey, Sample]] = {}
+        self._recorded: dict[int, dict[SampleKey, Trajectory]] = {}
         self._file: IO[bytes] | None = None
         self._path = folder
 
-    def finished(self, step: int, round_index: int, prompts: Sequence[Prompt]) -> dict[SampleKey, Sample]:
+    def finished(self, step: int, round_index: int, prompts: Sequence[Prompt]) -> dict[SampleKey, Trajectory]:
         """Recorded samples of one round of generation, of these prompts.
 
         Raises:
@@ -71,7 +68,7 @@ class RolloutLedger:
                 found[key] = sample
         return found
 
-    def append(self, round_index: int, source: str, sample: Sample) -> None:
+    def append(self, round_index: int, sample: Trajectory) -> None:
         """Record a judged sample of the step that `finished` was last asked about.
 
         Raises:
@@ -80,13 +77,11 @@ class RolloutLedger:
         self._write(
             {
                 "round": round_index,
-                "source": source,
-                "prompt_id": sample.prompt_id,
-                "sample_index": sample.sample_index,
+                **sample.key._asdict(),
                 "response_ids": _encoded(sample.response_ids, "<i4"),
                 "rollout_log_probs": _encoded(sample.rollout_log_probs, "<f4"),
                 "finish_reason": sample.finish_reason,
-                "policy_versions": sample.policy_versions,
+                "segments": outline(sample.segments),
                 "accuracy": sample.accuracy,
                 "answer": sample.answer,
                 "error": sample.error,
@@ -143,10 +138,10 @@ class RolloutLedger:
             for number, record in enumerate(_read(file), start=1):
                 if "fingerprint" not in record:
                     try:
-                        round_index, key, sample = _sample(record)
+                        round_index, sample = _sample(record)
                     except (LookupError, TypeError, ValueError) as error:  # binascii's error is a ValueError
                         raise _damaged(file, number, f"it holds no judged response: {error!r}") from error
-                    self._recorded.setdefault(round_index, {})[key] = sample
+                    self._recorded.setdefault(round_index, {})[sample.key] = sample
         self._path = folder / f"rank_{self._rank:03d}.jsonl"
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -171,21 +166,19 @@ def _decoded(text: str, dtype: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=dtype).copy())
 
 
-def _sample(record: dict[str, Any]) -> tuple[int, SampleKey, Sample]:
-    sample = Sample(
-        prompt_id=record["prompt_id"],
-        sample_index=record["sample_index"],
+def _sample(record: dict[str, Any]) -> tuple[int, Trajectory]:
+    response_ids = _decoded(record["response_ids"], "<i4").long()
+    trajectory = Trajectory(
+        key=SampleKey(record["source"], record["prompt_id"], record["sample_index"]),
         prompt_ids=torch.empty(0, dtype=torch.int64),
-        response_ids=_decoded(record["response_ids"], "<i4").long(),
-        rollout_log_probs=_decoded(record["rollout_log_probs"], "<f4"),
+        segments=segments_from(record, response_ids, _decoded(record["rollout_log_probs"], "<f4")),
         finish_reason=record["finish_reason"],
-        policy_versions=[(version, start, end) for version, start, end in record["policy_versions"]],
         accuracy=record["accuracy"],
         answer=record["answer"],
         error=record["error"],
         parts=record.get("parts", {}),
     )
-    return record["round"], (record["source"], record["prompt_id"], record["sample_index"]), sample
+    return record["round"], trajectory
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

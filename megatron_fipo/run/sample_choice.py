@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.rl.advantages import is_correct
-from megatron_fipo.rl.trajectory import Group, Sample
+from megatron_fipo.rl.trajectory import Group, Trajectory
 from megatron_fipo.run.samples import TrainingSample
 
 MAX_REFERENCE_CHARACTERS = 10_000
@@ -57,7 +57,7 @@ def _various(groups: Sequence[Group]) -> list[Group]:
     return [group for _, _, group in sorted(keyed, key=lambda item: item[:2])]
 
 
-def _pick(group: Group, *, right: bool) -> Sample:
+def _pick(group: Group, *, right: bool) -> Trajectory:
     """The group's first response of the wanted kind, or its first one."""
     return next((sample for sample in group.samples if is_correct(sample) is right), group.samples[0])
 
@@ -74,7 +74,9 @@ def _why_not(group: Group, config: SamplingSection) -> str:
     return "dropped: the batch was full"
 
 
-def _kept(step: int, group: Group, sample: Sample, why_not: str, decode: Callable[[list[int]], str]) -> TrainingSample:
+def _kept(
+    step: int, group: Group, sample: Trajectory, why_not: str, decode: Callable[[list[int]], str]
+) -> TrainingSample:
     reference = str(group.prompt.reference)
     if len(reference) > MAX_REFERENCE_CHARACTERS:
         reference = f"{reference[:MAX_REFERENCE_CHARACTERS]} … ({len(reference)} characters)"
@@ -92,7 +94,7 @@ def _kept(step: int, group: Group, sample: Sample, why_not: str, decode: Callabl
         advantage=None if why_not else float(sample.advantage),
         trained_on=not why_not,
         why_not=why_not,
-        tokens=len(sample.response_ids),
+        tokens=sample.num_response_tokens,
         finish_reason=sample.finish_reason,
         error=sample.error,
         created_at_step=group.created_at_step,

@@ -31,7 +31,7 @@ from megatron_fipo.evaluation.chat import Chat, ChatOptions
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.run.samples import read_samples
 from megatron_fipo.verifiers import chain_arithmetic
 from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines
@@ -210,7 +210,7 @@ def test_configuration_and_provenance_are_written(run: QuickStart) -> None:
     assert provenance["git"]["revision"] or provenance["git"]["reason"]
 
 
-def _response_log_probs_of_actor(folder: Path, samples: list[Sample]) -> Tensor:
+def _response_log_probs_of_actor(folder: Path, samples: list[Trajectory]) -> Tensor:
     """Of the samples' responses, by the checkpoint in Megatron."""
     os.chdir(ROOT)
     overrides = ["parallel.cp=1", "rollout.temperature=1.0"]
@@ -223,7 +223,7 @@ def _response_log_probs_of_actor(folder: Path, samples: list[Sample]) -> Tensor:
     return log_probs[batch.response_mask]
 
 
-def _response_log_probs_of_export(folder: Path, samples: list[Sample]) -> Tensor:
+def _response_log_probs_of_export(folder: Path, samples: list[Trajectory]) -> Tensor:
     """The same by transformers, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
@@ -249,11 +249,11 @@ def test_the_export_is_the_actor(run: QuickStart) -> None:
     assert (untrained - actor).abs().max() > 1e-2, "training has changed the model"
 
 
-def _sample(tokenizer: Any, prompt: str, response: str) -> Sample:
+def _sample(tokenizer: Any, prompt: str, response: str) -> Trajectory:
     prompt_ids, response_ids = (
         torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, response)
     )
-    return Sample(0, 0, prompt_ids, response_ids, torch.zeros(len(response_ids)), "stop")
+    return Trajectory.of_response(0, 0, prompt_ids, response_ids, torch.zeros(len(response_ids)), "stop")
 
 
 def test_the_chat_command_answers(run: QuickStart) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_fipo.config import Config, ParallelSection, load_config, validate
+from megatron_fipo.environments.single_turn import SingleTurn, decode_with, judge_in
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.rl.trajectory import Prompt, Sample
+from megatron_fipo.rl.trajectory import Prompt, Trajectory
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
@@ -96,7 +97,7 @@ def expect_no_server(model: Path, folder: Path, url: str) -> None:
         for engine in ("sglang", "vllm"):
             config = attached_config(engine, model, [url], "servers.start_timeout_s=0.5")
             words = rf"^{engine}-0 was not ready after 0\.5 s \(servers\.start_timeout_s\): {url}/.*Cannot connect"
-            servers, _ = build_engine(config, ranks, None, folder)
+            servers = build_engine(config, ranks, None, folder)
             assert isinstance(servers, ServerEngine)
             with pytest.raises(ServerError, match=words):
                 servers.start()
@@ -122,7 +123,7 @@ def expect_other_model_refused(engine: str, model: Path, folder: Path, url: str,
     with rank_of_node([0]) as ranks:
         config = attached_config(engine, model, [url], f"servers.tp={tp}")
         words = rf"{engine}-0 \({url}, .* whose hidden_size is 128; that of model\.path={model} is 64\."
-        servers, _ = build_engine(config, ranks, None, folder)
+        servers = build_engine(config, ranks, None, folder)
         assert isinstance(servers, ServerEngine)
         with pytest.raises(ServerError, match=words):
             servers.start()
@@ -135,7 +136,7 @@ def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url
     Returns:
         The responses.
     """
-    tokenizer, policies = NumberTokenizer(), [load(path) for path in models]
+    policies = [load(path) for path in models]
     prompts = [
         Prompt(one.group_id, "sums", "", one.prompt_ids, "chain_arithmetic", "1")
         for one in (request(GROUP_SIZE * index) for index in range(NUM_PROMPTS))
@@ -143,19 +144,20 @@ def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url
     responses = []
     with rank_of_node([0, 0]) as ranks, VerifierPool(verifiers=["chain_arithmetic"]) as verifiers:
         ledger = RolloutLedger(folder / "rollouts", ranks.rank, "", str)
+        environment = SingleTurn(judge_in(verifiers), decode_with(NumberTokenizer()))
         for number, method in enumerate(("tensor", "distributed", "disk")):
             config = attached_config(engine, models[0], [url], f"servers.tp={tp}", f"servers.weight_sync={method}")
-            servers, share = build_engine(config, ranks, None, folder)
+            servers = build_engine(config, ranks, None, folder)
             assert isinstance(servers, ServerEngine)
             servers.start()
-            generator = GroupGenerator(servers, verifiers, tokenizer, ranks, 0, ledger, share, lambda: None)
+            generator = GroupGenerator(servers, environment, ranks, 0, ledger, lambda: None)
             try:
                 policy = policies[(number + 1) % 2]
                 version = 100 + number
                 servers.update_weights(policy.state_dict().items(), version)
                 sequences = canary_sequences(VOCABULARY, 2, num_tokens=16)
                 servers.check_log_probs(sequences, [scores(policy, each).tolist() for each in sequences])
-                own: list[Sample] = []
+                own: list[Trajectory] = []
                 groups = generator.generate(prompts, NUM_SAMPLES, SamplingParams(24), number, own.append)
                 assert len(own) == (NUM_PROMPTS * NUM_SAMPLES if ranks.rank == 0 else 0), "one node has the server"
                 assert [group.prompt for group in groups] == prompts

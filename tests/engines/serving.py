@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.servers.api import InferenceServer, LaunchSpec
 from megatron_fipo.rollout.servers.engine import ServerEngine
@@ -170,14 +170,14 @@ class Serving:
         *requests: GenerationRequest,
         meanwhile: Callable[[], None] | None = None,
         when: Callable[[], bool] = lambda: True,
-    ) -> list[Sample]:
+    ) -> list[Trajectory]:
         """Samples in the order of the requests.
 
         Args:
             meanwhile: called while they are generated, once `when` says so.
         """
 
-        async def gather() -> list[Sample]:
+        async def gather() -> list[Trajectory]:
             tasks = [asyncio.ensure_future(self.engine.generate(each)) for each in requests]
             if meanwhile is not None:
                 while not when():
@@ -188,13 +188,13 @@ class Serving:
 
         return asyncio.run(gather())
 
-    def expect_log_probs(self, sample: Sample, model: int, temperature: float = 1.0) -> None:
+    def expect_log_probs(self, sample: Trajectory, model: int, temperature: float = 1.0) -> None:
         """The sample's log-probs must be the model's."""
         assert len(sample.response_ids) > 0
         expected = log_probs(self.models[model], sample, temperature)
         torch.testing.assert_close(sample.rollout_log_probs, expected, atol=TOLERANCE, rtol=0)
 
-    def difference(self, sample: Sample, model: int, temperature: float = 1.0) -> Tensor:
+    def difference(self, sample: Trajectory, model: int, temperature: float = 1.0) -> Tensor:
         """float32 [R], |log-probs of the sample - the model's|."""
         return (sample.rollout_log_probs - log_probs(self.models[model], sample, temperature)).abs()
 
@@ -202,7 +202,7 @@ class Serving:
         self.engine.close()
 
 
-def log_probs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> Tensor:
+def log_probs(model: PreTrainedModel, sample: Trajectory, temperature: float = 1.0) -> Tensor:
     """float32 [R], of a sample's response by transformers."""
     ids = torch.cat([sample.prompt_ids, sample.response_ids])
     return scores(model, ids.tolist(), temperature)[len(sample.prompt_ids) - 1 :]

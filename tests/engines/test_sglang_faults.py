@@ -15,7 +15,7 @@ import psutil
 import pytest
 from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.servers.api import LaunchSpec
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError
@@ -41,7 +41,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     serving.close()
 
 
-def expect_whole(serving: Serving, samples: list[Sample], model: int = 1) -> None:
+def expect_whole(serving: Serving, samples: list[Trajectory], model: int = 1) -> None:
     """Every request has its own answer, whole, under the right weights."""
     assert [(sample.prompt_id, sample.sample_index) for sample in samples] == [
         divmod(index, 4) for index in range(len(samples))
@@ -138,7 +138,7 @@ def test_kill_9_in_mid_generation(serving: Serving, direct: bool, monkeypatch: p
     assert sample.policy_versions == [(1, 0, NUM_TOKENS)]
 
 
-def _generate_at(serving: Serving, server: Server) -> Sample:
+def _generate_at(serving: Serving, server: Server) -> Trajectory:
     """One sample from a certain server."""
     pool, router = serving.pool, serving.pool.router
     others = [other for other in pool.servers if other is not server]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.servers.api import Bucket, Completion, LaunchSpec, TensorSpec
 from megatron_fipo.rollout.servers.canary import CanaryError
@@ -157,7 +157,7 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
         await client.end_update("32")
         await client.resume()
 
-    async def both() -> list[Sample]:
+    async def both() -> list[Trajectory]:
         tasks = [asyncio.ensure_future(serving.engine.generate(request(i, MANY_TOKENS))) for i in range(4)]
         await wait_until_running(serving, 1, tasks)
         await serving.loop.run_here(update_meanwhile())
@@ -339,7 +339,7 @@ def test_a_killed_server_comes_back_with_its_weights_and_no_response_is_lost(ser
     serving.hold(1, version=51)
     requests = [request(i, MANY_TOKENS) for i in range(8)]
 
-    async def kill_meanwhile() -> list[Sample]:
+    async def kill_meanwhile() -> list[Trajectory]:
         tasks = [asyncio.ensure_future(serving.engine.generate(one)) for one in requests]
         await wait_until_running(serving, 1, tasks)
         process = serving.pool.servers[0].process

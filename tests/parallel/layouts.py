@@ -42,7 +42,7 @@ from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.packed_batch import PackedBatch
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from tests.models import load, save_random_model
 
 TEMPERATURE = 0.7
@@ -143,7 +143,7 @@ def groups_of_step(step: int) -> tuple[Group, ...]:
                 if index == 2:
                     drift[6:8] = 2.5
             samples.append(
-                Sample(
+                Trajectory.of_response(
                     prompt_id=prompt_id,
                     sample_index=index,
                     prompt_ids=torch.randint(2, 20, (1 if index == 0 else integer(1, 9),), generator=generator),
@@ -218,19 +218,19 @@ def train_reference(folder: str, case: Case) -> Outcome:
     return outcome
 
 
-def _shifts(sample: Sample) -> Tensor:
+def _shifts(sample: Trajectory) -> Tensor:
     """What a sample's old log-probs are moved by, row by row: float32 [P + R - 1]."""
     return F.pad(sample.rollout_log_probs, (len(sample.prompt_ids) - 1, 0))
 
 
-def _plain_log_probs(model: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+def _plain_log_probs(model: Any, sample: Trajectory) -> tuple[Tensor, Tensor]:
     """(log-probs, entropy), each [P + R - 1]."""
     tokens = torch.cat([sample.prompt_ids, sample.response_ids])
     log_p = F.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, dim=-1)
     return log_p.gather(-1, tokens[1:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-def _plain_loss(model: Any, members: Sequence[tuple[Sample, Tensor]], objective: FipoConfig) -> LossOutput:
+def _plain_loss(model: Any, members: Sequence[tuple[Trajectory, Tensor]], objective: FipoConfig) -> LossOutput:
     parts = [_plain_log_probs(model, sample) for sample, _ in members]
     lengths = [len(old) for _, old in members]
     masks = [torch.arange(len(old)) >= len(sample.prompt_ids) - 1 for sample, old in members]

@@ -20,7 +20,7 @@ from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.rollout_correction import CORRECTIONS
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 
 LENGTHS = (5, 33, 64, 1100)
 """Of responses: less than a block, a token more than one, two blocks, and so many that blocks have blocks."""
@@ -45,7 +45,9 @@ def whole_batch(cp_size: int) -> PackedBatch:
     samples = []
     for index, length in enumerate(LENGTHS):
         rollout = -1.0 - 0.1 * torch.randn(length, generator=generator)
-        samples.append(Sample(0, index, torch.ones(3).long(), torch.ones(length).long(), rollout, "stop"))
+        samples.append(
+            Trajectory.of_response(0, index, torch.ones(3).long(), torch.ones(length).long(), rollout, "stop")
+        )
         samples[-1].advantage = 1.0 - index
     batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0)
     return replace(batch, old_log_probs=torch.where(batch.response_mask, -1.0, 0.0))

@@ -27,7 +27,7 @@ from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from tests import pretend_device
 from tests.parallel.layouts import PAD_TOKEN, Case, config_of, groups_of_step, layout, save_models
 from tests.parallel.ranks import run_ranks
@@ -119,10 +119,10 @@ def test_forward_and_backward_read_nothing_from_the_device(folder: str, cp_size:
 # --- the longest length that Megatron is told ------------------------------------------------------------------------
 
 
-def _samples(lengths: Sequence[int]) -> list[Sample]:
+def _samples(lengths: Sequence[int]) -> list[Trajectory]:
     generator = torch.Generator().manual_seed(0)
     return [
-        Sample(
+        Trajectory.of_response(
             prompt_id=0,
             sample_index=index,
             prompt_ids=torch.tensor([2]),

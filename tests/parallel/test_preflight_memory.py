@@ -28,7 +28,7 @@ from megatron_fipo.preflight.hardware import GIB
 from megatron_fipo.preflight.memory import layer_activations, training_memory
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from tests.models import save_random_model
 from tests.parallel.ranks import run_ranks
 
@@ -90,7 +90,9 @@ def groups_of_one_batch(num_response: int = 6) -> list[Group]:
         Group(
             Prompt(prompt, "made", "", (), "exact", None),
             [
-                Sample(prompt, i, ids[:2], ids, torch.zeros(num_response), "stop", advantage=1.0 - 2 * i)
+                Trajectory.of_response(
+                    prompt, i, ids[:2], ids, torch.zeros(num_response), "stop", advantage=1.0 - 2 * i
+                )
                 for i in range(2)
             ],
         )

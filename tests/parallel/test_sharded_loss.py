@@ -19,7 +19,7 @@ from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.rollout_correction import CORRECTIONS
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = (5, 33, 64, 97)
@@ -38,7 +38,9 @@ def whole_batch(cp_size: int) -> PackedBatch:
         if index == 2:
             place = torch.arange(length) * 4 // length
             difference += torch.where((place == 1) | (place == 2), 0.2, -0.2)
-        sample = Sample(0, index, torch.ones(3).long(), torch.ones(length).long(), difference - 1.0, "stop")
+        sample = Trajectory.of_response(
+            0, index, torch.ones(3).long(), torch.ones(length).long(), difference - 1.0, "stop"
+        )
         sample.advantage = 1.0 - index
         samples.append(sample)
     batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 
 
 def make_sample(
@@ -20,9 +20,9 @@ def make_sample(
     reward: float = 0.0,
     finish_reason: str = "stop",
     error: str = "",
-) -> Sample:
+) -> Trajectory:
     """A sample whose prompt tokens are 100, 101, … and whose response tokens are 200, 201, …"""
-    return Sample(
+    return Trajectory.of_response(
         prompt_id=prompt_id,
         sample_index=sample_index,
         prompt_ids=torch.arange(100, 100 + num_prompt_tokens),

@@ -67,7 +67,7 @@ def test_assign_rewards() -> None:
         [group], RewardSection(correct=2.0, incorrect=-1.0, overlong_buffer_tokens=4), max_response_tokens=10
     )
     # Partial credit is not right; nine tokens are three quarters into the buffer.
-    assert group.rewards.tolist() == [2.0, -1.0, -1.0, 1.25]
+    assert [sample.reward for sample in group.samples] == [2.0, -1.0, -1.0, 1.25]
 
 
 def test_assign_advantages() -> None:

@@ -19,7 +19,7 @@ import megatron_fipo
 from megatron_fipo import cli
 from megatron_fipo.config import load_config
 from megatron_fipo.evaluation import chat
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from tests.models import save_random_model
@@ -294,7 +294,7 @@ def test_an_interrupted_evaluation_generates_only_what_is_missing(
     assert cli.main([*arguments, "--output", str(config.parent / "whole")]) == 0
     original, asked = InProcessEngine.generate, []
 
-    async def counting(self: InProcessEngine, request: GenerationRequest, **keywords: Any) -> Sample:
+    async def counting(self: InProcessEngine, request: GenerationRequest, **keywords: Any) -> Trajectory:
         asked.append(request.sample_id)
         sample = await original(self, request, **keywords)
         if len(asked) == 6 and not keywords.get("on_token"):

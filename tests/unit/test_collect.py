@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
-from megatron_fipo.rollout.collect import ABORTED, generate_groups
-from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, sample_seed
+from megatron_fipo.environments.environment import ABORTED
+from megatron_fipo.environments.single_turn import SingleTurn
+from megatron_fipo.metrics.reductions import Metrics
+from megatron_fipo.rl.trajectory import Group, Prompt, Segment, Trajectory
+from megatron_fipo.rollout.collect import generate_groups
+from megatron_fipo.rollout.engine import GenerationRequest, Policy, SamplingParams, Share, Turn, sample_seed
 from megatron_fipo.verifiers.verdict import Verdict
 
 PROMPTS = [Prompt(i, "s", f"q{i}", (10 + i,), "exact", f"{i}") for i in range(3)]
@@ -21,8 +22,6 @@ SAMPLING = SamplingParams(max_tokens=4, temperature=0.5, top_p=0.9)
 class FakeEngine:
     """Answers once all requests are there, last first. Response: (100 * prompt + sample) as one token."""
 
-    policy_version = 0
-
     def __init__(self, num_expected: int, fail: str = "", abort: str = "") -> None:
         self.requests: list[GenerationRequest] = []
         self.num_cancelled = 0
@@ -31,7 +30,7 @@ class FakeEngine:
         self._turn = asyncio.Condition()
         self._num_answered = 0
 
-    async def generate(self, request: GenerationRequest) -> Sample:
+    async def generate(self, request: GenerationRequest) -> Turn:
         position = len(self.requests)
         self.requests.append(request)
         self.num_running += 1
@@ -53,19 +52,23 @@ class FakeEngine:
             self.num_running -= 1
         if request.sample_id == self._fail:
             raise RuntimeError("the engine broke")
-        return Sample(
-            prompt_id=request.group_id,
-            sample_index=request.sample_index,
-            prompt_ids=torch.tensor(request.prompt_ids),
-            response_ids=torch.tensor([100 * request.group_id + request.sample_index]),
-            rollout_log_probs=torch.zeros(1),
-            finish_reason="abort" if request.sample_id == self._abort else "stop",
-        )
+        token = torch.tensor([100 * request.group_id + request.sample_index])
+        reason = "abort" if request.sample_id == self._abort else "stop"
+        return Turn(request, [Segment(token, "policy", torch.zeros(1), 0)], reason)
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+    share: Share | None = None
+    repeatable = False
+
+    def start(self, policy: Policy | None) -> None:
         raise NotImplementedError
 
-    def health(self) -> None:
+    def give(self, policy: Policy, version: int) -> None:
+        raise NotImplementedError
+
+    def take_back(self, policy: Policy) -> None:
+        raise NotImplementedError
+
+    def metrics(self) -> Metrics:
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -79,13 +82,12 @@ async def judge(prompt: Prompt, text: str, finish_reason: str) -> Verdict:
     return Verdict(score=float(text == "<101>"), answer=f"{prompt.reference}:{text}:{finish_reason}")
 
 
-def collect(engine: FakeEngine, seen: list[Sample] | None = None, prompts: list[Prompt] = PROMPTS) -> list[Group]:
+def collect(engine: FakeEngine, seen: list[Trajectory] | None = None, prompts: list[Prompt] = PROMPTS) -> list[Group]:
     return asyncio.run(
         generate_groups(
             engine,
             prompts,
-            judge,
-            decode=lambda ids: f"<{ids[0]}>",
+            SingleTurn(judge, lambda ids: f"<{ids[0]}>"),
             num_samples=2,
             sampling=SAMPLING,
             run_seed=5,
@@ -96,7 +98,7 @@ def collect(engine: FakeEngine, seen: list[Sample] | None = None, prompts: list[
 
 
 def test_groups_come_in_prompt_order_whatever_finished_first() -> None:
-    engine, seen = FakeEngine(6), list[Sample]()
+    engine, seen = FakeEngine(6), list[Trajectory]()
     groups = collect(engine, seen)
     assert [group.prompt for group in groups] == PROMPTS
     assert [group.created_at_step for group in groups] == [9, 9, 9]

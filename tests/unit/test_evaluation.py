@@ -22,7 +22,7 @@ from megatron_fipo.evaluation.scores import (
     pass_at_k,
     write_problems,
 )
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from megatron_fipo.system.disk import DiskError
 
 
@@ -40,7 +40,7 @@ def group(
     lengths, reasons = lengths or [1] * k, reasons or ["stop"] * k
     answers, errors = answers or [str(a) for a in accuracies], errors or [""] * k
     samples = [
-        Sample(
+        Trajectory.of_response(
             prompt_id=prompt_id,
             sample_index=i,
             prompt_ids=torch.tensor([2]),

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_fipo.rl.trajectory import Sample
-from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError, SamplingParams, sample_seed
+from megatron_fipo.rollout.engine import GenerationRequest, NotFiniteError, SamplingParams, Turn, sample_seed
 from megatron_fipo.rollout.in_process import decode_batch
 from megatron_fipo.rollout.in_process.engine import InProcessEngine, copy_weights, find_stop_token_ids
 from megatron_fipo.rollout.in_process.token_sampling import _nucleus, request_uniforms, sample_tokens
@@ -66,22 +65,22 @@ def request(index: int, *, prompt: tuple[int, ...] | None = None, **options: Any
     )
 
 
-def generate(engine: InProcessEngine, requests: list[GenerationRequest]) -> list[Sample]:
-    async def together() -> list[Sample]:
+def generate(engine: InProcessEngine, requests: list[GenerationRequest]) -> list[Turn]:
+    async def together() -> list[Turn]:
         return await asyncio.gather(*map(engine.generate, requests))
 
     return asyncio.run(together())
 
 
 @torch.no_grad()
-def plain_log_probs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> Tensor:
+def plain_log_probs(model: PreTrainedModel, sample: Turn, temperature: float = 1.0) -> Tensor:
     """Log-probs of a response by one unpadded forward pass without a cache."""
     tokens = torch.cat([sample.prompt_ids, sample.response_ids])
     logits = model(tokens[None]).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, sample.response_ids[:, None]).squeeze(1)
 
 
-def largest_error(model: PreTrainedModel, samples: list[Sample], temperature: float = 1.0) -> float:
+def largest_error(model: PreTrainedModel, samples: list[Turn], temperature: float = 1.0) -> float:
     return max(float((s.rollout_log_probs - plain_log_probs(model, s, temperature)).abs().max()) for s in samples)
 
 
@@ -153,7 +152,7 @@ def test_a_prefix_is_continued_as_if_never_interrupted(folder: Path) -> None:
     assert tuple(restarted.response_ids.tolist())[: len(tokens) - 5] != tokens[5:]
 
 
-def whole_prompt(sample: Sample) -> tuple[int, ...]:
+def whole_prompt(sample: Turn) -> tuple[int, ...]:
     return tuple(sample.prompt_ids.tolist())
 
 
@@ -314,7 +313,7 @@ def test_a_prefill_that_fails_fails_its_requests(folder: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(type(engine.model), "forward", full)
         assert [str(outcome) for outcome in asyncio.run(outcomes())] == ["no room for the prefill"] * 5
-    assert all(isinstance(outcome, Sample) for outcome in asyncio.run(outcomes()))
+    assert all(isinstance(outcome, Turn) for outcome in asyncio.run(outcomes()))
 
 
 def test_a_prompt_of_one_token(folder: Path, reference: PreTrainedModel) -> None:
@@ -340,13 +339,13 @@ def test_others_run_between_tokens_and_on_token_streams(folder: Path) -> None:
     engine = engine_of(folder, stop_token_ids=())
     turns, streamed = 0, []
 
-    async def count_turns(task: asyncio.Task[Sample]) -> None:
+    async def count_turns(task: asyncio.Task[Turn]) -> None:
         nonlocal turns
         while not task.done():
             turns += 1
             await asyncio.sleep(0)
 
-    async def main() -> Sample:
+    async def main() -> Turn:
         task = asyncio.ensure_future(engine.generate(request(0), on_token=streamed.append))
         await count_turns(task)
         return await task
@@ -366,7 +365,7 @@ def test_abort_returns_what_there_is(folder: Path) -> None:
         if len(streamed) == 5:
             engine.abort()
 
-    async def main() -> list[Sample]:
+    async def main() -> list[Turn]:
         first = asyncio.ensure_future(engine.generate(request(0), on_token=on_token))
         second = asyncio.ensure_future(engine.generate(request(1)))
         aborted = [await first, await second]
@@ -383,7 +382,7 @@ def test_abort_returns_what_there_is(folder: Path) -> None:
 def test_cancelling_frees_the_row(folder: Path) -> None:
     engine = engine_of(folder, max_batch_size=2, stop_token_ids=())
 
-    async def main() -> tuple[list[Sample], int]:
+    async def main() -> tuple[list[Turn], int]:
         decoding = asyncio.ensure_future(engine.generate(request(0, max_tokens=400)))
         others = [asyncio.ensure_future(engine.generate(request(i))) for i in (1, 2, 3)]
         waiting = asyncio.ensure_future(engine.generate(request(4, max_tokens=400)))
@@ -486,7 +485,7 @@ def test_weights_that_are_not_finite_fail_every_request_with_the_reason(
     engine = engine_of(folder, max_batch_size=2)
     engine.update_weights(((n, torch.full_like(p, torch.nan)) for n, p in reference.named_parameters()), 1)
 
-    async def main() -> list[Sample | BaseException]:
+    async def main() -> list[Turn | BaseException]:
         return await asyncio.gather(*(engine.generate(request(i)) for i in range(3)), return_exceptions=True)
 
     results = asyncio.run(main())

@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_fipo.rl.trajectory import Prompt, Sample
+from megatron_fipo.rl.trajectory import Prompt, Trajectory
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.system.disk import DiskError
 
@@ -25,8 +26,8 @@ def ledger(folder: Path, rank: int = 0, fingerprint: str = "one") -> RolloutLedg
     return RolloutLedger(folder, rank, fingerprint, decode=lambda ids: " ".join(map(str, ids)))
 
 
-def sample(prompt_id: int, index: int) -> Sample:
-    return Sample(
+def sample(prompt_id: int, index: int) -> Trajectory:
+    return Trajectory.of_response(
         prompt_id=prompt_id,
         sample_index=index,
         prompt_ids=torch.tensor([5, prompt_id]),
@@ -34,6 +35,7 @@ def sample(prompt_id: int, index: int) -> Sample:
         rollout_log_probs=torch.tensor([-1 / 3, -1e-30, -17.25]) * (index + 1),
         finish_reason="stop",
         policy_versions=[(3, 0, 2), (4, 2, 3)],
+        source="sums",
         response_text=f"151643 7 {index}",
         accuracy=0.1,
         answer="½",
@@ -42,13 +44,18 @@ def sample(prompt_id: int, index: int) -> Sample:
     )
 
 
-def same(one: Sample, other: Sample) -> bool:
-    tensors = ("prompt_ids", "response_ids", "rollout_log_probs")
-    plain = {name: value for name, value in vars(one).items() if name not in tensors}
-    return plain == {name: vars(other)[name] for name in plain} and all(
-        torch.equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == getattr(other, name).dtype
-        for name in tensors
-    )
+def same(one: Trajectory, other: Trajectory) -> bool:
+    ours, theirs = (flat(vars(sample) | {"segments": list(map(vars, sample.segments))}) for sample in (one, other))
+    return ours == theirs
+
+
+def flat(value: Any) -> Any:
+    """The value with its tensors as dtype and numbers, so that it can be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return {name: flat(each) for name, each in value.items()}
+    return [flat(each) for each in value] if isinstance(value, list) else value
 
 
 def write(folder: Path, rank: int, step: int, prompt_ids: list[int]) -> None:
@@ -56,7 +63,7 @@ def write(folder: Path, rank: int, step: int, prompt_ids: list[int]) -> None:
     book.finished(step, 0, PROMPTS)
     for prompt_id in prompt_ids:
         for index in range(2):
-            book.append(0, "sums", sample(prompt_id, index))
+            book.append(0, sample(prompt_id, index))
     book.secure()
     book.close()
 
@@ -87,7 +94,7 @@ def test_a_killed_process_may_tear_the_last_line(tmp_path: Path) -> None:
     path.write_bytes(whole[:-9])
     book = ledger(tmp_path)
     assert ("sums", 1, 1) not in book.finished(0, 0, PROMPTS)
-    book.append(0, "sums", sample(1, 1))  # the torn line is gone, and what follows it is whole
+    book.append(0, sample(1, 1))  # the torn line is gone, and what follows it is whole
     assert path.read_bytes() == whole
     assert len(ledger(tmp_path).finished(0, 0, PROMPTS)) == 4
 
@@ -129,7 +136,7 @@ def disk_with_room_for(path: Path, num_bytes: int) -> Iterator[None]:
 def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path: Path) -> None:
     book = ledger(tmp_path)
     book.finished(0, 0, PROMPTS)
-    book.append(0, "sums", sample(0, 0))
+    book.append(0, sample(0, 0))
     path = tmp_path / "step_000000" / "rank_000.jsonl"
     whole = path.read_bytes()
     with disk_with_room_for(path, 40):
@@ -139,11 +146,11 @@ def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path: Path) -> None:
         with pytest.raises(
             DiskError, match=r"rank_000\.jsonl cannot be written: File too large .*free there"
         ) as caught:
-            book.append(0, "sums", sample(0, 1))
+            book.append(0, sample(0, 1))
     assert "start the same command again: it goes on from the newest checkpoint" in str(caught.value)
     assert path.read_bytes() == whole, "nothing of the line that did not fit is left"
     for index in range(2):  # somebody has made room
-        book.append(0, "sums", sample(1, index))
+        book.append(0, sample(1, index))
     assert set(ledger(tmp_path).finished(0, 0, PROMPTS)) == {("sums", 0, 0), ("sums", 1, 0), ("sums", 1, 1)}
 
 
@@ -152,7 +159,7 @@ def test_a_deleted_file_is_noticed(tmp_path: Path) -> None:
     book.finished(0, 0, PROMPTS)
     shutil.rmtree(tmp_path / "step_000000")
     with pytest.raises(DiskError, match="was deleted or replaced while the run was writing there"):
-        book.append(0, "sums", sample(0, 0))
+        book.append(0, sample(0, 0))
 
 
 def test_whatever_a_verifier_answered_comes_back(tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_whatever_a_verifier_answered_comes_back(tmp_path: Path) -> None:
     for index, answer in enumerate(answers):
         odd = sample(0, index)
         odd.answer = odd.error = answer
-        book.append(0, "sums", odd)
+        book.append(0, odd)
     found = ledger(tmp_path).finished(0, 0, PROMPTS)
     assert [found["sums", 0, index].answer for index in range(len(answers))] == answers
     assert [found["sums", 0, index].error for index in range(len(answers))] == answers

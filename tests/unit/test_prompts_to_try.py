@@ -11,7 +11,7 @@ import torch
 from megatron_fipo.config import Config, DataSection, DataSourceConfig, EvaluationSection
 from megatron_fipo.console.console import Console
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 
 SOURCE = DataSourceConfig(kind="chain_arithmetic", verifier="chain_arithmetic", num_prompts=1)
 
@@ -29,7 +29,8 @@ class Answers:
         groups = []
         for prompt in prompts:
             samples = [
-                Sample(0, index, torch.tensor([1]), torch.tensor([1]), torch.zeros(1), "stop") for index in (0, 1)
+                Trajectory.of_response(0, index, torch.tensor([1]), torch.tensor([1]), torch.zeros(1), "stop")
+                for index in (0, 1)
             ]
             for index, sample in enumerate(samples):
                 sample.accuracy = 0.0 if prompt.text in self.wrong and index else 1.0

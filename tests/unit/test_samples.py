@@ -12,7 +12,7 @@ import torch
 
 from megatron_fipo import cli
 from megatron_fipo.config import SamplingSection
-from megatron_fipo.rl.trajectory import Group, Prompt, Sample
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from megatron_fipo.run.sample_choice import MAX_REFERENCE_CHARACTERS, samples_of_step
 from megatron_fipo.run.samples import (
     TrainingSample,
@@ -30,7 +30,7 @@ PAPER = SamplingSection()
 def group(prompt_id: int, scores: str, source: str = "sums", error: str = "") -> Group:
     """One response a letter of `scores`: r is right, w is wrong."""
     samples = [
-        Sample(
+        Trajectory.of_response(
             prompt_id=prompt_id,
             sample_index=index,
             prompt_ids=torch.tensor([1]),

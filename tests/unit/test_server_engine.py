@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
@@ -79,7 +79,7 @@ def test_every_request_has_its_own_answer(world: World) -> None:
     close(world, engine)
 
 
-async def _all(engine: ServerEngine, requests: Sequence[GenerationRequest]) -> list[Sample]:
+async def _all(engine: ServerEngine, requests: Sequence[GenerationRequest]) -> list[Trajectory]:
     return await asyncio.gather(*(engine.generate(asked) for asked in requests))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from megatron_fipo.rl.trajectory import Sample
+from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.servers.canary import CanaryError
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError
@@ -52,16 +52,16 @@ class Run:
         self.engine: ServerEngine = world.engine(pool, self.sync)
         self.engine.start()
 
-    def generate(self, count: int = 4, num_tokens: int = 4) -> list[Sample]:
+    def generate(self, count: int = 4, num_tokens: int = 4) -> list[Trajectory]:
         """One request of each of several groups; so every server that may generate has some."""
 
-        async def all_of_them() -> list[Sample]:
+        async def all_of_them() -> list[Trajectory]:
             requests = (request(0, group=group, num_tokens=num_tokens) for group in range(count))
             return list(await asyncio.gather(*map(self.engine.generate, requests)))
 
         return self.world.run(all_of_them(), 900.0)
 
-    def begin_some(self) -> list[asyncio.Task[Sample]]:
+    def begin_some(self) -> list[asyncio.Task[Trajectory]]:
         """Requests of which two tokens have been drawn."""
         generate = self.engine.generate
         begun = [self.world.begin(generate(request(0, group=group, num_tokens=9))) for group in range(4)]
@@ -118,7 +118,7 @@ def test_servers_are_written_at_the_same_time_while_the_next_bucket_is_packed(wo
 def test_a_request_that_arrives_in_an_update_waits_and_one_in_flight_goes_on(world: World, method: Method) -> None:
     run = Run(world, method)
 
-    async def later() -> Sample:
+    async def later() -> Trajectory:
         await asyncio.sleep(3.0)
         return await run.engine.generate(request(1, group=9))
 

@@ -19,8 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from megatron_fipo.rl.trajectory import Sample
-from megatron_fipo.rollout.engine import GenerationRequest, check_request
+from megatron_fipo.metrics.reductions import Metrics
+from megatron_fipo.rl.trajectory import Segment
+from megatron_fipo.rollout.engine import ALL_PROMPTS, GenerationRequest, Policy, Share, Turn, check_request
 from megatron_fipo.rollout.in_process.decode_batch import DecodeBatch, Row
 
 _ADMIT_SHARE = 8
@@ -31,7 +32,7 @@ _ADMIT_SHARE = 8
 class _Call(Row):
     """A pending `generate`."""
 
-    future: asyncio.Future[Sample]
+    future: asyncio.Future[Turn]
     on_token: Callable[[int], None] | None
     number: int
     policy_version: int = field(init=False, default=0)
@@ -51,6 +52,7 @@ class InProcessEngine:
         tokenizer: whose end-of-sequence token also ends a response.
         stop_token_ids: tokens that end a response; None takes those that the folder and the tokenizer name.
         policy_version: of the weights in the folder.
+        share: of the prompts, this process's.
 
     Raises:
         ValueError: if the model attends through a sliding window, or nothing names a token that ends a response.
@@ -68,6 +70,7 @@ class InProcessEngine:
         tokenizer: Any = None,
         stop_token_ids: Collection[int] | None = None,
         policy_version: int = 0,
+        share: Share = ALL_PROMPTS,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"rollout.max_batch_size must be at least 1; got {max_batch_size}")
@@ -87,6 +90,8 @@ class InProcessEngine:
         model = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval().requires_grad_(False)
         self.policy_version = policy_version
+        self.share: Share | None = share
+        self._given: int | None = None
         self.num_decoded_tokens = 0
         """Response tokens generated since the engine was built; callers take differences."""
         self.num_prefilled_tokens = 0
@@ -99,7 +104,7 @@ class InProcessEngine:
         self._sweep_due = False
         self._failure = ""
 
-    async def generate(self, request: GenerationRequest, *, on_token: Callable[[int], None] | None = None) -> Sample:
+    async def generate(self, request: GenerationRequest, *, on_token: Callable[[int], None] | None = None) -> Turn:
         """Generate one response, after those that were asked for earlier have been admitted.
 
         Args:
@@ -107,8 +112,8 @@ class InProcessEngine:
             on_token: called with each token id as it is decoded.
 
         Returns:
-            The sample. With a prefix, `response_ids` and `rollout_log_probs` hold what follows it, while
-            `policy_versions` and max_tokens count from the start of the whole response.
+            The turn. With a prefix it holds what follows that, while `policy_versions` and max_tokens count from the
+            start of the whole response.
 
         Raises:
             ValueError: if the request breaks a rule; the message names it.
@@ -128,6 +133,22 @@ class InProcessEngine:
         except asyncio.CancelledError:
             self._sweep_due = True
             raise
+
+    def start(self, policy: Policy | None) -> None:
+        """See `RolloutEngine`; there is nothing to start."""
+
+    def give(self, policy: Policy, version: int) -> None:
+        """See `RolloutEngine`. Not collective but in what `policy.weights()` is."""
+        if self._given != version:
+            self.update_weights(policy.weights(), version)
+            self._given = version
+
+    def take_back(self, policy: Policy) -> None:
+        """See `RolloutEngine`; nothing was lent."""
+
+    def metrics(self) -> Metrics:
+        """See `RolloutEngine`; there is nothing to tell."""
+        return {}
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Copy new weights into the model, under their Hugging Face names; each is converted to the model's dtype.
@@ -207,19 +228,8 @@ class InProcessEngine:
     def _deliver(self, call: _Call, response_ids: Tensor, log_probs: Tensor, reason: str) -> None:
         if call.future.done():
             return
-        request = call.request
-        start, stop = len(request.prefix), len(request.prefix) + len(response_ids)
-        call.future.set_result(
-            Sample(
-                prompt_id=request.group_id,
-                sample_index=request.sample_index,
-                prompt_ids=torch.tensor(request.prompt_ids, dtype=torch.int64),
-                response_ids=response_ids,
-                rollout_log_probs=log_probs,
-                finish_reason=reason,
-                policy_versions=[(call.policy_version, start, stop)] if stop > start else [],
-            )
-        )
+        segments = [Segment(response_ids, "policy", log_probs, call.policy_version)] if len(response_ids) else []
+        call.future.set_result(Turn(call.request, segments, reason))
 
     def _drop_cancelled_and_aborted(self) -> None:
         self._sweep_due = False

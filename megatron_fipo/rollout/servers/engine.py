@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.metrics.reductions import Max, Mean, Metrics, Min, Sum
-from megatron_fipo.rl.trajectory import Sample
-from megatron_fipo.rollout.engine import GenerationRequest, check_request
+from megatron_fipo.parallel.device_memory import give_back_caches
+from megatron_fipo.rl.trajectory import policy_segments
+from megatron_fipo.rollout.engine import ALL_PROMPTS, GenerationRequest, Policy, Share, Turn, check_request
 from megatron_fipo.rollout.servers.api import Completion, InferenceServer
-from megatron_fipo.rollout.servers.canary import CanaryError, LogProbDifference, compare_log_probs
+from megatron_fipo.rollout.servers.canary import CanaryError, LogProbDifference, canary_sequences, compare_log_probs
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError, ServerUnreachableError
 from megatron_fipo.rollout.servers.packers import Packers
@@ -62,13 +63,13 @@ class ServerEngine:
             raises ServerError.
         agree: exchanges a problem ("" for none) with all ranks and returns everyone's, so that a failure on one stops
             all of them, with the same words. Collective.
-        share: (index, count) of this rank among those that own servers, None where it owns none: it generates for
-            every count-th prompt from the index-th on.
+        share: of the prompts, this rank's; None where it owns no servers.
         stop_token_ids: tokens that end a response.
         vocab_size: token ids lie below it. Servers die of others, hence the check.
         max_concurrent_requests: in flight at a time, over all servers.
         request_timeout_s: longest wait for one response.
-        canary_tolerance: largest mean |log-prob difference| to the actor.
+        canary_tolerance: largest mean |log-prob difference| to the policy.
+        num_canaries: sequences of canary_tokens tokens that `give` compares it on; 0: none.
         colocated: whether the servers' memory is to be released while the actor trains.
     """
 
@@ -81,12 +82,14 @@ class ServerEngine:
         sync: WeightSync | None,
         *,
         agree: Callable[[str], Sequence[str]],
-        share: tuple[int, int] | None = (0, 1),
+        share: Share | None = ALL_PROMPTS,
         stop_token_ids: Collection[int],
         vocab_size: int,
         max_concurrent_requests: int,
         request_timeout_s: float,
         canary_tolerance: float,
+        num_canaries: int = 0,
+        canary_tokens: int = 0,
         colocated: bool = False,
         packers: Packers | None = None,
         check_before_start: Callable[[], None] = lambda: None,
@@ -98,6 +101,8 @@ class ServerEngine:
         self.stop_token_ids = frozenset(stop_token_ids)
         self._vocab_size = vocab_size
         self._request_timeout_s, self._canary_tolerance = request_timeout_s, canary_tolerance
+        self._num_canaries, self._canary_tokens = num_canaries, canary_tokens
+        self._given: int | None = None
         self._slots = asyncio.Semaphore(max_concurrent_requests)
         self._load = _Load()
         self._numbers = itertools.count()
@@ -110,16 +115,27 @@ class ServerEngine:
         self._last_canary: LogProbDifference | None = None
         self._is_closed = False
 
-    def start(self) -> None:
+    def start(self, policy: Policy | None = None) -> None:
         """Start the servers, or attach to them. Collective.
+
+        They take for their caches what memory is free when they start. So colocated ones start while the policy's is
+        lent, as it is whenever they generate, and give theirs back before the policy takes its own again.
+
+        Args:
+            policy: that is trained on the servers' GPUs; None where they are their own.
 
         Raises:
             ServerError: on every rank, with the server's own words, if one does not come up.
         """
+        if self.colocated and policy is not None:
+            self._lend(policy)
         with self.collectively():
             if self.pool is not None:
                 self._check_before_start()
                 self._run(self.pool.start())
+        if self.colocated and policy is not None:
+            self.release_memory()
+            policy.onload()
 
     def close(self) -> None:
         """End the servers that were started here. Not collective: also a rank that fails alone ends its own."""
@@ -142,14 +158,14 @@ class ServerEngine:
 
     # --- generating -------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest) -> Sample:
+    async def generate(self, request: GenerationRequest) -> Turn:
         """Generate one response.
 
         A request whose answer was lost is sent again: sampling has no side effects, and one answer alone is used.
 
         Returns:
-            The sample. With a prefix, `response_ids` and `rollout_log_probs` hold what follows it, while
-            `policy_versions` and max_tokens count from the start of the whole response.
+            The turn. With a prefix it holds what follows that, while `policy_versions` and max_tokens count from the
+            start of the whole response.
 
         Raises:
             ValueError: if the request breaks a rule; the message names it.
@@ -160,7 +176,7 @@ class ServerEngine:
             raise RuntimeError("this rank owns no servers; prompts are shared out over the ranks that do")
         check_request(request, self._vocab_size, self.stop_token_ids)
         completion = await self._loop.run_here(self._complete(self.pool, request))
-        return _sample(request, completion)
+        return _turn(request, completion)
 
     def abort(self) -> None:
         """End every request in flight; each returns what it has, finish_reason "abort". Safe in a signal handler."""
@@ -258,6 +274,36 @@ class ServerEngine:
         task.add_done_callback(self._tasks.discard)
 
     # --- weights and memory -----------------------------------------------------------------------------------------
+
+    def give(self, policy: Policy, version: int) -> None:
+        """See `RolloutEngine`. Servers prove by checksums and log-probs that they hold and use these weights."""
+        if self._given == version:
+            return
+        sequences = canary_sequences(policy.vocab_size, self._num_canaries, self._canary_tokens)
+        expected = policy.score(sequences) if sequences else []
+        if self.colocated:
+            with self.collectively():
+                give_back_caches()  # an update's activations, which the servers' weights come in the place of
+        self.update_weights(policy.weights(), version)
+        if self.colocated:
+            self._lend(policy)
+            self.resume_memory()
+        if sequences:
+            self.check_log_probs(sequences, expected)
+        self._given = version
+
+    def take_back(self, policy: Policy) -> None:
+        """See `RolloutEngine`; colocated servers alone have borrowed anything."""
+        if self.colocated and self._given is not None:
+            self.release_memory()
+            policy.onload()
+            self._given = None
+
+    def _lend(self, policy: Policy) -> None:
+        """Give all memory away, on every rank before any server takes it: one rank owns the servers of all."""
+        with self.collectively():
+            policy.offload()
+            give_back_caches()  # also the buckets that weights went over in
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Hand new weights to all servers and prove by checksums that they arrived. Collective.
@@ -408,19 +454,15 @@ async def _resume_cache_and_go_on(client: InferenceServer) -> None:
     await client.resume()
 
 
-def _sample(request: GenerationRequest, completion: Completion) -> Sample:
+def _turn(request: GenerationRequest, completion: Completion) -> Turn:
     start = len(request.prefix)
-    return Sample(
-        prompt_id=request.group_id,
-        sample_index=request.sample_index,
-        prompt_ids=torch.tensor(request.prompt_ids, dtype=torch.int64),
-        response_ids=torch.tensor(completion.token_ids, dtype=torch.int64),
-        rollout_log_probs=torch.tensor(completion.log_probs, dtype=torch.float32),
-        finish_reason=completion.finish_reason,
-        policy_versions=[
-            (_policy_version(version), start + first, start + stop) for version, first, stop in completion.version_spans
-        ],
+    segments = policy_segments(
+        torch.tensor(completion.token_ids, dtype=torch.int64),
+        torch.tensor(completion.log_probs, dtype=torch.float32),
+        [(_policy_version(version), start + first, start + stop) for version, first, stop in completion.version_spans],
+        start,
     )
+    return Turn(request, segments, completion.finish_reason)
 
 
 def _policy_version(version: str) -> int:

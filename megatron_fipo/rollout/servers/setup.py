@@ -20,6 +20,7 @@ from megatron_fipo.config import Config, server_device_problems
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.announcements import Announcements
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rollout.engine import Share
 from megatron_fipo.rollout.servers.api import LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.servers.canary import DEFAULT_TOLERANCE
 from megatron_fipo.rollout.servers.engine import ServerEngine
@@ -45,6 +46,7 @@ ADAPTERS: dict[str, type[ServerAdapter]] = {"sglang": SglangAdapter, "vllm": Vll
 """By rollout.engine."""
 
 _MIB = 2**20
+_CANARY_TOKENS = 64
 _CPU_CACHE_TOKENS = 2**18
 """Most tokens that a server on the CPU keeps in its cache if the configuration does not say."""
 
@@ -111,12 +113,14 @@ def build_server_engine(
         loop,
         sync,
         agree=lambda problem: exchange.all_gather_objects(problem, ranks.world),
-        share=(owners.index(ranks.rank), len(owners)) if is_owner else None,
+        share=Share(owners.index(ranks.rank), len(owners)) if is_owner else None,
         stop_token_ids=stop_token_ids,
         vocab_size=model["vocab_size"],
         max_concurrent_requests=max(1, section.max_concurrent_requests * len(specs)),
         request_timeout_s=section.request_timeout_s,
         canary_tolerance=tolerance,
+        num_canaries=section.canary_sequences,
+        canary_tokens=min(_CANARY_TOKENS, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens),
         colocated=section.placement == "colocated",
         packers=packers if node is not None and not is_owner else None,
         check_before_start=partial(_check_nccl, config, device),

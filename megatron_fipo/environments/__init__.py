@@ -1,0 +1,1 @@
+"""Environments: where what the policy writes meets whoever answers and judges it."""
