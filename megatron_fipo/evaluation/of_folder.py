@@ -29,6 +29,7 @@ from megatron_fipo.convert.inspection import check_weights
 from megatron_fipo.data.prompts import evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.environments.single_turn import Decode, SingleTurn, decode_with, judge_in
+from megatron_fipo.environments.verifier_probes import VerifierProbes, first_held_out
 from megatron_fipo.evaluation.scores import (
     EVALUATION_STEP,
     EvaluationResult,
@@ -45,7 +46,6 @@ from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import build_engine, in_process_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
-from megatron_fipo.run.verifier_probes import VerifierProbes, first_held_out
 from megatron_fipo.system.disk import DiskError, disk_error, write_text_whole
 from megatron_fipo.system.error_net import is_of_the_machine
 from megatron_fipo.system.event_loop import run_to_end

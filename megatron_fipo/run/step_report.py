@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_fipo.actor.actor import UpdateResult
+from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, merge, scalars, to_plain
 from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
-from megatron_fipo.rl.trajectory import Group
+from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rollout.source import StepRollouts
 
 INFLUENCE_STD = "fipo/influence_weight/std"
 
@@ -41,19 +44,27 @@ class StepClock:
         }
 
 
+def exchange_metrics(minibatches: Sequence[Sequence[PackedBatch]], config: Config, ranks: ParallelGroups) -> Metrics:
+    """What the suffix sum's exchange takes in a step."""
+    if not config.objective.future_kl:
+        return {}
+    num_sequences = sum(len(batch.sample_indices) for batches in minibatches for batch in batches)
+    received = exchanged_bytes(num_sequences, ranks.cp.size()) * config.train.num_epochs
+    return {"perf/suffix_sum_exchange_bytes": Last(received)}
+
+
 def step_metrics(
-    trained: Sequence[Group],
-    generated: Sequence[Group],
+    rollouts: StepRollouts,
     updates: Sequence[UpdateResult],
     clock: StepClock,
     more: Metrics,
-    max_response_tokens: int,
+    config: Config,
     ranks: ParallelGroups,
 ) -> tuple[dict[str, float], str]:
     """Everything about a step as flat numbers, the same on every rank. Collective over all ranks.
 
     Args:
-        trained: the groups that were trained on. generated: all that were generated for the step.
+        rollouts: of the step.
         updates: this rank's results, in order.
         more: further metrics, alike on every rank.
 
@@ -68,14 +79,14 @@ def step_metrics(
     norms = [result.grad_norm for result in updates]
     metrics: Metrics = {
         **merge([first, later]),
-        **rollout_metrics(generated, max_response_tokens),
-        **advantage_metrics(trained),
+        **rollout_metrics(rollouts.generated, config.rollout.max_response_tokens),
+        **advantage_metrics(rollouts.groups),
         **noise.metrics,
         "optim/grad_norm": Last(sum(norms) / len(norms)),
         "optim/grad_norm/max": Last(max(norms)),
         "optim/learning_rate": Last(updates[-1].learning_rate),
         "optim/updates": Last(len(updates)),
-        **clock.metrics(sum(sample.num_tokens for group in trained for sample in group.samples)),
+        **clock.metrics(sum(sample.num_tokens for group in rollouts.groups for sample in group.samples)),
         **more,
     }
     numbers = scalars(metrics)

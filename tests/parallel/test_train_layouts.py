@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fipo.rollout import collect
-from megatron_fipo.train import Trainer
+from megatron_fipo.rollout.source import StepRollouts
+from megatron_fipo.rollout.synchronous import SynchronousSource
 from tests.end_to_end.runs import BASE, ROOT, exported_weights, step_lines, timeless, train
 
 LAYOUTS = {
@@ -39,16 +40,16 @@ ROUNDING_OF_WEIGHTS = 2e-6
 
 def _record_rollouts(file: Path, seed_by_rank: bool = False) -> None:
     """Write what a step trains on; on purpose let randomness depend on the rank."""
-    original = Trainer._collect_groups
+    original = SynchronousSource.batch
 
-    def recording(self: Trainer, step: int) -> Any:
-        groups, generated = original(self, step)
-        if self.is_leader:
-            samples = [sample for group in generated for sample in group.samples]
+    def recording(self: SynchronousSource, step: int, **options: bool) -> StepRollouts:
+        rollouts = original(self, step, **options)
+        if os.environ["RANK"] == "0":
+            samples = [sample for group in rollouts.generated for sample in group.samples]
             torch.save([(s.prompt_id, s.sample_index, s.response_ids.tolist(), s.reward) for s in samples], file)
-        return groups, generated
+        return rollouts
 
-    Trainer._collect_groups = recording  # type: ignore[method-assign]
+    SynchronousSource.batch = recording  # type: ignore[method-assign]
     if seed_by_rank:
         seed = collect.sample_seed
         collect.sample_seed = lambda *key: seed(*key) + int(os.environ["RANK"])

@@ -15,10 +15,10 @@ import pytest
 
 from megatron_fipo.config import Config, ConfigError, DataSourceConfig, load_config, validate, verifier_weights
 from megatron_fipo.data.records import read_records
+from megatron_fipo.environments.verifier_probes import VerifierProbes
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.trajectory import Prompt
-from megatron_fipo.run.verifier_probes import VerifierProbes
 from megatron_fipo.verifiers.check import Findings, inspect_own
 from megatron_fipo.verifiers.combined import combine, judge_combined
 from megatron_fipo.verifiers.pool import VerifierPool

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.rl.trajectory import Prompt
 from megatron_fipo.verifiers.check import Findings
 from megatron_fipo.verifiers.pool import VerifierPool
@@ -18,14 +17,8 @@ from megatron_fipo.verifiers.registry import shown_name
 from megatron_fipo.verifiers.verdict import NO_VERDICT, RAISED, Verdict, VerifierJob, split_name
 
 
-def first_prompts(stream: PromptStream, held_out: Mapping[str, Sequence[Prompt]]) -> dict[str, Prompt]:
-    """The first prompt of each source, by the source's key in the configuration."""
-    training = {f"data.train.{name}": prompt for name, prompt in stream.first_prompts().items()}
-    return training | first_held_out(held_out)
-
-
 def first_held_out(held_out: Mapping[str, Sequence[Prompt]]) -> dict[str, Prompt]:
-    """The same of evaluation sources alone."""
+    """The first prompt of each evaluation source, by the source's key in the configuration."""
     return {f"data.evaluation.{name}": prompts[0] for name, prompts in held_out.items() if prompts}
 
 

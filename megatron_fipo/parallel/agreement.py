@@ -1,0 +1,42 @@
+"""What may fail on one rank alone is raised on all of them, so that none waits for one that has left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch.distributed import ProcessGroup
+
+from megatron_fipo.parallel import exchange
+from megatron_fipo.system.disk import DiskError
+
+T = TypeVar("T")
+
+
+def on_every_rank(action: Callable[[], T], world: ProcessGroup) -> T:
+    """Do what one rank's disk or files may fail at. Collective.
+
+    Returns:
+        What the action returned on this rank.
+
+    Raises:
+        DiskError, ValueError: on every rank, the first rank's of those that failed so.
+    """
+    failed: tuple[type[DiskError] | type[ValueError], str] | None = None
+    results: list[T] = []
+    try:
+        results.append(action())
+    except DiskError as error:
+        failed = DiskError, str(error)
+    except ValueError as error:
+        failed = ValueError, str(error)
+    for found in exchange.all_gather_objects(failed, world):
+        if found:
+            kind, message = found
+            raise kind(message)
+    return results[0]
+
+
+def on_leader(action: Callable[[], T], world: ProcessGroup) -> T | None:
+    """The same of an action that rank 0 alone takes; None on all others. Collective."""
+    return on_every_rank(action if world.rank() == 0 else lambda: None, world)

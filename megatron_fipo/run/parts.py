@@ -1,0 +1,100 @@
+"""What a run consists of, built in the one order in which nothing is written for a run that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_fipo.actor.actor import Actor
+from megatron_fipo.config import numbers_fingerprint, verifier_weights
+from megatron_fipo.console.console import Console
+from megatron_fipo.data.prompts import PromptStream, evaluation_sets
+from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.environments.single_turn import SingleTurn, decode_with, judge_in
+from megatron_fipo.environments.verifier_probes import VerifierProbes
+from megatron_fipo.evaluation.during_training import HeldOutEvaluation
+from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rollout.generation import GroupGenerator, build_engine
+from megatron_fipo.rollout.handover import ScoredPolicy
+from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.rollout.source import RolloutSource
+from megatron_fipo.rollout.synchronous import SynchronousSource
+from megatron_fipo.run.best_model import BestModel
+from megatron_fipo.run.ending import Ending
+from megatron_fipo.run.findings import first_prompts, told_by_all, told_by_leader
+from megatron_fipo.run.named_on_hub import NamedRun
+from megatron_fipo.run.records import RunRecords
+from megatron_fipo.run.saved import SavedRun
+from megatron_fipo.system.interrupt import Interrupt
+from megatron_fipo.verifiers.check import inspect_own
+from megatron_fipo.verifiers.isolation import isolation_warnings
+from megatron_fipo.verifiers.pool import VerifierPool
+
+
+class RunParts:
+    """A run's model, rollout source, verifiers, records and saved state. Building it is collective over all ranks.
+
+    Args:
+        named: the configuration, with what it names on the hub fetched.
+        leave_if_asked: called on all ranks around each generation; raises where the run is to end.
+
+    Raises:
+        ValueError: if the model, the data or the layout cannot be used; the message says why.
+    """
+
+    def __init__(
+        self, named: NamedRun, ranks: ParallelGroups, console: Console, leave_if_asked: Callable[[], None]
+    ) -> None:
+        config = named.local
+        self.named, self.config, self.ranks, self.console = named, config, ranks, console
+        tokenizer = load_tokenizer(config.model.path)
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.decode = decode_with(tokenizer)
+        inspected = told_by_leader(lambda: inspect_own(config), ranks)
+        prompts = PromptStream.from_config(config, tokenizer, inspected.row_readers)
+        held_out = evaluation_sets(config, tokenizer, inspected.row_readers)
+        # Named at the start: an import that came later would count as its first response's time.
+        sources = (*config.data.train.values(), *config.data.evaluation.values())
+        in_use = {name for source in sources for name in verifier_weights(source)}
+        verifier = config.verifier
+        self.verifiers = VerifierPool(
+            verifier.num_workers, verifier.timeout_s, verifiers=sorted(in_use), trusted=verifier.trusted
+        )
+        try:
+            probes = VerifierProbes(self.verifiers, first_prompts(prompts, held_out))
+            self.actor = Actor(config, ranks)  # while verifiers are imported and answer
+            self.warnings = [
+                *inspected.warnings,
+                *isolation_warnings(in_use, verifier.trusted),
+                *told_by_all(probes.findings(), ranks),
+            ]
+        except BaseException:
+            self.verifiers.close()
+            raise
+        self.records = RunRecords(named, ranks, console)
+        folder = self.records.folder
+        engine = build_engine(config, ranks, tokenizer, folder.servers)
+        self.policy = ScoredPolicy(self.actor, config)
+        try:
+            engine.start(self.policy)
+        except BaseException:
+            engine.close()
+            raise
+        self.interrupt = Interrupt(engine.abort)
+        self.ledger = RolloutLedger(folder.rollouts, ranks.rank, numbers_fingerprint(named.recorded), self.decode)
+        environment = SingleTurn(judge_in(self.verifiers), self.decode)
+        generator = GroupGenerator(engine, environment, ranks, config.run.seed, self.ledger, leave_if_asked)
+        self.source: RolloutSource = SynchronousSource(config, ranks, prompts, engine, generator, console)
+        self.saved = SavedRun(config, self.actor, folder, self.ledger, console, named.recorded)
+        self.ending = Ending(config.train.stop_when, folder.metrics, console.info)
+        is_leader = ranks.rank == 0
+        self.best = BestModel(config.checkpoint.keep_best, folder.best, self.saved.export, is_writer=is_leader)
+        self.evaluation = HeldOutEvaluation(
+            config, held_out, generator, console, folder.evaluation if is_leader else None
+        )
+
+    def close(self) -> None:
+        """Release processes, memory and the folder."""
+        self.verifiers.close()
+        self.source.close()
+        self.ledger.close()
+        self.records.close()
