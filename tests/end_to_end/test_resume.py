@@ -142,7 +142,7 @@ def _deleted_in_step_1(folder: Path) -> None:
 
     def deleting(self: train_module.Trainer, step: int) -> dict[str, float]:
         metrics = original(self, step)
-        if step == 1 and self.is_leader:
+        if step == 1 and self.ranks.rank == 0:
             shutil.rmtree(folder)
         return metrics
 
