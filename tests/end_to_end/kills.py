@@ -71,6 +71,18 @@ def signalled_in_update(step: int, num_done: int) -> None:
     Actor.update = signalling  # type: ignore[method-assign]
 
 
+def signalled_in_rollout(step: int) -> None:
+    """Get SIGTERM when a step's responses are about to be generated or taken from their records, and go on."""
+    original = generation.generate_groups
+
+    async def signalling(*args: Any, **keywords: Any) -> Any:
+        if keywords["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return await original(*args, **keywords)
+
+    generation.generate_groups = signalling
+
+
 def in_save(call: int) -> None:
     """Die in the so-many-th save, when some of its files are written and it has not its name yet."""
     original, calls = dist_checkpointing.save, [0]

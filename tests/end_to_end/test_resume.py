@@ -282,3 +282,13 @@ def test_a_step_that_was_stopped_half_way_needs_its_recorded_rollouts(tmp_path: 
     output = " ".join(" ".join(outcome.output.split()) for outcome in outcomes)
     assert "made on 32 are not recorded any more" in output
     assert "delete the checkpoint to go on from the one before" in output
+
+
+def test_a_half_done_step_that_is_stopped_again_is_still_half_done(straight: Path, tmp_path: Path) -> None:
+    """Its weights have moved: to begin the step anew with them would be another run."""
+    folder, stopped = tmp_path / "run", train_module.EXIT_STOPPED
+    for stop in (partial(kills.signalled_in_update, step=0, num_done=1), partial(kills.signalled_in_rollout, step=0)):
+        train(folder, *RUN, "train.num_steps=2", prepare=stop, expected=stopped)
+        assert latest_checkpoint_name(folder).removesuffix(".again") == "step_000000_update_0001"
+    train(folder, *RUN, "train.num_steps=2", expected=0)
+    assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)[:2]]
