@@ -61,7 +61,7 @@ class Segment:
     log_probs: Tensor | None = None
     """float32 [n] under the policy that wrote it, at its temperature and before top-p; None for an environment's."""
     policy_version: int | None = None
-    """Of the weights that wrote it; None for an environment's, and where nobody recorded it."""
+    """Version of the weights that wrote it; None for an environment's segment, and where no version was recorded."""
 
     def __post_init__(self) -> None:
         if self.author == "environment":
@@ -170,7 +170,7 @@ class Trajectory(OfSegments):
     reward: float = 0.0
     """After shaping."""
     advantage: float | Tensor = 0.0
-    """Of every token, or float32 [R], one of each."""
+    """One advantage for all tokens, or float32 [R], one for each."""
 
     @classmethod
     def of_response(

@@ -22,7 +22,7 @@ async def generate_groups(
     on_sample: Callable[[Trajectory], None] | None = None,
     finished: Mapping[SampleKey, Trajectory] | None = None,
 ) -> list[Group]:
-    """Play each prompt num_samples times; each response is judged as soon as it is there, while others are decoded.
+    """Play each prompt num_samples times. A response is judged as soon as it is complete, while others are decoded.
 
     Args:
         engine: generates.
@@ -34,7 +34,7 @@ async def generate_groups(
         step: written into the groups. An evaluation that passes the same step every time repeats the same random
             numbers, so that two policies are compared on equal terms.
         on_sample: called with each judged trajectory, in order of completion, for progress.
-        finished: judged trajectories that exist already; they are not generated, and `on_sample` does not hear of them.
+        finished: judged trajectories that exist already. They are not generated again, nor passed to `on_sample`.
 
     Returns:
         Groups in the order of the prompts, samples by sample_index, whatever finished first. `reward` is not set yet.

@@ -163,7 +163,7 @@ class RolloutEngine(Protocol):
     """
 
     share: Share | None
-    """Of the prompts, this rank's; None where it generates nothing."""
+    """Which prompts this rank generates for; None if it generates for none."""
     repeatable: bool
     """Whether the same requests, made together, give the same turns again bit for bit."""
 

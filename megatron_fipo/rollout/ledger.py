@@ -1,14 +1,14 @@
-"""Every judged response of the steps since the oldest checkpoint, on disk as soon as it is judged.
+"""A journal on disk of every judged response since the oldest checkpoint.
 
-Between checkpoints rollouts are what costs most. A run that is killed takes them from here instead of generating them
-again, whatever the layout it goes on in:
+Rollouts are the most expensive part of what a run does between checkpoints. A run that was killed reads them here
+instead of generating them again, in whatever layout it resumes:
 
     rollouts/step_000012/rank_003.jsonl
 
-A line is the CRC-32 of what follows it, a space, and a JSON object; the file's first one says which configuration the
-responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so that nothing is
-rounded. A line is written whole or, where the disk is full, not at all. One that a killed process tore is left out;
-any other that does not check is an error.
+A line is the CRC-32 of what follows it, a space, and a JSON object. The first line of a file says which configuration
+the responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so nothing is rounded.
+A line is written whole or, on a full disk, not at all. A last line that a killed process left unfinished is ignored;
+any other line with a wrong checksum is an error.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _STEP = re.compile(r"step_(-?\d+)")
 
 
 class RolloutLedger:
-    """The ledger as one rank sees it: it appends to a file of its own and reads those of all.
+    """The ledger as one rank sees it: the rank appends to its own file and reads the files of all ranks.
 
     Args:
-        folder: of all ranks.
-        rank: this one.
-        fingerprint: of what decides the responses, see `config.numbers_fingerprint`.
-        decode: response tokens to text.
+        folder: the ledger's folder, shared by all ranks.
+        rank: the rank that this object belongs to.
+        fingerprint: identifies what decides the responses, see `config.numbers_fingerprint`.
+        decode: turns response tokens into text.
     """
 
     def __init__(self, folder: Path, rank: int, fingerprint: str, decode: Callable[[list[int]], str]) -> None:
@@ -51,7 +51,7 @@ class RolloutLedger:
         self._path = folder
 
     def finished(self, step: int, round_index: int, prompts: Sequence[Prompt]) -> dict[SampleKey, Trajectory]:
-        """Recorded samples of one round of generation, of these prompts.
+        """Return the recorded responses to these prompts in one round of generation.
 
         Raises:
             ValueError: if a file is damaged, naming it and the line.
@@ -69,7 +69,7 @@ class RolloutLedger:
         return found
 
     def append(self, round_index: int, sample: Trajectory) -> None:
-        """Record a judged sample of the step that `finished` was last asked about.
+        """Record a judged response of the step that `finished` was last called with.
 
         Raises:
             DiskError: if it cannot be written, or the file was deleted meanwhile.
@@ -90,22 +90,25 @@ class RolloutLedger:
         )
 
     def secure(self) -> None:
-        """Have the operating system put what was appended on disk: it survives the machine's death from here on."""
+        """Flush what was appended to the disk, so that it survives a crash of the machine."""
         if self._file is not None:
             with writing(self._folder):
                 os.fsync(self._file.fileno())
 
     def forget_before(self, step: int) -> None:
-        """Delete the records of earlier steps. One rank alone calls this."""
+        """Delete the records of earlier steps. Only the leader may call this."""
         for path, number in self._step_folders():
             if number < step:
                 shutil.rmtree(path)
 
     def discard_others(self, first_step: int | None = None) -> int:
-        """Delete the records that belong to another configuration; how many steps' there were. One rank alone.
+        """Delete the records that belong to another configuration. Only the leader may call this.
 
         Args:
-            first_step: those of steps before it are past, and stay; None looks at all.
+            first_step: records of earlier steps stay, whatever they belong to; None looks at all steps.
+
+        Returns:
+            The number of steps whose records were deleted.
         """
         stale = {
             folder
@@ -130,7 +133,7 @@ class RolloutLedger:
         return sorted((path, int(match[1])) for path, match in found if match)
 
     def _open(self, step: int) -> None:
-        """Read what there is of a step and go on at the end of this rank's file."""
+        """Read a step's records and open this rank's file at its end."""
         self.close()
         self._step, self._recorded = step, {}
         folder = self._folder / f"step_{step:06d}"

@@ -77,7 +77,7 @@ class Place:
         """Take up what was saved, if anything; whether the run has nothing left to do.
 
         Raises:
-            ValueError: if what was saved cannot be gone on from.
+            ValueError: if the run cannot resume from what was saved.
         """
         parts, state = self._parts, self._parts.saved.restore()
         if state is None:

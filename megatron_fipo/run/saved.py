@@ -168,7 +168,7 @@ class SavedRun:
         if refused:
             lines = "\n  ".join(refused)
             raise ValueError(
-                f"{checkpoint} was saved under another configuration, and cannot be gone on from with this one:\n  "
+                f"{checkpoint} was saved under another configuration, and this one cannot resume from it:\n  "
                 f"{lines}\nChange these keys back, start a new run (another run.output_dir, or train.resume=false, "
                 "which renames the old one), or delete this checkpoint to go on from the one before."
             )
