@@ -43,22 +43,20 @@ from megatron_fipo.convert.weight_files import find_weight_files
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
-from megatron_fipo.metrics.reductions import Last, Metrics
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
 from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
-from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
+from megatron_fipo.parallel.cp_suffix_sum import exchange_metrics
 from megatron_fipo.parallel.device_memory import prefer_expandable_segments
 from megatron_fipo.parallel.launcher import COMMAND, leave_with_the_launcher
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.parallel.say_once import say_once
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
 from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.parallel.waiting import OtherRankError
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
-from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.trajectory import Group
 from megatron_fipo.rollout.engine import NotFiniteError, SamplingParams
@@ -251,8 +249,8 @@ class Trainer:
             self._set_old_log_probs(minibatches)
         with clock.phase("update"):
             updates = self._update(step, minibatches, state_before)
-        engine_metrics = exchange.merge_metrics(self.handover.metrics, self.ranks.world)
-        more = {**self.sampler.metrics(), **self._exchange_metrics(minibatches), **engine_metrics}
+        own_metrics = {**exchange_metrics(minibatches, self.config, self.ranks), **self.handover.metrics}
+        more = {**self.sampler.metrics(), **exchange.merge_metrics(own_metrics, self.ranks.world)}
         max_response_tokens = self.config.rollout.max_response_tokens
         numbers, warning = step_metrics(groups, generated, updates, clock, more, max_response_tokens, self.ranks)
         if warning:
@@ -339,6 +337,7 @@ class Trainer:
         self, step: int, minibatches: Sequence[Sequence[PackedBatch]], state_before: Mapping[str, Any]
     ) -> list[UpdateResult]:
         """One optimizer step on each minibatch, num_epochs times over; those that are done already are left out."""
+        objective = Objective(self.config.objective, self.ranks.cp)
         results = [] if self._half_step is None else list(self._half_step.results)
         self._half_step = None
         order = [batch for _ in range(self.config.train.num_epochs) for batch in minibatches]
@@ -346,7 +345,7 @@ class Trainer:
         with self.console.update_progress(step, len(order)) as progress:
             progress.advance(len(results))
             for microbatches in order[len(results) :]:
-                results.append(self.actor.update(microbatches, self._loss, step))
+                results.append(self.actor.update(microbatches, objective, step))
                 progress.advance()
                 self._leave_if_asked()
         self._state_to_go_on_from = lambda: self._loop_state(step + 1)
@@ -366,16 +365,6 @@ class Trainer:
             "old_log_probs": gather_old_log_probs(minibatches, self.ranks),
             "results": gather_results(results, self.ranks),
         }
-
-    def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        return sharded_policy_loss(log_probs, entropy, batch, self.config.objective, self.ranks.cp)
-
-    def _exchange_metrics(self, minibatches: Sequence[Sequence[PackedBatch]]) -> Metrics:
-        if not self.config.objective.future_kl:
-            return {}
-        num_sequences = sum(len(batch.sample_indices) for batches in minibatches for batch in batches)
-        received = exchanged_bytes(num_sequences, self.ranks.cp.size()) * self.config.train.num_epochs
-        return {"perf/suffix_sum_exchange_bytes": Last(received)}
 
     def _evaluate(self, when: str, **options: bool) -> dict[str, float]:
         """Evaluate the policy as it is now."""

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.config import ParallelSection
-from megatron_fipo.parallel import cp_layout, cp_suffix_sum
+from megatron_fipo.parallel import cp_suffix_sum
 from megatron_fipo.parallel import groups as parallel_groups
-from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks, cp_future_kl, exchanged_bytes, sharded_suffix_sum
+from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks, cp_future_kl, exchanged_bytes
+from megatron_fipo.parallel.sharded_sequences import ShardedSequences
 from megatron_fipo.rl.future_kl import future_kl_reference
-from megatron_fipo.rl.segments import segments_of
 from tests.parallel.ranks import run_ranks
 
 ERROR_BOUND = 2e-6
@@ -199,13 +199,11 @@ def _all_checks(cp_size: int) -> int:
 
 
 def _check_suffix_sum_of_the_loss(batch: Batch, group: dist.ProcessGroup) -> None:
-    """`sharded_suffix_sum`, of tables made before, gives what `cp_future_kl` returns."""
+    """`ShardedSequences`, whose tables are made before, give what `cp_future_kl` returns."""
     rows = zigzag_rows(batch.cu_seqlens, group.size(), group.rank())
-    cu_segments = cp_layout.local_cu_segments(batch.cu_seqlens, group.size())
-    segments = segments_of(cu_segments, len(rows), batch.x.device)
-    sequence_ids = cp_layout.local_sequence_ids(batch.cu_seqlens, group.size())
-    suffix_sum = sharded_suffix_sum(batch.half_life, group, segments, sequence_ids)
-    values, counts = suffix_sum(batch.x[rows], batch.flags[rows], batch.cu_seqlens)
+    sequences = ShardedSequences.of(batch.cu_seqlens, group)
+    assert torch.equal(sequences.rows, rows)
+    values, counts = sequences.suffix_sum(batch.x[rows], batch.flags[rows], batch.half_life)
     expected = cp_future_kl(batch.x[rows], batch.cu_seqlens, batch.half_life, group, batch.flags[rows])
     assert torch.equal(values, expected[0])
     assert torch.equal(counts, expected[1])
