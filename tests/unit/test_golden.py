@@ -1,4 +1,4 @@
-"""The objective against outputs recorded from FIPO's public code (tests/golden)."""
+"""The objective against outputs recorded from FIPO's public code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config import FipoConfig
+from megatron_fipo.conformance.recording import FILES
 from megatron_fipo.metrics.reductions import scalars
 from megatron_fipo.rl import objective
 from megatron_fipo.rl.future_kl import future_kl_reference
@@ -20,7 +21,6 @@ from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.sequences import WholeSequences, count_per_sequence
 from megatron_fipo.rl.token_values import TokenValues
 
-FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 SCALARS = {
     "policy_kl": "policy/kl/mean",
     "clip_fraction": "policy/clip_fraction",

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollout.handover": {"config", "rl", "actor", "parallel", "metrics.reductions", "rollout"},
     "console": {"config", "console"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify"},
+    "conformance": {"config", "rl", "conformance"},
     "preflight": {"config", "convert", "data", "hub", "preflight"},
     "launch": {"config", "preflight", "launch"},
     "run": {
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("config", "hub", "data", "verifiers", "parallel", "convert.offline", "evaluation", "run.samples"),
-        *("certify", "preflight", "launch", "starters", "train", "system.error_net"),
+        *("certify", "conformance", "preflight", "launch", "starters", "train", "system.error_net"),
     },
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
