@@ -71,8 +71,8 @@ def results(name: str, implementation: Implementation, recording: Recording) -> 
     found = _ordered(returned, f"{name}: on the recording {recording.case} it returned", log_probs.shape)
     if not found["loss"].requires_grad:
         raise CannotUseError(
-            f"{name}: on the recording {recording.case} the loss does not hang on log_probs: it has no graph. Leave out "
-            "detach, item and no_grad on its way."
+            f"{name}: on the recording {recording.case} the loss does not hang on log_probs: it has no graph. Take "
+            "detach, item and no_grad out of its way."
         )
     (gradient,) = torch.autograd.grad(found["loss"], log_probs, allow_unused=True)
     if gradient is None:
