@@ -1,4 +1,4 @@
-"""docs/library.md's loss of sequences that ranks share: on two gloo ranks, without Megatron's groups, it is one process's."""
+"""docs/library.md's loss of sequences that ranks share: on two gloo ranks, without Megatron, it is one process's."""
 
 from __future__ import annotations
 

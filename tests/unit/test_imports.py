@@ -232,6 +232,7 @@ def test_the_package_itself_imports_nothing_of_its_own() -> None:
         ("convert.stream", "from megatron_fipo.convert.offline.verification import verify_weights"),
         ("cli", "from megatron_fipo.rollout.engine import RolloutEngine"),
         ("train", "from megatron_fipo.cli import main"),
+        ("conformance.comparison", "from megatron_fipo.parallel.objective import Objective"),
         ("newcomer", "import os"),
     ],
 )
