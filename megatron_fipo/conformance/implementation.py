@@ -48,10 +48,10 @@ def load(name: str) -> Implementation:
         close = difflib.get_close_matches(attribute, functions, n=1)
         hint = f" Did you mean {module_name}:{close[0]}?" if close else ""
         raise CannotUseError(f"{module_name} (in {module.__file__}) has no function {attribute!r}.{hint}")
-    found = getattr(module, attribute)
+    found: Implementation = getattr(module, attribute)
     if not callable(found):
         raise CannotUseError(f"{name} is a {type(found).__name__} and no function. It is called as {SIGNATURE}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def results(name: str, implementation: Implementation, recording: Recording) -> dict[str, Tensor]:
