@@ -136,7 +136,9 @@ def _import(name: str, module_name: str) -> ModuleType:
 
 
 def _told(error: BaseException) -> str:
-    """An exception of somebody's code, with the innermost line of it."""
+    """An exception of somebody's code, with the innermost line of that; none where it was not even entered."""
+    on_the_way = (__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    theirs = [frame for frame in frames if frame.filename not in on_the_way and not frame.filename.startswith("<")]
+    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
     return f"{type(error).__name__}: {error}{place}"
