@@ -81,7 +81,11 @@ setup(
     ],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_fipo", "megatron_fipo.*"]),
-    package_data={"megatron_fipo": ["py.typed"], "megatron_fipo.starters": ["own_data/*", "gsm8k/*"]},
+    package_data={
+        "megatron_fipo": ["py.typed"],
+        "megatron_fipo.starters": ["own_data/*", "gsm8k/*"],
+        "megatron_fipo.conformance": ["recorded/*"],
+    },
     cmdclass={"build_py": BuildWithExamples},
     install_requires=[
         "torch>=2.8",

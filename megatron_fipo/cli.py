@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fipo import __version__
+from megatron_fipo.conformance.command import add_arguments as add_conformance_arguments
+from megatron_fipo.conformance.command import run as run_conformance
 from megatron_fipo.convert.offline.command import CONVERSIONS, run_conversion
 from megatron_fipo.starters.command import STARTERS
 
@@ -225,6 +227,12 @@ def _parser() -> argparse.ArgumentParser:
         "--longest-response", type=_count, default=120, metavar="TOKENS", help="of the synthetic ones (default: 120)"
     )
     certify.set_defaults(run=_certify)
+
+    conformance = commands.add_parser(
+        "conformance", help="compare another implementation of the loss with recordings of FIPO's public code"
+    )
+    add_conformance_arguments(conformance)
+    conformance.set_defaults(run=run_conformance)
 
     submit = commands.add_parser(
         "submit",

@@ -11,20 +11,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from megatron_fipo import (
     cuda_start,  # noqa: F401 - before the packages that start CUDA
     quiet,  # noqa: F401 - before the packages that it silences
 )
 from megatron_fipo.actor.actor import UpdateResult
 from megatron_fipo.console.console import Console
+from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches
+from megatron_fipo.parallel.cp_suffix_sum import exchange_metrics
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.advantages import assign_advantages
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError
-from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rollout.source import StepRollouts
 from megatron_fipo.run.closing import close_run, close_run_again
@@ -34,7 +33,7 @@ from megatron_fipo.run.old_log_probs import fill_in_log_probs
 from megatron_fipo.run.parts import RunParts
 from megatron_fipo.run.place import Place
 from megatron_fipo.run.scoring import Scoring
-from megatron_fipo.run.step_report import StepClock, exchange_metrics, step_metrics
+from megatron_fipo.run.step_report import StepClock, step_metrics
 from megatron_fipo.system.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
 from megatron_fipo.system.error_net import EXIT_STOPPED as EXIT_STOPPED
 
@@ -46,6 +45,7 @@ class Trainer:
         self.parts = RunParts(named, ranks, console, lambda: self.place.leave_if_asked())
         self.place = Place(self.parts)
         self.scoring = Scoring(self.parts, self.place)
+        self.objective = Objective(named.local.objective, ranks.cp)
         self.config, self.ranks, self.console = named.local, ranks, console
 
     def run(self) -> None:
@@ -102,7 +102,8 @@ class Trainer:
             fill_in_log_probs(minibatches, parts.actor, config.objective, at.old_log_probs)
         with clock.phase("update"):
             updates = self._update(step, minibatches)
-        more = {**parts.source.metrics(), **exchange_metrics(minibatches, config, self.ranks)}
+        exchanged = exchange.merge_metrics(exchange_metrics(minibatches, config, self.ranks), self.ranks.world)
+        more = {**parts.source.metrics(), **exchanged}
         numbers, warning = step_metrics(rollouts, updates, clock, more, config, self.ranks)
         if warning:
             self.console.warning(warning, kind="noise")
@@ -121,13 +122,10 @@ class Trainer:
         with self.console.update_progress(step, len(order)) as progress:
             progress.advance(len(place.at.updates))
             for microbatches in order[len(place.at.updates) :]:
-                place.add_update(self.parts.actor.update(microbatches, self._loss, step), minibatches)
+                place.add_update(self.parts.actor.update(microbatches, self.objective, step), minibatches)
                 progress.advance()
                 place.leave_if_asked()
         return place.at.updates
-
-    def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        return sharded_policy_loss(log_probs, entropy, batch, self.config.objective, self.ranks.cp)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ from megatron_fipo.config import (
 from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.preflight.memory import training_memory
 from megatron_fipo.preflight.work import forward_flops
 from megatron_fipo.rl.objective import LossOutput
@@ -261,7 +261,7 @@ def loss_of(config: Config, ranks: ParallelGroups) -> Callable[[Tensor, Tensor, 
     """The trainer's loss."""
 
     def loss(log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        return sharded_policy_loss(log_probs, entropy, batch, config.objective, ranks.cp)
+        return Objective(config.objective, ranks.cp)(log_probs, entropy, batch)
 
     return loss
 

@@ -263,7 +263,7 @@ class Actor:
         for chunk in chunks:
             chunk.train()  # also for log-probs: nothing is random, and only so they are sure to be the update's own
         iterators = [iter(microbatches) for _ in chunks]
-        num_tokens = microbatches[0].lengths.num_tokens
+        num_tokens = microbatches[0].layout.num_tokens
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, on_hidden=on_hidden),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -285,7 +285,7 @@ class Actor:
             batch.input_ids[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed_sequence_params(batch.cu_seqlens_padded, batch.lengths.cu_seqlens_padded),
+            packed_seq_params=packed_sequence_params(batch.cu_seqlens_padded, batch.layout.cu_seqlens_padded),
             **keywords,
         )
         return hidden, partial(on_hidden, batch=batch, model=unwrap(chunk))

@@ -21,9 +21,10 @@ from megatron_fipo.certify.synthetic import draw_groups
 from megatron_fipo.config import Config
 from megatron_fipo.convert.stream import weight_stream
 from megatron_fipo.parallel import batch as batches
-from megatron_fipo.parallel import cpu, exchange, sharded_loss
+from megatron_fipo.parallel import cpu, exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.objective import LossOutput, log_prob_shift
 from megatron_fipo.rl.packed_batch import PackedBatch
 
@@ -124,6 +125,7 @@ class _Computation:
     def __init__(self, job: Job, ranks: ParallelGroups) -> None:
         self.job, self.config, self.ranks = job, job.config, ranks
         self.actor = Actor(job.config, ranks)
+        self.objective = Objective(job.config.objective, ranks.cp)
         self.losses: list[tuple[PackedBatch, Tensor, LossOutput]] = []
         self.gradients: dict[str, Tensor] = {}
 
@@ -134,7 +136,7 @@ class _Computation:
             return Record(weights={}, **noted)
         for step in range(self.job.num_steps):
             for microbatches in self._minibatches(step) if step else others:
-                self.actor.update(microbatches, self._loss, step)
+                self.actor.update(microbatches, self.objective, step)
         return Record(weights=self._whole(self.actor.models), **noted)
 
     def _minibatches(self, step: int) -> list[list[PackedBatch]]:
@@ -153,11 +155,8 @@ class _Computation:
                     batch.reference_log_probs = log_probs
         return minibatches
 
-    def _loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        return sharded_loss.sharded_policy_loss(log_probs, entropy, batch, self.config.objective, self.ranks.cp)
-
     def _noted_loss(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        loss = self._loss(log_probs, entropy, batch)
+        loss = self.objective(log_probs, entropy, batch)
         assert batch.old_log_probs is not None
         self.losses.append((batch, log_prob_shift(log_probs.detach(), batch.old_log_probs), loss))
         return loss

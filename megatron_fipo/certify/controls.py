@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fipo.parallel import batch, cp_layout, cp_suffix_sum, sharded_loss
+from megatron_fipo.parallel import batch, cp_layout, cp_suffix_sum, objective
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 
@@ -29,7 +30,7 @@ class Control:
         name: shown and given to `applied`.
         mistake: what goes wrong, in a sentence's end.
         layout: where it shows.
-        module, attribute: the seam, a function of this project.
+        owner, attribute: the seam, a function of this project in its module, or a method in its class.
         broken: makes the wrong function out of the right one.
         needs_future_kl: whether the mistake can only be made with Future-KL.
     """
@@ -37,7 +38,7 @@ class Control:
     name: str
     mistake: str
     layout: str
-    module: ModuleType
+    owner: ModuleType | type
     attribute: str
     broken: Callable[[Callable[..., Any]], Callable[..., Any]]
     needs_future_kl: bool = False
@@ -45,7 +46,9 @@ class Control:
     @property
     def seam(self) -> str:
         """The patched function's full name."""
-        return f"{self.module.__name__.removeprefix('megatron_fipo.')}.{self.attribute}"
+        owner = self.owner
+        name = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__name__}"
+        return f"{name.removeprefix('megatron_fipo.')}.{self.attribute}"
 
 
 def _drop_carries(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -70,9 +73,9 @@ def _average_means(right: Callable[..., LossOutput]) -> Callable[..., LossOutput
 
 
 def _scale_by_cp(right: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-    def wrong(*args: Any) -> LossOutput:
-        loss, cp_group = right(*args), args[-1]
-        return replace(loss, loss_sum=loss.loss_sum * cp_group.size())
+    def wrong(self: Objective, *args: Any) -> LossOutput:
+        loss = right(self, *args)
+        return replace(loss, loss_sum=loss.loss_sum * self.cp_group.size())
 
     return wrong
 
@@ -90,10 +93,10 @@ def _swap_chunks(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _count_padding(right: Callable[..., PackedBatch]) -> Callable[..., PackedBatch]:
     def wrong(*args: Any, **kwargs: Any) -> PackedBatch:
         packed = right(*args, **kwargs)
-        cu_padded = packed.lengths.cu_seqlens_padded
         mask = packed.response_mask.clone()
-        for start, stop, length in zip(cu_padded[:-1], cu_padded[1:], packed.lengths.cu_seqlens.diff(), strict=True):
-            mask[start + length : stop] = True
+        for sequence, length in enumerate(packed.layout.lengths):
+            rows = packed.layout.rows_of(sequence)
+            mask[rows.start + length : rows.stop] = True
         return replace(packed, response_mask=mask)
 
     return wrong
@@ -121,7 +124,7 @@ CONTROLS = (
         "mean-of-means",
         "each microbatch is averaged before the average over microbatches",
         "small-microbatches",
-        sharded_loss,
+        objective,
         "policy_loss",
         _average_means,
     ),
@@ -129,8 +132,8 @@ CONTROLS = (
         "cp-factor-twice",
         "the loss is multiplied by the context-parallel size though it is summed already",
         "cp2",
-        sharded_loss,
-        "sharded_policy_loss",
+        Objective,
+        "__call__",
         _scale_by_cp,
     ),
     Control(
@@ -159,9 +162,9 @@ def applied(name: str | None) -> Iterator[None]:
         yield
         return
     control = next(control for control in CONTROLS if control.name == name)
-    right = getattr(control.module, control.attribute)
-    setattr(control.module, control.attribute, control.broken(right))
+    right = getattr(control.owner, control.attribute)
+    setattr(control.owner, control.attribute, control.broken(right))
     try:
         yield
     finally:
-        setattr(control.module, control.attribute, right)
+        setattr(control.owner, control.attribute, right)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_fipo.config import Config, ParallelSection, microbatch_token_multiple, validate_model_layout
+from megatron_fipo.rl.packed_layout import round_up
 
 ONE_PROCESS = "one process"
 """Name of the layout that the others are compared with."""
@@ -124,7 +125,7 @@ def configure(config: Config, layout: Layout, longest_tokens: int, model_config:
     )
     validate_model_layout(configured, model_config)
     multiple = microbatch_token_multiple(configured)
-    longest = -(-longest_tokens // multiple) * multiple
+    longest = round_up(longest_tokens, multiple)
     budget = longest if layout.small_microbatches else 2 * longest
     if layout.name == ONE_PROCESS:
         budget = _WHOLE_MINIBATCH

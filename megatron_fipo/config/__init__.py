@@ -60,6 +60,7 @@ from megatron_fipo.config.schema import (
 from megatron_fipo.config.stop_rule import StopRule
 from megatron_fipo.config.text_files import parse_json, read_text
 from megatron_fipo.config.validation import (
+    check_objective,
     microbatch_token_multiple,
     pad_multiple,
     required_pad_multiple,
@@ -101,6 +102,7 @@ __all__ = [
     "StopRule",
     "TrainSection",
     "VerifierSection",
+    "check_objective",
     "check_resume",
     "is_hub_name",
     "load_config",

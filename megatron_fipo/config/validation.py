@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from megatron_fipo.config.schema import (
     REPOSITORY_NAME,
     Config,
     DataSourceConfig,
+    FipoConfig,
     ServersSection,
 )
 from megatron_fipo.config.verifiers import verifier_problems, verifier_weights
@@ -205,6 +206,17 @@ def _objective_problems(config: Config) -> Iterator[str]:
             "objective.sequence_sum_tokens=null: loss_aggregation=sequence_sum divides by a constant length. Set it, "
             f"usually to rollout.max_response_tokens={config.rollout.max_response_tokens}."
         )
+
+
+def check_objective(objective: FipoConfig) -> None:
+    """Refuse an objective that a run would refuse, for whoever builds one without a run's configuration.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
+    problems = list(value_problems(objective, "objective."))
+    if problems := problems or list(_objective_problems(replace(Config(), objective=objective))):
+        raise ConfigError.of(problems, "the objective")
 
 
 def _server_problems(config: Config) -> Iterator[str]:

@@ -13,6 +13,7 @@ from megatron_fipo.config import Config, microbatch_token_multiple, pad_multiple
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rl.packed_layout import round_up
 from megatron_fipo.rl.packing import build_packed_batch, pack, split_minibatches
 from megatron_fipo.rl.segments import segments_of
 from megatron_fipo.rl.trajectory import Group, Trajectory
@@ -74,8 +75,8 @@ def build_minibatches(
 def padded_tokens(samples: Sequence[Trajectory], indices: Sequence[int], config: Config) -> int:
     """Tokens of a microbatch of these samples with all padding; none make one filler sequence."""
     multiple, whole = pad_multiple(config), microbatch_token_multiple(config)
-    tokens = sum(-(-samples[index].num_tokens // multiple) * multiple for index in indices)
-    return max(-(-tokens // whole) * whole, whole)
+    tokens = sum(round_up(samples[index].num_tokens, multiple) for index in indices)
+    return max(round_up(tokens, whole), whole)
 
 
 def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device) -> PackedBatch:
@@ -87,10 +88,11 @@ def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device
     Raises:
         ValueError: if a padded length does not divide into the layout's chunks.
     """
-    cu_seqlens_padded = batch.lengths.cu_seqlens_padded
-    cp_layout.check_padded(cu_seqlens_padded, cp_group.size())
-    rows = cp_layout.local_indices(cu_seqlens_padded, cp_group.size(), cp_group.rank())
-    cu_segments = cp_layout.local_cu_segments(cu_seqlens_padded, cp_group.size())
+    layout = replace(batch.layout, cp_size=cp_group.size(), cp_rank=cp_group.rank())
+    cu_seqlens_padded = layout.cu_seqlens_padded
+    cp_layout.check_padded(cu_seqlens_padded, layout.cp_size)
+    rows = cp_layout.local_indices(cu_seqlens_padded, layout.cp_size, layout.cp_rank)
+    cu_segments = cp_layout.local_cu_segments(cu_seqlens_padded, layout.cp_size)
     fields: dict[str, Any] = {name: getattr(batch, name)[rows].to(device) for name in _PER_TOKEN}
     fields |= {name: getattr(batch, name).to(device) for name in _PER_SEQUENCE}
-    return replace(batch, segments=segments_of(cu_segments, len(rows), device), **fields)
+    return replace(batch, layout=layout, segments=segments_of(cu_segments, len(rows), device), **fields)

@@ -30,6 +30,11 @@ def num_chunks_of(cp_size: int) -> int:
     return 2 * cp_size if cp_size > 1 else 1
 
 
+def segments_per_sequence(cp_size: int) -> int:
+    """Chunks of each sequence that a rank holds, one behind the other."""
+    return num_chunks_of(cp_size) // cp_size
+
+
 def local_indices(cu_seqlens_padded: Tensor, cp_size: int, cp_rank: int) -> Tensor:
     """Rows of the packed sequence that a rank holds, in its own order.
 

@@ -9,14 +9,23 @@ Shapes: T_local rows of this rank, S sequences, C = 2*cp chunks a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_fipo.config import Config
+from megatron_fipo.metrics.reductions import Max, Metrics
 from megatron_fipo.parallel import cp_layout, exchange
 from megatron_fipo.rl.future_kl import decay_to_end, segment_heads, segment_suffix_sum
-from megatron_fipo.rl.objective import SuffixSum, count_per_sequence
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.segments import Segments, segments_of, to_device
+from megatron_fipo.rl.sequences import count_per_sequence
+
+if TYPE_CHECKING:  # it stands on Megatron, which plain tensors do without
+    from megatron_fipo.parallel.groups import ParallelGroups
 
 
 def cp_future_kl(
@@ -29,7 +38,7 @@ def cp_future_kl(
     """Suffix sum F_t = x_t + 2^(-1/half_life) F_{t+1} within each sequence, over all context-parallel ranks.
 
     Collective over `cp_group` (one all-gather, at any length), not differentiable. Waits for the device if
-    `cu_seqlens_padded` lies on one; `sharded_suffix_sum` takes tables that are made already.
+    `cu_seqlens_padded` lies on one; `ShardedSequences` has tables that are made already.
 
     Args:
         x_local: float32 [T_local], masked log-prob shifts of this rank's rows in zigzag order.
@@ -57,35 +66,23 @@ def cp_future_kl(
     num_sequences = len(cu_padded) - 1
     if dual_clipped_local is None:
         counts = torch.zeros(num_sequences, dtype=torch.int64, device=x_local.device)
-        return _segment_future_kl(x_local, counts, segments, half_life_tokens, cp_group)[0]
+        return segment_future_kl(x_local, counts, segments, half_life_tokens, cp_group)[0]
     sequence_ids = to_device(cp_layout.local_sequence_ids(cu_padded, cp_size), x_local.device)
     counts = count_per_sequence(dual_clipped_local, sequence_ids, num_sequences)
-    return _segment_future_kl(x_local, counts, segments, half_life_tokens, cp_group)
+    return segment_future_kl(x_local, counts, segments, half_life_tokens, cp_group)
 
 
-def sharded_suffix_sum(
-    half_life_tokens: float, cp_group: ProcessGroup, segments: Segments, sequence_ids: Tensor
-) -> SuffixSum:
-    """`cp_future_kl` in the form in which `rl.objective.policy_loss` takes it, of a batch whose tables are made.
-
-    Collective over `cp_group`. Nothing is read from the device nor sent to it.
-
-    Args:
-        segments: this rank's one or two stretches of each sequence.
-        sequence_ids: int64 [T_local].
-    """
-
-    def suffix_sum(x: Tensor, dual_clipped: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        counts = count_per_sequence(dual_clipped, sequence_ids, len(cu_seqlens) - 1)
-        return _segment_future_kl(x, counts, segments, half_life_tokens, cp_group)
-
-    return suffix_sum
-
-
-def _segment_future_kl(
+def segment_future_kl(
     x_local: Tensor, counts: Tensor, segments: Segments, half_life_tokens: float, cp_group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """(future_kl [T_local], `counts` of this rank int64 [S] summed over ranks). Collective."""
+    """`cp_future_kl` of segments that are made already. Collective; nothing is read from the device nor sent there.
+
+    Args:
+        counts: int64 [S], of this rank's rows.
+
+    Returns:
+        (future_kl [T_local], counts summed over the ranks).
+    """
     future_kl = segment_suffix_sum(x_local, segments, half_life_tokens)
     if cp_group.size() == 1:
         return future_kl, counts
@@ -102,6 +99,19 @@ def _segment_future_kl(
 def exchanged_bytes(num_sequences: int, cp_size: int) -> int:
     """Bytes that each rank receives in `cp_future_kl`'s exchange, its own part included."""
     return 12 * cp_size * num_sequences if cp_size > 1 else 0
+
+
+def exchange_metrics(minibatches: Sequence[Sequence[PackedBatch]], config: Config, ranks: ParallelGroups) -> Metrics:
+    """What this rank receives in a step's exchanges; merged over all ranks, what the busiest of them received.
+
+    Data-parallel ranks have different sequences, and only the last pipeline stage has a loss. The busiest rank is the
+    one that the others wait for. No communication; empty without Future-KL.
+    """
+    if not config.objective.future_kl:
+        return {}
+    num_sequences = sum(batch.layout.num_sequences for batches in minibatches for batch in batches)
+    received = exchanged_bytes(num_sequences, ranks.cp.size()) * config.train.num_epochs
+    return {"perf/suffix_sum_exchange_bytes": Max(received if ranks.is_last_stage else 0)}
 
 
 def carries_into_chunks(gathered_heads: Tensor, chunk_lengths: Tensor, half_life_tokens: float) -> Tensor:

@@ -73,8 +73,7 @@ def _sequences(minibatches: Sequence[Sequence[PackedBatch]]) -> Iterator[tuple[P
     """(microbatch, sample, this rank's rows of it), fillers left out."""
     for batches in minibatches:
         for batch in batches:
-            cp_size = batch.lengths.num_tokens // len(batch.input_ids)
-            bounds = (batch.lengths.cu_seqlens_padded // cp_size).tolist()
-            for sample, start, end in zip(batch.sample_indices, bounds[:-1], bounds[1:], strict=True):
+            for position, sample in enumerate(batch.sample_indices):
                 if sample != FILLER:
-                    yield batch, sample, torch.arange(start, end, device=batch.input_ids.device)
+                    rows = batch.layout.rows_of(position)
+                    yield batch, sample, torch.arange(rows.start, rows.stop, device=batch.input_ids.device)

@@ -5,42 +5,20 @@ Shapes: T packed tokens (padding included), S sequences; `_local` means sharded 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from megatron_fipo.rl.packed_layout import PackedLayout
 from megatron_fipo.rl.segments import Segments
-
-
-@dataclass(frozen=True)
-class PackedLengths:
-    """How long the whole packed sequences of a microbatch are, on the CPU and the same on every context-parallel rank.
-
-    What wants a length as a number finds it here: read from a GPU, it would wait for all that was queued there.
-    """
-
-    cu_seqlens: Tensor
-    """int64 [S + 1] on the CPU, cumulative lengths without padding."""
-    cu_seqlens_padded: Tensor
-    """int64 [S + 1] on the CPU, cumulative lengths with padding."""
-    num_tokens: int
-    """Tokens of all sequences, padding included."""
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], padded: Sequence[int]) -> PackedLengths:
-        """From each sequence's length without and with its padding."""
-        cu_seqlens, cu_padded = (torch.tensor([0, *tokens]).cumsum(0) for tokens in (lengths, padded))
-        return cls(cu_seqlens, cu_padded, num_tokens=sum(padded))
 
 
 @dataclass
 class PackedBatch:
     """One microbatch of packed sequences, predictor-aligned: row t predicts `labels[t]`, the token that follows it.
 
-    Each sequence is padded at its end to a multiple of the layout's pad_multiple. `lengths` and `cu_seqlens_padded` are
-    global, also where the per-token tensors hold only this context-parallel rank's rows.
+    Each sequence is padded at its end to a multiple of the layout's pad_multiple. `layout` and `cu_seqlens_padded` are
+    of whole sequences, also where the per-token tensors hold only this context-parallel rank's rows.
     """
 
     input_ids: Tensor
@@ -55,8 +33,8 @@ class PackedBatch:
     """float32 [T]."""
     sequence_ids: Tensor
     """int64 [T], the sequence of each token."""
-    lengths: PackedLengths
-    """Of the sequences, on the CPU."""
+    layout: PackedLayout
+    """Where the sequences lie, on the CPU."""
     cu_seqlens_padded: Tensor
     """int32 [S + 1], cumulative lengths with padding, on the batch's device: for attention's kernels."""
     response_token_counts: Tensor

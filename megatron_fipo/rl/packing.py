@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_fipo.rl.packed_batch import PackedBatch, PackedLengths
+from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rl.packed_layout import PackedLayout, round_up
 from megatron_fipo.rl.trajectory import Group, Trajectory
 
 FILLER = -1
@@ -62,7 +63,7 @@ def pack(
             f"pack: lengths, num_ranks={num_ranks}, max_tokens={max_tokens}, pad_multiple={pad_multiple} and "
             f"microbatch_multiple={microbatch_multiple} must be at least 1; the smallest is {smallest}."
         )
-    padded = [-(-length // pad_multiple) * pad_multiple for length in lengths]
+    padded = [round_up(length, pad_multiple) for length in lengths]
     if padded and max(padded) > max_tokens:
         index = padded.index(max(padded))
         raise ValueError(
@@ -73,7 +74,7 @@ def pack(
     by_rank = _balance(range(len(padded)), padded, num_ranks)
     tightest = [_best_fit(indices, padded, max_tokens) for indices in by_rank]
     needed = max(1, *(len(bins) for bins in tightest))
-    num_microbatches = -(-needed // microbatch_multiple) * microbatch_multiple
+    num_microbatches = round_up(needed, microbatch_multiple)
     ranks = []
     for indices, fitted in zip(by_rank, tightest, strict=True):
         bins = _balance(indices, padded, num_microbatches)
@@ -109,29 +110,15 @@ def build_packed_batch(
         ValueError: if the sequences do not fit into total_tokens or a sample lacks a prompt.
     """
     chosen = [samples[index] for index in indices]
-    sample_indices = list(indices)
-    lengths = [sample.num_tokens for sample in chosen]
-    padded = [-(-length // pad_multiple) * pad_multiple for length in lengths]
-    filler = pad_multiple if not chosen else 0
-    if total_tokens is not None:
-        filler = total_tokens - sum(padded)
-        if filler < 0 or filler % pad_multiple:
-            raise ValueError(
-                f"{sum(padded)} padded tokens do not fit into total_tokens={total_tokens}: make it as large, and a "
-                f"multiple of pad_multiple={pad_multiple}."
-            )
-    if filler:
-        lengths, padded = [*lengths, filler], [*padded, filler]
-        sample_indices.append(FILLER)
-
-    packed_lengths = PackedLengths.of(lengths, padded)
-    cu_padded, num_tokens = packed_lengths.cu_seqlens_padded, packed_lengths.num_tokens
+    layout = _layout([sample.num_tokens for sample in chosen], pad_multiple, total_tokens)
+    sample_indices = [*indices, *[FILLER] * (layout.num_sequences - len(chosen))]
+    cu_padded, num_tokens = layout.cu_seqlens_padded, layout.num_tokens
     input_ids = torch.full((num_tokens,), pad_token_id, dtype=torch.int64)
     labels = torch.zeros(num_tokens, dtype=torch.int64)
     response_mask = torch.zeros(num_tokens, dtype=torch.bool)
     advantages = torch.zeros(num_tokens)
     rollout_log_probs = torch.zeros(num_tokens)
-    response_token_counts = torch.zeros(len(padded), dtype=torch.int64)
+    response_token_counts = torch.zeros(layout.num_sequences, dtype=torch.int64)
     for position, (sample, start) in enumerate(zip(chosen, cu_padded.tolist(), strict=False)):
         if not len(sample.prompt_ids):
             raise ValueError(
@@ -149,7 +136,8 @@ def build_packed_batch(
             response_mask[response] = sample.policy_mask
             advantages[response] = sample.advantage
             response_token_counts[position] = sample.num_policy_tokens
-    sequence_ids = torch.repeat_interleave(torch.arange(len(padded)), torch.tensor(padded), output_size=num_tokens)
+    ids = torch.arange(layout.num_sequences)
+    sequence_ids = torch.repeat_interleave(ids, cu_padded.diff(), output_size=num_tokens)
     return PackedBatch(
         input_ids=input_ids,
         labels=labels,
@@ -157,12 +145,27 @@ def build_packed_batch(
         response_mask=response_mask,
         advantages=advantages,
         sequence_ids=sequence_ids,
-        lengths=packed_lengths,
+        layout=layout,
         cu_seqlens_padded=cu_padded.int(),
         response_token_counts=response_token_counts,
         rollout_log_probs=rollout_log_probs,
         sample_indices=sample_indices,
     )
+
+
+def _layout(lengths: Sequence[int], pad_multiple: int, total_tokens: int | None) -> PackedLayout:
+    """Of sequences padded to the multiple, with a filler behind them where they are none or fewer than total_tokens."""
+    padded = [round_up(length, pad_multiple) for length in lengths]
+    filler = pad_multiple if not lengths else 0
+    if total_tokens is not None:
+        filler = total_tokens - sum(padded)
+        if filler < 0 or filler % pad_multiple:
+            raise ValueError(
+                f"{sum(padded)} padded tokens do not fit into total_tokens={total_tokens}: make it as large, and a "
+                f"multiple of pad_multiple={pad_multiple}."
+            )
+    fillers = [filler] if filler else []
+    return PackedLayout((*lengths, *fillers), (*padded, *fillers))
 
 
 def _balance(indices: Sequence[int], sizes: Sequence[int], num_bins: int) -> list[list[int]]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_fipo.config import FipoConfig
 from megatron_fipo.rl.future_kl import future_kl
 from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.sequences import WholeSequences
+from megatron_fipo.rl.token_values import TokenValues
 
 
 def padded_policy_loss(
@@ -59,17 +61,16 @@ def padded_policy_loss(
         advantages = advantages[:, None]
     if advantages.shape == (shape[0], 1):
         advantages = advantages.expand(shape)
-    output = policy_loss(
+    tokens = TokenValues(
         _real_tokens("log_probs", log_probs, mask),
         _real_tokens("old_log_probs", old_log_probs, mask),
         _real_tokens("advantages", advantages, mask),
         mask.flatten(),
-        _rows(shape),
-        config,
-        reference_log_probs=_optional("reference_log_probs", reference_log_probs, mask),
-        entropy=_optional("entropy", entropy, mask),
-        rollout_log_probs=_optional("rollout_log_probs", rollout_log_probs, mask),
+        _optional("reference_log_probs", reference_log_probs, mask),
+        _optional("entropy", entropy, mask),
+        _optional("rollout_log_probs", rollout_log_probs, mask),
     )
+    output = policy_loss(tokens, WholeSequences(_rows(shape), log_probs.device), config)
     return replace(
         output,
         token_loss=output.token_loss.view(shape),

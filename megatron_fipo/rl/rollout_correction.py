@@ -33,7 +33,6 @@ optimization", arXiv 2110.00641.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +41,13 @@ from torch import Tensor
 from megatron_fipo.config import FipoConfig
 from megatron_fipo.metrics.reductions import Mean, Metrics
 from megatron_fipo.rl.objective_metrics import masked_max, masked_mean, masked_share, masked_std
+from megatron_fipo.rl.sequences import Sequences
+from megatron_fipo.rl.token_values import TokenValues
 
-CORRECTIONS = ("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
-"""What objective.rollout_correction may be."""
 MAX_DIFFERENCE = 20.0
 """A token's log-prob difference is clamped to ± this before it is exponentiated or summed up."""
 BANDS = ((0.99, 1.01), (0.8, 1.25), (0.5, 2.0))
 """Ranges of the ratio pi_old / mu whose outside share is logged."""
-
-SumOverShards = Callable[[Tensor], Tensor]
-"""Adds sums over this rank's rows, [S, …], up to sums over whole sequences, the same on every rank that shares them."""
 
 
 @dataclass(frozen=True)
@@ -73,78 +69,57 @@ def log_prob_difference(old_log_probs: Tensor, rollout_log_probs: Tensor) -> Ten
     return (old_log_probs - rollout_log_probs).detach().clamp(-MAX_DIFFERENCE, MAX_DIFFERENCE)
 
 
-def correct(
-    old_log_probs: Tensor,
-    rollout_log_probs: Tensor,
-    response_mask: Tensor,
-    sequence_ids: Tensor,
-    num_sequences: int,
-    config: FipoConfig,
-    sum_over_shards: SumOverShards | None = None,
-    *,
-    counts_sequences: bool = True,
-) -> Correction:
+def correct(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -> Correction:
     """The mismatch of a microbatch and, by objective.rollout_correction, what is done about it.
 
-    No collective here; `sum_over_shards` may hold one, and is called for corrections by whole sequences alone.
+    No collective here; `sequences.total` may hold one, and is called for corrections by whole sequences alone.
 
     Args:
-        old_log_probs: [T] by the actor, before the step's first update.
-        rollout_log_probs: [T] by the rollout engine, at its temperature.
-        response_mask: bool [T].
-        sequence_ids: int64 [T], the sequence of each token.
-        num_sequences: S.
-        sum_over_shards: None where this process holds whole sequences.
-        counts_sequences: whether this rank counts sequences in the metrics: on exactly one context-parallel rank.
+        tokens: with rollout_log_probs, all log-probs in one dtype.
     """
-    difference = log_prob_difference(old_log_probs, rollout_log_probs)
-    metrics = mismatch_metrics(difference, rollout_log_probs, response_mask)
-    weights = torch.ones_like(difference)
-    tokens = torch.ones_like(response_mask)
-    sequences = torch.ones(num_sequences, dtype=torch.bool, device=difference.device)
+    assert tokens.rollout_log_probs is not None
+    mask, ids = tokens.response_mask, sequences.ids
+    difference = log_prob_difference(tokens.old_log_probs, tokens.rollout_log_probs)
+    metrics = mismatch_metrics(difference, tokens.rollout_log_probs, mask)
+    weights, accepted_tokens = torch.ones_like(difference), torch.ones_like(mask)
+    accepted_sequences = torch.ones(sequences.num, dtype=torch.bool, device=difference.device)
     kind, low, high = config.rollout_correction, config.rollout_ratio_min, config.rollout_ratio_max
     if kind == "none":
-        return Correction(weights, tokens, sequences, metrics)
-    count = response_mask.sum()
+        return Correction(weights, accepted_tokens, accepted_sequences, metrics)
+    count = mask.sum()
     if kind == "token_truncated":
         weights = difference.exp().clamp(max=high)
-        metrics["mismatch/truncated_share"] = masked_share(difference > math.log(high), response_mask, count)
+        metrics["mismatch/truncated_share"] = masked_share(difference > math.log(high), mask, count)
     elif kind == "token_masked":
-        tokens = _inside(difference, low, high)
-        weights = torch.where(tokens, difference, 0.0).exp()
+        accepted_tokens = _inside(difference, low, high)
+        weights = torch.where(accepted_tokens, difference, 0.0).exp()
     else:
-        log_ratio, lengths = _sequence_sums(difference, response_mask, sequence_ids, num_sequences, sum_over_shards)
+        log_ratio, lengths = _sequence_sums(difference, mask, sequences)
         if kind == "geometric_masked":
-            sequences = _inside(log_ratio / lengths.clamp(min=1), low, high)
+            accepted_sequences = _inside(log_ratio / lengths.clamp(min=1), low, high)
         else:
-            sequences = _inside(log_ratio, low, high)
-            weights = torch.where(sequences, log_ratio, 0.0).exp().to(difference.dtype)[sequence_ids]
-        if counts_sequences:
+            accepted_sequences = _inside(log_ratio, low, high)
+            weights = torch.where(accepted_sequences, log_ratio, 0.0).exp().to(difference.dtype)[ids]
+        if sequences.counts_here:
             has_response = lengths > 0
-            metrics["mismatch/masked_sequences_share"] = Mean((has_response & ~sequences).sum(), has_response.sum())
-    accepted = tokens & sequences[sequence_ids]
+            metrics["mismatch/masked_sequences_share"] = Mean(
+                (has_response & ~accepted_sequences).sum(), has_response.sum()
+            )
+    accepted = accepted_tokens & accepted_sequences[ids]
     if kind != "token_truncated":
-        metrics["mismatch/masked_share"] = masked_share(~accepted, response_mask, count)
-    inside = response_mask & accepted
+        metrics["mismatch/masked_share"] = masked_share(~accepted, mask, count)
+    inside = mask & accepted
     metrics["mismatch/weight/mean"] = masked_mean(weights, inside, inside.sum())
     metrics["mismatch/weight/max"] = masked_max(weights, inside)
-    return Correction(weights, tokens, sequences, metrics)
+    return Correction(weights, accepted_tokens, accepted_sequences, metrics)
 
 
-def _sequence_sums(
-    difference: Tensor,
-    response_mask: Tensor,
-    sequence_ids: Tensor,
-    num_sequences: int,
-    sum_over_shards: SumOverShards | None,
-) -> tuple[Tensor, Tensor]:
+def _sequence_sums(difference: Tensor, mask: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """(log rho(y), response tokens), float64 [S] each, of whole sequences."""
     per_token = torch.stack([difference.double(), torch.ones_like(difference, dtype=torch.float64)], dim=1)
-    sums = per_token.new_zeros(num_sequences, 2)
-    sums.index_add_(0, sequence_ids, torch.where(response_mask[:, None], per_token, 0.0))
-    if sum_over_shards is not None:
-        sums = sum_over_shards(sums)
-    log_ratio, lengths = sums.unbind(1)
+    sums = per_token.new_zeros(sequences.num, 2)
+    sums.index_add_(0, sequences.ids, torch.where(mask[:, None], per_token, 0.0))
+    log_ratio, lengths = sequences.total(sums).unbind(1)
     return log_ratio, lengths
 
 

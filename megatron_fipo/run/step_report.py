@@ -11,10 +11,8 @@ from megatron_fipo.actor.actor import UpdateResult
 from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, merge, scalars, to_plain
 from megatron_fipo.parallel import exchange
-from megatron_fipo.parallel.cp_suffix_sum import exchanged_bytes
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
-from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rollout.source import StepRollouts
 
 INFLUENCE_STD = "fipo/influence_weight/std"
@@ -42,15 +40,6 @@ class StepClock:
             "perf/tokens_per_s": Last(num_tokens / seconds["step"]),
             **{f"time_s/{name}": Last(value) for name, value in seconds.items()},
         }
-
-
-def exchange_metrics(minibatches: Sequence[Sequence[PackedBatch]], config: Config, ranks: ParallelGroups) -> Metrics:
-    """What the suffix sum's exchange takes in a step."""
-    if not config.objective.future_kl:
-        return {}
-    num_sequences = sum(len(batch.sample_indices) for batches in minibatches for batch in batches)
-    received = exchanged_bytes(num_sequences, ranks.cp.size()) * config.train.num_epochs
-    return {"perf/suffix_sum_exchange_bytes": Last(received)}
 
 
 def step_metrics(

@@ -2,7 +2,7 @@
 
 0: done. 2: something that it was given cannot be used. 3: it stopped, and what was saved is whole: a signal, a full
 disk, a dead machine; the same command goes on. 1: a fault of this program, with the traceback that finding it takes.
-`preflight` and `certify` also end with 1 when their answer is no.
+`preflight`, `certify` and `conformance` also end with 1 when their answer is no.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from megatron_fipo.config import Config, ModelSection
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.models import load, save_random_model
@@ -99,8 +99,8 @@ def actor_log_probs(actor: Actor, config: Config, ranks: ParallelGroups) -> dict
             assert log_probs.dtype == torch.float32
             for row, index in enumerate(batch.sample_indices):
                 if index >= 0:
-                    start = int(batch.lengths.cu_seqlens_padded[row])
-                    length = int(batch.lengths.cu_seqlens.diff()[row])
+                    start = int(batch.layout.cu_seqlens_padded[row])
+                    length = int(batch.layout.cu_seqlens.diff()[row])
                     found[index] = log_probs[start : start + length - 1].cpu()
     return found
 
@@ -235,7 +235,7 @@ def test_a_steps_first_ratio_is_one(folder: Path, ranks: ParallelGroups, engine:
     def loss_of(log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
         assert batch.old_log_probs is not None
         same.append(torch.equal(log_probs, batch.old_log_probs))
-        return sharded_policy_loss(log_probs, entropy, batch, config.objective, ranks.cp)
+        return Objective(config.objective, ranks.cp)(log_probs, entropy, batch)
 
     actor.update(first, loss_of, 0)
     assert len(same) == len(first)

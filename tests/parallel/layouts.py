@@ -39,10 +39,11 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
-from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.parallel.objective import Objective
+from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
+from tests.losses import packed_loss
 from tests.models import load, save_random_model
 
 TEMPERATURE = 0.7
@@ -235,13 +236,13 @@ def _plain_loss(model: Any, members: Sequence[tuple[Trajectory, Tensor]], object
     lengths = [len(old) for _, old in members]
     masks = [torch.arange(len(old)) >= len(sample.prompt_ids) - 1 for sample, old in members]
     advantages = [torch.full((len(old),), sample.advantage) for sample, old in members]
-    return policy_loss(
-        torch.cat([log_probs for log_probs, _ in parts]),
-        torch.cat([old for _, old in members]),
-        torch.cat(advantages),
-        torch.cat(masks),
+    return packed_loss(
         torch.tensor([0, *itertools.accumulate(lengths)]),
         objective,
+        log_probs=torch.cat([log_probs for log_probs, _ in parts]),
+        old_log_probs=torch.cat([old for _, old in members]),
+        advantages=torch.cat(advantages),
+        response_mask=torch.cat(masks),
         entropy=torch.cat([entropy for _, entropy in parts]),
         rollout_log_probs=torch.cat([_shifts(sample) for sample, _ in members]),
     )
@@ -314,7 +315,7 @@ def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breaka
         [breakage.batches(batch) for batch in microbatches]
         for microbatches in build_minibatches(groups_of_step(step), config, ranks, PAD_TOKEN)
     ]
-    lengths = [batch.lengths.num_tokens for microbatches in minibatches for batch in microbatches]
+    lengths = [batch.layout.num_tokens for microbatches in minibatches for batch in microbatches]
     assert not any(length % microbatch_token_multiple(config) for length in lengths)
     for microbatches in minibatches:
         for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=ranks.is_last_stage):
@@ -348,7 +349,7 @@ def _trainers_loss(
     """The trainer's loss, noting what it returned."""
 
     def loss_of(log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
-        loss = sharded_policy_loss(log_probs, entropy, batch, config.objective, ranks.cp)
+        loss = Objective(config.objective, ranks.cp)(log_probs, entropy, batch)
         recorded.append((batch, loss))
         return loss
 

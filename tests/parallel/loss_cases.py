@@ -15,12 +15,12 @@ from torch import Tensor
 from megatron_fipo.config import FipoConfig
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.batch import shard_batch
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.rollout_correction import CORRECTIONS
 from megatron_fipo.rl.trajectory import Trajectory
+from tests.losses import CORRECTIONS
 
 LENGTHS = (5, 33, 64, 1100)
 """Of responses: less than a block, a token more than one, two blocks, and so many that blocks have blocks."""
@@ -61,7 +61,7 @@ def inputs(batch: PackedBatch, group: dist.ProcessGroup) -> tuple[PackedBatch, T
     log_probs[::17] += 1.4
     log_probs[::97] += 2.6
     entropy, reference = torch.rand(2, num_tokens, generator=generator)
-    rows = cp_layout.local_indices(batch.lengths.cu_seqlens_padded, group.size(), group.rank())
+    rows = cp_layout.local_indices(batch.layout.cu_seqlens_padded, group.size(), group.rank())
     local = shard_batch(batch, group, torch.device("cpu"))
     assert batch.old_log_probs is not None
     local.old_log_probs, local.reference_log_probs = batch.old_log_probs[rows], -1.0 - reference[rows]
@@ -73,7 +73,7 @@ def loss_and_gradients(
 ) -> tuple[LossOutput, dict[str, Any]]:
     """Forward and backward; all that came of it. Collective."""
     log_probs, entropy = log_probs.clone().requires_grad_(), entropy.clone().requires_grad_()
-    loss = sharded_policy_loss(log_probs, entropy, batch, config, group)
+    loss = Objective(config, group)(log_probs, entropy, batch)
     loss.loss_sum.backward()
     values = {
         "loss": loss.loss_sum.detach(),

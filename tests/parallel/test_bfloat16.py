@@ -64,9 +64,7 @@ def _log_probs(folder: str) -> dict[str, dict[tuple[int, int], float]] | None:
             for microbatches in build_minibatches(groups_of_step(0), config, ranks, PAD_TOKEN):
                 for batch, found in zip(microbatches, actor.log_probs(microbatches), strict=ranks.is_last_stage):
                     assert found.dtype == torch.float32
-                    cp_size = int(batch.cu_seqlens_padded[-1]) // len(found)
-                    lengths = batch.cu_seqlens_padded.diff() // cp_size
-                    samples = torch.tensor(batch.sample_indices).repeat_interleave(lengths)
+                    samples = torch.tensor(batch.sample_indices)[batch.sequence_ids]
                     rows = zip(samples.tolist(), batch.position_ids.tolist(), found.tolist(), strict=True)
                     own |= {(sample, position): value for sample, position, value in rows}
             parts = exchange.all_gather_objects(own, ranks.world)

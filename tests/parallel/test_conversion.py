@@ -117,8 +117,8 @@ def _train_and_export(case: Case, folder: str, target: str) -> dict[int, Tensor]
             for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=ranks.is_last_stage):
                 for row, index in enumerate(batch.sample_indices):
                     if index >= 0:
-                        start = int(batch.lengths.cu_seqlens_padded[row])
-                        length = int(batch.lengths.cu_seqlens.diff()[row])
+                        start = int(batch.layout.cu_seqlens_padded[row])
+                        length = int(batch.layout.cu_seqlens.diff()[row])
                         own[index] = log_probs[start : start + length - 1].clone()
         return {index: part for parts in exchange.all_gather_objects(own, ranks.world) for index, part in parts.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -17,13 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.config import ParallelSection
-from megatron_fipo.parallel import cp_layout, cp_suffix_sum
+from megatron_fipo.config import Config, FipoConfig, ParallelSection, TrainSection
+from megatron_fipo.metrics.reductions import Last, Metrics, scalars
+from megatron_fipo.parallel import cp_suffix_sum, exchange
 from megatron_fipo.parallel import groups as parallel_groups
-from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks, cp_future_kl, exchanged_bytes, sharded_suffix_sum
+from megatron_fipo.parallel.batch import build_minibatches
+from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks, cp_future_kl, exchanged_bytes
+from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.objective import Objective
+from megatron_fipo.parallel.sharded_sequences import ShardedSequences
 from megatron_fipo.rl.future_kl import future_kl_reference
-from megatron_fipo.rl.segments import segments_of
+from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.parallel.ranks import run_ranks
+from tests.unit.rl_samples import make_group
 
 ERROR_BOUND = 2e-6
 
@@ -199,13 +205,11 @@ def _all_checks(cp_size: int) -> int:
 
 
 def _check_suffix_sum_of_the_loss(batch: Batch, group: dist.ProcessGroup) -> None:
-    """`sharded_suffix_sum`, of tables made before, gives what `cp_future_kl` returns."""
+    """`ShardedSequences`, whose tables are made before, give what `cp_future_kl` returns."""
     rows = zigzag_rows(batch.cu_seqlens, group.size(), group.rank())
-    cu_segments = cp_layout.local_cu_segments(batch.cu_seqlens, group.size())
-    segments = segments_of(cu_segments, len(rows), batch.x.device)
-    sequence_ids = cp_layout.local_sequence_ids(batch.cu_seqlens, group.size())
-    suffix_sum = sharded_suffix_sum(batch.half_life, group, segments, sequence_ids)
-    values, counts = suffix_sum(batch.x[rows], batch.flags[rows], batch.cu_seqlens)
+    sequences = ShardedSequences.of(batch.cu_seqlens, group)
+    assert torch.equal(sequences.rows, rows)
+    values, counts = sequences.suffix_sum(batch.x[rows], batch.flags[rows], batch.half_life)
     expected = cp_future_kl(batch.x[rows], batch.cu_seqlens, batch.half_life, group, batch.flags[rows])
     assert torch.equal(values, expected[0])
     assert torch.equal(counts, expected[1])
@@ -239,3 +243,64 @@ def test_carries_are_what_lies_behind_each_chunk() -> None:
 @pytest.mark.parametrize(("cp_size", "expected"), [(1, 0), (2, 24 * 7), (8, 96 * 7)])
 def test_the_exchange_counts_twelve_bytes_for_each_sequence_and_rank(cp_size: int, expected: int) -> None:
     assert exchanged_bytes(7, cp_size) == expected
+
+
+# --- what a step's metric says of it ---------------------------------------------------------------------------------
+
+EPOCHS = 2
+SAMPLES = (60, 15, 15, 15)
+"""Response tokens: one data-parallel rank gets the long one, the other the three short ones."""
+
+
+def _own_and_merged(config: Config, ranks: ParallelGroups) -> tuple[list[list[PackedBatch]], Metrics, float]:
+    """(this rank's minibatches, its own part of the metric, what comes of all parts). Collective."""
+    group = make_group(0, [0.0] * len(SAMPLES), lengths=SAMPLES)
+    minibatches = build_minibatches([group], config, ranks, pad_token_id=0)
+    own = cp_suffix_sum.exchange_metrics(minibatches, config, ranks)
+    return minibatches, own, scalars(exchange.merge_metrics(own, ranks.world))["perf/suffix_sum_exchange_bytes"]
+
+
+def _received_by_the_loss(minibatches: list[list[PackedBatch]], objective: Objective) -> int:
+    """Bytes that this rank receives in the loss of these microbatches, counted at the collective. Collective."""
+    received: list[int] = []
+    gather = dist.all_gather_into_tensor
+
+    def counting(output: Tensor, own: Tensor, **keywords: Any) -> Any:
+        received.append(output.numel() * output.element_size())
+        return gather(output, own, **keywords)
+
+    with mock.patch.object(dist, "all_gather_into_tensor", counting):
+        for batch in itertools.chain(*minibatches):
+            batch.old_log_probs = batch.rollout_log_probs
+            objective(batch.rollout_log_probs.clone(), torch.zeros_like(batch.rollout_log_probs), batch)
+    return sum(received)
+
+
+def _measure_exchange() -> dict[str, Any]:
+    """Of one rank of four, in two layouts."""
+    train = TrainSection(num_minibatches=1, num_epochs=EPOCHS)
+    found: dict[str, Any] = {}
+    for name, parallel in {"dp2 cp2": ParallelSection(cp=2), "pp2 cp2": ParallelSection(cp=2, pp=2)}.items():
+        config = replace(Config(), parallel=parallel, train=train)
+        ranks = parallel_groups.initialize(parallel, seed=0)
+        minibatches, own, merged = _own_and_merged(config, ranks)
+        found[name] = own["perf/suffix_sum_exchange_bytes"].value(), merged
+        if parallel.pp == 1:
+            found["received"] = _received_by_the_loss(minibatches, Objective(config.objective, ranks.cp))
+            with mock.patch.object(cp_suffix_sum, "Max", Last), pytest.raises(ValueError, match="should be alike"):
+                _own_and_merged(config, ranks)
+            dapo = replace(config, objective=FipoConfig(future_kl=False))
+            assert cp_suffix_sum.exchange_metrics(minibatches, dapo, ranks) == {}
+        parallel_groups.destroy_model_parallel()
+    return found
+
+
+def test_the_metric_is_what_the_busiest_rank_received() -> None:
+    """12 bytes for each of 2 ranks, a sequence and an epoch. As a number that all ranks know alike, it was rank 0's."""
+    of_ranks = run_ranks(_measure_exchange, 4, timeout_s=120)
+    one, three = 12 * 2 * 1 * EPOCHS, 12 * 2 * 3 * EPOCHS
+    assert [found["dp2 cp2"] for found in of_ranks] == [(one, three), (one, three), (three, three), (three, three)]
+    assert [found["received"] * EPOCHS for found in of_ranks] == [one, one, three, three]
+    # Both stages hold all four sequences, but the first one has no loss.
+    four = 12 * 2 * 4 * EPOCHS
+    assert [found["pp2 cp2"] for found in of_ranks] == [(0, four), (0, four), (four, four), (four, four)]

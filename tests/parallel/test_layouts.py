@@ -162,7 +162,7 @@ def _shifted_after_the_split(batch: Any) -> Any:
 
 
 def _counting_padding(batch: Any) -> Any:
-    is_padding = batch.position_ids >= batch.lengths.cu_seqlens.diff()[batch.sequence_ids]
+    is_padding = batch.position_ids >= batch.layout.cu_seqlens.diff()[batch.sequence_ids]
     return replace(batch, response_mask=batch.response_mask | is_padding)
 
 

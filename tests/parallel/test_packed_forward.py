@@ -24,7 +24,7 @@ from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import Config, ParallelSection
 from megatron_fipo.parallel import batch as batches
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.trajectory import Trajectory
@@ -105,7 +105,7 @@ def _forward_and_backward(
     assert len(microbatches) > 1
     for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=True):
         batch.old_log_probs = log_probs - batch.rollout_log_probs
-    loss = partial(sharded_policy_loss, objective=config.objective, cp_group=ranks.cp)
+    loss = Objective(config.objective, ranks.cp)
     actor._run(actor._chunks, microbatches, partial(actor._loss, loss_function=loss, faults=[]), forward_only=False)
 
 

@@ -23,7 +23,7 @@ from megatron_fipo.config import (
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
+from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.preflight.hardware import GIB
 from megatron_fipo.preflight.memory import layer_activations, training_memory
 from megatron_fipo.rl.objective import LossOutput
@@ -113,7 +113,7 @@ def measure(case: Case, folder: str) -> tuple[int, dict[str, float], dict[str, f
     (microbatches,) = build_minibatches(groups_of_one_batch(), config, ranks, pad_token_id=0)
     for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=False):
         batch.old_log_probs = log_probs
-    actor.update(microbatches, lambda *of: sharded_policy_loss(*of, config.objective, ranks.cp), step=0)
+    actor.update(microbatches, Objective(config.objective, ranks.cp), step=0)
     optimizers = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
     state = [
         value
@@ -178,7 +178,7 @@ def saved_bytes(folder: str, recompute: str, parallel: ParallelSection) -> float
 
     def loss(log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
         counted.append(sum(storage.nbytes() for storage in storages.values()))
-        return sharded_policy_loss(log_probs, entropy, batch, config.objective, ranks.cp)
+        return Objective(config.objective, ranks.cp)(log_probs, entropy, batch)
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         actor.update(microbatches, loss, step=0)

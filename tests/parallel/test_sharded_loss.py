@@ -11,15 +11,16 @@ import torch.distributed as dist
 
 from megatron_fipo.config import FipoConfig, ParallelSection
 from megatron_fipo.metrics.reductions import merge, scalars
-from megatron_fipo.parallel import exchange, sharded_loss
+from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import shard_batch
-from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
-from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.parallel.objective import Objective
+from megatron_fipo.parallel.sharded_sequences import ShardedSequences
+from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
-from megatron_fipo.rl.rollout_correction import CORRECTIONS
 from megatron_fipo.rl.trajectory import Trajectory
+from tests.losses import CORRECTIONS, packed_loss
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = (5, 33, 64, 97)
@@ -63,13 +64,13 @@ def compare(config: FipoConfig, group: dist.ProcessGroup) -> set[str]:
     batch = whole_batch(group.size())
     log_probs = batch.old_log_probs + 0.1 * torch.sin(torch.arange(len(batch.labels)))
     entropy = torch.zeros_like(log_probs)
-    whole = policy_loss(
-        log_probs,
-        batch.old_log_probs,
-        batch.advantages,
-        batch.response_mask,
+    whole = packed_loss(
         batch.cu_seqlens_padded,
         config,
+        log_probs=log_probs,
+        old_log_probs=batch.old_log_probs,
+        advantages=batch.advantages,
+        response_mask=batch.response_mask,
         entropy=entropy,
         rollout_log_probs=batch.rollout_log_probs,
     )
@@ -77,7 +78,7 @@ def compare(config: FipoConfig, group: dist.ProcessGroup) -> set[str]:
     rows = shard_batch(replace(batch, rollout_log_probs=torch.arange(len(log_probs))), group, torch.device("cpu"))
     own = rows.rollout_log_probs
     local.old_log_probs = batch.old_log_probs[own]
-    part = sharded_policy_loss(log_probs[own], entropy[own], local, config, group)
+    part = Objective(config, group)(log_probs[own], entropy[own], local)
     parts: list[LossOutput] = exchange.all_gather_objects(part, group)
     found = set()
     if not torch.equal(part.final_mask, whole.final_mask[own]):
@@ -99,7 +100,7 @@ def _check(cp_size: int) -> dict[str, set[str]]:
         for kind in CORRECTIONS
         for aggregation in ("token_mean", "sequence_mean", "sequence_sum")
     }
-    with mock.patch.object(sharded_loss, "sum_over_shards", return_value=lambda own: own):
+    with mock.patch.object(ShardedSequences, "total", lambda self, per_sequence: per_sequence):
         for kind in ("sequence_masked", "geometric_masked"):
             results[f"own rows only, {kind}"] = compare(objective(kind, "token_mean"), group)
     return results
@@ -119,13 +120,13 @@ def test_corrections_are_those_of_one_process(cp_size: int) -> None:
 def test_the_batch_puts_every_correction_to_work() -> None:
     batch = whole_batch(2)
     for kind in ("sequence_masked", "geometric_masked", "token_masked"):
-        output = policy_loss(
-            batch.old_log_probs,
-            batch.old_log_probs,
-            batch.advantages,
-            batch.response_mask,
+        output = packed_loss(
             batch.cu_seqlens_padded,
             objective(kind, "token_mean"),
+            log_probs=batch.old_log_probs,
+            old_log_probs=batch.old_log_probs,
+            advantages=batch.advantages,
+            response_mask=batch.response_mask,
             rollout_log_probs=batch.rollout_log_probs,
         )
         assert 0 < int(output.normalizer) < int(batch.response_mask.sum()), kind

@@ -21,9 +21,7 @@ LAYOUTS = [P(cp=2), P(tp=2, sequence_parallel=True), P(pp=2), P()]
 def _fill(minibatches: list[list[PackedBatch]]) -> None:
     """A number that says which token it is: sample and position."""
     for batch in (batch for batches in minibatches for batch in batches):
-        cp_size = int(batch.cu_seqlens_padded[-1]) // len(batch.input_ids)
-        lengths = batch.cu_seqlens_padded.diff().long() // cp_size
-        samples = torch.tensor(batch.sample_indices).repeat_interleave(lengths)
+        samples = torch.tensor(batch.sample_indices)[batch.sequence_ids]
         batch.old_log_probs = samples + batch.position_ids / 1000.0
 
 

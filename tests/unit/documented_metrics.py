@@ -16,9 +16,8 @@ from megatron_fipo.metrics.reductions import Metrics, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
-from megatron_fipo.rl.objective import policy_loss
-from megatron_fipo.rl.rollout_correction import CORRECTIONS
 from megatron_fipo.run.step_report import INFLUENCE_STD, StepClock
+from tests.losses import CORRECTIONS, packed_loss
 from tests.unit.rl_samples import make_group
 
 AREAS = (
@@ -57,13 +56,13 @@ def measured_names() -> set[str]:
 def _update_metrics(config: FipoConfig, correction: str) -> Metrics:
     settings = {**vars(config), "rollout_correction": correction}
     tokens = torch.linspace(-1.0, -0.1, 8)
-    output = policy_loss(
-        tokens,
-        tokens - 0.1,
-        torch.tensor([1.0] * 4 + [-1.0] * 4),
-        torch.ones(8, dtype=torch.bool),
+    output = packed_loss(
         torch.tensor([0, 4, 8]),
         FipoConfig(**settings),
+        log_probs=tokens,
+        old_log_probs=tokens - 0.1,
+        advantages=torch.tensor([1.0] * 4 + [-1.0] * 4),
+        response_mask=torch.ones(8, dtype=torch.bool),
         reference_log_probs=tokens,
         entropy=torch.ones(8),
         rollout_log_probs=tokens,

@@ -1,4 +1,4 @@
-"""The objective against outputs recorded from FIPO's public code (tests/golden)."""
+"""The objective against outputs recorded from FIPO's public code."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config import FipoConfig
+from megatron_fipo.conformance.recording import FILES
 from megatron_fipo.metrics.reductions import scalars
 from megatron_fipo.rl import objective
 from megatron_fipo.rl.future_kl import future_kl_reference
-from megatron_fipo.rl.objective import LossOutput, local_suffix_sum, policy_loss
+from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.sequences import WholeSequences, count_per_sequence
+from megatron_fipo.rl.token_values import TokenValues
 
-FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 SCALARS = {
     "policy_kl": "policy/kl/mean",
     "clip_fraction": "policy/clip_fraction",
@@ -55,28 +57,30 @@ def load(path: Path) -> Recording:
     )
 
 
-def double_suffix_sum(half_life: float) -> objective.SuffixSum:
-    def suffix_sum(x: Tensor, clipped: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        counts = torch.stack([part.sum() for part in clipped.split(cu_seqlens.diff().tolist())])
-        return future_kl_reference(x, cu_seqlens, half_life), counts
+class DoubleSequences(WholeSequences):
+    """Their suffix sum is the recurrence in float64."""
 
-    return suffix_sum
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        super().__init__(cu_seqlens)
+        self.cu_seqlens = cu_seqlens
+
+    def suffix_sum(self, x: Tensor, flags: Tensor, half_life_tokens: float) -> tuple[Tensor, Tensor]:
+        counts = count_per_sequence(flags, self.ids, self.num)
+        return future_kl_reference(x, self.cu_seqlens, half_life_tokens), counts
 
 
 def reproduce(recording: Recording, dtype: torch.dtype, config: FipoConfig | None = None) -> tuple[LossOutput, Tensor]:
     """The loss in `dtype` and the gradient of its token mean."""
     config = config or recording.config
     log_probs = recording.arrays["log_probs"].to(dtype).requires_grad_()
-    suffix = double_suffix_sum if dtype == torch.float64 else local_suffix_sum
-    output = policy_loss(
+    tokens = TokenValues(
         log_probs,
         recording.arrays["old_log_probs"].to(dtype),
         recording.arrays["advantages"].to(dtype),
         recording.arrays["response_mask"],
-        recording.cu_seqlens,
-        config,
-        suffix(config.half_life_tokens),
     )
+    sequences = DoubleSequences if dtype == torch.float64 else WholeSequences
+    output = policy_loss(tokens, sequences(recording.cu_seqlens), config)
     (output.loss_sum / output.normalizer).backward()
     assert log_probs.grad is not None
     return output, log_probs.grad

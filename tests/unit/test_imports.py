@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollout.handover": {"config", "rl", "actor", "parallel", "metrics.reductions", "rollout"},
     "console": {"config", "console"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify"},
+    "conformance": {"config", "rl", "conformance"},
     "preflight": {"config", "convert", "data", "hub", "preflight"},
     "launch": {"config", "preflight", "launch"},
     "evaluation.scores": {"rl", "verifiers"},
@@ -60,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"rl", "parallel", "actor", "rollout", "console", "run", "system.error_net"},
     "cli": {
         *("config", "hub", "data", "verifiers", "parallel", "convert.offline", "evaluation", "run.samples"),
-        *("certify", "preflight", "launch", "starters", "train", "system.error_net"),
+        *("certify", "conformance", "preflight", "launch", "starters", "train", "system.error_net"),
     },
 }
 """What each part of the package may import of it; the bare package (its version) is open to all."""
@@ -234,6 +235,7 @@ def test_the_package_itself_imports_nothing_of_its_own() -> None:
         ("convert.stream", "from megatron_fipo.convert.offline.verification import verify_weights"),
         ("cli", "from megatron_fipo.rollout.engine import RolloutEngine"),
         ("train", "from megatron_fipo.cli import main"),
+        ("conformance.comparison", "from megatron_fipo.parallel.objective import Objective"),
         ("newcomer", "import os"),
     ],
 )

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo import FipoConfig, padded_policy_loss
-from tests.unit.test_padded import padded_batch
+import megatron_fipo
+from megatron_fipo import FipoConfig, cli, padded_policy_loss
+from tests.unit.test_padded import packed_arguments, padded_batch
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/library.md").read_text(encoding="utf-8")
@@ -39,10 +40,14 @@ def expected_loss(log_probs: Tensor) -> Tensor:
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
-    firsts = ("from megatron_fipo import FipoConfig, future_kl", "def update(", "class FipoTrainer", "def fipo_loss")
+    firsts = (
+        *("from megatron_fipo import FipoConfig, future_kl", "def update(", "def packed_loss(", "def sharded_loss("),
+        *("class FipoTrainer", "def fipo_loss", "def loss("),
+    )
     assert len(BLOCKS) == len(firsts)
-    assert [sum(first in block for block in BLOCKS) for first in firsts] == [1, 1, 1, 1]
-    run_block(firsts[0])
+    assert [sum(first in block for block in BLOCKS) for first in firsts] == [1] * len(firsts)
+    imported = run_block(firsts[0]).keys()
+    assert set(megatron_fipo.__all__) - {"__version__"} <= imported, "the page names all that is exported"
 
 
 @pytest.mark.parametrize("mask_type", [torch.bool, torch.int64, torch.float32])
@@ -57,6 +62,29 @@ def test_a_loop_of_ones_own(mask_type: torch.dtype) -> None:
     assert copy.grad is not None
     torch.testing.assert_close(parameter.detach(), BATCH["log_probs"] - 0.5 * copy.grad)
     assert float(weight) != 1.0
+
+
+def test_packed_sequences() -> None:
+    arguments = packed_arguments(padded_batch())
+    names = ("log_probs", "old_log_probs", "advantages", "response_mask", "cu_seqlens")
+    loss = run_block("def packed_loss(")["packed_loss"](*(arguments[name] for name in names))
+    torch.testing.assert_close(loss, expected_loss(BATCH["log_probs"]))
+    arguments["cu_seqlens"] = torch.tensor([0, len(arguments["log_probs"])])
+    other = run_block("def packed_loss(")["packed_loss"](*(arguments[name] for name in names))
+    assert abs(float(other - loss)) > 1e-4, "one long sequence is another loss"
+
+
+def test_the_page_of_torch_conforms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [block for block in BLOCKS if "def loss(" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, text, status in (("my_trainer", block, 0), ("my_other", block.replace("clamp(0.8, 1)", "clamp(0.8)"), 1)):
+        (tmp_path / f"{name}.py").write_text(text)
+        assert cli.main(["conformance", f"{name}:loss"]) == status
+        monkeypatch.delitem(sys.modules, name)
+    assert "not compared: normalizer, token_loss." in capsys.readouterr().out
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------
@@ -194,16 +222,29 @@ def module(name: str, **contents: Any) -> ModuleType:
 
 
 def test_the_light_installation_suffices() -> None:
-    """With every dependency but torch, omegaconf and pyyaml refused, what the page imports can be had and runs."""
+    """With every dependency but torch, omegaconf and pyyaml refused, what the page imports can be had and runs.
+
+    The command needs rich on top.
+    """
     code = """
 import sys
-for name in ("megatron", "transformers", "tokenizers", "huggingface_hub", "safetensors", "rich", "tensorboard",
+for name in ("megatron", "transformers", "tokenizers", "huggingface_hub", "safetensors", "tensorboard",
              "math_verify", "reasoning_gym", "pyarrow", "aiohttp", "psutil"):
     sys.modules[name] = None
+sys.modules["rich"] = None
 import torch
-from megatron_fipo import FipoConfig, future_kl, influence_weights, padded_future_kl, padded_policy_loss, policy_loss
+import torch.distributed as dist
+from megatron_fipo import *
 zeros = torch.zeros(2, 3)
 print(float(padded_policy_loss(zeros, zeros, torch.ones(2), torch.ones(2, 3), FipoConfig()).loss_sum))
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+sequences = ShardedSequences.of(torch.tensor([0, 4, 6]), dist.group.WORLD)
+tokens = TokenValues(torch.zeros(6), torch.zeros(6), torch.ones(6), torch.ones(6, dtype=torch.bool))
+print(float(policy_loss(tokens, sequences, FipoConfig()).loss_sum))
+del sys.modules["rich"]
+from megatron_fipo import cli
+print(cli.main(["conformance", "megatron_fipo:padded_policy_loss"]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert run.stdout.strip() == "-6.0", run.stderr
+    lines = run.stdout.splitlines()
+    assert (lines[:2], lines[-1:]) == (["-6.0", "-6.0"], ["0"]), run.stderr

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from megatron_fipo.config import FipoConfig
 from megatron_fipo.metrics.reductions import merge, scalars
+from megatron_fipo.rl import objective
 from megatron_fipo.rl.future_kl import future_kl
 from megatron_fipo.rl.objective import (
     LossOutput,
-    count_per_sequence,
     influence_weights,
     log_prob_shift,
     policy_loss,
     reference_kl,
-    sequence_ids_of,
 )
 from megatron_fipo.rl.objective_metrics import HISTOGRAM_SCALE, shift_histograms
+from megatron_fipo.rl.sequences import WholeSequences, count_per_sequence, sequence_ids_of
+from megatron_fipo.rl.token_values import TokenValues
+from tests.losses import packed_loss
 
 FIPO = FipoConfig(influence_min=0.8, influence_max=1.2, safety_ratio=3.0)
 DAPO = FipoConfig(future_kl=False)
@@ -30,6 +32,8 @@ AGGREGATIONS = {
     "sequence_mean": replace(FIPO, loss_aggregation="sequence_mean"),
     "sequence_sum": replace(FIPO, loss_aggregation="sequence_sum", sequence_sum_tokens=64),
 }
+
+ONE_TOKEN = WholeSequences(torch.tensor([0, 1]))
 
 
 def batch(lengths: tuple[int, ...] = (24, 8, 40, 16), seed: int = 0) -> dict[str, Tensor]:
@@ -68,7 +72,7 @@ def zigzag_rows(cu: Tensor, cp: int, rank: int) -> Tensor:
 def test_first_update_is_dapo() -> None:
     inputs = batch()
     inputs["log_probs"] = inputs["old_log_probs"].clone()
-    fipo, dapo = (policy_loss(**inputs, config=config) for config in (FIPO, DAPO))
+    fipo, dapo = (packed_loss(**inputs, config=config) for config in (FIPO, DAPO))
     assert torch.equal(fipo.loss_sum, dapo.loss_sum)
     assert bool((fipo.influence_weights == 1).all())
     # On-policy the loss is minus the sum of advantages over response tokens.
@@ -82,14 +86,8 @@ def test_hand_computed_loss() -> None:
     shift = torch.tensor([0.0, 0.1, 0.2, math.log(4.0), -0.4])
     advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])
     log_probs = shift.clone().requires_grad_()
-    output = policy_loss(
-        log_probs,
-        torch.zeros(5),
-        advantages,
-        torch.tensor([True, True, False, True, True]),
-        torch.tensor([0, 3, 5]),
-        config,
-    )
+    tokens = TokenValues(log_probs, torch.zeros(5), advantages, torch.tensor([True, True, False, True, True]))
+    output = policy_loss(tokens, WholeSequences(torch.tensor([0, 3, 5])), config)
     # The third token is masked: F = [0.05, 0.1, 0], and [log 4 - 0.2, -0.4] in the second sequence.
     assert output.future_kl is not None
     assert output.future_kl.tolist() == pytest.approx([0.05, 0.1, 0.0, math.log(4) - 0.2, -0.4], abs=1e-6)
@@ -119,8 +117,8 @@ def test_hand_computed_loss() -> None:
 )
 def test_branches_of_the_clipped_loss(shift: float, advantage: float, loss: float, slope: float) -> None:
     log_probs = torch.tensor([shift], requires_grad=True)
-    arguments = (torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]))
-    output = policy_loss(log_probs, *arguments, DAPO)
+    tokens = TokenValues(log_probs, torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool))
+    output = policy_loss(tokens, ONE_TOKEN, DAPO)
     output.loss_sum.backward()
     assert float(output.loss_sum.detach()) == pytest.approx(loss, rel=1e-5)
     assert log_probs.grad is not None
@@ -128,8 +126,9 @@ def test_branches_of_the_clipped_loss(shift: float, advantage: float, loss: floa
 
 
 def test_without_dual_clip_the_loss_grows_on() -> None:
-    arguments = (torch.zeros(1), torch.tensor([-1.0]), torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]))
-    output = policy_loss(torch.tensor([math.log(20.0)]), *arguments, replace(DAPO, dual_clip=None))
+    log_probs, mask = torch.tensor([math.log(20.0)]), torch.ones(1, dtype=torch.bool)
+    tokens = TokenValues(log_probs, torch.zeros(1), torch.tensor([-1.0]), mask)
+    output = policy_loss(tokens, ONE_TOKEN, replace(DAPO, dual_clip=None))
     assert float(output.loss_sum) == pytest.approx(20.0, rel=1e-5)
     assert "policy/dual_clip_fraction" not in output.metrics
 
@@ -144,66 +143,66 @@ def test_safety_clip_only_lowers_negative_tokens_of_large_ratio() -> None:
 
 def test_the_filter_drops_whole_sequences() -> None:
     inputs = batch()
-    output = policy_loss(**inputs, config=FIPO)
+    output = packed_loss(**inputs, config=FIPO)
     cu, mask = inputs["cu_seqlens"], inputs["response_mask"]
     assert not output.final_mask[cu[1] : cu[2]].any()
     assert torch.equal(output.final_mask[: cu[1]], mask[: cu[1]])
     assert int(output.normalizer) == int(mask.sum() - mask[cu[1] : cu[2]].sum())
     assert scalars(output.metrics)["fipo/filtered_sequences"] == 1
-    kept = policy_loss(**inputs, config=replace(FIPO, max_dual_clipped_tokens=3))
+    kept = packed_loss(**inputs, config=replace(FIPO, max_dual_clipped_tokens=3))
     assert torch.equal(kept.final_mask, mask)
 
 
 def test_normalizers_and_weights_of_the_aggregations() -> None:
     inputs = batch()
-    by_token = policy_loss(**inputs, config=FIPO)
+    by_token = packed_loss(**inputs, config=FIPO)
     cu, losses, mask = inputs["cu_seqlens"], by_token.token_loss, by_token.final_mask
     first, third = (losses[cu[i] : cu[i + 1]][mask[cu[i] : cu[i + 1]]] for i in (0, 2))
-    by_sequence = policy_loss(**inputs, config=AGGREGATIONS["sequence_mean"])
+    by_sequence = packed_loss(**inputs, config=AGGREGATIONS["sequence_mean"])
     # One sequence is filtered and one holds no response token.
     assert int(by_sequence.normalizer) == 2
     assert float(by_sequence.loss_sum) == pytest.approx(float(first.mean() + third.mean()), rel=1e-5)
-    constant = policy_loss(**inputs, config=AGGREGATIONS["sequence_sum"])
+    constant = packed_loss(**inputs, config=AGGREGATIONS["sequence_sum"])
     assert int(constant.normalizer) == 2 * 64
     assert float(constant.loss_sum) == pytest.approx(float(first.sum() + third.sum()), rel=1e-5)
     assert constant.normalizer.dtype == by_token.normalizer.dtype == torch.int64
 
 
+class Shard:
+    """A rank's rows of sequences; their suffix sum sees the rows of all ranks, once each has shown its own."""
+
+    def __init__(self, inputs: dict[str, Tensor], cp: int, rank: int, seen: dict[str, Tensor]) -> None:
+        self.cu, self.seen = inputs["cu_seqlens"], seen
+        self.whole_ids = sequence_ids_of(self.cu, int(self.cu[-1]), torch.device("cpu"))
+        self.rows = zigzag_rows(self.cu, cp, rank)
+        self.ids, self.num, self.counts_here = self.whole_ids[self.rows], len(self.cu) - 1, rank == 0
+        self.response_tokens = count_per_sequence(inputs["response_mask"], self.whole_ids, self.num)
+
+    def suffix_sum(self, x: Tensor, flags: Tensor, half_life_tokens: float) -> tuple[Tensor, Tensor]:
+        self.seen["x"][self.rows], self.seen["flags"][self.rows] = x, flags
+        counts = count_per_sequence(self.seen["flags"], self.whole_ids, self.num)
+        return future_kl(self.seen["x"], self.cu, half_life_tokens)[self.rows], counts
+
+    def total(self, per_sequence: Tensor) -> Tensor:
+        raise AssertionError("the response's tokens are known, and there is no correction")
+
+
 def sharded(inputs: dict[str, Tensor], config: FipoConfig, cp: int) -> list[tuple[Tensor, LossOutput, Tensor]]:
-    """(rows, output, gradient) of each context-parallel rank; the suffix sum sees the whole through a closure."""
-    cu = inputs["cu_seqlens"]
-    ids = sequence_ids_of(cu, int(cu[-1]), torch.device("cpu"))
-    whole_x = torch.zeros(int(cu[-1]))
-    whole_clipped = torch.zeros(int(cu[-1]), dtype=torch.bool)
-    ranks = [zigzag_rows(cu, cp, rank) for rank in range(cp)]
-    for collecting in (True, False):
+    """(rows, output, gradient) of each context-parallel rank."""
+    num_tokens = int(inputs["cu_seqlens"][-1])
+    seen = {"x": torch.zeros(num_tokens), "flags": torch.zeros(num_tokens, dtype=torch.bool)}
+    for _ in ("every rank shows its rows", "and has those of all"):
         results = []
-        for rank, rows in enumerate(ranks):
-
-            def suffix_sum(
-                x: Tensor, clipped: Tensor, cu_seqlens: Tensor, rows: Tensor = rows
-            ) -> tuple[Tensor, Tensor]:
-                whole_x[rows], whole_clipped[rows] = x, clipped
-                counts = count_per_sequence(whole_clipped, ids, len(cu_seqlens) - 1)
-                return future_kl(whole_x, cu_seqlens, config.half_life_tokens)[rows], counts
-
-            log_probs = inputs["log_probs"][rows].requires_grad_()
-            output = policy_loss(
-                log_probs,
-                inputs["old_log_probs"][rows],
-                inputs["advantages"][rows],
-                inputs["response_mask"][rows],
-                cu,
-                config,
-                suffix_sum,
-                sequence_ids=ids[rows],
-                response_token_counts=count_per_sequence(inputs["response_mask"], ids, len(cu) - 1),
-                counts_sequences=rank == 0,
+        for rank in range(cp):
+            shard = Shard(inputs, cp, rank, seen)
+            log_probs = inputs["log_probs"][shard.rows].requires_grad_()
+            tokens = TokenValues(
+                log_probs, *(inputs[name][shard.rows] for name in ("old_log_probs", "advantages", "response_mask"))
             )
-            if not collecting:
-                output.loss_sum.backward()
-                assert log_probs.grad is not None
-                results.append((rows, output, log_probs.grad))
+            output = policy_loss(tokens, shard, config)
+            output.loss_sum.backward()
+            assert log_probs.grad is not None
+            results.append((shard.rows, output, log_probs.grad))
     return results
 
 
@@ -212,7 +211,7 @@ def sharded(inputs: dict[str, Tensor], config: FipoConfig, cp: int) -> list[tupl
 def test_shards_add_up_to_the_whole(config: FipoConfig, cp: int) -> None:
     inputs = batch()
     log_probs = inputs["log_probs"].clone().requires_grad_()
-    whole = policy_loss(**{**inputs, "log_probs": log_probs}, config=config)
+    whole = packed_loss(**{**inputs, "log_probs": log_probs}, config=config)
     whole.loss_sum.backward()
     parts = sharded(inputs, config, cp)
     loss_sum = sum(float(output.loss_sum.detach()) for _, output, _ in parts)
@@ -230,13 +229,13 @@ def test_shards_add_up_to_the_whole(config: FipoConfig, cp: int) -> None:
 
 def test_microbatches_add_up_to_the_minibatch() -> None:
     inputs = batch()
-    whole = policy_loss(**inputs, config=FIPO)
+    whole = packed_loss(**inputs, config=FIPO)
     cu = inputs["cu_seqlens"]
     parts = []
     for first, last in ((0, 1), (1, 4)):
         rows = slice(int(cu[first]), int(cu[last]))
         tokens = {name: value[rows] for name, value in inputs.items() if name != "cu_seqlens"}
-        parts.append(policy_loss(**tokens, cu_seqlens=cu[first : last + 1] - cu[first], config=FIPO))
+        parts.append(packed_loss(**tokens, cu_seqlens=cu[first : last + 1] - cu[first], config=FIPO))
     assert float(parts[0].loss_sum + parts[1].loss_sum) == pytest.approx(float(whole.loss_sum), rel=1e-6)
     assert int(parts[0].normalizer + parts[1].normalizer) == int(whole.normalizer)
     merged = scalars(merge([part.metrics for part in parts]))
@@ -250,7 +249,7 @@ def test_an_empty_mask_gives_zero_with_a_graph(config: FipoConfig) -> None:
     inputs = batch()
     log_probs = inputs["log_probs"].clone().requires_grad_()
     mask = torch.zeros_like(inputs["response_mask"])
-    output = policy_loss(**{**inputs, "log_probs": log_probs, "response_mask": mask}, config=config)
+    output = packed_loss(**{**inputs, "log_probs": log_probs, "response_mask": mask}, config=config)
     output.loss_sum.backward()
     assert float(output.loss_sum.detach()) == 0.0
     assert int(output.normalizer) == 0
@@ -262,9 +261,9 @@ def test_an_empty_mask_gives_zero_with_a_graph(config: FipoConfig) -> None:
 def test_bfloat16_log_probs_are_raised_to_float32() -> None:
     inputs = batch()
     inputs["log_probs"] = inputs["log_probs"].bfloat16()
-    output = policy_loss(**inputs, config=FIPO)
+    output = packed_loss(**inputs, config=FIPO)
     assert output.loss_sum.dtype == torch.float32
-    same = policy_loss(**{**inputs, "log_probs": inputs["log_probs"].float()}, config=FIPO)
+    same = packed_loss(**{**inputs, "log_probs": inputs["log_probs"].float()}, config=FIPO)
     assert torch.equal(output.loss_sum, same.loss_sum)
 
 
@@ -272,7 +271,7 @@ def test_future_kl_and_weights_carry_no_gradient() -> None:
     """With the weights as constants, the gradient of an unclipped token is its loss; F's own slope must not enter."""
     inputs = batch()
     log_probs = inputs["log_probs"].clone().requires_grad_()
-    output = policy_loss(**{**inputs, "log_probs": log_probs}, config=FIPO)
+    output = packed_loss(**{**inputs, "log_probs": log_probs}, config=FIPO)
     output.loss_sum.backward()
     assert log_probs.grad is not None
     assert not output.influence_weights.requires_grad
@@ -286,8 +285,8 @@ def test_kl_penalty_and_entropy_bonus() -> None:
     reference = inputs["old_log_probs"] - 0.1
     entropy = torch.rand(len(reference), requires_grad=True)
     extras = {"reference_log_probs": reference, "entropy": entropy}
-    plain = policy_loss(**inputs, config=FIPO, **extras)
-    both = policy_loss(**inputs, config=replace(FIPO, kl_coefficient=0.5, entropy_coefficient=0.25), **extras)
+    plain = packed_loss(**inputs, config=FIPO, **extras)
+    both = packed_loss(**inputs, config=replace(FIPO, kl_coefficient=0.5, entropy_coefficient=0.25), **extras)
     difference = reference - inputs["log_probs"]
     k3 = (difference.exp() - difference - 1)[plain.final_mask].sum()
     bonus = entropy.detach()[plain.final_mask].sum()
@@ -316,7 +315,8 @@ def test_metrics_by_hand() -> None:
     advantages = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
     mask = torch.tensor([True] * 8 + [False])
     config = replace(FIPO, influence_min=0.5, influence_max=1.5, max_dual_clipped_tokens=5)
-    output = policy_loss(ratios.log(), torch.zeros(9), advantages, mask, torch.tensor([0, 5, 9]), config)
+    tokens = TokenValues(ratios.log(), torch.zeros(9), advantages, mask)
+    output = policy_loss(tokens, WholeSequences(torch.tensor([0, 5, 9])), config)
     measured = scalars(output.metrics)
     assert measured["policy/response_tokens"] == 8
     assert measured["policy/ratio_negative/share_2_to_3"] == 2 / 8
@@ -349,7 +349,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_dapo_reports_nothing_of_fipo() -> None:
-    output = policy_loss(**batch(), config=DAPO)
+    output = packed_loss(**batch(), config=DAPO)
     assert not [name for name in output.metrics if name.startswith("fipo/")]
     assert output.future_kl is None
 
@@ -387,21 +387,45 @@ def test_histogram_holds_the_extremes_and_zero() -> None:
     ("changes", "config", "message"),
     [
         ({"advantages": torch.zeros(3)}, FIPO, r"advantages has shape \(3,\) but log_probs \(88,\)"),
+        ({"advantages": torch.zeros(88, device="meta")}, FIPO, "advantages lies on meta but log_probs on cpu"),
         ({"response_mask": torch.ones(88)}, FIPO, "response_mask must be bool; it is torch.float32"),
         ({"log_probs": torch.zeros(0)}, FIPO, "at least one token"),
-        ({"cu_seqlens": torch.tensor([0, 44])}, FIPO, "ends at 44 but there are 88 tokens.*sequence_ids"),
-        ({}, replace(FIPO, dual_clip=None), "future_kl=true needs objective.dual_clip"),
+        ({"cu_seqlens": torch.tensor([0, 44])}, FIPO, "sequences have 44 tokens on this rank but log_probs 88"),
+        ({"cu_seqlens": torch.tensor([0, 90, 88])}, FIPO, "must not descend; entry 2 is 88 after 90"),
+        ({"cu_seqlens": torch.tensor([44, 88])}, FIPO, "from 44 to 88 but must run from 0"),
+        ({"cu_seqlens": torch.tensor(88)}, FIPO, "must be a vector of integers"),
+        ({}, replace(FIPO, dual_clip=None), r"objective.dual_clip=null: .* Set objective.dual_clip=10\."),
+        ({}, replace(FIPO, half_life_tokens=0.0), "objective.half_life_tokens=0.0: must be above 0"),
+        (
+            {},
+            replace(FIPO, influence_min=1.3),
+            "objective.influence_min=1.3: must not be above",
+        ),
         ({}, replace(FIPO, kl_coefficient=0.1), "kl_coefficient=0.1 needs reference_log_probs"),
         ({}, replace(FIPO, entropy_coefficient=0.1), "entropy_coefficient=0.1 needs entropy"),
-        ({}, replace(FIPO, loss_aggregation="mean"), "loss_aggregation=mean is unknown"),
-        ({}, replace(FIPO, loss_aggregation="sequence_sum"), "needs objective.sequence_sum_tokens"),
-        (
-            {"sequence_ids": torch.zeros(88, dtype=torch.int64)},
-            replace(FIPO, loss_aggregation="sequence_mean"),
-            "needs response_token_counts",
-        ),
+        ({}, replace(FIPO, loss_aggregation="mean"), "loss_aggregation=mean: must be one of token_mean, sequence_mean"),
+        ({}, replace(FIPO, loss_aggregation="sequence_sum"), "objective.sequence_sum_tokens=null: .* constant length"),
     ],
 )
 def test_refuses(changes: dict[str, Tensor], config: FipoConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        policy_loss(**{**batch(), **changes}, config=config)
+        packed_loss(**{**batch(), **changes}, config=config)
+
+
+def test_refuses_what_is_neither_call() -> None:
+    tokens = TokenValues(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.ones(1, dtype=torch.bool))
+    with pytest.raises(TypeError, match="takes TokenValues, not list, as its first argument"):
+        policy_loss([0.0], ONE_TOKEN, FIPO)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Sequences, not a tensor, .*: WholeSequences\(cu_seqlens, log_probs.device\)"):
+        policy_loss(tokens, torch.tensor([0, 1]), FIPO)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the sequences were made for meta but log_probs lie on cpu"):
+        policy_loss(tokens, WholeSequences(torch.tensor([0, 1]), "meta"), FIPO)
+
+
+def test_a_sound_objective_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each microbatch of a run would check the same one again."""
+    checked = []
+    monkeypatch.setattr(objective, "check_objective", checked.append)
+    for _ in range(3):
+        packed_loss(**batch(), config=replace(FIPO, half_life_tokens=7.125))
+    assert len(checked) == 1

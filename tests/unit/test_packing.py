@@ -115,14 +115,14 @@ def test_packing_is_predictor_aligned() -> None:
     assert batch.response_mask.nonzero().flatten().tolist() == [2, 3, 8]
     assert batch.advantages.tolist() == [0, 0, -0.5, -0.5, 0, 0, 0, 0, 2.0, 0, 0, 0]
     assert batch.rollout_log_probs.tolist() == [0, 0, -0.125, -0.25, 0, 0, 0, 0, -0.125, 0, 0, 0]
-    assert batch.lengths.cu_seqlens.tolist() == [0, 5, 7]
-    assert batch.lengths.cu_seqlens_padded.tolist() == batch.cu_seqlens_padded.tolist() == [0, 8, 12]
-    assert batch.lengths.num_tokens == 12
+    assert batch.layout.cu_seqlens.tolist() == [0, 5, 7]
+    assert batch.layout.cu_seqlens_padded.tolist() == batch.cu_seqlens_padded.tolist() == [0, 8, 12]
+    assert batch.layout.num_tokens == 12
     assert batch.sequence_ids.tolist() == [0] * 8 + [1] * 4
     assert batch.response_token_counts.tolist() == [2, 1]
     assert batch.sample_indices == [1, 2]
     assert batch.cu_seqlens_padded.dtype == torch.int32
-    assert batch.lengths.cu_seqlens.dtype == batch.lengths.cu_seqlens_padded.dtype == torch.int64
+    assert batch.layout.cu_seqlens.dtype == batch.layout.cu_seqlens_padded.dtype == torch.int64
     assert batch.response_token_counts.dtype == batch.labels.dtype == torch.int64
 
 
@@ -148,7 +148,7 @@ def test_nothing_to_pack_gives_one_filler_sequence() -> None:
     assert batch.input_ids.tolist() == [3] * 8
     assert batch.sample_indices == [FILLER]
     assert not batch.response_mask.any()
-    assert batch.lengths.cu_seqlens.tolist() == batch.cu_seqlens_padded.tolist() == [0, 8]
+    assert batch.layout.cu_seqlens.tolist() == batch.cu_seqlens_padded.tolist() == [0, 8]
 
 
 def test_total_tokens_adds_a_filler_sequence() -> None:

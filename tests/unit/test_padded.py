@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import megatron_fipo
-from megatron_fipo import FipoConfig, LossOutput, padded_future_kl, padded_policy_loss, policy_loss
+from megatron_fipo import FipoConfig, LossOutput, padded_future_kl, padded_policy_loss
+from tests.losses import packed_loss
 
 FIPO = FipoConfig(influence_min=0.8, influence_max=1.2, safety_ratio=3.0, half_life_tokens=5.0)
 OBJECTIVES = {
@@ -80,7 +81,7 @@ def test_padded_equals_packed(name: str) -> None:
     mask = batch["response_mask"]
     padded, padded_gradient = from_padded(batch, config)
     arguments, leaf = with_leaf(packed_arguments(batch))
-    packed = policy_loss(**arguments, config=config)
+    packed = packed_loss(**arguments, config=config)
     packed.loss_sum.backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
 
@@ -218,6 +219,7 @@ def test_the_package_is_cheap_until_a_name_is_asked_for() -> None:
         "megatron_fipo.FipoConfig\n"
         "print([name for name in ('torch', 'numpy') if name in sys.modules])\n"
         "megatron_fipo.policy_loss, megatron_fipo.padded_policy_loss, megatron_fipo.future_kl\n"
+        "megatron_fipo.TokenValues, megatron_fipo.WholeSequences, megatron_fipo.ShardedSequences\n"
         "print([name for name in ('megatron', 'transformers', 'tensorboard') if name in sys.modules])\n"
     )
     folder = Path(megatron_fipo.__file__).parents[1]

@@ -13,8 +13,11 @@ from torch import Tensor
 from megatron_fipo.config import FipoConfig
 from megatron_fipo.metrics.reductions import merge, scalars
 from megatron_fipo.rl import rollout_correction
-from megatron_fipo.rl.objective import LossOutput, count_per_sequence, policy_loss, sequence_ids_of
-from megatron_fipo.rl.rollout_correction import CORRECTIONS, log_prob_difference, mismatch_metrics
+from megatron_fipo.rl.objective import LossOutput, policy_loss
+from megatron_fipo.rl.rollout_correction import log_prob_difference, mismatch_metrics
+from megatron_fipo.rl.sequences import count_per_sequence, sequence_ids_of
+from megatron_fipo.rl.token_values import TokenValues
+from tests.losses import CORRECTIONS, packed_loss
 
 DAPO = FipoConfig(future_kl=False)
 RATIOS = torch.tensor([1.0, 1.1, 3.0, 0.4, 0.5, 4.0, 1.0, 9.0])
@@ -74,8 +77,8 @@ def test_both_estimates_are_of_the_kl_from_the_rollout_policy() -> None:
 
 def test_without_a_correction_the_mismatch_is_only_logged() -> None:
     batch = small_batch()
-    logged = policy_loss(**batch, config=DAPO)
-    plain = policy_loss(**{name: value for name, value in batch.items() if name != "rollout_log_probs"}, config=DAPO)
+    logged = packed_loss(**batch, config=DAPO)
+    plain = packed_loss(**{name: value for name, value in batch.items() if name != "rollout_log_probs"}, config=DAPO)
     assert torch.equal(logged.loss_sum, plain.loss_sum)
     assert torch.equal(logged.final_mask, plain.final_mask)
     more = logged.metrics.keys() - plain.metrics.keys()
@@ -83,7 +86,7 @@ def test_without_a_correction_the_mismatch_is_only_logged() -> None:
 
 
 def test_token_truncation_by_hand() -> None:
-    output = policy_loss(**small_batch(), config=with_correction("token_truncated"))
+    output = packed_loss(**small_batch(), config=with_correction("token_truncated"))
     # Weights 1, 1.1, 2 (of 3), 0.4, 0.5, 2 (of 4), 1; nothing leaves the loss.
     assert output.token_loss[:7].tolist() == pytest.approx([-1, -1.1, -2, 0.8, 1, 4, -0.5], rel=1e-5)
     assert int(output.normalizer) == 7
@@ -95,7 +98,7 @@ def test_token_truncation_by_hand() -> None:
 
 def test_token_masking_by_hand() -> None:
     """IcePop: an upper and a lower end, and what is masked leaves the denominator."""
-    output = policy_loss(**small_batch(), config=with_correction("token_masked", low=0.45, high=3.5))
+    output = packed_loss(**small_batch(), config=with_correction("token_masked", low=0.45, high=3.5))
     assert output.final_mask.tolist() == [True, True, True, False, True, False, True, False]
     assert float(output.loss_sum) == pytest.approx(-1 - 1.1 - 3 + 2 * 0.5 - 0.5, rel=1e-5)
     assert int(output.normalizer) == 5
@@ -104,14 +107,14 @@ def test_token_masking_by_hand() -> None:
 
 def test_token_masking_under_sequence_mean_averages_over_accepted_tokens() -> None:
     config = with_correction("token_masked", low=0.45, high=3.5, loss_aggregation="sequence_mean")
-    output = policy_loss(**small_batch(), config=config)
+    output = packed_loss(**small_batch(), config=config)
     assert float(output.loss_sum) == pytest.approx(-5.1 / 3 + 1.0 / 1 - 0.5 / 1, rel=1e-5)
     assert int(output.normalizer) == 3
 
 
 def test_sequence_masking_by_hand() -> None:
     """rho(y) is 3.3, 0.8 and, without the masked token, 1.0."""
-    output = policy_loss(**small_batch(), config=with_correction("sequence_masked"))
+    output = packed_loss(**small_batch(), config=with_correction("sequence_masked"))
     assert output.final_mask.tolist() == [False] * 3 + [True] * 4 + [False]
     assert output.token_loss[3:7].tolist() == pytest.approx([1.6, 1.6, 1.6, -0.5], rel=1e-5)
     assert int(output.normalizer) == 4
@@ -123,7 +126,7 @@ def test_sequence_masking_by_hand() -> None:
 
 def test_geometric_masking_by_hand() -> None:
     """The geometric means are 3.3^(1/3) = 1.489, 0.8^(1/3) = 0.928 and 1; weights stay 1."""
-    output = policy_loss(**small_batch(), config=with_correction("geometric_masked", low=0.95, high=1.5))
+    output = packed_loss(**small_batch(), config=with_correction("geometric_masked", low=0.95, high=1.5))
     assert output.final_mask.tolist() == [True] * 3 + [False] * 3 + [True, False]
     assert output.token_loss[:3].tolist() == [-1, -1, -1]
     assert int(output.normalizer) == 4
@@ -133,8 +136,8 @@ def test_a_correction_leaves_future_kl_alone() -> None:
     batch = small_batch()
     batch["log_probs"] = batch["log_probs"] + torch.linspace(-0.2, 0.2, 8)
     config = replace(with_correction("token_masked", low=0.99, high=1.01), future_kl=True, influence_min=0.8)
-    plain = policy_loss(**batch, config=replace(config, rollout_correction="none"))
-    masked = policy_loss(**batch, config=config)
+    plain = packed_loss(**batch, config=replace(config, rollout_correction="none"))
+    masked = packed_loss(**batch, config=config)
     assert plain.future_kl is not None
     assert masked.future_kl is not None
     assert torch.equal(plain.future_kl, masked.future_kl)
@@ -147,10 +150,10 @@ def test_weights_carry_no_gradient_and_leave_kl_and_entropy_alone() -> None:
     log_probs = batch["log_probs"].requires_grad_()
     extras = {"entropy": torch.full((8,), 2.0), "reference_log_probs": batch["old_log_probs"] - 0.1}
     config = with_correction("token_truncated", entropy_coefficient=0.5, kl_coefficient=0.25)
-    output = policy_loss(**batch, **extras, config=config)
+    output = packed_loss(**batch, **extras, config=config)
     k3 = math.exp(-0.1) + 0.1 - 1
     assert float(output.token_loss[2]) == pytest.approx(-2.0 + 0.25 * k3 - 1.0, rel=1e-5)
-    plain = policy_loss(**batch, config=with_correction("token_truncated"))
+    plain = packed_loss(**batch, config=with_correction("token_truncated"))
     plain.loss_sum.backward()
     assert log_probs.grad is not None
     assert torch.allclose(log_probs.grad[:7], plain.token_loss[:7]), "the slope of w A r at r = 1 is w A"
@@ -161,14 +164,44 @@ def test_what_is_not_finite_reaches_the_loss(kind: str) -> None:
     """A mask must not swallow a NaN, or the run would go on with a broken engine."""
     batch = small_batch()
     batch["old_log_probs"][1] = math.nan
-    assert not torch.isfinite(policy_loss(**batch, config=with_correction(kind)).loss_sum)
+    assert not torch.isfinite(packed_loss(**batch, config=with_correction(kind)).loss_sum)
 
 
 def test_huge_differences_do_not_overflow() -> None:
     batch = small_batch()
     batch["rollout_log_probs"] = batch["rollout_log_probs"] - 500.0
     for kind in CORRECTIONS:
-        assert torch.isfinite(policy_loss(**batch, config=with_correction(kind)).loss_sum), kind
+        assert torch.isfinite(packed_loss(**batch, config=with_correction(kind)).loss_sum), kind
+
+
+class Shard:
+    """Every second row of sequences; sums over all rows are made of what each rank has shown in a round before."""
+
+    def __init__(
+        self,
+        cu: Tensor,
+        mask: Tensor,
+        rank: int,
+        calls: list[list[Tensor]],
+        is_collecting: bool,
+        summed: Callable[[list[Tensor]], Tensor],
+    ) -> None:
+        whole_ids = sequence_ids_of(cu, int(cu[-1]), cu.device)
+        self.rows = torch.arange(rank, int(cu[-1]), 2)
+        self.ids, self.num, self.counts_here = whole_ids[self.rows], len(cu) - 1, rank == 0
+        self.response_tokens = count_per_sequence(mask, whole_ids, self.num)
+        self._shown, self._calls, self._summed = calls[rank] if is_collecting else None, calls, summed
+        self._num_calls = 0
+
+    def suffix_sum(self, x: Tensor, flags: Tensor, half_life_tokens: float) -> tuple[Tensor, Tensor]:
+        raise AssertionError("DAPO has no Future-KL")
+
+    def total(self, per_sequence: Tensor) -> Tensor:
+        if self._shown is not None:
+            self._shown.append(per_sequence)
+            return per_sequence
+        self._num_calls += 1
+        return self._summed([calls[self._num_calls - 1] for calls in self._calls])
 
 
 def shards(
@@ -196,35 +229,15 @@ def shards(
     }
     batch["response_mask"][32:72] = True
     config = with_correction(kind, low=0.9, high=1.1, loss_aggregation=aggregation, sequence_sum_tokens=64)
-    whole = policy_loss(**batch, cu_seqlens=cu, config=config)
-    ids = sequence_ids_of(cu, total, old.device)
-    counts = count_per_sequence(batch["response_mask"], ids, len(lengths))
-    rows = [torch.arange(0, total, 2), torch.arange(1, total, 2)]
+    whole = packed_loss(**batch, cu_seqlens=cu, config=config)
     calls: list[list[Tensor]] = [[], []]
     outputs: list[LossOutput] = []
-    for collecting in (True, False):
+    for is_collecting in (True, False):
         outputs = []
-        for rank, own in enumerate(rows):
-            positions = iter(range(9))
-
-            def sum_over_shards(part: Tensor, rank: int = rank, positions=positions, collecting=collecting) -> Tensor:  # type: ignore[no-untyped-def]
-                if collecting:
-                    calls[rank].append(part)
-                    return part
-                call = next(positions)
-                return summed([calls[0][call], calls[1][call]])
-
-            outputs.append(
-                policy_loss(
-                    **{name: value[own] for name, value in batch.items()},
-                    cu_seqlens=cu,
-                    config=config,
-                    sequence_ids=ids[own],
-                    response_token_counts=counts,
-                    counts_sequences=rank == 0,
-                    sum_over_shards=sum_over_shards,
-                )
-            )
+        for rank in (0, 1):
+            shard = Shard(cu, batch["response_mask"], rank, calls, is_collecting, summed)
+            tokens = TokenValues(**{name: value[shard.rows] for name, value in batch.items()})
+            outputs.append(policy_loss(tokens, shard, config))
     return whole, outputs
 
 
@@ -249,10 +262,10 @@ def test_a_rank_that_judges_by_its_own_rows_is_noticed(kind: str) -> None:
 
 def test_a_truncation_of_the_difference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clamping tokens to ± log 2 before the product would let sequences through that must leave."""
-    right = policy_loss(**small_batch(), config=with_correction("sequence_masked"))
+    right = packed_loss(**small_batch(), config=with_correction("sequence_masked"))
     monkeypatch.setattr(rollout_correction, "MAX_DIFFERENCE", math.log(1.5))
     assert not torch.equal(
-        policy_loss(**small_batch(), config=with_correction("sequence_masked")).final_mask, right.final_mask
+        packed_loss(**small_batch(), config=with_correction("sequence_masked")).final_mask, right.final_mask
     )
 
 
@@ -260,10 +273,10 @@ def test_a_truncation_of_the_difference_is_noticed(monkeypatch: pytest.MonkeyPat
     ("config", "message"),
     [
         (with_correction("token_masked"), "rollout_correction=token_masked needs rollout_log_probs"),
-        (with_correction("icepop"), "rollout_correction=icepop is unknown; choose none, token_truncated"),
+        (with_correction("icepop"), f"rollout_correction=icepop: must be one of {', '.join(CORRECTIONS)}\\."),
     ],
 )
 def test_refuses(config: FipoConfig, message: str) -> None:
     batch = {name: value for name, value in small_batch().items() if name != "rollout_log_probs"}
     with pytest.raises(ValueError, match=message):
-        policy_loss(**batch, config=config)
+        packed_loss(**batch, config=config)

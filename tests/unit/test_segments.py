@@ -7,7 +7,6 @@ import torch
 
 from megatron_fipo.rl import future_kl as future_kl_module
 from megatron_fipo.rl.future_kl import decay_to_end, future_kl, power_table, segment_heads
-from megatron_fipo.rl.packed_batch import PackedLengths
 from megatron_fipo.rl.segments import BLOCK, segments_of
 
 CPU = torch.device("cpu")
@@ -85,10 +84,3 @@ def test_a_table_first_made_in_inference_mode_takes_part_in_gradients() -> None:
     future_kl(x, torch.tensor([0, 100]), half_life).sum().backward()
     assert x.grad is not None
     assert x.grad[0] == 1.0
-
-
-def test_packed_lengths() -> None:
-    lengths = PackedLengths.of([3, 5], [4, 8])
-    assert lengths.cu_seqlens.tolist() == [0, 3, 8]
-    assert lengths.cu_seqlens_padded.tolist() == [0, 4, 12]
-    assert lengths.num_tokens == 12

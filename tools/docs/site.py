@@ -25,7 +25,7 @@ PAGES = (
     "examples/*/README.md",
     "tools/*/README.md",
     "benchmarks/*.md",
-    "tests/golden/README.md",
+    "megatron_fipo/conformance/recorded/README.md",
 )
 """Which Markdown files become pages."""
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
