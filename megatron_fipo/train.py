@@ -22,8 +22,10 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_fipo.actor.actor import Actor, NonFiniteError, UpdateResult
+from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.backend import layers_in_use
+from megatron_fipo.actor.non_finite import NonFiniteError
+from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.checkpoint.torch_dist import CheckpointError
 from megatron_fipo.config import (
     Config,
@@ -53,7 +55,7 @@ from megatron_fipo.parallel.device_memory import prefer_expandable_segments
 from megatron_fipo.parallel.launcher import COMMAND, leave_with_the_launcher
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.parallel.sharded_loss import sharded_policy_loss
-from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
+from megatron_fipo.parallel.token_values import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.parallel.waiting import OtherRankError
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler

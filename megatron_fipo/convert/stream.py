@@ -33,6 +33,9 @@ from megatron_fipo.parallel.groups import ParallelGroups
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
+HEAD = "head"
+"""Name of a model chunk's submodule with parameters that no Hugging Face model has; they are not streamed."""
+
 
 @dataclass(frozen=True)
 class _Parameter:
@@ -43,12 +46,12 @@ class _Parameter:
 
 
 def _parameters(chunks: Sequence[nn.Module], shape: ModelShape) -> list[_Parameter]:
-    """Parameters of this rank with their rows; a tied output layer, a copy of the embedding, is left out."""
+    """Parameters of this rank with their rows, but for a tied output layer, which copies the embedding, and a head."""
     found = []
     for chunk in chunks:
         layers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
         for name, tensor in chunk.named_parameters():
-            if name == "output_layer.weight" and shape.tied_embeddings:
+            if (name == "output_layer.weight" and shape.tied_embeddings) or name.startswith(f"{HEAD}."):
                 continue
             local = _LAYER.search(name)
             layer = layers[local.group()] if local else None

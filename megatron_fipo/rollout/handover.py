@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.config import Config, pad_multiple
+from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Metrics
-from megatron_fipo.parallel.batch import padded_tokens, shard_batch
 from megatron_fipo.parallel.device_memory import give_back_caches
-from megatron_fipo.parallel.groups import device
-from megatron_fipo.parallel.step_log_probs import gather_old_log_probs
-from megatron_fipo.rl.packing import FILLER, build_packed_batch
-from megatron_fipo.rl.trajectory import Sample
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.rollout.servers.canary import canary_sequences
 from megatron_fipo.rollout.servers.engine import ServerEngine
@@ -70,7 +61,7 @@ class Handover:
         expected: list[list[float]] = []
         sequences = canary_sequences(self._actor.shape.vocab_size, num_sequences, self._canary_tokens)
         if sequences:
-            expected = actor_log_probs(self._actor, self._config, sequences)
+            expected = self._actor.score(sequences)
         if engine.colocated:
             with engine.collectively():
                 give_back_caches()  # an update's activations, which the servers' weights come in the place of
@@ -106,34 +97,3 @@ class Handover:
     def _canary_tokens(self) -> int:
         rollout = self._config.rollout
         return min(_CANARY_TOKENS, rollout.max_prompt_tokens + rollout.max_response_tokens)
-
-
-def actor_log_probs(actor: Actor, config: Config, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-    """The actor's log-probs, at temperature 1, of each sequence's tokens from the second on.
-
-    Collective over all ranks; the same on every rank.
-    """
-    ranks = actor.groups
-    samples = [
-        Sample(
-            prompt_id=index,
-            sample_index=0,
-            prompt_ids=torch.tensor(sequence[:1]),
-            response_ids=torch.tensor(sequence[1:]),
-            rollout_log_probs=torch.zeros(len(sequence) - 1),
-            finish_reason="length",
-        )
-        for index, sequence in enumerate(sequences)
-    ]
-    indices = range(len(samples))
-    total = padded_tokens(samples, indices, config)
-    packed = build_packed_batch(samples, indices, pad_multiple(config), 0, total_tokens=total)
-    batch = shard_batch(packed, ranks.cp, device())
-    count = config.parallel.pp if config.parallel.virtual_pp else 1  # the interleaved schedule takes no fewer
-    found = actor.log_probs([batch] * count, temperature=1.0)
-    if found:
-        batch.old_log_probs = found[0]
-    if ranks.dp.rank():  # every data-parallel rank has computed the same
-        batch.sample_indices = [FILLER] * len(batch.sample_indices)
-    whole = gather_old_log_probs([[batch]], ranks)
-    return [whole[index][1].tolist() for index in range(len(samples))]

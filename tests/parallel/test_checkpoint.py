@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_fipo.actor import optimizer_state
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.optimizer import single_optimizers
 from megatron_fipo.checkpoint.folder import latest_checkpoint
 from megatron_fipo.checkpoint.torch_dist import (
     CheckpointError,
@@ -214,7 +215,7 @@ def test_a_run_can_be_saved_before_its_first_update(
 
 
 def _fresh_moments(actor: Any) -> None:
-    for optimizer in optimizer_state.single_optimizers(actor.optimizer):
+    for optimizer in single_optimizers(actor.optimizer):
         for state in optimizer.optimizer.state.values():
             state["exp_avg"].zero_()
 

@@ -10,7 +10,6 @@ import torch
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.offload import StorageOffload
 from megatron_fipo.config import ParallelSection
-from megatron_fipo.rollout.handover import actor_log_probs
 from megatron_fipo.rollout.servers.canary import canary_sequences
 from tests.models import load
 from tests.parallel.layouts import Case, Outcome, config_of, layout, save_models, train_step, whole_weights
@@ -34,7 +33,7 @@ def _in_layouts(folder: str, layouts: list[ParallelSection]) -> list[list[list[f
     for parallel in layouts:
         config = config_of(Case("any", parallel=parallel), folder)  # its sampling temperature is not 1
         with layout(parallel) as ranks:
-            found.append(actor_log_probs(Actor(config, ranks), config, SEQUENCES))
+            found.append(Actor(config, ranks).score(SEQUENCES))
     return found
 
 
