@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_fipo.actor.policy_head import PolicyHead, PolicyOutputs
 from megatron_fipo.actor.schedule import run_schedule
+from megatron_fipo.actor.trainable import ALL_WEIGHTS, Trainable
 from megatron_fipo.actor.trained import TrainedModel, load_chunks, tensors_of
 from megatron_fipo.config import Config
 from megatron_fipo.convert.hf_config import read_model_shape
@@ -31,10 +32,10 @@ class Actor(TrainedModel[PolicyOutputs]):
 
     head: PolicyHead
 
-    def __init__(self, config: Config, ranks: ParallelGroups) -> None:
+    def __init__(self, config: Config, ranks: ParallelGroups, trainable: Trainable = ALL_WEIGHTS) -> None:
         """Build the policy in the config's layout and load its weights; see `TrainedModel`."""
         shape = read_model_shape(config.model.path)
-        super().__init__(config, ranks, shape, PolicyHead.from_config(config, shape, ranks))
+        super().__init__(config, ranks, shape, PolicyHead.from_config(config, shape, ranks), trainable)
         self._config = config
         self._reference: list[nn.Module] = []
         if config.objective.kl_coefficient:

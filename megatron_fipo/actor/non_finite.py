@@ -78,7 +78,7 @@ def check_gradients(grad_norm: float, models: Sequence[nn.Module], step: int, ra
         name
         for model in models
         for name, parameter in model.named_parameters()
-        if not torch.isfinite(parameter.main_grad).all()  # type: ignore[attr-defined]
+        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()  # type: ignore[attr-defined]
     ]
     raise NonFiniteError(
         f"step {step}, rank {rank}: the gradient norm is {grad_norm} though every loss is finite; "

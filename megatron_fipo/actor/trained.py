@@ -26,6 +26,7 @@ from megatron_fipo.actor.optimizer import LearningRate, build_optimizer, single_
 from megatron_fipo.actor.precision import check_fp8
 from megatron_fipo.actor.schedule import run_schedule
 from megatron_fipo.actor.sharded_state import State, restore_state, sharded_state
+from megatron_fipo.actor.trainable import ALL_WEIGHTS, Trainable
 from megatron_fipo.config import Config
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.convert.stream import load_weights, weight_stream
@@ -76,12 +77,20 @@ class TrainedModel(Generic[Outputs]):
     number of microbatches, of its own data-parallel share.
     """
 
-    def __init__(self, config: Config, ranks: ParallelGroups, shape: ModelShape, head: Head[Outputs]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: ParallelGroups,
+        shape: ModelShape,
+        head: Head[Outputs],
+        trainable: Trainable = ALL_WEIGHTS,
+    ) -> None:
         """Build the model in the config's layout and load its weights.
 
         Args:
             shape: of the checkpoint at model.path.
             head: what the model ends in.
+            trainable: which of its parameters are trained.
 
         Raises:
             ValueError: if model.path does not hold a whole supported checkpoint, model.fp8 is not for this GPU, or
@@ -90,7 +99,11 @@ class TrainedModel(Generic[Outputs]):
         check_fp8(config.model.fp8)
         check_layers(config)
         self.ranks, self.shape, self.head = ranks, shape, head
-        self._chunks = wrap_chunks(load_chunks(config, shape, ranks, head), config, ranks)
+        self._trainable = trainable
+        chunks = load_chunks(config, shape, ranks, head)
+        for chunk in chunks:
+            trainable.prepare(unwrap(chunk))
+        self._chunks = wrap_chunks(chunks, config, ranks)
         self.optimizer = build_optimizer(config, self._chunks)
         self._learning_rate = LearningRate(config, self.optimizer)
         self._offload: StorageOffload | None = None
@@ -162,7 +175,7 @@ class TrainedModel(Generic[Outputs]):
 
         Collective: every rank drains it.
         """
-        return weight_stream(self.models, self.ranks, self.shape)
+        return weight_stream(self.models, self.ranks, self.shape, self._trainable.weights)
 
     def sharded_state(self) -> State:
         """This rank's shards of all parameters and of the optimizer's state, for a checkpoint. Collective."""

@@ -18,12 +18,12 @@ from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import FILLER
 
-TokenValues = dict[int, tuple[Tensor, Tensor]]
+BySequence = dict[int, tuple[Tensor, Tensor]]
 """For each sequence, by its `sample_indices`: (int64 [N] positions of the predicting tokens, ascending; [N] values of
 the tokens that they predict), on the CPU."""
 
 
-def gather_token_values(batches: Sequence[PackedBatch], values: Sequence[Tensor], ranks: ParallelGroups) -> TokenValues:
+def gather_token_values(batches: Sequence[PackedBatch], values: Sequence[Tensor], ranks: ParallelGroups) -> BySequence:
     """Collect a value of each token in `response_mask` from all ranks. Collective over all ranks.
 
     Args:
@@ -33,7 +33,7 @@ def gather_token_values(batches: Sequence[PackedBatch], values: Sequence[Tensor]
     Returns:
         The values of every sequence of every rank's microbatches, the same on every rank.
     """
-    own: TokenValues = {}
+    own: BySequence = {}
     if ranks.reports_loss:
         for batch, of_batch in zip(batches, values, strict=True):
             for sequence, rows in _sequences(batch):
@@ -51,7 +51,7 @@ def gather_token_values(batches: Sequence[PackedBatch], values: Sequence[Tensor]
     return whole
 
 
-def gather_old_log_probs(minibatches: Sequence[Sequence[PackedBatch]], ranks: ParallelGroups) -> TokenValues:
+def gather_old_log_probs(minibatches: Sequence[Sequence[PackedBatch]], ranks: ParallelGroups) -> BySequence:
     """Collect a step's `old_log_probs`, by position in the step's batch. Collective over all ranks."""
     batches = [batch for microbatches in minibatches for batch in microbatches]
     own = [batch.old_log_probs for batch in batches if batch.old_log_probs is not None]

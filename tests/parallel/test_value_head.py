@@ -29,7 +29,7 @@ from megatron_fipo.metrics.reductions import Mean, Metrics
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.token_values import TokenValues, gather_token_values
+from megatron_fipo.parallel.token_values import BySequence, gather_token_values
 from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.models import load
 from tests.parallel.layouts import (
@@ -48,8 +48,8 @@ from tests.parallel.test_data_parallel import overlapping
 P = ParallelSection
 SEQUENCE_PARALLEL = P(tp=2, sequence_parallel=True)
 LAYOUTS = {"qwen2": [SEQUENCE_PARALLEL, P(pp=2), P()], "llama": [P(tp=2), P(pp=2), P(cp=2)]}
-"""On two ranks; what the layout leaves is data parallel. The first model's output layer is its embedding, the second has
-one of its own: a value head reads neither."""
+"""On two ranks; what the layout leaves is data parallel. The output layer of the first model is its embedding, the
+second has one of its own: a value head needs neither."""
 VALUE_BOUND = 1e-5
 
 
@@ -105,7 +105,7 @@ def squared_error(values: Tensor, batch: PackedBatch) -> SquaredError:
 class Trained:
     """A critic after one step of three updates."""
 
-    values: TokenValues
+    values: BySequence
     """Before the step."""
     grad_norms: list[float]
     weights: dict[str, Tensor]
