@@ -79,7 +79,7 @@ class StorageOffload:
 
 
 def _host_memory(num_bytes: int, *, is_pinned: bool) -> UntypedStorage:
-    """Memory that is pinned when it is allocated: to pin pageable memory, both copies would have to be there at once."""
+    """Memory that is pinned when it is allocated: pinning pageable memory would need room for both at once."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).untyped_storage()
 
 
