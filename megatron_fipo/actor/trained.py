@@ -128,7 +128,7 @@ class TrainedModel(Generic[Outputs]):
             The outputs for each microbatch; empty where this rank does not end the pipeline.
         """
         with torch.no_grad():
-            return run_schedule(self._chunks, microbatches, head or self.head, forward_only=True)
+            return run_schedule(self._chunks, microbatches, self.head if head is None else head, forward_only=True)
 
     def update(
         self, microbatches: Sequence[PackedBatch], loss_function: Callable[..., Loss], step: int
