@@ -23,13 +23,12 @@ import torch
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.config import Config, load_config
+from megatron_fipo.config import load_config
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from megatron_fipo.rollout.handover import actor_log_probs
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.setup import build_server_engine
@@ -65,7 +64,7 @@ def main() -> None:
     ranks = parallel_groups.initialize(config.parallel, seed=0)
     actor = Actor(config, ranks)
     requests = _requests(arguments, actor.shape.vocab_size)
-    results = [_measure(engine, arguments, requests, actor, config) for engine in arguments.engine]
+    results = [_measure(engine, arguments, requests, actor) for engine in arguments.engine]
     parallel_groups.shut_down()
     print(f"\n{arguments.prompts} prompts x {arguments.samples} samples x {arguments.tokens} tokens, {arguments.model}")
     print("| engine | tokens/s: best, worst | start s | weights s: first, best | log-prob difference | peak GiB |")
@@ -90,13 +89,11 @@ def _requests(arguments: argparse.Namespace, vocab_size: int) -> list[Generation
     return requests
 
 
-def _measure(
-    choice: str, arguments: argparse.Namespace, requests: list[GenerationRequest], actor: Actor, config: Config
-) -> Result:
+def _measure(choice: str, arguments: argparse.Namespace, requests: list[GenerationRequest], actor: Actor) -> Result:
     name, _, python = choice.partition("=")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        engine = _build(name, python, arguments, Path(folder), actor.groups)
+        engine = _build(name, python, arguments, Path(folder), actor.ranks)
         start_s = time.perf_counter() - start
         try:
             sync_s = []
@@ -113,7 +110,7 @@ def _measure(
         finally:
             engine.close()
     checked = samples if arguments.checked is None else samples[: arguments.checked]
-    difference = max(_difference(actor, config, checked[start : start + 16]) for start in range(0, len(checked), 16))
+    difference = max(_difference(actor, checked[start : start + 16]) for start in range(0, len(checked), 16))
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     return Result(name, start_s, sync_s, seconds, num_tokens, difference, peak)
 
@@ -142,10 +139,10 @@ async def _generate(engine: RolloutEngine, requests: list[GenerationRequest]) ->
     return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
 
 
-def _difference(actor: Actor, config: Config, samples: list[Trajectory]) -> float:
+def _difference(actor: Actor, samples: list[Trajectory]) -> float:
     """Largest |difference| of a sampled token's log-prob."""
     sequences = [[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()] for sample in samples]
-    found = actor_log_probs(actor, config, sequences)
+    found = actor.score(sequences)
     largest = 0.0
     for sample, log_probs in zip(samples, found, strict=True):
         response = torch.tensor(log_probs[len(sample.prompt_ids) - 1 :])

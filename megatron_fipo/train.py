@@ -15,7 +15,7 @@ from megatron_fipo import (
     cuda_start,  # noqa: F401 - before the packages that start CUDA
     quiet,  # noqa: F401 - before the packages that it silences
 )
-from megatron_fipo.actor.actor import UpdateResult
+from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.console.console import Console
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches
@@ -90,11 +90,11 @@ class Trainer:
         parts, config, at, clock = self.parts, self.config, self.place.at, StepClock()
         if not at.updates:  # otherwise all that the step trains on is recorded, and these weights wrote none of it
             with clock.phase("weight_sync"):
-                parts.source.give(parts.policy, step)
+                parts.source.give(parts.actor, step)
         with clock.phase("rollout"):
             rollouts = self._collect(step, only_recorded=bool(at.updates))
         with clock.phase("handover_to_training"):
-            parts.source.take_back(parts.policy)
+            parts.source.take_back(parts.actor)
         assign_advantages(rollouts.groups, config.advantages.estimator)
         parts.records.keep_samples(step, rollouts, parts.decode)
         minibatches = build_minibatches(rollouts.groups, config, self.ranks, parts.pad_token_id)

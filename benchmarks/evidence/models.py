@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.evidence import machine
 from benchmarks.evidence.measuring import GIB, gib, peak_memory, time_calls
 from benchmarks.evidence.report import Settings
-from megatron_fipo.actor import actor as actor_module
+from megatron_fipo.actor import trained
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import (
     BatchSection,
@@ -192,18 +192,18 @@ def layer_choice() -> dict[str, str]:
 @contextmanager
 def random_weights_in_place(seed: int = 0) -> Iterator[None]:
     """Actors that are built inside get random weights, the same for the same names and sizes, and read no file."""
-    original = actor_module.load_weights
+    original = trained.load_weights
 
     def fill(chunks: Sequence[nn.Module], *_: Any, tp_rank: int = 0, **__: Any) -> None:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 _fill(parameter, name, seed, tp_rank)
 
-    actor_module.load_weights = fill  # type: ignore[assignment]
+    trained.load_weights = fill  # type: ignore[assignment]
     try:
         yield
     finally:
-        actor_module.load_weights = original
+        trained.load_weights = original
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def make_groups(packing: Packing, vocab_size: int) -> list[Group]:
 def make_microbatches(actor: Actor, config: Config, packing: Packing) -> list[PackedBatch]:
     """This rank's microbatches of one update, with the log-probs of an old policy near the actor's. Collective."""
     groups = make_groups(packing, actor.shape.vocab_size)
-    (microbatches,) = build_minibatches(groups, config, actor.groups, PAD_TOKEN)
+    (microbatches,) = build_minibatches(groups, config, actor.ranks, PAD_TOKEN)
     for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=False):
         batch.old_log_probs = log_probs - batch.rollout_log_probs
     return microbatches
@@ -311,7 +311,7 @@ def measure_actor(
     found = actor.log_probs(microbatches)
     log_probs = torch.cat([part.cpu() for part in found]) if found else torch.empty(0)
     steps = itertools.count()
-    loss = loss_of(config, actor.groups)
+    loss = loss_of(config, actor.ranks)
 
     def update() -> float:
         return actor.update(microbatches, loss, next(steps)).grad_norm

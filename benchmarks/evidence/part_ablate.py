@@ -20,7 +20,7 @@ from benchmarks.evidence.models import Measured, Packing, Size
 from benchmarks.evidence.patching import megatron_fields, patched
 from benchmarks.evidence.report import Settings, SkipCase
 from benchmarks.evidence.workbench import Workbench, workbench
-from megatron_fipo.actor import actor as actor_module
+from megatron_fipo.actor import schedule
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import ModelSection
 from megatron_fipo.parallel import vocab_log_probs as log_probs_module
@@ -57,7 +57,7 @@ def _recomputes(*modules: str) -> Callable[[Packing], AbstractContextManager[Any
 
 def _lengths(packing: Packing, *, padded: bool) -> AbstractContextManager[None]:
     """Attention is told each sequence's length with its padding, or without."""
-    original = actor_module.packed_sequence_params
+    original = schedule.packed_sequence_params
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         params = original(*args, **kwargs)
@@ -67,7 +67,7 @@ def _lengths(packing: Packing, *, padded: bool) -> AbstractContextManager[None]:
         params.cu_seqlens_q = params.cu_seqlens_kv = whole if padded else real
         return params
 
-    return patched(actor_module, packed_sequence_params=changed)
+    return patched(schedule, packed_sequence_params=changed)
 
 
 def _set_fused(actor: Actor, is_fused: bool) -> None:

@@ -133,7 +133,7 @@ def _send(
 
 
 def _packers(actor: Actor, bucket_bytes: int) -> Packers:
-    node = NodeGroup(actor.groups.world, _GPU) if torch.cuda.is_available() else None
+    node = NodeGroup(actor.ranks.world, _GPU) if torch.cuda.is_available() else None
     return Packers(bucket_bytes, torch.bfloat16, None, node)
 
 

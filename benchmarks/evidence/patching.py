@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.evidence.report import SkipCase
-from megatron_fipo.actor import actor as actor_module
 from megatron_fipo.actor import model as model_module
 
 
@@ -42,6 +41,5 @@ def megatron_fields(**changes: Any) -> Iterator[None]:
             setattr(config, name, value)
         return config
 
-    # The actor's module has the function under its own name too.
-    with patched(model_module, transformer_config=changed), patched(actor_module, transformer_config=changed):
+    with patched(model_module, transformer_config=changed):
         yield

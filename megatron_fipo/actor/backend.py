@@ -1,7 +1,7 @@
-"""Whose layers a model is built of: Transformer Engine's, or Megatron's own with this project's attention.
+"""The choice of a model's layers: Transformer Engine's, or Megatron's own with this project's attention.
 
-Megatron-Core decides at its import whether Transformer Engine is there (HAVE_TE); this module follows it, says why an
-installation does not count, and refuses to go without where that would be slow and nobody asked for it.
+Megatron-Core decides when it is imported whether Transformer Engine is there (HAVE_TE). This module follows it, says
+why an installation cannot be used, and refuses to go without one where that would be slow and nobody asked for it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from megatron_fipo.config import Config, ModelSection
 from megatron_fipo.parallel.varlen_attention import kernel_in_words
 
 LONGEST_UNASKED = 4096
-"""Tokens of a sequence up to which Megatron's own layers are taken in bfloat16 on a GPU without being asked for."""
+"""The longest sequence, in tokens, for which a bfloat16 model on a GPU takes Megatron's own layers unasked."""
 INSTALL = "python tools/engines/trainer_gpu.py"
-"""Builds it against the torch that is there."""
+"""The command that builds Transformer Engine against the installed torch."""
 
 
 def uses_transformer_engine(model: ModelSection) -> bool:
     """Whether layers are Transformer Engine's: it needs CUDA, and half precision to attend to packed sequences."""
-    return _is_its_work(model) and extension.HAVE_TE
+    return _wants_transformer_engine(model) and extension.HAVE_TE
 
 
-def _is_its_work(model: ModelSection) -> bool:
+def _wants_transformer_engine(model: ModelSection) -> bool:
+    """Whether layers would be Transformer Engine's, were it installed."""
     return torch.cuda.is_available() and model.dtype == "bfloat16" and model.transformer_engine == "auto"
 
 
 def import_error() -> str | None:
-    """Why Transformer Engine, which is installed, cannot be imported; None where it can be, or is not installed."""
+    """The reason why an installed Transformer Engine cannot be imported; None if it can be, or is not installed."""
     if extension.HAVE_TE or importlib.util.find_spec("transformer_engine") is None:
         return None
     try:
@@ -44,12 +45,12 @@ def import_error() -> str | None:
 
 
 def check_layers(config: Config) -> None:
-    """Refuse to train without Transformer Engine where it is broken, or where its absence would cost much.
+    """Refuse to train without Transformer Engine where it is broken, or where its absence would make training slow.
 
     Raises:
         ValueError: in bfloat16 on a GPU, unless model.transformer_engine=off asks for Megatron's own layers.
     """
-    if not _is_its_work(config.model) or extension.HAVE_TE:
+    if not _wants_transformer_engine(config.model) or extension.HAVE_TE:
         return
     otherwise = "set model.transformer_engine=off to train with Megatron's own layers"
     broken = import_error()
@@ -70,7 +71,7 @@ def check_layers(config: Config) -> None:
 
 
 def _demands(config: Config) -> Iterator[str]:
-    """What makes Transformer Engine worth its installation, in words."""
+    """Say, in words, each setting that makes Transformer Engine worth its installation."""
     if config.parallel.cp > 1:
         yield f"parallel.cp={config.parallel.cp} spreads sequences over GPUs"
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
@@ -82,7 +83,7 @@ def _demands(config: Config) -> Iterator[str]:
 
 
 def layers_in_use(model: ModelSection, head_dim: int) -> str:
-    """One line: whose layers, and which attention."""
+    """One line that says whose layers and which attention a model has."""
     if uses_transformer_engine(model):
         # Which of its kernels it takes depends on the microbatch; it says so under this variable.
         return f"Transformer Engine {get_te_version()}; attention: its cuDNN or flash-attn (NVTE_DEBUG=1 tells)"

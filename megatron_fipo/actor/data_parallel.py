@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper around model chunks, and what of its communication and sums goes on in backward."""
+"""Megatron's data-parallel wrapper around model chunks, which sums their gradients over ranks, also during backward."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_fipo.actor.backend import uses_transformer_engine
+from megatron_fipo.actor.hidden_states import unwrap
 from megatron_fipo.config import Config
 from megatron_fipo.parallel.groups import ParallelGroups
 
@@ -17,40 +17,38 @@ _FUSED = "fuse_wgrad_accumulation"
 """Transformer Engine's linear layers read this attribute in every forward."""
 
 
-def overlaps_gradients(groups: ParallelGroups) -> bool:
+def overlaps_gradients(ranks: ParallelGroups) -> bool:
     """Whether gradients are summed over data-parallel ranks while backward still computes others.
 
     NCCL does it beside the computation; gloo would take the cores that compute.
     """
-    return torch.cuda.is_available() and groups.dp_cp.size() > 1
+    return torch.cuda.is_available() and ranks.dp_cp.size() > 1
 
 
-def data_parallel_config(config: Config, groups: ParallelGroups) -> DistributedDataParallelConfig:
+def data_parallel_config(config: Config, ranks: ParallelGroups) -> DistributedDataParallelConfig:
     """How gradients are summed: in float32.
 
     Weights are gathered in the optimizer's step and not in the next forward (overlap_param_gather): the wrapper waits
     for a weight where the module that holds it is called, and the output layer's weight is used without its module;
     besides, whoever reads weights after an update (servers, checkpoints, evaluation) would have to gather them first.
-    That is less than a thousandth of a step.
+    Gathering them at once costs less than a thousandth of a step.
     """
     return DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.distributed,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlaps_gradients(groups),
+        overlap_grad_reduce=overlaps_gradients(ranks),
     )
 
 
-def wrap_chunks(
-    chunks: Sequence[nn.Module], model_config: TransformerConfig, config: Config, groups: ParallelGroups
-) -> list[nn.Module]:
-    """The chunks with buffers for gradients. `model_config` becomes the wrappers', and with it the schedule's."""
-    ddp_config = data_parallel_config(config, groups)
+def wrap_chunks(chunks: Sequence[nn.Module], config: Config, ranks: ParallelGroups) -> list[nn.Module]:
+    """The chunks with buffers for gradients. Their TransformerConfig is the wrappers' too, and so the schedule's."""
+    ddp_config, model_config = data_parallel_config(config, ranks), unwrap(chunks[0]).config
     wrapped = [
         DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
     if ddp_config.overlap_grad_reduce:
-        # The schedule says so when the last microbatch begins; without it sums would start after any.
+        # By this the schedule says when the last microbatch begins; without it sums would start after every microbatch.
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if uses_transformer_engine(config.model):

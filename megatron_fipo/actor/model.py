@@ -1,7 +1,8 @@
-"""A Megatron-Core GPTModel from the shape of a Hugging Face checkpoint.
+"""A Megatron-Core model from the shape of a Hugging Face checkpoint.
 
 In bfloat16, with CUDA and Transformer Engine, the layers, the attention and its context parallelism are Transformer
-Engine's; else they are Megatron's own modules with this project's attention. Written for Megatron-Core 0.16 and 0.19.
+Engine's; otherwise they are Megatron's own modules with this project's attention. Written for Megatron-Core 0.16 and
+0.19.
 
 Shapes: T packed tokens of a microbatch, T_local = T / cp, H hidden size.
 """
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module
@@ -24,10 +24,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_fipo.actor.backend import uses_transformer_engine
+from megatron_fipo.actor.head import Head
+from megatron_fipo.actor.hidden_states import HiddenStateModel
 from megatron_fipo.actor.precision import fp8_options
 from megatron_fipo.config import ModelSection, ParallelSection, RecomputedPart, recomputed_part
 from megatron_fipo.convert.dtypes import MODEL_DTYPES
 from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.stream import HEAD
 from megatron_fipo.parallel.cp_attention import ContextParallelAttention
 from megatron_fipo.parallel.groups import ParallelGroups, is_stage_edge
 
@@ -43,20 +46,6 @@ class RmsNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class HiddenStateModel(GPTModel):
-    """GPTModel whose last stage returns hidden states: log-probs are computed from them in chunks, without logits."""
-
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[T_local, 1, H] after the final norm (T_local / tp rows under sequence parallelism)."""
-        return hidden_states
-
-    def output_weight(self) -> Tensor:
-        """This rank's rows [V_local, H] of the output layer; the embedding's where they are tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
-
 _RECOMPUTE: dict[RecomputedPart, dict[str, Any]] = {
     "nothing": {},
     "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -69,7 +58,7 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
     """Megatron's configuration of the model. Gradients are normalised per token, once, over the whole minibatch."""
     part = recomputed_part(model, on_gpu=torch.cuda.is_available())
     with warnings.catch_warnings():
-        if part == "core_attn":  # Megatron warns of it for fused attention, where it is never asked for here
+        if part == "core_attn":  # Megatron warns of it for fused attention, where nothing here asks for it
             warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
         return _transformer_config(shape, model, parallel, **_RECOMPUTE[part], **fp8_options(model.fp8))
 
@@ -161,19 +150,30 @@ def _layer_spec(shape: ModelShape, model: ModelSection) -> tuple[ModuleSpec, Any
 
 
 def build_model(
-    shape: ModelShape, model: ModelSection, parallel: ParallelSection, groups: ParallelGroups
+    shape: ModelShape,
+    model: ModelSection,
+    parallel: ParallelSection,
+    ranks: ParallelGroups,
+    head: Head[Any] | None = None,
 ) -> list[nn.Module]:
-    """This rank's model chunks, without weights: one, or one for each virtual pipeline stage."""
+    """This rank's model chunks, without weights: one, or one for each virtual pipeline stage.
+
+    They share one TransformerConfig.
+
+    Args:
+        head: what the model ends in; None gives it the language model's output layer and nothing else.
+    """
     config = transformer_config(shape, model, parallel)
     layer, norm = _layer_spec(shape, model)
+    has_output_layer = head is None or head.uses_output_layer
     chunks: list[nn.Module] = []
     for stage in range(parallel.virtual_pp or 1):
         vp_stage = stage if parallel.virtual_pp else None
-        first, last = is_stage_edge(groups, stage, parallel.virtual_pp or 1)
+        first, last = is_stage_edge(ranks, stage, parallel.virtual_pp or 1)
         block = TransformerBlockSubmodules(
             layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
         )
-        chunk: nn.Module = HiddenStateModel(
+        chunk = HiddenStateModel(
             config,
             block,
             vocab_size=shape.padded_vocab_size(parallel.tp),
@@ -183,28 +183,32 @@ def build_model(
             parallel_output=True,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
+            share_embeddings_and_output_weights=shape.tied_embeddings and has_output_layer,
             vp_stage=vp_stage,
         )
+        if last and head is not None:
+            _end_in(chunk, head, config)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
 
 
-def unwrap(chunk: nn.Module) -> HiddenStateModel:
-    """The model inside Megatron's wrappers (data parallel, half precision)."""
-    while not isinstance(chunk, HiddenStateModel):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
+def _end_in(chunk: HiddenStateModel, head: Head[Any], config: TransformerConfig) -> None:
+    """Give the model's last chunk its head's parameters, and take away an output layer that the head does not read."""
+    if not head.uses_output_layer:
+        chunk.remove_output_layer()
+    own = head.own_module(config)
+    if own is not None:
+        chunk.add_module(HEAD, own)
 
 
 def packed_sequence_params(cu_seqlens_padded: Tensor, cu_seqlens_on_host: Tensor) -> PackedSeqParams:
     """Megatron's description of packed sequences; cumulative lengths are global, not this rank's. Reads no device.
 
     Padding counts as tokens of its sequence: it stands at the end, where causal attention lets no other token see it.
-    Transformer Engine takes it so where it is given one and the same tensor for lengths with and without padding; two
-    tensors, even equal ones, would cost it FlashAttention 2 and, before 2.20, two waits for the GPU in each layer.
+    Transformer Engine is given one and the same tensor for the lengths with and without padding: with two tensors, even
+    equal ones, it would not use FlashAttention 2 and, before 2.20, would wait for the GPU twice in each layer.
 
     Args:
         cu_seqlens_padded: int32 [S + 1] on the model's device.
@@ -228,9 +232,9 @@ def packed_sequence_params(cu_seqlens_padded: Tensor, cu_seqlens_on_host: Tensor
 def _rounded_longest(cu_seqlens: Tensor) -> int:
     """The longest sequence's tokens, rounded up to a multiple of LENGTH_MULTIPLE.
 
-    Megatron keeps the rotary angles of the lengths that it was last asked for, so it must be asked for few. But where
-    the unfused rotary embedding finds as many angles as the batch has tokens, it takes them for positions in the whole
-    batch, which they are only where the batch is one sequence.
+    Megatron keeps the rotary angles of the lengths that it was last asked for, so it must be asked for few different
+    ones. But if the unfused rotary embedding finds as many angles as the batch has tokens, it takes them for positions
+    in the whole batch, which is right only if the batch is one sequence.
     """
     longest = -(-int(cu_seqlens.diff().max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     is_taken_for_positions = longest == int(cu_seqlens[-1]) and len(cu_seqlens) > 2

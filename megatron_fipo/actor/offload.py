@@ -1,4 +1,4 @@
-"""A device's memory lent out and taken back, with every tensor, view and alias as it was.
+"""Lending a device's memory and taking it back, after which every tensor, view and alias is what it was.
 
 Moving tensors (`p.data = p.data.cpu()`) would tear views from the buffers that they lie in: Megatron's parameters are
 views of one buffer, and in float32 its main parameters are views of them. Here the storages themselves are emptied and
@@ -14,11 +14,11 @@ from torch import Tensor, UntypedStorage
 
 
 class StorageOffload:
-    """Storages whose contents are in host memory, or nowhere.
+    """The storages of some tensors, which can be emptied and filled again.
 
     Args:
-        kept: tensors whose contents come back; those that share a storage share its copy.
-        dropped: tensors whose contents may go, such as gradients between steps; zeros come back.
+        kept: tensors whose contents are copied to host memory and come back; those that share a storage share its copy.
+        dropped: tensors whose contents may be lost, such as gradients between steps; they come back as zeros.
     """
 
     def __init__(self, kept: Iterable[Tensor], dropped: Iterable[Tensor] = ()) -> None:
@@ -35,11 +35,11 @@ class StorageOffload:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory that offloading sets free."""
+        """Device memory that offloading frees."""
         return sum(self._sizes.values())
 
     def is_of_same_storages(self, other: StorageOffload) -> bool:
-        """Whether the other was made of these very storages, not of others that took their places at equal size."""
+        """Whether the other has these very storages, and not others of equal size that took their places."""
         return self._identities() == other._identities()
 
     def offload(self) -> None:
@@ -69,7 +69,7 @@ class StorageOffload:
         self._synchronize()
 
     def _identities(self) -> tuple[set[int], set[int]]:
-        # Addresses of the storage objects, which this one keeps alive: their memory moves with every resize.
+        # These are addresses of the storage objects, which `self` keeps alive: their memory moves with every resize.
         kept, dropped = ({storage._cdata for storage in part.values()} for part in (self._storages, self._dropped))
         return kept, dropped
 
@@ -79,11 +79,11 @@ class StorageOffload:
 
 
 def _host_memory(num_bytes: int, *, is_pinned: bool) -> UntypedStorage:
-    """Memory that is pinned from the first: pinning what is pageable would hold it twice for as long as that takes."""
+    """Memory that is pinned when it is allocated: pinning pageable memory would need room for both at once."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).untyped_storage()
 
 
 def _by_address(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-    """Each storage once; empty ones have no memory to lend."""
+    """Each storage of the tensors once, without those that are empty and so have no memory to lend."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}

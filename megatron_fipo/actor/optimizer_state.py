@@ -1,4 +1,4 @@
-"""Megatron's optimizers, over torch's Adam or a fused one, saved and restored so that the next update is the right one.
+"""What Megatron leaves open when it saves and restores an Adam: step counts, settings, and state that is not there yet.
 
 Transformer Engine's Adam, which Megatron takes wherever it is installed, counts an integer for each parameter group;
 torch's counts a floating-point tensor for each parameter, which Megatron saves as a float of the group. A checkpoint of
@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 
-
-def single_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers of a chained one, or the one itself."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+from megatron_fipo.actor.optimizer import single_optimizers
 
 
 def counts_per_parameter(optimizer: Any) -> bool:
-    """Whether it is torch's Adam, which counts steps for each parameter; fused ones count in parameter groups."""
+    """Whether this is torch's Adam, which counts steps for each parameter; fused ones count in parameter groups."""
     return all(isinstance(single.optimizer, torch.optim.Adam) for single in single_optimizers(optimizer))
 
 
@@ -26,12 +23,12 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def settings(optimizer: Any) -> list[dict[str, Any]]:
-    """What the configuration says of each parameter group; loading puts the saved run's in its place."""
+    """What the configuration sets in each parameter group; loading overwrites it with the saved run's settings."""
     return [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
 
 
 def set_settings(optimizer: Any, noted: list[dict[str, Any]]) -> None:
-    """Put back what `settings` noted."""
+    """Put back what `settings` returned."""
     for group, values in zip(optimizer.param_groups, noted, strict=True):
         group.update(values)
 
@@ -39,7 +36,7 @@ def set_settings(optimizer: Any, noted: list[dict[str, Any]]) -> None:
 def start_adam(optimizer: Any) -> None:
     """Make Adam's state where there is none yet.
 
-    It comes into being in the first update, but a run may be saved before that, and loading needs somewhere to load to.
+    Adam makes it in its first update, but a run may be saved before that, and loading needs a place to load into.
     """
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     if counts_per_parameter(optimizer):
@@ -51,9 +48,10 @@ def start_adam(optimizer: Any) -> None:
 
 
 def keep_adam_step(optimizer: Any) -> None:
-    """torch's Adam keeps its step count as one more tensor per parameter, which Megatron neither saves nor expects.
+    """Let a parameter keep its step count while Megatron loads its other state.
 
-    Megatron restores the count of the whole group; here each parameter keeps the tensor it has until then.
+    torch's Adam has the count as one more tensor for each parameter, which Megatron neither saves nor expects: it
+    restores the count of the whole group afterwards.
     """
     set_states = optimizer._set_main_param_and_optimizer_states
 
@@ -68,7 +66,7 @@ def keep_adam_step(optimizer: Any) -> None:
 
 
 def separate_adam_steps(optimizer: Any) -> None:
-    """After loading: step counts, and what else groups hold, as this Adam and not the one that was saved has them.
+    """After loading, give step counts and the rest of each group the form that this Adam needs, whichever was saved.
 
     Megatron restores one tensor for all parameters, and torch's Adam, adding 1 for every parameter, would then count as
     many steps an update as there are parameters. A fused Adam hands the count of a group to its kernel, which takes

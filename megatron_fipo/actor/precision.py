@@ -1,9 +1,9 @@
-"""FP8: the layers' matrix products by Transformer Engine, at twice bfloat16's rate and half its traffic.
+"""FP8: Transformer Engine computes the layers' matrix products, at twice bfloat16's rate and half its traffic.
 
 Weights, their gradients, the optimizer's state, attention and the output layer are what they are without it. Only
-recipes that take their scales from the tensor at hand are offered: Transformer Engine's delayed scaling takes them from
-the steps before, so that the same weights and tokens would give other log-probs at another time, and neither a step's
-first ratio would be 1 nor a resumed run the one that was stopped.
+recipes that take their scales from the tensor at hand are offered. Transformer Engine's delayed scaling takes them from
+the steps before: the same weights and tokens would give other log-probs at another time, a step's first ratio would not
+be 1, and a resumed run would not be the one that was stopped.
 
 Source: Transformer Engine's documentation of Float8CurrentScaling, Float8BlockScaling and MXFP8BlockScaling;
 DeepSeek-V3, arXiv 2412.19437, section 3.3, for the scaling by blocks.
@@ -22,12 +22,13 @@ from megatron_fipo.actor.backend import INSTALL, import_error
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How Megatron-Core and the GPU know one recipe.
+    """One recipe, as Megatron-Core and GPUs know it.
 
     Attributes:
-        number_format: e4m3 throughout, or hybrid: e5m2, of more range, for gradients, which one scale a tensor needs.
-        capability: the GPU's least compute capability.
-        gpus: what has it, in words.
+        number_format: e4m3 throughout; or hybrid, which has e5m2 for gradients, because one scale for a whole tensor
+            leaves e4m3 too little range.
+        capability: the least compute capability of a GPU that computes it.
+        gpus: the GPUs that have it, in words.
     """
 
     number_format: str
@@ -43,14 +44,14 @@ _RECIPES = {
 
 
 def fp8_options(recipe: str) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig for model.fp8; none for "none"."""
+    """The fields of Megatron's TransformerConfig that model.fp8 sets; none if it is "none"."""
     if recipe == "none":
         return {}
     return {
         "fp8": _RECIPES[recipe].number_format,
         "fp8_recipe": recipe,
-        # Weights are cast anew for each microbatch, which is little beside its products: kept, the casts would take 2
-        # bytes a weight, also while the rollout engine has the GPU.
+        # Weights are cast anew for each microbatch, which takes little time beside its products. If the casts were
+        # kept, they would take 2 bytes a weight, also while the rollout engine has the GPU.
         "disable_parameter_transpose_cache": True,
     }
 

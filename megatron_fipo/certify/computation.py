@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.optimizer import single_optimizers
 from megatron_fipo.certify import controls
 from megatron_fipo.certify.synthetic import draw_groups
 from megatron_fipo.config import Config
@@ -192,8 +193,7 @@ class _Computation:
 
     def _whole_gradients(self) -> dict[str, Tensor]:
         """Collective. The distributed optimizer leaves each rank with its share of every bucket: gather those."""
-        optimizers = getattr(self.actor.optimizer, "chained_optimizers", [self.actor.optimizer])
-        for optimizer in optimizers:
+        for optimizer in single_optimizers(self.actor.optimizer):
             for buffer in getattr(optimizer, "buffers", []):
                 for bucket in buffer.buckets:
                     share = bucket.grad_data.chunk(self.ranks.dp_cp.size())[self.ranks.dp_cp.rank()]

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint that could not be written: a full disk and a dead rank are told apart."""
+"""Error messages for a checkpoint that cannot be written or read: a full disk is told from a rank that died."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LOST = re.compile(
     r"connection (closed|reset|refused)|peer|broken pipe|socket|timed? ?out|abort(ed)?|nccl|gloo|heartbeat|EOFError",
     re.I,
 )
-"""How torch's process groups say that another rank is gone."""
-# torch's zip writer tells of a full disk only where its file stands: "[enforce fail at inline_container.cc:672] . ...".
+"""Words of torch's process groups by which another rank is gone."""
+# Of a full disk, torch's zip writer says no more than a place in its source: "enforce fail at inline_container.cc:672".
 _DISK = re.compile(
     r"OSError|No space|Disk quota|File too large|PytorchStreamWriter|inline_container|failed writing", re.I
 )
 
 
 def could_not_write(target: Path, error: BaseException) -> CheckpointError:
-    """What to tell: a disk is full, another rank has died, or what the error says, none taken for another."""
+    """The error to raise: it says whether the disk is full, another rank has died, or neither, and what to do."""
     reason = str(error) or type(error).__name__
     if isinstance(error, CheckpointException):  # only the coordinator has the reasons; it prints a traceback of each
         reason = _reasons(error) or "a rank failed to write"
@@ -42,8 +42,7 @@ def could_not_write(target: Path, error: BaseException) -> CheckpointError:
     if not is_disk and not isinstance(error, CheckpointException):
         return CheckpointError(
             f"the checkpoint {target} could not be written: {' '.join(reason.split())}. {untouched} Start the same "
-            "command "
-            "again: it goes on from them."
+            "command again: it goes on from them."
         )
     return CheckpointError(
         f"the checkpoint {target} could not be written: {reason}{free_space(target.parent)}. {untouched} Make room or "
@@ -52,7 +51,7 @@ def could_not_write(target: Path, error: BaseException) -> CheckpointError:
 
 
 def could_not_read(checkpoint: Path, error: BaseException) -> ValueError:
-    """What to tell of a checkpoint whose files do not hold what its description says."""
+    """The error to raise for a checkpoint whose files do not hold what its description says."""
     reason = _reasons(error) if isinstance(error, CheckpointException) else str(error)
     return ValueError(
         f"{checkpoint} cannot be read, although no file has changed since it was described: "
@@ -62,5 +61,5 @@ def could_not_read(checkpoint: Path, error: BaseException) -> ValueError:
 
 
 def _reasons(error: CheckpointException) -> str:
-    """Of every rank that failed, each once."""
+    """The reasons of all ranks that failed, each of them once."""
     return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))

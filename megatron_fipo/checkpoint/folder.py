@@ -1,14 +1,14 @@
-"""The folder of a run's checkpoints: names, the order in which they may be trusted, and what is deleted when.
+"""The folder of a run's checkpoints: their names, the order in which they are tried, and what is deleted when.
 
     checkpoints/step_000010/               a whole checkpoint: 10 steps are done
     checkpoints/step_000010_update_0003/   saved by a signal, after 3 updates of the step that follows
     checkpoints/latest                     the name of the newest
 
-A checkpoint is written into a folder whose name ends in .partial and a word of its own, and renamed when it is whole;
-`latest` is moved last. Whenever a run is killed, `latest` names a whole checkpoint. One that is saved anew, as by a run
-that is resumed and stopped again before its next step, goes to step_000010.again, and the next time to step_000010:
-what `latest` names is never overwritten. manifest.json lists every file with its size and CRC-32, and has a CRC-32 of
-its own. Manifests from before it had one are read, too.
+A checkpoint is written into a folder whose name ends in .partial and a random word, and renamed when it is whole;
+`latest` is moved last. So `latest` names a whole checkpoint, whenever the run is killed. A run that is resumed and
+stopped again before its next step saves the same step anew: to step_000010.again, and the time after that to
+step_000010, so that the one that `latest` names is never overwritten. manifest.json lists every file with its size and
+CRC-32, and has a CRC-32 of its own. Manifests that were written before they had one are read, too.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _NAME = re.compile(r"step_(\d+)(_update_\d+)?(\.again)?")
 
 
 def checkpoint_name(step: int, num_updates: int = 0) -> str:
-    """Name of a checkpoint after so many whole steps and so many updates of the next."""
+    """Name of a checkpoint after `step` whole steps and `num_updates` updates of the next."""
     return f"step_{step:06d}" + (f"_update_{num_updates:04d}" if num_updates else "")
 
 
 def step_of(checkpoint: Path) -> int:
-    """Whole steps that are done in a checkpoint, from its name."""
+    """The number of whole steps that a checkpoint's name says are done."""
     match = _NAME.fullmatch(checkpoint.name)
     assert match, f"{checkpoint} is no checkpoint's name"
     return int(match[1])
 
 
 def latest_name(root: Path) -> str | None:
-    """What `latest` says, fit to be printed whatever it says; None where there is none."""
+    """What the file `latest` says, escaped so that it can be printed whatever that is; None where there is no file."""
     pointer = root / _LATEST
     if not pointer.is_file():
         return None
@@ -50,37 +50,20 @@ def latest_name(root: Path) -> str | None:
     return said.encode("unicode_escape").decode("ascii")
 
 
-def by_trust(root: Path) -> list[Path]:
-    """Checkpoints in the order in which they are to be tried: the one that `latest` names, then newest first."""
+def latest_first(root: Path) -> list[Path]:
+    """All checkpoints in the order in which they are tried: the one that `latest` names, then the newest first."""
     named = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name))  # others are not a run's
     found = sorted((path for path in named if path.is_dir()), reverse=True)
     name = latest_name(root)
     return sorted(found, key=lambda path: path.name != name)
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, None where there is none.
-
-    Raises:
-        ValueError: if `latest` names a checkpoint that is not there.
-    """
-    root = Path(folder)
-    name = latest_name(root)
-    if name is None:
-        return None
-    if not (root / name).is_dir():
-        raise ValueError(
-            f"{root / _LATEST} names {name}, which is not there. Write the name of a whole checkpoint into "
-            "it, or delete it to start over."
-        )
-    return root / name
-
-
 def begin(root: Path, name: str) -> tuple[Path, Path]:
-    """Make the folder to write into and clear away what killed runs left behind. One rank alone calls this.
+    """Make the folder to write into and clear away what killed runs left behind. Only one rank may call this.
 
     Returns:
-        (the partial folder, under a name that no process of an earlier run can still be writing to; what it becomes).
+        (the partial folder, under a name that no process of an earlier run can still be writing to; the folder that it
+        becomes).
     """
     root.mkdir(parents=True, exist_ok=True)
     for old in root.glob(f"*{_PARTIAL}*"):
@@ -92,7 +75,7 @@ def begin(root: Path, name: str) -> tuple[Path, Path]:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a whole checkpoint its name, then move `latest` to it. One rank alone calls this."""
+    """Give a whole checkpoint its name, then move `latest` to it. Only one rank may call this."""
     root = target.parent
     if target.exists():
         shutil.rmtree(target)
@@ -107,20 +90,20 @@ def publish(partial: Path, target: Path) -> None:
 
 def delete_old(root: Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last`, the one that `latest` names, and every `keep_every`-th whole step."""
-    for position, path in enumerate(by_trust(root)):
+    for position, path in enumerate(latest_first(root)):
         is_kept_for_good = keep_every and step_of(path) % keep_every == 0 and "_update_" not in path.name
         if position >= keep_last and not is_kept_for_good:
             shutil.rmtree(path)
 
 
 def file_names(folder: Path) -> list[str]:
-    """Every file of a checkpoint but its manifest, relative, sorted."""
+    """The names of a checkpoint's files, relative to its folder and sorted; the manifest is left out."""
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in files if name != MANIFEST)
 
 
 def describe_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of files: they are read whole."""
+    """Read files to their ends and return size and CRC-32 of each."""
     found = {}
     for name in names:
         crc, size = 0, 0
@@ -132,13 +115,13 @@ def describe_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, in
 
 
 def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
-    """Note what belongs to a checkpoint."""
+    """Write the list of a checkpoint's files."""
     text = json.dumps({"files": dict(sorted(files.items())), "crc32": _own_crc(files)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _own_crc(files: Mapping[str, Mapping[str, int]]) -> int:
-    """CRC-32 of what a manifest says, however it is spaced."""
+    """CRC-32 of a manifest's contents, which does not depend on its spaces."""
     return zlib.crc32(json.dumps(files, sort_keys=True).encode())
 
 
@@ -177,7 +160,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """Whether it describes a file that lies in the checkpoint."""
+    """Whether a manifest's entry describes a file that lies in the checkpoint."""
     is_inside = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
     return (
         is_inside

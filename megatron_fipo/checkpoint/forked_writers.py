@@ -1,8 +1,8 @@
 """Forked processes that end with the process that forked them.
 
-Megatron-Core forks the processes that write checkpoints. One whose rank is killed can wait for ever for the other side
-of its queue, and it holds all that the rank had open: memory of the GPU, files, and the pipes by whose end the rank's
-other children learn that it is gone. On Linux the kernel kills it instead; elsewhere nothing changes.
+Megatron-Core forks the processes that write checkpoints. A writer whose rank is killed can wait for ever for the other
+side of its queue, and it holds all that the rank had open: memory of the GPU, files, and the pipes by whose end the
+rank's other children learn that it is gone. On Linux the kernel is told to kill it; elsewhere nothing changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _parent = 0
 
 @contextmanager
 def ended_with_their_parent() -> Iterator[None]:
-    """What the calling thread forks in here, and what that forks, is killed when the thread that forked it ends.
+    """Processes that the calling thread forks inside are killed when that thread ends, and so are those they fork.
 
     Processes that are started by exec, as `subprocess` does, are not affected.
     """

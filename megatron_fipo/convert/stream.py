@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +34,31 @@ from megatron_fipo.parallel.groups import ParallelGroups
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
+HEAD = "head"
+"""Name of a model chunk's submodule with parameters that no Hugging Face model has; they are not streamed."""
+
 
 @dataclass(frozen=True)
 class _Parameter:
     """A parameter of this rank's part of the model."""
 
     row: Row
-    tensor: nn.Parameter
+    tensor: Tensor
 
 
-def _parameters(chunks: Sequence[nn.Module], shape: ModelShape) -> list[_Parameter]:
-    """Parameters of this rank with their rows; a tied output layer, a copy of the embedding, is left out."""
+Named = Callable[[Any], Iterable[tuple[str, Tensor]]]
+"""A model chunk's tensors under the names of its parameters."""
+
+
+def _parameters(
+    chunks: Sequence[nn.Module], shape: ModelShape, named: Named = nn.Module.named_parameters
+) -> list[_Parameter]:
+    """Parameters of this rank with their rows, but for a tied output layer, which copies the embedding, and a head."""
     found = []
     for chunk in chunks:
         layers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
-        for name, tensor in chunk.named_parameters():
-            if name == "output_layer.weight" and shape.tied_embeddings:
+        for name, tensor in named(chunk):
+            if (name == "output_layer.weight" and shape.tied_embeddings) or name.startswith(f"{HEAD}."):
                 continue
             local = _LAYER.search(name)
             layer = layers[local.group()] if local else None
@@ -98,17 +108,23 @@ def _fill(tensor: Tensor, row: Row, whole: list[Tensor], shape: ModelShape, tp_s
 
 @torch.no_grad()
 def weight_stream(
-    chunks: Sequence[nn.Module], groups: ParallelGroups, shape: ModelShape
+    chunks: Sequence[nn.Module],
+    groups: ParallelGroups,
+    shape: ModelShape,
+    named: Named = nn.Module.named_parameters,
 ) -> Iterator[tuple[str, Tensor]]:
     """The model's weights as whole Hugging Face tensors, in the model's dtype, on every rank.
 
     Collective over the tensor- and pipeline-parallel groups: every rank must drain it. Tensors may share memory with
     the model; copy what is kept.
 
+    Args:
+        named: what is streamed of a chunk: its parameters, or other tensors of the same names and sizes.
+
     Yields:
         (Hugging Face name, tensor), each name once.
     """
-    own = _parameters(chunks, shape)
+    own = _parameters(chunks, shape, named)
     catalogue = exchange.all_gather_objects(
         [(parameter.row, tuple(parameter.tensor.shape), parameter.tensor.dtype) for parameter in own], groups.pp
     )

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packed_layout import PackedLayout, round_up
@@ -110,45 +111,58 @@ def build_packed_batch(
         ValueError: if the sequences do not fit into total_tokens or a sample lacks a prompt.
     """
     chosen = [samples[index] for index in indices]
-    layout = _layout([sample.num_tokens for sample in chosen], pad_multiple, total_tokens)
-    sample_indices = [*indices, *[FILLER] * (layout.num_sequences - len(chosen))]
+    tokens = [torch.cat([sample.prompt_ids, sample.response_ids]) for sample in chosen]
+    batch = pack_tokens(tokens, indices, pad_multiple, pad_token_id, total_tokens)
+    for position, (sample, start) in enumerate(zip(chosen, batch.layout.cu_seqlens_padded.tolist(), strict=False)):
+        if not len(sample.prompt_ids):
+            raise ValueError(
+                f"sample {indices[position]} of prompt {sample.prompt_id} has no prompt tokens: nothing "
+                "predicts its first response token. Give the prompt at least one token."
+            )
+        first = start + len(sample.prompt_ids) - 1
+        response = slice(first, first + sample.num_response_tokens)
+        batch.rollout_log_probs[response] = sample.rollout_log_probs
+        if not (mask_truncated and sample.truncated):
+            batch.response_mask[response] = sample.policy_mask
+            batch.advantages[response] = sample.advantage
+            batch.response_token_counts[position] = sample.num_policy_tokens
+    return batch
+
+
+def pack_tokens(
+    sequences: Sequence[Tensor],
+    indices: Sequence[int],
+    pad_multiple: int,
+    pad_token_id: int,
+    total_tokens: int | None = None,
+) -> PackedBatch:
+    """Pack sequences into one microbatch on the CPU, none of whose tokens is a response's; see `build_packed_batch`.
+
+    Args:
+        sequences: int64, each of its own length.
+        indices: what `sample_indices` says of each sequence.
+    """
+    layout = _layout([len(tokens) for tokens in sequences], pad_multiple, total_tokens)
+    sample_indices = [*indices, *[FILLER] * (layout.num_sequences - len(sequences))]
     cu_padded, num_tokens = layout.cu_seqlens_padded, layout.num_tokens
     input_ids = torch.full((num_tokens,), pad_token_id, dtype=torch.int64)
     labels = torch.zeros(num_tokens, dtype=torch.int64)
-    response_mask = torch.zeros(num_tokens, dtype=torch.bool)
-    advantages = torch.zeros(num_tokens)
-    rollout_log_probs = torch.zeros(num_tokens)
-    response_token_counts = torch.zeros(layout.num_sequences, dtype=torch.int64)
-    for position, (sample, start) in enumerate(zip(chosen, cu_padded.tolist(), strict=False)):
-        if not len(sample.prompt_ids):
-            raise ValueError(
-                f"sample {sample_indices[position]} of prompt {sample.prompt_id} has no prompt tokens: nothing "
-                "predicts its first response token. Give the prompt at least one token."
-            )
-        response_ids = sample.response_ids
-        tokens = torch.cat([sample.prompt_ids, response_ids])
+    for tokens, start in zip(sequences, cu_padded.tolist(), strict=False):
         input_ids[start : start + len(tokens)] = tokens
         labels[start : start + len(tokens) - 1] = tokens[1:]
-        first = start + len(sample.prompt_ids) - 1
-        response = slice(first, first + len(response_ids))
-        rollout_log_probs[response] = sample.rollout_log_probs
-        if not (mask_truncated and sample.truncated):
-            response_mask[response] = sample.policy_mask
-            advantages[response] = sample.advantage
-            response_token_counts[position] = sample.num_policy_tokens
     ids = torch.arange(layout.num_sequences)
     sequence_ids = torch.repeat_interleave(ids, cu_padded.diff(), output_size=num_tokens)
     return PackedBatch(
         input_ids=input_ids,
         labels=labels,
         position_ids=torch.arange(num_tokens) - cu_padded[sequence_ids],
-        response_mask=response_mask,
-        advantages=advantages,
+        response_mask=torch.zeros(num_tokens, dtype=torch.bool),
+        advantages=torch.zeros(num_tokens),
         sequence_ids=sequence_ids,
         layout=layout,
         cu_seqlens_padded=cu_padded.int(),
-        response_token_counts=response_token_counts,
-        rollout_log_probs=rollout_log_probs,
+        response_token_counts=torch.zeros(layout.num_sequences, dtype=torch.int64),
+        rollout_log_probs=torch.zeros(num_tokens),
         sample_indices=sample_indices,
     )
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_fipo.actor.actor import NonFiniteError
 from megatron_fipo.actor.backend import layers_in_use
+from megatron_fipo.actor.non_finite import NonFiniteError
 from megatron_fipo.checkpoint.error import CheckpointError
 from megatron_fipo.config import (
     Config,

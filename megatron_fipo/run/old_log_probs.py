@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import FipoConfig
-from megatron_fipo.parallel.step_log_probs import set_old_log_probs
+from megatron_fipo.parallel.token_values import set_old_log_probs
 from megatron_fipo.rl.packed_batch import PackedBatch
 
 

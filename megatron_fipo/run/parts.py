@@ -14,7 +14,6 @@ from megatron_fipo.environments.verifier_probes import VerifierProbes
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine
-from megatron_fipo.rollout.handover import ScoredPolicy
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.source import RolloutSource
 from megatron_fipo.rollout.synchronous import SynchronousSource
@@ -73,9 +72,8 @@ class RunParts:
         self.records = RunRecords(named, ranks, console)
         folder = self.records.folder
         engine = build_engine(config, ranks, tokenizer, folder.servers)
-        self.policy = ScoredPolicy(self.actor, config)
         try:
-            engine.start(self.policy)
+            engine.start(self.actor)
         except BaseException:
             engine.close()
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_fipo.actor.actor import UpdateResult
+from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.parallel import exchange
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.run.parts import RunParts
@@ -70,7 +70,7 @@ class Place:
         """
         state = self.at.state(self._ranks)
         self._parts.records.check()
-        self._parts.source.take_back(self._parts.policy)  # the actor's weights may be lent out
+        self._parts.source.take_back(self._parts.actor)  # the actor's weights may be lent out
         self._parts.saved.save(state, in_background=in_background)
 
     def resume(self) -> bool:

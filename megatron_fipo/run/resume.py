@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_fipo.actor.actor import UpdateResult
+from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.parallel.step_log_probs import gather_old_log_probs
+from megatron_fipo.parallel.token_values import gather_old_log_probs
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.run.step_report import gather_results, restore_results
 

@@ -65,7 +65,7 @@ class SavedRun:
             **loop_state,
             "config": recorded_values(with_absolute_paths(self._recorded)),
             "model": asdict(self._actor.shape),
-            "rng": rng_state.gather(self._actor.groups),
+            "rng": rng_state.gather(self._actor.ranks),
         }
         self._pending = begin_checkpoint(
             self._actor,
@@ -99,7 +99,7 @@ class SavedRun:
                 would corrupt the run.
         """
         warn = self._console.warning
-        checkpoint = find_whole_checkpoint(self._folder.checkpoints, self._actor.groups, on_fault=warn)
+        checkpoint = find_whole_checkpoint(self._folder.checkpoints, self._actor.ranks, on_fault=warn)
         if checkpoint is None:
             self._discard_foreign_rollouts(0)
             return None
@@ -109,7 +109,7 @@ class SavedRun:
         num_updates = state.get("num_updates", 0)
         more = f" and {num_updates} updates of the next" if num_updates else ""
         self._console.info(f"resumed from {checkpoint}: {state['next_step']} steps are done{more}")
-        if not rng_state.restore(state["rng"], self._actor.groups):
+        if not rng_state.restore(state["rng"], self._actor.ranks):
             self._console.info(f"the checkpoint was written by {len(state['rng'])} ranks; their random states are left")
         self._discard_foreign_rollouts(state["next_step"])
         return state
@@ -123,11 +123,11 @@ class SavedRun:
             is_writer=self._is_leader,
             dtype=MODEL_DTYPES[self._config.model.dtype],
         )
-        exchange.barrier(self._actor.groups.world)
+        exchange.barrier(self._actor.ranks.world)
 
     @property
     def _is_leader(self) -> bool:
-        return self._actor.groups.rank == 0
+        return self._actor.ranks.rank == 0
 
     def _export_into(self, checkpoint: Path) -> None:
         self.export(checkpoint / "huggingface")
@@ -137,7 +137,7 @@ class SavedRun:
         self._console.info(f"saved {self._pending.target}")
         self._pending = None
         if self._is_leader:
-            kept = checkpoint_folder.by_trust(self._folder.checkpoints)[: self._keeping.last]
+            kept = checkpoint_folder.latest_first(self._folder.checkpoints)[: self._keeping.last]
             self._ledger.forget_before(min(checkpoint_folder.step_of(path) for path in kept))
 
     def _check(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -178,7 +178,7 @@ class SavedRun:
     def _discard_foreign_rollouts(self, first_step: int) -> None:
         """Those of steps that are done stay, for the older checkpoints that they belong to."""
         discarded = self._ledger.discard_others(first_step) if self._is_leader else 0
-        exchange.barrier(self._actor.groups.world)
+        exchange.barrier(self._actor.ranks.world)
         if discarded:
             self._console.warning(
                 f"recorded rollouts of {discarded} steps belong to another configuration; they are deleted and "

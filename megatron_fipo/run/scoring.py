@@ -50,7 +50,7 @@ class Scoring:
 
     def _evaluate(self, when: str, *, compare: bool = False, announce: bool = True) -> dict[str, float]:
         parts = self._parts
-        parts.source.give(parts.policy, self._place.at.step)
+        parts.source.give(parts.actor, self._place.at.step)
         parts.records.check()
         return on_every_rank(lambda: parts.evaluation.run(when, compare=compare, announce=announce), self._world)
 
@@ -62,6 +62,6 @@ class Scoring:
         parts = self._parts
         if not parts.config.checkpoint.keep_best:
             return
-        parts.source.take_back(parts.policy)  # its weights may be lent out
+        parts.source.take_back(parts.actor)  # its weights may be lent out
         if said := on_every_rank(lambda: parts.best.note(self._place.at.step, scores), self._world):
             parts.console.info(said)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_fipo.actor.actor import UpdateResult
+from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, merge, scalars, to_plain
 from megatron_fipo.parallel import exchange

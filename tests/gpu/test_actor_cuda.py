@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.backend import uses_transformer_engine
-from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint, load_checkpoint, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint, load_checkpoint
 from megatron_fipo.config import Config, ModelSection
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
@@ -180,7 +180,9 @@ def test_a_run_goes_on_from_its_checkpoint(folder: Path, ranks: ParallelGroups, 
     unstopped, went_on = Outcome(), Outcome()
     actor = Actor(config, ranks)
     train_step(actor, config, 0, Outcome())
-    saved = save_checkpoint(actor, tmp_path / "checkpoints", 1, {"next_step": 1}, Keeping(last=1))
+    saved = begin_checkpoint(
+        actor, tmp_path / "checkpoints", 1, {"next_step": 1}, Keeping(last=1), asynchronous=False
+    ).finish()
     train_step(actor, config, 1, unstopped)
     again = Actor(config, ranks)
     assert load_checkpoint(again, saved) == {"next_step": 1}

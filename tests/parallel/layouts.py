@@ -310,7 +310,7 @@ def train_actor(case: Case, folder: str, ranks: ParallelGroups, breakage: Breaka
 
 def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breakage: Breakage | None = None) -> None:
     """The updates of one step, noted in `outcome`. Collective."""
-    breakage, ranks = breakage or Breakage(), actor.groups
+    breakage, ranks = breakage or Breakage(), actor.ranks
     minibatches = [
         [breakage.batches(batch) for batch in microbatches]
         for microbatches in build_minibatches(groups_of_step(step), config, ranks, PAD_TOKEN)
@@ -386,7 +386,7 @@ def _capturing_gradients(actor: Actor, outcome: Outcome) -> Iterator[None]:
         held = [p.data for p in parameters]
         for p in parameters:
             p.data = p.main_grad  # type: ignore[attr-defined]
-        stream = weight_stream(actor.models, actor.groups, actor.shape)
+        stream = weight_stream(actor.models, actor.ranks, actor.shape)
         outcome.gradients = {name: gradient.clone() for name, gradient in stream}
         for p, data in zip(parameters, held, strict=True):
             p.data = data

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.checkpoint.torch_dist import Keeping, load_checkpoint, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint, load_checkpoint
 from megatron_fipo.config import Config, ModelSection, ParallelSection
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_minibatches
@@ -126,7 +126,9 @@ def _go_on(folder: str, checkpoints: str, distributed: bool) -> None:
             actor, unstopped, went_on = Actor(config, ranks), Outcome(), Outcome()
             for step in range(num_steps):
                 train_step(actor, config, step, Outcome())
-            saved = save_checkpoint(actor, checkpoints, num_steps, {"next_step": num_steps}, Keeping(last=1))
+            saved = begin_checkpoint(
+                actor, checkpoints, num_steps, {"next_step": num_steps}, Keeping(last=1), asynchronous=False
+            ).finish()
             train_step(actor, config, num_steps, unstopped)
             again = Actor(config, ranks)
             assert load_checkpoint(again, saved) == {"next_step": num_steps}

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from megatron_fipo.actor import optimizer_state
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.checkpoint.folder import latest_checkpoint
+from megatron_fipo.actor.optimizer import single_optimizers
+from megatron_fipo.checkpoint.folder import latest_first, latest_name
 from megatron_fipo.checkpoint.torch_dist import (
     CheckpointError,
     Keeping,
@@ -34,10 +35,10 @@ from megatron_fipo.checkpoint.torch_dist import (
     find_whole_checkpoint,
     load_checkpoint,
     load_loop_state,
-    save_checkpoint,
 )
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.groups import ParallelGroups
 from tests.parallel import layouts
 from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step, whole_weights
 from tests.parallel.ranks import RankError, run_ranks
@@ -72,7 +73,7 @@ def _save(case: Case, model: str, folder: str) -> Continued | None:
         actor = Actor(config, ranks)
         train_step(actor, config, 0, Outcome())
         start = whole_weights(actor)
-        saved = save_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=2))
+        saved = begin_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=2), asynchronous=False).finish()
         assert saved == Path(folder) / "step_000001"
         outcome = Outcome()
         train_step(actor, config, 1, outcome)
@@ -87,9 +88,7 @@ def _go_on(cases: list[Case], model: str, folder: str) -> list[Continued] | None
         config = config_of(case, model)
         with layout(case.parallel) as ranks:
             actor = Actor(config, ranks)
-            newest = latest_checkpoint(folder)
-            assert newest is not None
-            loop_state = load_checkpoint(actor, newest)
+            loop_state = load_checkpoint(actor, latest_first(Path(folder))[0])
             start, outcome = whole_weights(actor), Outcome()
             train_step(actor, config, 1, outcome)
             outcome.weights = whole_weights(actor)
@@ -191,7 +190,7 @@ def _save_before_any_update(case: Case, model: str, folder: str) -> None:
             if is_resumed:
                 assert load_checkpoint(actor, Path(folder) / "step_000000") == {"next_step": 0}
             else:
-                save_checkpoint(actor, folder, 0, {"next_step": 0}, Keeping(last=1))
+                begin_checkpoint(actor, folder, 0, {"next_step": 0}, Keeping(last=1), asynchronous=False).finish()
             kept.append(whole_weights(actor))
             outcomes.append(Outcome())
             train_step(actor, config, 0, outcomes[-1])
@@ -214,7 +213,7 @@ def test_a_run_can_be_saved_before_its_first_update(
 
 
 def _fresh_moments(actor: Any) -> None:
-    for optimizer in optimizer_state.single_optimizers(actor.optimizer):
+    for optimizer in single_optimizers(actor.optimizer):
         for state in optimizer.optimizer.state.values():
             state["exp_avg"].zero_()
 
@@ -252,9 +251,9 @@ def _save_several(case: Case, model: str, folder: str) -> list[list[str]]:
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
         for step, name in ((1, "step_000001"), *RENAMED, (3, "step_000003")):
-            save_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=2))
+            begin_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=2), asynchronous=False).finish()
             seen.append(sorted(path.name for path in Path(folder).iterdir()))
-            assert latest_checkpoint(folder) == Path(folder) / name
+            assert latest_name(Path(folder)) == name
         assert load_checkpoint(actor, Path(folder) / "step_000002") == {"next_step": 2}
     return seen
 
@@ -289,7 +288,7 @@ def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str)
 
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
-        save_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1))
+        begin_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1), asynchronous=False).finish()
         patches = {
             "writing": mock.patch.object(dist_checkpointing, "save", half_a_save),
             "before it is whole": mock.patch.object(
@@ -298,7 +297,7 @@ def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str)
             "before latest moves": mock.patch.object(Path, "rename", dying_at("latest")),
         }
         with patches[when]:
-            save_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=1))
+            begin_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=1), asynchronous=False).finish()
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step"])
@@ -307,7 +306,7 @@ def test_a_killed_save_leaves_the_one_before(checkpoints: Checkpoints, tmp_path:
     case, model = replace(SAVED[True], parallel=P()), checkpoints.models["qwen2"]
     with pytest.raises(RankError, match="died without a word"):
         run_ranks(_die_while_saving, 1, when, step, case, model, str(tmp_path), timeout_s=120)
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_000001"
+    assert latest_name(tmp_path) == "step_000001"
     went_on = run_ranks(_go_on, 1, [case], model, str(tmp_path), timeout_s=120)[0]
     assert str(went_on[0].loop_state) == str(LOOP_STATE)
 
@@ -323,10 +322,11 @@ def _save_in_background(case: Case, model: str, folder: str) -> None:
         unstopped = Outcome()
         train_step(actor, config, 1, unstopped)
         moved = whole_weights(actor)
-        assert latest_checkpoint(folder) is None, "it takes its place when every rank has asked for it"
+        assert latest_name(Path(folder)) is None, "it takes its place when every rank has asked for it"
         while not pending.poll():
             pass
-        assert latest_checkpoint(folder) == pending.target == Path(folder) / "step_000001"
+        assert latest_name(Path(folder)) == pending.target.name == "step_000001"
+        assert pending.target.parent == Path(folder)
         again, outcome = Actor(config, ranks), Outcome()
         assert str(load_checkpoint(again, pending.target)) == str(LOOP_STATE)
         assert all(torch.equal(kept[name], weight) for name, weight in whole_weights(again).items())
@@ -354,11 +354,27 @@ def _damage(folder: str, step: int) -> None:
     file.write_bytes(content)
 
 
+def _find_none(folder: Path, ranks: ParallelGroups) -> None:
+    """No checkpoint is no error, and a `latest` that names one that is not there is."""
+    said: list[str] = []
+    assert find_whole_checkpoint(folder, ranks, said.append) is None
+    exchange.barrier(ranks.world)
+    if ranks.rank == 0:
+        folder.mkdir()
+        (folder / "latest").write_text("step_000007\n")
+    exchange.barrier(ranks.world)
+    with pytest.raises(ValueError, match="is whole, and its file latest names step_000007") as caught:
+        find_whole_checkpoint(folder, ranks, said.append)
+    assert "set train.resume=false to start over" in str(caught.value)
+    assert said == []
+
+
 def _find_whole(case: Case, model: str, folder: str) -> None:
     with layout(case.parallel) as ranks:
+        _find_none(Path(folder) / "none", ranks)
         actor = Actor(config_of(case, model), ranks)
         for step in (1, 2, 3):
-            save_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=3))
+            begin_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=3), asynchronous=False).finish()
         said: list[str] = []
         assert find_whole_checkpoint(folder, ranks, said.append) == Path(folder) / "step_000003"
         assert said == []
@@ -388,7 +404,7 @@ def _run_out_of_room(asynchronous: bool, case: Case, model: str, folder: str) ->
     """The operating system refuses to let a file grow; what comes of it on this rank."""
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
-        save_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1))
+        begin_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1), asynchronous=False).finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
             begin_checkpoint(actor, folder, 2, {"next_step": 2}, Keeping(last=1), asynchronous=asynchronous).finish()
@@ -408,18 +424,7 @@ def test_a_full_disk_is_an_error_on_every_rank_and_loses_nothing(
     words = "File too large" if Version(core_version) < Version("0.19") else "<class 'OSError'>"
     assert words in messages[0]
     assert "GiB are free there" in messages[0]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_000001"
+    assert latest_name(tmp_path) == "step_000001"
     case = SAVED[True]
     (went_on,) = run_ranks(_go_on, 2, [case], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)[0]
     assert str(went_on.loop_state) == str(LOOP_STATE)
-
-
-def test_no_checkpoint_is_no_error_and_a_dangling_latest_is(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    assert latest_checkpoint(tmp_path / "never made") is None
-    (tmp_path / "latest").write_text("step_000007\n")
-    with pytest.raises(ValueError, match="latest names step_000007, which is not there") as caught:
-        latest_checkpoint(tmp_path)
-    assert "delete it to start over" in str(caught.value)
-    (tmp_path / "step_000007").mkdir()
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_000007"

@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.checkpoint.torch_dist import Keeping, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.convert.mapping import GatedMlp, GroupedQkv
 from megatron_fipo.convert.offline.command import add_verify, run
@@ -85,7 +85,7 @@ def _save_as_the_actor_does(
             actor = actor_of(folder, parallel, ranks)
             for step in range(num_steps):
                 train_step(actor, config_of(Case("", "", parallel), folder), step, Outcome())
-            save_checkpoint(actor, f"{target}/{name}", 1, {"next_step": 1}, Keeping())
+            begin_checkpoint(actor, f"{target}/{name}", 1, {"next_step": 1}, Keeping(), asynchronous=False).finish()
             weights[name] = {key: tensor.clone() for key, tensor in actor.weights()}
             exchange.barrier(ranks.world)
     return weights if dist.get_rank() == 0 else {}

@@ -46,16 +46,16 @@ def overlapping(*, with_no_sync: bool = True) -> Iterator[None]:
 
     real_wrap = data_parallel.wrap_chunks
 
-    def wrap(chunks: Any, model_config: Any, *rest: Any) -> Any:
-        wrapped = real_wrap(chunks, model_config, *rest)
+    def wrap(chunks: Any, *rest: Any) -> Any:
+        wrapped = real_wrap(chunks, *rest)
         if not with_no_sync:
-            model_config.no_sync_func = None
+            wrapped[0].config.no_sync_func = None
         return wrapped
 
     with (
         mock.patch.object(data_parallel, "overlaps_gradients", lambda groups: groups.dp_cp.size() > 1),
         mock.patch.object(data_parallel, "data_parallel_config", in_small_buckets),
-        mock.patch("megatron_fipo.actor.actor.wrap_chunks", wrap),
+        mock.patch("megatron_fipo.actor.trained.wrap_chunks", wrap),
     ):
         yield
 

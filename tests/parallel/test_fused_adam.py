@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from megatron_fipo.actor import optimizer_state
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.checkpoint.torch_dist import Keeping, load_checkpoint, save_checkpoint
+from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint, load_checkpoint
 from tests.parallel import layouts
 from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step, whole_weights
 from tests.parallel.ranks import RankError, run_ranks
@@ -97,7 +97,7 @@ def _goes_on(saves_fused: bool, goes_on_fused: bool, num_steps: int, model: str,
             actor = Actor(config, ranks)
             for step in range(num_steps):
                 train_step(actor, config, step, Outcome())
-            saved = save_checkpoint(actor, folder, num_steps, {}, Keeping(last=1))
+            saved = begin_checkpoint(actor, folder, num_steps, {}, Keeping(last=1), asynchronous=False).finish()
             train_step(actor, config, num_steps, Outcome())
             weights.append(whole_weights(actor))
         with fused() if goes_on_fused else nullcontext():
@@ -106,7 +106,9 @@ def _goes_on(saves_fused: bool, goes_on_fused: bool, num_steps: int, model: str,
             load_checkpoint(actor, saved)
             train_step(actor, config, num_steps, Outcome())
             weights.append(whole_weights(actor))
-            save_checkpoint(actor, folder, num_steps + 1, {}, Keeping(last=1))  # and it can be saved again
+            begin_checkpoint(
+                actor, folder, num_steps + 1, {}, Keeping(last=1), asynchronous=False
+            ).finish()  # and it can be saved again
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.actor import actor as actor_module
+from megatron_fipo.actor import policy_head
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel import cp_layout, cp_suffix_sum
 from megatron_fipo.parallel.vocab_log_probs import vocab_log_probs
@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Case, Breakage, str]] = {
     "one rank's part alone": (DP2, Breakage(batches=_own_rank_alone), "gradient_norm"),
     "no vocabulary mask": (
         replace(DP2, parallel=P(tp=2)),
-        Breakage(during=lambda: mock.patch.object(actor_module, "vocab_log_probs", _without_vocabulary_mask)),
+        Breakage(during=lambda: mock.patch.object(policy_head, "vocab_log_probs", _without_vocabulary_mask)),
         "gradients",
     ),
     "norms not marked for sequence parallelism": (TP2SP, Breakage(actor=_norms_not_marked), "gradients"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.actor.actor import Actor, NonFiniteError
+from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.non_finite import NonFiniteError
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.parallel.layouts import Breakage, Case, Outcome, config_of, layout, save_models, train_step, whole_weights

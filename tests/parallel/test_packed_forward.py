@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from unittest import mock
 
 import pytest
@@ -18,8 +17,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import transformer_block, transformer_layer
 from torch import Tensor, nn
 
-from megatron_fipo.actor import actor as actor_module
 from megatron_fipo.actor import model as actor_model
+from megatron_fipo.actor import schedule
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import Config, ParallelSection
 from megatron_fipo.parallel import batch as batches
@@ -90,7 +89,7 @@ def _crossings(folder: str, cp_size: int) -> dict[str, list[str]]:
         with _on_pretended_device(actor) as (_, crossings):
             microbatches = batches.build_minibatches(groups_of_step(0), config, ranks, PAD_TOKEN)[0]
             for name, params in (("right", RIGHT_PARAMS), ("reading", _reading_params)):
-                with mock.patch.object(actor_module, "packed_sequence_params", params):
+                with mock.patch.object(schedule, "packed_sequence_params", params):
                     crossings.clear()
                     _forward_and_backward(actor, config, ranks, microbatches)
                 others = {str(crossing) for crossing in crossings if crossing.kind != "to_device"}
@@ -105,8 +104,7 @@ def _forward_and_backward(
     assert len(microbatches) > 1
     for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=True):
         batch.old_log_probs = log_probs - batch.rollout_log_probs
-    loss = Objective(config.objective, ranks.cp)
-    actor._run(actor._chunks, microbatches, partial(actor._loss, loss_function=loss, faults=[]), forward_only=False)
+    actor._forward_and_backward(microbatches, Objective(config.objective, ranks.cp))
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
@@ -136,7 +134,7 @@ def _samples(lengths: Sequence[int]) -> list[Trajectory]:
 
 def _log_probs(actor: Actor, lengths: Sequence[int], longest: Callable[[Tensor], int]) -> Tensor:
     """The actor's log-probs of packed sequences, Megatron being told what `longest` says. Collective."""
-    samples, cp_group = _samples(lengths), actor.groups.cp
+    samples, cp_group = _samples(lengths), actor.ranks.cp
     whole = build_packed_batch(samples, range(len(samples)), 2 * cp_group.size(), PAD_TOKEN)
     batch = batches.shard_batch(whole, cp_group, torch.device("cpu"))
     with mock.patch.object(actor_model, "_rounded_longest", longest):

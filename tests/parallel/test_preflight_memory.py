@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.optimizer import single_optimizers
 from megatron_fipo.config import (
     BatchSection,
     Config,
@@ -114,7 +115,7 @@ def measure(case: Case, folder: str) -> tuple[int, dict[str, float], dict[str, f
     for batch, log_probs in zip(microbatches, actor.log_probs(microbatches), strict=False):
         batch.old_log_probs = log_probs
     actor.update(microbatches, Objective(config.objective, ranks.cp), step=0)
-    optimizers = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+    optimizers = single_optimizers(actor.optimizer)
     state = [
         value
         for each in optimizers

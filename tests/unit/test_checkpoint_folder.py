@@ -9,12 +9,12 @@ import pytest
 
 from megatron_fipo.checkpoint.folder import (
     begin,
-    by_trust,
     checkpoint_name,
     delete_old,
     describe_files,
     faults,
     file_names,
+    latest_first,
     latest_name,
     publish,
     read_manifest,
@@ -43,17 +43,17 @@ def test_names_sort_as_time_passes() -> None:
 def test_the_one_that_latest_names_comes_first_then_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, checkpoint_name(step))
-    assert [path.name for path in by_trust(tmp_path)] == ["step_000003", "step_000002", "step_000001"]
+    assert [path.name for path in latest_first(tmp_path)] == ["step_000003", "step_000002", "step_000001"]
     (tmp_path / "latest").write_text("step_000002\n")  # killed after step 3 was whole, before latest moved
-    assert [path.name for path in by_trust(tmp_path)] == ["step_000002", "step_000003", "step_000001"]
+    assert [path.name for path in latest_first(tmp_path)] == ["step_000002", "step_000003", "step_000001"]
     (tmp_path / "step_000004.partial.abcd").mkdir()
-    assert len(by_trust(tmp_path)) == 3
+    assert len(latest_first(tmp_path)) == 3
 
 
 def test_what_latest_names_is_never_written_over(tmp_path: Path) -> None:
     save(tmp_path, "step_000001")
     for expected in ("step_000001.again", "step_000001", "step_000001.again"):
-        before = by_trust(tmp_path)[0]
+        before = latest_first(tmp_path)[0]
         partial, target = begin(tmp_path, "step_000001")
         assert before.is_dir()
         publish(partial, target)
@@ -198,7 +198,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     for name in ("step_abc", "step_", "step_000001x", "steps", "step_000001_update_"):
         (tmp_path / name).mkdir()
     save(tmp_path, checkpoint_name(1))
-    assert [path.name for path in by_trust(tmp_path)] == ["step_000001"]
+    assert [path.name for path in latest_first(tmp_path)] == ["step_000001"]
     delete_old(tmp_path, keep_last=1, keep_every=0)
     assert (tmp_path / "step_abc").is_dir()
 
@@ -208,7 +208,7 @@ def test_a_damaged_pointer_only_changes_the_order(tmp_path: Path, content: bytes
     for step in (1, 2):
         save(tmp_path, checkpoint_name(step))
     (tmp_path / "latest").write_bytes(content)
-    assert [path.name for path in by_trust(tmp_path)] == ["step_000002", "step_000001"]
+    assert [path.name for path in latest_first(tmp_path)] == ["step_000002", "step_000001"]
     assert (latest_name(tmp_path) or "").isprintable()
 
 

@@ -38,7 +38,6 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {
         *("config", "rl", "parallel", "convert", "metrics.reductions", "environments", "rollout", "rollout.engine")
     },
-    "rollout.handover": {"config", "rl", "actor", "parallel", "metrics.reductions", "rollout"},
     "console": {"config", "console"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify"},
     "conformance": {"config", "rl", "conformance"},
@@ -53,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.samples": {"console"},
     "run": {
         *("config", "metrics", "metrics.reductions", "hub", "data", "rl", "verifiers", "parallel", "convert"),
-        *("actor", "checkpoint", "environments", "rollout", "rollout.engine", "rollout.handover", "console"),
+        *("actor", "checkpoint", "environments", "rollout", "rollout.engine", "console"),
         *("evaluation", "run", "run.folder", "run.samples", "system.error_net"),
     },
     "starters": {"starters"},

@@ -22,7 +22,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_fipo.actor.model import build_model, packed_sequence_params, unwrap
+from megatron_fipo.actor.hidden_states import unwrap
+from megatron_fipo.actor.model import build_model, packed_sequence_params
 from megatron_fipo.config import ModelSection, ParallelSection
 from megatron_fipo.convert.checkpoint_pickles import check_pickles
 from megatron_fipo.convert.hf_config import read_model_shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_fipo.checkpoint.folder import by_trust, faults, read_manifest
+from megatron_fipo.checkpoint.folder import faults, latest_first, read_manifest
 from megatron_fipo.config import load_config
 from megatron_fipo.convert.torch_dist import is_torch_dist
 from megatron_fipo.hub.models import model_folder
@@ -46,7 +46,7 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
 def _newest(folder: Path) -> Path:
     root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     damaged: list[str] = []
-    for candidate in by_trust(root):
+    for candidate in latest_first(root):
         try:
             files = read_manifest(candidate)
             problems = faults(candidate, sorted(files), files)

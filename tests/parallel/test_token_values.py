@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel.batch import build_minibatches
-from megatron_fipo.parallel.step_log_probs import gather_old_log_probs, set_old_log_probs
+from megatron_fipo.parallel.token_values import gather_old_log_probs, set_old_log_probs
 from megatron_fipo.rl.packed_batch import PackedBatch
 from tests.parallel.layouts import PAD_TOKEN, Case, config_of, groups_of_step, layout, save_models
 from tests.parallel.ranks import RankError, run_ranks

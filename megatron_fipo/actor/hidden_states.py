@@ -1,0 +1,38 @@
+"""Megatron's GPTModel, up to the hidden states from which a head computes what is wanted.
+
+Shapes: T_local tokens of a microbatch on this context-parallel rank, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns hidden states: log-probs are computed from them in chunks, without logits."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[T_local, 1, H] after the final norm (T_local / tp rows under sequence parallelism)."""
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows [V_local, H] of the output layer; the embedding's where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def remove_output_layer(self) -> None:
+        """Remove it from a last stage whose head does not read it. The final norm stays."""
+        assert not self.share_embeddings_and_output_weights, "what is tied to the embedding cannot be removed alone"
+        del self.output_layer
+        self.post_process = False  # where this is set, Megatron looks for an output layer to save
+
+
+def unwrap(chunk: nn.Module) -> HiddenStateModel:
+    """The model inside Megatron's wrappers (data parallel, half precision)."""
+    while not isinstance(chunk, HiddenStateModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
