@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from megatron_fipo import __version__
-from megatron_fipo.convert.hf_folder import partial_of, publish, write_text
+from megatron_fipo.convert.hf_writer import partial_of
+from megatron_fipo.system.disk import put_folder_in_place, write_whole
 
 PROCESS_BYTES = 400 * 1000**2
 """What a process that has imported torch and converts nothing takes."""
@@ -108,12 +109,12 @@ def being_written(plan: Plan, **choices: Any) -> Iterator[Path]:
         identity = {"version": __version__, "source": source, "tensors": _digest(plan), **choices}
         if not noted.is_file() or _noted(noted) != identity:
             _clear(partial)
-            write_text(noted, json.dumps(identity, indent=1))
+            write_whole(noted, json.dumps(identity, indent=1).encode())
         _check_room(partial, plan)
         yield partial
         (partial / _LOCK).unlink()
         noted.unlink()
-        publish(plan.target)
+        put_folder_in_place(partial, plan.target)
 
 
 def _noted(file: Path) -> Any:

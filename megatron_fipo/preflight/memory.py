@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config, log_prob_chunk_tokens, recomputed_part
-from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.model_shape import ModelShape
 from megatron_fipo.preflight.hardware import GIB, GPUS, Gpu
 from megatron_fipo.preflight.parameters import StageParameters, layer_matrices, stage_parameters, whole_parameters
 

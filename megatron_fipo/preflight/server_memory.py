@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
-from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.model_shape import ModelShape
 from megatron_fipo.preflight.hardware import GIB, Gpu
 from megatron_fipo.preflight.memory import (
     CONTEXT_GIB,

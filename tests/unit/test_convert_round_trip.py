@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_fipo.convert.hf_folder import partial_of
-from megatron_fipo.convert.inspection import ProblemsError
+from megatron_fipo.convert.hf_writer import partial_of
 from megatron_fipo.convert.offline.to_hugging_face import plan_to_hugging_face
 from megatron_fipo.convert.offline.to_megatron import plan_to_megatron
 from megatron_fipo.convert.offline.verification import verify_weights
 from megatron_fipo.convert.plan import being_written
+from megatron_fipo.convert.problems import ProblemsError
 from megatron_fipo.convert.torch_dist import TorchDistReader
 from tests.models import load, save_random_model
 

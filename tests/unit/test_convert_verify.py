@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron_fipo.convert.inspection import Problem, inspect_folder
+from megatron_fipo.convert.inspection import inspect_folder
 from megatron_fipo.convert.offline.command import add_verify, run
 from megatron_fipo.convert.offline.to_hugging_face import plan_to_hugging_face
 from megatron_fipo.convert.offline.to_megatron import plan_to_megatron
 from megatron_fipo.convert.offline.verification import read_checksums, verify_weights, write_checksums
+from megatron_fipo.convert.problems import Problem
 from megatron_fipo.convert.torch_dist import TorchDistReader
 from tests.models import save_random_model
 

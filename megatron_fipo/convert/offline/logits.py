@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from megatron_fipo.actor.model import build_model, packed_sequence_params, unwrap
 from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.config.model_layout import division_problems
 from megatron_fipo.convert.checkpoint_pickles import check_pickles
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights
-from megatron_fipo.convert.torch_dist import EXTRA_STATE, is_torch_dist
+from megatron_fipo.convert.torch_dist import is_torch_dist
+from megatron_fipo.convert.torch_dist_writer import EXTRA_STATE
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
@@ -113,7 +115,14 @@ def compare_logits(
     folder = Path(hugging_face)
     shape = read_model_shape(folder)
     parallel = ParallelSection(tp=tp, pp=pp)
-    _check_layout(shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, shape.num_layers, parallel)
+    sizes = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+    }
+    if problems := division_problems(sizes, parallel, tp="--tp ", pp="--pp "):
+        raise ValueError("\n".join(problems))
     sequences = _tokenize(folder, passages)
     with tempfile.TemporaryDirectory() as scratch:
         file = str(Path(scratch) / "logits.safetensors")
@@ -132,14 +141,6 @@ def compare_logits(
         same_best_token=int((tokens == found[0].reference_token).sum()),
         bound=BOUNDS[dtype],
     )
-
-
-def _check_layout(heads: int, groups: int, ffn: int, layers: int, parallel: ParallelSection) -> None:
-    for name, size in (("num_attention_heads", heads), ("num_key_value_heads", groups), ("intermediate_size", ffn)):
-        if size % parallel.tp:
-            raise ValueError(f"--tp {parallel.tp} must divide the model's {name}={size}.")
-    if layers % parallel.pp:
-        raise ValueError(f"--pp {parallel.pp} must divide the model's num_hidden_layers={layers}.")
 
 
 def _tokenize(folder: Path, passages: Sequence[str]) -> list[list[int]]:
