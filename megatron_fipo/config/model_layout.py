@@ -63,29 +63,25 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         raise ConfigError.of(problems, where="the layout of the model")
 
 
-def division_problems(
-    model_config: Mapping[str, Any], parallel: ParallelSection, tp: str = "parallel.tp=", pp: str = "parallel.pp="
-) -> list[str]:
+def division_problems(model_config: Mapping[str, Any], parallel: ParallelSection) -> list[str]:
     """Why a model does not divide into a layout's tensor-parallel ranks and pipeline stages; empty where it does.
 
     Args:
         model_config: config.json of the model, whose sizes are whole numbers.
-        tp: how the user gave the tensor-parallel size, for messages.
-        pp: how the user gave the number of pipeline stages, for messages.
     """
     heads, layers = model_config["num_attention_heads"], model_config["num_hidden_layers"]
     groups = model_config.get("num_key_value_heads") or heads
     problems = [
-        f"{tp}{parallel.tp}: must divide the model's {name}={model_config[name]}."
+        f"parallel.tp={parallel.tp}: must divide the model's {name}={model_config[name]}."
         for name in ("num_attention_heads", "intermediate_size")
         if model_config[name] % parallel.tp
     ]
     if groups % parallel.tp and parallel.tp % groups:
         problems.append(
-            f"{tp}{parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
+            f"parallel.tp={parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
         )
     stages = parallel.pp * (parallel.virtual_pp or 1)
     if layers % stages:
-        sizes = f"{pp}{parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
+        sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
         problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
     return problems

@@ -435,7 +435,7 @@ def test_a_folder_that_is_neither_is_refused(folders: Path, tmp_path: Path, capf
     assert run(add_verify, [str(folders / "hf"), str(tmp_path / "empty")]) == 1
     assert "is no whole torch_dist checkpoint" in capfd.readouterr().err
     assert run(add_verify, [str(tmp_path / "empty")]) == 1
-    assert "config.json does not exist" in capfd.readouterr().err
+    assert "config.json cannot be read: No such file" in capfd.readouterr().err
 
 
 # --- what lies beside the weights ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Shapes: T tokens of all passages, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -121,8 +122,8 @@ def compare_logits(
         "intermediate_size": shape.ffn_hidden_size,
         "num_hidden_layers": shape.num_layers,
     }
-    if problems := division_problems(sizes, parallel, tp="--tp ", pp="--pp "):
-        raise ValueError("\n".join(problems))
+    if problems := division_problems(sizes, parallel):  # which name keys of a run; here they were options
+        raise ValueError("\n".join(re.sub(r"parallel\.(\w+)=", r"--\1 ", problem) for problem in problems))
     sequences = _tokenize(folder, passages)
     with tempfile.TemporaryDirectory() as scratch:
         file = str(Path(scratch) / "logits.safetensors")
