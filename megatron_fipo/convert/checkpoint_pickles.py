@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides tensors is pickled. It is looked through before anything unpickles it.
+"""Looks through the pickles of a checkpoint before anything unpickles them.
 
 torch's FileSystemReader unpickles `.metadata` as it is, and its planner the objects that lie between the tensors in the
 .distcp files. Here `.metadata` is read with a list of the classes that torch writes into it; objects, and common.pt,
@@ -30,11 +30,11 @@ _COMMON_STATE = "common_state/"
 """Begins the name of an object between the tensors in which Megatron-Core 0.19 keeps what 0.16 writes into COMMON."""
 
 _EXTRA_STATE = "_extra_state"
-"""In the names of what modules keep beside their weights."""
+"""Part of the names of states that modules keep beside their weights."""
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint says it holds.
+    """Read which tensors and objects a checkpoint says that it holds, and where they lie.
 
     Raises:
         UntrustedCheckpointError: if that would run code, or points out of the folder.
@@ -84,7 +84,7 @@ def check_pickles(folder: str | Path) -> None:
 
 
 def _check_format(file: Path) -> None:
-    """Other backends have loaders of their own, which read other files."""
+    """Refuse checkpoints of other backends: their loaders read other files, which nothing here has looked through."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         backends = raw["sharded_backend"], raw.get("common_backend", "torch")
@@ -95,7 +95,7 @@ def _check_format(file: Path) -> None:
 
 
 def _has_the_form(metadata: Any) -> bool:
-    """Whether all that is read of it later is there and of its type: records may have lost any field."""
+    """Whether every field that is read later is there and has its type: a damaged record may have lost any of them."""
     try:
         stored, places = metadata.state_dict_metadata, metadata.storage_data
         return (

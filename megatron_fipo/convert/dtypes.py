@@ -28,7 +28,7 @@ SAFETENSORS_DTYPES = {
 """The names in the headers of safetensors files."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""What weights may be stored in."""
+"""The dtypes that weights may be stored in."""
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

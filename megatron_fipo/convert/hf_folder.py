@@ -27,7 +27,7 @@ class CheckpointReader:
     are left out; see `weight_files`.
 
     Attributes:
-        files: which files those are.
+        files: the files that hold the weights.
 
     Raises:
         ValueError: if the folder's tensors are not those that its config.json describes, naming the first that are
@@ -110,7 +110,7 @@ class CheckpointReader:
             return handle.get_tensor(name)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor; those that config.json implies are there."""
+        """Whether there is a tensor of this name. Every tensor that config.json implies is there."""
         return name in self._file_of
 
     def dtype(self, name: str) -> torch.dtype:

@@ -34,7 +34,10 @@ class ShardWriter:
     """Writes tensors into safetensors files of limited size, as they come.
 
     A file appears under its name when it is whole and on the disk, so that what an earlier, killed writer left in the
-    same folder can be gone on from: `written` names the tensors that are there.
+    same folder is kept.
+
+    Attributes:
+        written: the names of the tensors that are in whole files.
     """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
@@ -54,7 +57,7 @@ class ShardWriter:
         self.written = {name for part in self._parts for name in _sizes(part)}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor, contiguous and on the CPU; a file is written when it is full.
+        """Add one tensor, which is contiguous and on the CPU. A file is written when it is full.
 
         Raises:
             OSError: if the disk is full or not writable.
@@ -126,10 +129,10 @@ def own_memory(tensor: Tensor) -> Tensor:
 
 
 def copy_model_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Copy what belongs to a model besides its weights: config, tokenizer, generation config, licence.
+    """Copy the files that belong to a model besides its weights: config, tokenizer, generation config, licence.
 
     Args:
-        dtype: of the weights, noted in config.json; None leaves what it says.
+        dtype: the dtype of the weights, which config.json will state; None leaves what it says.
     """
     for file in model_files(source):
         shutil.copy2(file, target / file.name)
@@ -138,7 +141,7 @@ def copy_model_files(source: Path, target: Path, dtype: torch.dtype | None) -> N
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What belongs to a model besides its weights."""
+    """The files that belong to a model besides its weights."""
     of_a_checkpoint = {"metadata.json", ".metadata"}
     return [
         file
@@ -151,7 +154,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def note_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Say in config.json which dtype the weights have."""
+    """Write into config.json which dtype the weights have."""
     config = read_json_object(config_file)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

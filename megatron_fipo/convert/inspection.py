@@ -1,4 +1,4 @@
-"""What is wrong with a Hugging Face folder, each thing by its own name: nothing that is converted is taken on trust."""
+"""Finds everything that is wrong with a Hugging Face folder: nothing that is converted is taken on trust."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ from megatron_fipo.convert.weight_files import INDEX_FILE, WeightFiles, find_wei
 
 @dataclass(frozen=True)
 class Entry:
-    """What a safetensors file's header says of a tensor."""
+    """One tensor, as the header of its safetensors file describes it.
+
+    Attributes:
+        file: the file that holds it.
+        dtype: safetensors' name of its dtype.
+        shape: its size in every dimension.
+        is_whole: whether the file is long enough to hold all of it.
+    """
 
     file: Path
     dtype: str
@@ -56,12 +63,12 @@ def inspect_folder(folder: str | Path) -> tuple[ModelShape, list[Problem]]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is any weight file."""
+    """Whether a folder holds any weight file."""
     return any(folder.glob("*.safetensors"))
 
 
 def files_of_weights(folder: str | Path) -> WeightFiles:
-    """See `find_weight_files`; none where the folder has none at all, as with a config.json alone."""
+    """The same as `find_weight_files`, but for a folder without weights, such as a config.json alone, no files."""
     return find_weight_files(folder) if has_weights(Path(folder)) else WeightFiles((), None, ())
 
 
@@ -133,7 +140,7 @@ def _header_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int
 
 
 def _check_index(shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry]) -> Iterator[Problem]:
-    """What the index and the files say differently: transformers and the engines load by the index alone."""
+    """Contradictions between index and files: transformers and the engines load by the index alone."""
     expected = expected_tensors(shape)
     for name, entry in entries.items() if owners else ():
         if name not in owners and name in expected:

@@ -38,14 +38,14 @@ _WRITTEN_BY_TORCH = {
     ),
     *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does
-anything."""
+"""Everything that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, which run no
+code."""
 
 _LOADERS_OF_TENSORS = (
     ("torch.storage", "_load_from_bytes"),
     ("megatron.core.safe_globals", "safe_load_from_bytes"),
 )
-"""What pickled tensors name: torch's own, and what Megatron-Core 0.19 puts in its place."""
+"""The functions that pickled tensors name: torch's own, and the one that Megatron-Core 0.19 puts in its place."""
 
 _OF_TRANSFORMER_ENGINE = "transformer_engine."
 _REBUILT = {
@@ -54,7 +54,7 @@ _REBUILT = {
     ("torch", "Size"),
     ("_codecs", "encode"),
 }
-"""What Transformer Engine's state of FP8 names, besides its recipes' classes."""
+"""Everything that Transformer Engine's state of FP8 names, besides its recipes' classes."""
 
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -71,7 +71,7 @@ _DAMAGE = (
     TypeError,
     ValueError,
 )
-"""What reading a damaged pickle may raise."""
+"""Errors that reading a damaged pickle may raise."""
 
 
 class UntrustedCheckpointError(ValueError):
@@ -103,7 +103,7 @@ def unpickle(data: bytes, file: Path) -> Any:
 
 
 def check_plain(data: bytes, file: Path) -> Any:
-    """What torch saved, as plain values and tensors."""
+    """Read what torch saved, as plain values and tensors, and refuse anything else."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # also what torch makes of a class that is not on its list
@@ -150,13 +150,13 @@ def _unpickled(unpickler: pickle.Unpickler, file: Path) -> Any:
 
 
 class _TorchsRecords(pickle.Unpickler):
-    """Knows the classes that torch writes into a checkpoint's description."""
+    """Unpickles the classes that torch writes into a checkpoint's description, and no others."""
 
     def __init__(self, stream: io.BytesIO, file: Path) -> None:
         super().__init__(stream)
         self._file = file
         self._before: dict[str, tuple[Any, dict[str, Any]]] = {}
-        """What each of them had of attributes, by name."""
+        """For each class or function found, by its name: itself, and its attributes as they were before."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -185,7 +185,7 @@ class _TorchsRecords(pickle.Unpickler):
 
 
 class _StateOfFp8(pickle.Unpickler):
-    """Only looks: recipes of Transformer Engine become records that do nothing."""
+    """Reads the state only to look at it: recipes of Transformer Engine become records that do nothing."""
 
     def __init__(self, stream: io.BytesIO, file: Path) -> None:
         super().__init__(stream)

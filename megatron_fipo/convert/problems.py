@@ -1,4 +1,4 @@
-"""What may be wrong with weights, each thing by its own name, and the errors that list it."""
+"""Problems that weights may have, each with a name of its own, and the errors that list them."""
 
 from __future__ import annotations
 

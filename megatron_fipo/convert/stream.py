@@ -43,7 +43,7 @@ class _Held:
 
 
 def _held_parameters(chunks: Sequence[nn.Module], shape: ModelShape) -> list[_Held]:
-    """What this rank holds of the model; a tied output layer, a copy of the embedding, is left out."""
+    """The parameters that this rank holds. A tied output layer, which is a copy of the embedding, is left out."""
     found = []
     for chunk in chunks:
         layers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore

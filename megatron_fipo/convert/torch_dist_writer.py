@@ -26,7 +26,7 @@ from megatron_fipo.convert.torch_dist import is_torch_dist, slice_of
 from megatron_fipo.system.disk import write_whole
 
 EXTRA_STATE = "._extra_state"
-"""End of the names under which linear layers store what is no tensor: nothing, here."""
+"""End of the names under which linear layers store state that is no tensor; here they have none."""
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -42,10 +42,11 @@ class Slice:
 
     Attributes:
         key: name of the stored tensor.
-        layer: index along its first dimension; None for the whole tensor.
-        num_layers: size of its first dimension, where there is a layer.
-        shape: of the slice, without the layers' dimension.
-        read: gives the slice, when it is to be written.
+        layer: index along the stored tensor's first dimension; None for the whole tensor.
+        num_layers: size of the stored tensor's first dimension, where there is a layer.
+        shape: size of the slice, without the layers' dimension.
+        dtype: of the slice and of the stored tensor.
+        read: returns the slice; it is called when the slice is to be written.
     """
 
     key: str
@@ -73,7 +74,7 @@ class Slice:
 
     @property
     def index(self) -> MetadataIndex:
-        """Its name in the metadata."""
+        """Name and place of the slice in the metadata."""
         return MetadataIndex(self.key, self.chunk.offsets)
 
 
@@ -110,7 +111,7 @@ class _Planner(DefaultSavePlanner):
 
 
 def _nothing() -> io.BytesIO:
-    """As Megatron stores the extra state of a layer that has none."""
+    """The extra state of a layer that has none, in the form in which Megatron stores it."""
     stream = io.BytesIO()
     torch.save([None], stream)
     stream.seek(0)
@@ -123,9 +124,9 @@ def write_checkpoint(
     """Write a checkpoint; files that an earlier, killed call has finished are kept.
 
     Args:
-        folder: exists; what goes on in it is the caller's to name and to rename.
+        folder: exists; the caller gives it its final name when the checkpoint is whole.
         files: see `plan_files`; the same as in the earlier call.
-        extra_states: names of what is no tensor, `<key>._extra_state/shard_<layer>_<layers>`.
+        extra_states: names of the states that are no tensors, `<key>._extra_state/shard_<layer>_<layers>`.
         on_written: called with the bytes of each slice that is on its way into a file, or was there already.
 
     Raises:

@@ -29,7 +29,9 @@ _BUFFER = re.compile(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is no weight but what early transformers stored beside them: it follows from config.json.
+    """Whether a tensor is no weight, but a buffer that early transformers stored beside the weights.
+
+    Buffers follow from config.json, so that nothing is lost without them.
 
     Frequencies and tables of RoPE, masks (`attn.bias` holds one; projections are called `q_proj.bias`), positions.
     """
@@ -51,7 +53,7 @@ class WeightFiles:
     left_over: tuple[str, ...]
 
     def warning(self) -> str:
-        """What to tell of files that are not read; empty where there are none."""
+        """A warning about files that are not read; empty where there are none."""
         if not self.left_over:
             return ""
         source = INDEX_FILE if self.owner_of is not None else SINGLE_FILE
@@ -126,7 +128,7 @@ def read_index_object(file: Path) -> dict[str, str]:
 
 
 def tied_difference(embedding: Tensor, output: Tensor) -> str:
-    """How an output layer differs from the embedding that it is tied to, in words; empty where it does not."""
+    """Describe how an output layer differs from the embedding that it is tied to; empty where it does not."""
     if embedding.shape != output.shape:
         return f"it is {list(output.shape)}, the embedding {list(embedding.shape)}"
     differ = embedding.to(output.dtype) != output

@@ -1,4 +1,4 @@
-"""Whether the actor's model and transformers' compute the same logits from the same text.
+"""Checks that the actor's model and transformers' compute the same logits from the same text.
 
 One model is in memory at a time: transformers' runs in a process of its own, leaves its logits in a file, and ends;
 then the actor's model runs on as many processes as its layout has.
@@ -58,7 +58,7 @@ _RANKS: dict[str, Any] = {
     "preload": ["megatron_fipo.system.quiet", "megatron_fipo.convert.offline.logits"],
     "timeout_s": 3600.0,
 }
-"""How the processes are started."""
+"""Arguments of `run_local_ranks` with which the processes are started."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class LogitsComparison:
     """How far the actor's logits are from transformers'.
 
     Attributes:
-        num_tokens: compared positions.
-        largest_difference: of a logit. largest_logit: of transformers', in absolute value.
-        same_best_token: positions at which both find the same token likeliest.
-        bound: of largest_difference / largest_logit.
+        num_tokens: number of positions compared.
+        largest_difference: the largest difference between two logits, in absolute value.
+        largest_logit: the largest of transformers' logits, in absolute value.
+        same_best_token: number of positions at which both find the same token likeliest.
+        bound: the largest largest_difference / largest_logit that rounding accounts for.
     """
 
     num_tokens: int
@@ -168,7 +169,7 @@ def _transformers_logits(folder: str, sequences: list[list[int]], dtype: str, fi
 
 @dataclass(frozen=True)
 class _Part:
-    """What one tensor-parallel rank of the last stage finds among its rows of the vocabulary."""
+    """The comparison of one tensor-parallel rank of the last stage, among its rows of the vocabulary."""
 
     largest_difference: float
     largest_logit: float

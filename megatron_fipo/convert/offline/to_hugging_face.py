@@ -1,4 +1,4 @@
-"""A Megatron checkpoint as a Hugging Face folder, one tensor at a time and one weight file in memory."""
+"""Converts a Megatron checkpoint into a Hugging Face folder, one tensor at a time and one weight file in memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def _write(weights: MegatronSource, dtype: torch.dtype, shard_bytes: int, folder
 
 
 def _peak_bytes(rows: Sequence[Parameter], stored_dtype: torch.dtype, dtype: torch.dtype, shard_bytes: int) -> int:
-    """What is held of a file, and beside it a parameter as it is stored and as it is taken apart."""
+    """An estimate of the memory at its highest.
+
+    The tensors of a file are held until it is full, and beside them one parameter, as it is stored and as it is taken
+    apart.
+    """
     held = peak = 0
     for row in rows:
         numels = [prod(size) for size in row.tensors.values()]

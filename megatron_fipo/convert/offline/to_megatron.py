@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a Megatron checkpoint, one tensor at a time.
+"""Converts a Hugging Face folder into a Megatron checkpoint, one tensor at a time.
 
 What is written is what the actor itself would save: the same names and shapes, loadable in any layout. Config,
 tokenizer and generation config go beside it, so that the way back needs nothing else.

@@ -1,4 +1,4 @@
-"""Whether folders hold the same weights, bit for bit, whatever format they are in; and checksums of each tensor."""
+"""Checks that folders hold the same weights, bit for bit, whatever format they are in; and checksums of each tensor."""
 
 from __future__ import annotations
 
