@@ -55,7 +55,7 @@ class StageMemory:
     log_probs: float
     """Logits of a chunk, the output layer's gradient, gathered hidden states: where the pipeline ends."""
     rollout_engine: float
-    """Memory of the engine during training: in process the whole model, of a colocated server what it cannot release."""
+    """Memory of the engine during training: in process the whole model; of a colocated server what it cannot free."""
     reserve: float = RESERVE_GIB
 
     @property

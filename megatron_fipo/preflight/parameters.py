@@ -68,7 +68,7 @@ def stage_parameters(shape: ModelShape, parallel: ParallelSection, ep: int = 1) 
     held = [0] * parallel.pp
     for row in stored_rows(shape):
         if row.is_on_expert_rank(shape, ep, rank=0):  # every rank has as many experts
-            held[_stage_of(row, shape, parallel)] += prod(row.shard_size(shape, parallel.tp))
+            held[_stage_of(row, shape, parallel.pp)] += prod(row.shard_size(shape, parallel.tp))
     rows, hidden = find_row(shape, _EMBEDDING).shard_size(shape, parallel.tp)
     if shape.tied_embeddings and parallel.pp > 1:
         held[-1] += rows * hidden  # a pipeline holds a tied matrix at both of its ends
@@ -78,9 +78,12 @@ def stage_parameters(shape: ModelShape, parallel: ParallelSection, ep: int = 1) 
     ]
 
 
-def _stage_of(row: Parameter, shape: ModelShape, parallel: ParallelSection) -> int:
-    """The pipeline stage that holds a row. With virtual stages each has several runs of layers, dealt in turn."""
+def _stage_of(row: Parameter, shape: ModelShape, num_stages: int) -> int:
+    """The pipeline stage that holds a row.
+
+    With virtual stages other layers are together than those that this says. Their number is the same, and so is what
+    each of them holds.
+    """
     if row.layer is None:
-        return 0 if is_before_layers(row) else parallel.pp - 1
-    layers_of_a_run = shape.num_layers // (parallel.pp * (parallel.virtual_pp or 1))
-    return row.layer // layers_of_a_run % parallel.pp
+        return 0 if is_before_layers(row) else num_stages - 1
+    return row.layer // (shape.num_layers // num_stages)
