@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fipo.config import Config, server_device_problems
-from megatron_fipo.convert.hf_config import model_shape
-from megatron_fipo.convert.model_shape import ModelShape
+from megatron_fipo.convert.hf_config import ModelShape, model_shape
 from megatron_fipo.preflight.findings import (
     FAILS,
     WARNS,
