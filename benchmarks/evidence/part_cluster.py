@@ -24,7 +24,7 @@ from benchmarks.evidence.report import Settings, SkipCase
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.convert.families import expected_tensors
 from megatron_fipo.convert.hf_config import model_shape
-from megatron_fipo.convert.hf_folder import DEFAULT_SHARD_BYTES, ShardWriter
+from megatron_fipo.convert.hf_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

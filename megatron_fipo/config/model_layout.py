@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import FP8_ALIGNMENT, Config
-from megatron_fipo.config.text_files import decode_text, parse_json
+from megatron_fipo.config.schema import FP8_ALIGNMENT, Config, ParallelSection
+from megatron_fipo.config.text_files import read_json_object
 
 
 def read_model_config(path: str | Path) -> dict[str, Any]:
@@ -18,19 +18,11 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
         ConfigError: if the folder, the file or its content is not there.
     """
     file = Path(path) / "config.json"
-    try:
-        raw = file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(
-            f"model.path={path}: {file} cannot be read ({reason}). A folder with a Hugging Face checkpoint was "
-            f"expected; a relative path starts from the current folder, {Path.cwd()}, or from the configuration file's."
-        ) from error
-    place = f"model.path={path}: {file}"
-    content = parse_json(decode_text(raw, place), place)
-    if not isinstance(content, dict):
-        raise ConfigError(f"model.path={path}: {file} holds a {type(content).__name__}; an object was expected.")
-    return content
+    expected = (
+        "A folder with a Hugging Face checkpoint was expected; a relative path starts from the current folder, "
+        f"{Path.cwd()}, or from the configuration file's."
+    )
+    return read_json_object(file, f"model.path={path}: {file}", expected)
 
 
 def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> None:
@@ -51,20 +43,9 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
             f"model.path={config.model.path}: config.json has no whole number for {', '.join(wrong)}: one from 1 on "
             "was expected."
         )
-    heads, layers, intermediate = (model_config[name] for name in names)
-    groups = model_config.get("num_key_value_heads") or heads
-    parallel, problems = config.parallel, []
-    for name, size in (("num_attention_heads", heads), ("intermediate_size", intermediate)):
-        if size % parallel.tp:
-            problems.append(f"parallel.tp={parallel.tp}: must divide the model's {name}={size}.")
-    if groups % parallel.tp and parallel.tp % groups:
-        problems.append(
-            f"parallel.tp={parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
-        )
-    stages = parallel.pp * (parallel.virtual_pp or 1)
-    if layers % stages:
-        sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
-        problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
+    heads, intermediate = model_config["num_attention_heads"], model_config["intermediate_size"]
+    parallel = config.parallel
+    problems = division_problems(model_config, parallel)
     alignment = FP8_ALIGNMENT[config.model.fp8]
     width = model_config.get("head_dim") or model_config.get("hidden_size", 0) // heads
     sizes_of_a_rank = {
@@ -80,3 +61,27 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
             )
     if problems:
         raise ConfigError.of(problems, where="the layout of the model")
+
+
+def division_problems(model_config: Mapping[str, Any], parallel: ParallelSection) -> list[str]:
+    """Why a model does not divide into a layout's tensor-parallel ranks and pipeline stages; empty where it does.
+
+    Args:
+        model_config: config.json of the model, whose sizes are whole numbers.
+    """
+    heads, layers = model_config["num_attention_heads"], model_config["num_hidden_layers"]
+    groups = model_config.get("num_key_value_heads") or heads
+    problems = [
+        f"parallel.tp={parallel.tp}: must divide the model's {name}={model_config[name]}."
+        for name in ("num_attention_heads", "intermediate_size")
+        if model_config[name] % parallel.tp
+    ]
+    if groups % parallel.tp and parallel.tp % groups:
+        problems.append(
+            f"parallel.tp={parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
+        )
+    stages = parallel.pp * (parallel.virtual_pp or 1)
+    if layers % stages:
+        sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
+        problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
+    return problems

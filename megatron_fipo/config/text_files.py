@@ -84,3 +84,30 @@ def parse_json(text: str, place: str) -> Any:
         raise ConfigError(f"{place} is nested too deeply to be read.") from error
     except ValueError as error:  # a whole number of more digits than Python reads
         raise ConfigError(f"{place} cannot be read: {error}.") from error
+
+
+def read_json_object(path: Path, place: str = "", expected: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: the file.
+        place: names the file in messages; its path if nothing is given.
+        expected: a sentence for the message where the file cannot be read: what should be there.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no UTF-8, is not valid JSON or holds something else.
+    """
+    place = place or str(path)
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{place} cannot be read: {reason}.{' ' if expected else ''}{expected}") from error
+    text = decode_text(content, place)
+    try:
+        value = parse_json(text, place)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place} holds a {type(value).__name__}; an object was expected. Copy or download it again.")
+    return value

@@ -1,18 +1,14 @@
-"""What a checkpoint holds besides tensors is pickled. It is looked through before anything unpickles it.
+"""Looks through the pickles of a checkpoint before anything unpickles them.
 
-A pickle may name any function and have it called. torch's FileSystemReader unpickles `.metadata` as it is, and its
-planner the objects that lie between the tensors in the .distcp files. Here `.metadata` is read with a list of the
-classes that torch writes into it; objects, and common.pt, must pass torch's own reader of plain values
-(weights_only). Only then may torch's and Megatron's loaders have them. The files that tensors are read from must lie
-in the checkpoint.
+torch's FileSystemReader unpickles `.metadata` as it is, and its planner the objects that lie between the tensors in the
+.distcp files. Here `.metadata` is read with a list of the classes that torch writes into it; objects, and common.pt,
+must pass torch's own reader of plain values (weights_only). Only then may torch's and Megatron's loaders have them. The
+files that tensors are read from must lie in the checkpoint. See `pickle_guard` for the readers.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,102 +23,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_fipo.convert.pickle_guard import UntrustedCheckpointError, check_plain, check_state, unpickle
+
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 _COMMON_STATE = "common_state/"
 """Begins the name of an object between the tensors in which Megatron-Core 0.19 keeps what 0.16 writes into COMMON."""
 
-_CHECKPOINT = "torch.distributed.checkpoint"
-_WRITTEN_BY_TORCH = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),  # where it was written; from Python 3.13 on of another module
-    ("pathlib._local", "PosixPath"),
-    ("torch.serialization", "_get_layout"),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    (f"{_CHECKPOINT}.storage", "WriteResult"),
-    *(
-        (f"{_CHECKPOINT}.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
-}
-"""All that `.metadata` names with Megatron-Core 0.16 and 0.19, besides dtypes: plain records, none of which does
-anything."""
-
-_LOADERS_OF_TENSORS = (
-    ("torch.storage", "_load_from_bytes"),
-    ("megatron.core.safe_globals", "safe_load_from_bytes"),
-)
-"""What pickled tensors name: torch's own, and what Megatron-Core 0.19 puts in its place."""
-
 _EXTRA_STATE = "_extra_state"
-"""In the names of what modules keep beside their weights."""
-_OF_TRANSFORMER_ENGINE = "transformer_engine."
-_REBUILT = {
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("_codecs", "encode"),
-}
-"""What Transformer Engine's state of FP8 names, besides its recipes' classes."""
-
-_DAMAGE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    EOFError,
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What reading a damaged pickle may raise."""
-
-
-class UntrustedCheckpointError(ValueError):
-    """A checkpoint that would have code run when it is opened. Nothing of it has run."""
-
-    def __init__(self, file: Path, what: str) -> None:
-        super().__init__(
-            f"{file} names {what}, which no checkpoint of this project or of Megatron-Core does; opening it could run "
-            "anything. Only open checkpoints that you would run. If this one is yours, something has changed it: "
-            "restore it from a copy."
-        )
-
-
-def unpickle(data: bytes, file: Path) -> Any:
-    """Unpickle what torch writes about a checkpoint; nothing else is called.
-
-    Args:
-        file: named in errors.
-
-    Raises:
-        UntrustedCheckpointError: if it names anything else, a function of Python's or a class of somebody's own.
-        ValueError: if it is no whole pickle.
-    """
-    reader = _TorchsRecords(io.BytesIO(data), file)
-    try:
-        return _unpickled(reader, file)
-    finally:
-        reader.check_unchanged()
+"""Part of the names of states that modules keep beside their weights."""
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint says it holds.
+    """Read which tensors and objects a checkpoint says that it holds, and where they lie.
 
     Raises:
         UntrustedCheckpointError: if that would run code, or points out of the folder.
@@ -156,7 +68,7 @@ def check_pickles(folder: str | Path) -> None:
     root = Path(folder)
     metadata = read_metadata(root)
     if (root / COMMON).is_file():
-        _check_plain((root / COMMON).read_bytes(), root / COMMON)
+        check_plain((root / COMMON).read_bytes(), root / COMMON)
     elif not any(name.startswith(_COMMON_STATE) for name in metadata.state_dict_metadata):
         raise ValueError(f"{root / COMMON} is not there. Restore it from a copy.")
     for index, info in metadata.storage_data.items():
@@ -168,11 +80,11 @@ def check_pickles(folder: str | Path) -> None:
                     data = stream.read(info.length)
             except OSError as error:
                 raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
-            _check_state(_check_plain(data, file), file, is_extra=_EXTRA_STATE in index.fqn)
+            check_state(check_plain(data, file), file, is_extra=_EXTRA_STATE in index.fqn)
 
 
 def _check_format(file: Path) -> None:
-    """Other backends have loaders of their own, which read other files."""
+    """Refuse checkpoints of other backends: their loaders read other files, which nothing here has looked through."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         backends = raw["sharded_backend"], raw.get("common_backend", "torch")
@@ -183,7 +95,7 @@ def _check_format(file: Path) -> None:
 
 
 def _has_the_form(metadata: Any) -> bool:
-    """Whether all that is read of it later is there and of its type: records may have lost any field."""
+    """Whether every field that is read later is there and has its type: a damaged record may have lost any of them."""
     try:
         stored, places = metadata.state_dict_metadata, metadata.storage_data
         return (
@@ -229,113 +141,3 @@ def _is_place(info: Any) -> bool:
         and min(info.offset, info.length) >= 0
         and not getattr(info, "transform_descriptors", None)
     )
-
-
-def _check_plain(data: bytes, file: Path) -> Any:
-    """What torch saved, as plain values and tensors."""
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # also what torch makes of a class that is not on its list
-        name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
-        if name:
-            raise UntrustedCheckpointError(file, name) from error
-        # torch's own words are advice to trust the file.
-        raise ValueError(f"{file} cannot be read: torch has not saved it so. Restore it from a copy.") from error
-    except _DAMAGE as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _check_state(value: Any, file: Path, *, is_extra: bool) -> None:
-    """A module's extra state: Transformer Engine pickles its own into a tensor of bytes, and unpickles it as it is.
-
-    It takes the bytes of a tensor whatever its dtype. (From 2.20 on it refuses by itself what it does not know.)
-
-    Args:
-        is_extra: whether a module gets the value; of others only tensors of bytes are looked at.
-    """
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            _check_state(item, file, is_extra=is_extra)
-    elif isinstance(value, io.BytesIO):
-        _check_plain(value.getvalue(), file)
-    elif isinstance(value, torch.Tensor) and value.numel() and (is_extra or value.dtype == torch.uint8):
-        _unpickled(_StateOfFp8(io.BytesIO(_bytes_of(value, file)), file), file)
-
-
-def _bytes_of(tensor: torch.Tensor, file: Path) -> bytes:
-    try:
-        return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, quantized: nobody's state
-        raise ValueError(f"{file} holds a state that is no plain tensor ({error}). Restore it from a copy.") from error
-
-
-def _unpickled(unpickler: pickle.Unpickler, file: Path) -> Any:
-    try:
-        return unpickler.load()
-    except UntrustedCheckpointError:
-        raise
-    except _DAMAGE as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}). Restore it from a copy.") from error
-
-
-class _TorchsRecords(pickle.Unpickler):
-    """Knows the classes that torch writes into a checkpoint's description."""
-
-    def __init__(self, stream: io.BytesIO, file: Path) -> None:
-        super().__init__(stream)
-        self._file = file
-        self._before: dict[str, tuple[Any, dict[str, Any]]] = {}
-        """What each of them had of attributes, by name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in _WRITTEN_BY_TORCH or is_dtype:
-            found = super().find_class(module, name)
-            self._before.setdefault(f"{module}.{name}", (found, dict(getattr(found, "__dict__", {}))))
-            return found
-        raise UntrustedCheckpointError(self._file, f"{module}.{name}")
-
-    def check_unchanged(self) -> None:
-        """A pickle can set attributes of what it names, the classes themselves: that is undone and refused.
-
-        Raises:
-            UntrustedCheckpointError: if it has.
-        """
-        for name, (found, before) in self._before.items():
-            now = dict(getattr(found, "__dict__", {}))
-            changed = [key for key in now.keys() | before.keys() if now.get(key) is not before.get(key)]
-            for key in changed:
-                if key in before:
-                    setattr(found, key, before[key])
-                else:
-                    delattr(found, key)
-            if changed:
-                raise UntrustedCheckpointError(self._file, f"a change of {name}")
-
-
-class _StateOfFp8(pickle.Unpickler):
-    """Only looks: recipes of Transformer Engine become records that do nothing."""
-
-    def __init__(self, stream: io.BytesIO, file: Path) -> None:
-        super().__init__(stream)
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith(_OF_TRANSFORMER_ENGINE) and "recipe" in module and "." not in name:
-            return _Inert
-        if (module, name) in _LOADERS_OF_TENSORS:  # they unpickle in turn
-            return lambda data: _check_plain(data, self._file)
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in _REBUILT or is_dtype:
-            return super().find_class(module, name)
-        raise UntrustedCheckpointError(self._file, f"{module}.{name}")
-
-
-class _Inert:
-    """Stands for an object that is only looked at."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass

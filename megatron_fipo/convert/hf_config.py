@@ -1,28 +1,21 @@
-"""What a Hugging Face config.json says about a dense decoder-only model, checked against what can be trained here.
+"""Reads what a Hugging Face config.json says about a model, and checks that it can be trained here.
 
-Every key that changes what the model computes is either applied or refused by name: one that the trainer passed over
-and a rollout engine did not would train another policy than the one that answers.
+Every key that changes what the model computes is either applied or refused by name. If the trainer passed over a key
+that a rollout engine applies, it would train another policy than the one that answers.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.config.text_files import read_json_object
+from megatron_fipo.convert.families import FAMILIES
+from megatron_fipo.convert.families.family import Family
 from megatron_fipo.convert.hf_rope import rope_theta
-
-FAMILIES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
-"""config.json's model_type -> name of the conversion table."""
-
-_QWEN3_HEAD_DIM = 128
-"""What transformers assumes for a qwen3 config without head_dim, whatever the hidden size."""
-
-_QWEN_KEY_VALUE_HEADS = 32
-"""What transformers assumes for a qwen2 or qwen3 config without num_key_value_heads."""
+from megatron_fipo.convert.model_shape import ModelShape
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -96,37 +89,6 @@ _TELLS_ONLY = re.compile(
 """Among them, names of what only describes the folder."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes and switches of a dense decoder with grouped-query attention, RoPE, RMSNorm and SwiGLU.
-
-    Attributes:
-        qkv_bias: whether q, k and v have a bias. output_bias: whether o_proj has one.
-        qk_norm: whether each head of q and k is normalised before RoPE.
-    """
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    rope_theta: float
-    norm_epsilon: float
-    tied_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool = False
-    qk_norm: bool = False
-
-    def padded_vocab_size(self, tp_size: int) -> int:
-        """Vocabulary rounded up so that each tensor-parallel rank holds a multiple of 128 rows."""
-        multiple = 128 * tp_size
-        return -(-self.vocab_size // multiple) * multiple
-
-
 def read_model_shape(folder: str | Path) -> ModelShape:
     """Read `folder`/config.json.
 
@@ -135,30 +97,20 @@ def read_model_shape(folder: str | Path) -> ModelShape:
             names the key.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. model.path must be a folder with a Hugging Face checkpoint.")
-    return model_shape(read_object(path), str(path))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ValueError: if it cannot be read or holds something else, naming the file.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-        raise ValueError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}; an object was expected. Copy or download it again.")
-    return raw
+    raw = read_json_object(path, expected="A folder with a Hugging Face model was expected.")
+    return model_shape(raw, str(path))
 
 
 def model_shape(raw: dict[str, Any], place: str) -> ModelShape:
-    """The same from a config that is read already; `place` names it in errors."""
+    """The shape of the model that a config.json describes.
+
+    Args:
+        raw: the content of config.json.
+        place: names the file in errors.
+
+    Raises:
+        ValueError: if the model is not supported; the message names the key.
+    """
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -174,40 +126,37 @@ def model_shape(raw: dict[str, Any], place: str) -> ModelShape:
             "Whichever is wrong, correct it."
         )
     heads = sizes["num_attention_heads"]
-    groups = _key_value_heads(raw, place, family, heads)
-    # Qwen2 has a bias on q, k and v and says so nowhere; where attention_bias exists, it means o_proj too.
-    attention_bias = family != "qwen2" and _switch(raw, place, "attention_bias")
+    attention_bias = not family.always_has_qkv_bias and _switch(raw, place, "attention_bias")
     return ModelShape(
-        family=family,
+        family=family.name,
         num_layers=sizes["num_hidden_layers"],
         hidden_size=sizes["hidden_size"],
         ffn_hidden_size=sizes["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=groups,
+        num_query_groups=_key_value_heads(raw, place, family, heads),
         head_dim=_head_dim(raw, place, family, heads),
         vocab_size=sizes["vocab_size"],
         max_position_embeddings=_whole_number(raw, place, "max_position_embeddings", 2048),
         rope_theta=rope_theta(raw, place),
         norm_epsilon=_positive(raw, place, "rms_norm_eps", 1e-6),
         tied_embeddings=_switch(raw, place, "tie_word_embeddings"),
-        qkv_bias=family == "qwen2" or attention_bias,
+        qkv_bias=family.always_has_qkv_bias or attention_bias,
         output_bias=attention_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family.has_qk_norm,
     )
 
 
-def _check_architecture(raw: dict[str, Any], place: str, family: str) -> None:
+def _check_architecture(raw: dict[str, Any], place: str, family: Family) -> None:
     """Engines choose the model's class by `architectures`, transformers by model_type: they must mean the same."""
     named = raw.get("architectures")
-    expected = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]
-    if named and named != [expected]:
+    if named and named != [family.architecture]:
         raise ValueError(
-            f"{place}: architectures={named!r}: a {family} model that generates is [{expected!r}], and rollout engines "
-            "would run another. Take the folder of a model for text generation."
+            f"{place}: architectures={named!r}: a {family.name} model that generates is [{family.architecture!r}], and "
+            "rollout engines would run another. Take the folder of a model for text generation."
         )
 
 
-def _check_switches(raw: dict[str, Any], place: str, family: str) -> None:
+def _check_switches(raw: dict[str, Any], place: str, family: Family) -> None:
     """Refuse whatever would change the computation and is not applied here."""
     for key, value in raw.items():
         if value is None or value is False or value in ([], {}, ""):
@@ -219,13 +168,13 @@ def _check_switches(raw: dict[str, Any], place: str, family: str) -> None:
         elif key == "layer_types":
             if not isinstance(value, list) or any(kind != "full_attention" for kind in value):
                 raise ValueError(f"{place}: layer_types={_short(value)}: only full attention is supported.")
-        elif key == "sliding_window" and family == "llama":  # the others have use_sliding_window beside it
+        elif key == "sliding_window" and not family.has_window_switch:
             raise ValueError(f"{place}: sliding_window={value!r}: sliding windows are not supported.")
         elif key not in _APPLIED | _WITHOUT_EFFECT and _may_compute(key, value):
             raise ValueError(
-                f"{place}: {key}={_short(value)}: this key is none of a {family} model's, it is not applied in "
-                "training "
-                "and an engine might apply it. Delete it from a copy of config.json if the model does not need it."
+                f"{place}: {key}={_short(value)}: this key is none of a {family.name} model's, it is not applied in "
+                "training and an engine might apply it. Delete it from a copy of config.json if the model does not "
+                "need it."
             )
 
 
@@ -263,8 +212,8 @@ def _switch(raw: dict[str, Any], place: str, key: str) -> bool:
     return bool(value)
 
 
-def _key_value_heads(raw: dict[str, Any], place: str, family: str, heads: int) -> int:
-    default = heads if family == "llama" else _QWEN_KEY_VALUE_HEADS
+def _key_value_heads(raw: dict[str, Any], place: str, family: Family, heads: int) -> int:
+    default = family.key_value_heads or heads
     groups = heads if raw.get("num_key_value_heads", default) is None else None
     groups = groups or _whole_number(raw, place, "num_key_value_heads", default)
     if heads % groups:
@@ -272,10 +221,10 @@ def _key_value_heads(raw: dict[str, Any], place: str, family: str, heads: int) -
     return groups
 
 
-def _head_dim(raw: dict[str, Any], place: str, family: str, heads: int) -> int:
+def _head_dim(raw: dict[str, Any], place: str, family: Family, heads: int) -> int:
     if raw.get("head_dim") is None:
-        if family == "qwen3":
-            return _QWEN3_HEAD_DIM
+        if family.head_dim is not None:
+            return family.head_dim
         if raw["hidden_size"] % heads:
             raise ValueError(
                 f"{place}: num_attention_heads={heads} should divide hidden_size={raw['hidden_size']}, or head_dim be "

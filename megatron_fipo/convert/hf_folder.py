@@ -1,14 +1,7 @@
-"""Hugging Face folders: safetensors files read one tensor at a time and written one file at a time.
-
-A folder that is written goes by another name, `<name>.partial`, until it is whole.
-"""
+"""Reads the weights of a Hugging Face folder, one tensor at a time."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,39 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_fipo.convert.dtypes import FLOATS, SAFETENSORS_DTYPES
 from megatron_fipo.convert.families import expected_tensors
-from megatron_fipo.convert.hf_config import ModelShape, read_object
+from megatron_fipo.convert.model_shape import ModelShape
 from megatron_fipo.convert.weight_files import INDEX_FILE, find_weight_files, first_of, is_buffer, tied_difference
 
-DEFAULT_SHARD_BYTES = 2 * 1000**3
-"""Of one safetensors file that is written: what is held in memory while a folder is written."""
-
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of dtypes."""
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""What weights may be stored in."""
-
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
-_PART = re.compile(r"part-\d{5}\.safetensors")
-_FINAL = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
+"""Names of the two tensors that have a row for each token."""
 
 
 class CheckpointReader:
@@ -58,7 +27,7 @@ class CheckpointReader:
     are left out; see `weight_files`.
 
     Attributes:
-        files: which files those are.
+        files: the files that hold the weights.
 
     Raises:
         ValueError: if the folder's tensors are not those that its config.json describes, naming the first that are
@@ -84,10 +53,9 @@ class CheckpointReader:
             lost = [name for name, owner in owner_of.items() if owner == file.name]
             raise ValueError(
                 f"{self.folder}: {INDEX_FILE} names {file.name}, which is not there. Missing: {first_of(lost)}. Copy "
-                "or "
-                "download the folder again."
+                "or download the folder again."
             )
-        with _opened(file) as handle:
+        with opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118
                 if is_buffer(name):
                     continue
@@ -95,25 +63,22 @@ class CheckpointReader:
                     raise ValueError(
                         f"{self.folder}: {file.name} holds {name}, which {INDEX_FILE} "
                         f"{'puts into ' + owner_of[name] if name in owner_of else 'does not name'}. The index is of "
-                        "another "
-                        "save of the model; copy or download the folder again."
+                        "another save of the model; copy or download the folder again."
                     )
                 entry = handle.get_slice(name)
-                if DTYPES.get(entry.get_dtype()) not in FLOATS:
+                if SAFETENSORS_DTYPES.get(entry.get_dtype()) not in FLOATS:
                     raise ValueError(
                         f"{file}: tensor {name} is {entry.get_dtype()}; supported are float32, float16 and bfloat16, "
-                        "not "
-                        "quantized weights."
+                        "not quantized weights."
                     )
                 self._file_of[name] = file
                 self._shape_of[name] = tuple(entry.get_shape())
-                self._dtype_of[name] = DTYPES[entry.get_dtype()]
+                self._dtype_of[name] = SAFETENSORS_DTYPES[entry.get_dtype()]
         lost = [] if owner_of is None else [n for n, f in owner_of.items() if f == file.name and n not in self._file_of]
         if lost := [name for name in lost if not is_buffer(name)]:
             raise ValueError(
                 f"{self.folder}: {INDEX_FILE} puts {first_of(lost)} into {file.name}, which has no such tensor. Copy "
-                "or "
-                "download the folder again."
+                "or download the folder again."
             )
 
     def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
@@ -136,17 +101,16 @@ class CheckpointReader:
             raise ValueError(
                 f"{self.folder}: config.json says tie_word_embeddings=true, so that {OUTPUT} is {EMBEDDING}, but "
                 f"{self.place(OUTPUT)} holds another: {detail}. Set tie_word_embeddings=false if the model has an "
-                "output "
-                "layer of its own; otherwise take the tensor out of the file."
+                "output layer of its own; otherwise take the tensor out of the file."
             )
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, in the file's dtype."""
-        with _opened(self._file_of[name]) as handle:
+        with opened(self._file_of[name]) as handle:
             return handle.get_tensor(name)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor; those that config.json implies are there."""
+        """Whether there is a tensor of this name. Every tensor that config.json implies is there."""
         return name in self._file_of
 
     def dtype(self, name: str) -> torch.dtype:
@@ -159,7 +123,12 @@ class CheckpointReader:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, open.
+
+    Raises:
+        ValueError: if it is damaged or cannot be read.
+    """
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -167,166 +136,3 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
-
-
-class ShardWriter:
-    """Writes tensors into safetensors files of limited size, as they come.
-
-    A file appears under its name when it is whole and on the disk, so that what an earlier, killed writer left in the
-    same folder can be gone on from: `written` names the tensors that are there.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        """
-        Args:
-            folder: exists; may hold the parts of an earlier writer.
-            shard_bytes: a file ends before the tensor that would make it larger. A larger tensor has a file to itself.
-        """
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._held: dict[str, Tensor] = {}
-        self._held_bytes = 0
-        for file in list(folder.iterdir()):  # an earlier writer may have been killed while it gave the final names
-            if final := _FINAL.fullmatch(file.name):
-                file.rename(folder / f"part-{final[1] or '00001'}.safetensors")
-        self._parts = [part for part in sorted(folder.iterdir()) if _PART.fullmatch(part.name)]
-        self.written = {name for part in self._parts for name in _sizes(part)}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor, contiguous and on the CPU; a file is written when it is full.
-
-        Raises:
-            OSError: if the disk is full or not writable.
-        """
-        self.make_room(tensor.nbytes)
-        self._held[name] = tensor
-        self._held_bytes += tensor.nbytes
-
-    def make_room(self, num_bytes: int) -> None:
-        """Write the file now if a tensor of so many bytes will not fit into it: before that tensor is read."""
-        if self._held and self._held_bytes + num_bytes > self._shard_bytes:
-            self._flush()
-
-    def finish(self) -> list[Path]:
-        """Write the rest and give all files their final names, with an index if there are several."""
-        if self._held:
-            self._flush()
-        count = len(self._parts)
-        if count == 1:
-            final = [self._folder / "model.safetensors"]
-        else:
-            final = [self._folder / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-            sizes = {path.name: _sizes(part) for part, path in zip(self._parts, final, strict=True)}
-            file_of = {name: file for file, tensors in sizes.items() for name in tensors}
-            index = {
-                "metadata": {"total_size": sum(sum(tensors.values()) for tensors in sizes.values())},
-                "weight_map": dict(sorted(file_of.items())),
-            }
-            write_text(self._folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-        for part, path in zip(self._parts, final, strict=True):
-            part.rename(path)
-        return final
-
-    def _flush(self) -> None:
-        part = self._folder / f"part-{len(self._parts) + 1:05d}.safetensors"
-        unfinished = part.with_suffix(".unfinished")
-        try:
-            save_file(self._held, unfinished, metadata={"format": "pt"})
-        except SafetensorError as error:  # what its own writing meets, such as a full disk
-            raise OSError(f"{unfinished} cannot be written: {error}") from error
-        unfinished.chmod(_usual_mode())  # safetensors makes files that only their owner may read
-        sync(unfinished)
-        unfinished.rename(part)
-        self._parts.append(part)
-        self.written |= self._held.keys()
-        self._held, self._held_bytes = {}, 0
-
-
-def _sizes(file: Path) -> dict[str, int]:
-    """Bytes of each tensor of a file."""
-    with _opened(file) as handle:
-        entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        return {
-            name: torch.Size(entry.get_shape()).numel() * DTYPES[entry.get_dtype()].itemsize
-            for name, entry in entries.items()
-        }
-
-
-def _usual_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def own_memory(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous, in memory that is no larger than itself and that nothing else changes."""
-    whole = tensor.detach().cpu().contiguous()
-    is_alone = whole.data_ptr() != tensor.data_ptr() and whole.untyped_storage().nbytes() == whole.nbytes
-    return whole if is_alone else whole.clone()
-
-
-def copy_model_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Copy what belongs to a model besides its weights: config, tokenizer, generation config, licence.
-
-    Args:
-        dtype: of the weights, noted in config.json; None leaves what it says.
-    """
-    for file in model_files(source):
-        shutil.copy2(file, target / file.name)
-    if dtype is not None:
-        note_dtype(target / "config.json", dtype)
-
-
-def model_files(folder: Path) -> list[Path]:
-    """What belongs to a model besides its weights."""
-    of_a_checkpoint = {"metadata.json", ".metadata"}
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.suffix not in _NOT_COPIED
-        and not file.name.endswith(".index.json")
-        and file.name not in of_a_checkpoint
-    ]
-
-
-def note_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Say in config.json which dtype the weights have."""
-    config = read_object(config_file)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a small file so that it is either as before or whole."""
-    unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(text)
-    sync(unfinished)
-    unfinished.rename(file)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def partial_of(target: Path) -> Path:
-    """The name under which a folder is written until it is whole."""
-    return target.with_name(target.name + ".partial")
-
-
-def publish(target: Path) -> None:
-    """Give a whole folder its name. One that has the name is gone only when the new one has it."""
-    partial, replaced = partial_of(target), target.with_name(target.name + ".replaced")
-    sync(partial)
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-    partial.rename(target)
-    sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,61 +1,38 @@
-"""What is wrong with a Hugging Face folder, each thing by its own name: nothing that is converted is taken on trust."""
+"""Finds everything that is wrong with a Hugging Face folder: nothing that is converted is taken on trust."""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from megatron_fipo.convert.families import TABLES, expected_tensors
-from megatron_fipo.convert.hf_config import ModelShape, read_model_shape, read_object
-from megatron_fipo.convert.hf_folder import DTYPES, EMBEDDING, FLOATS, OUTPUT, CheckpointReader
+from megatron_fipo.config import ConfigError
+from megatron_fipo.config.text_files import read_json_object
+from megatron_fipo.convert.dtypes import FLOATS, SAFETENSORS_DTYPES, dtype_name, stated_dtype
+from megatron_fipo.convert.families import FAMILIES, expected_tensors
+from megatron_fipo.convert.hf_config import read_model_shape
+from megatron_fipo.convert.hf_folder import EMBEDDING, OUTPUT, CheckpointReader
+from megatron_fipo.convert.model_shape import ModelShape
+from megatron_fipo.convert.problems import NotFiniteError, Problem, not_finite, placed
 from megatron_fipo.convert.weight_files import INDEX_FILE, WeightFiles, find_weight_files, is_buffer, tied_difference
-
-_VOCABULARY_TENSORS = (EMBEDDING, OUTPUT)
-_MOST_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong.
-
-    Attributes:
-        kind: unmapped, missing, extra, truncated, unreadable, shape, dtype, not finite, vocabulary or different.
-        tensor: its name.
-        place: the folder and file it is in, or should be.
-    """
-
-    kind: str
-    tensor: str
-    place: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.tensor} in {self.place}: {self.detail}"
-
-
-class ProblemsError(ValueError):
-    """Weights that must not be used; the message lists what is wrong with them."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        lines = [str(problem) for problem in problems[:_MOST_SHOWN]]
-        if len(problems) > _MOST_SHOWN:
-            lines.append(f"and {len(problems) - _MOST_SHOWN} more")
-        super().__init__("\n".join(lines))
-        self.problems = list(problems)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a safetensors file's header says of a tensor."""
+    """One tensor, as the header of its safetensors file describes it.
+
+    Attributes:
+        file: the file that holds it.
+        dtype: safetensors' name of its dtype.
+        shape: its size in every dimension.
+        is_whole: whether the file is long enough to hold all of it.
+    """
 
     file: Path
     dtype: str
@@ -85,45 +62,14 @@ def inspect_folder(folder: str | Path) -> tuple[ModelShape, list[Problem]]:
     return shape, placed(problems, root)
 
 
-def placed(problems: Iterable[Problem], folder: Path) -> list[Problem]:
-    """The same problems, the folder before the file."""
-    return [replace(problem, place=f"{folder.resolve().name}/{problem.place}") for problem in problems]
-
-
 def has_weights(folder: Path) -> bool:
-    """Whether there is any weight file."""
+    """Whether a folder holds any weight file."""
     return any(folder.glob("*.safetensors"))
 
 
 def files_of_weights(folder: str | Path) -> WeightFiles:
-    """See `find_weight_files`; none where the folder has none at all, as with a config.json alone."""
+    """The same as `find_weight_files`, but for a folder without weights, such as a config.json alone, no files."""
     return find_weight_files(folder) if has_weights(Path(folder)) else WeightFiles((), None, ())
-
-
-def not_finite(name: str, place: str, tensor: Tensor) -> list[Problem]:
-    """A problem if the tensor holds NaN or infinity."""
-    low, high = tensor.aminmax()  # either is NaN if any element is; allocates nothing
-    if torch.isfinite(low) and torch.isfinite(high):
-        return []
-    bad = ~torch.isfinite(tensor)
-    where, values = bad.nonzero()[0].tolist(), tensor[bad]
-    detail = (
-        f"{len(values)} of {tensor.numel()} elements are not finite in {_name(tensor.dtype)}, the first, "
-        f"{float(values[0])}, at {where}"
-    )
-    return [Problem("not finite", name, place, detail)]
-
-
-class NotFiniteError(ProblemsError):
-    """Weights that hold NaN or infinity."""
-
-    def __init__(self, folder: Path, problems: Sequence[Problem]) -> None:
-        super().__init__(problems)
-        remedy = "Copy or download the model again; if it was trained so, take an earlier save of it."
-        self.args = (
-            f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from "
-            f"them.\n{self}\n{remedy}",
-        )
 
 
 def check_weights(folder: str | Path) -> str:
@@ -141,22 +87,6 @@ def check_weights(folder: str | Path) -> str:
     if problems := [problem for name in names for problem in not_finite(name, reader.place(name), reader.read(name))]:
         raise NotFiniteError(Path(folder), problems)
     return reader.files.warning()
-
-
-def stated_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype that config.json states; None where it does not.
-
-    Raises:
-        ValueError: if it names none that weights may have.
-    """
-    raw = read_object(folder / "config.json")
-    name = raw.get("dtype") or raw.get("torch_dtype")
-    if name is None:
-        return None
-    for dtype in FLOATS:
-        if str(dtype) == f"torch.{name}":
-            return dtype
-    raise ValueError(f"{folder / 'config.json'}: dtype={name!r}; supported are float32, float16 and bfloat16.")
 
 
 def _read_headers(weights: WeightFiles) -> tuple[dict[str, Entry], list[Problem]]:
@@ -210,7 +140,7 @@ def _header_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int
 
 
 def _check_index(shape: ModelShape, owners: dict[str, str], entries: dict[str, Entry]) -> Iterator[Problem]:
-    """What the index and the files say differently: transformers and the engines load by the index alone."""
+    """Contradictions between index and files: transformers and the engines load by the index alone."""
     expected = expected_tensors(shape)
     for name, entry in entries.items() if owners else ():
         if name not in owners and name in expected:
@@ -228,9 +158,9 @@ def _check_names(
             where = owners.get(name, "*.safetensors")
             yield Problem("missing", name, where, "config.json implies it")
     patterns = [
-        re.compile(re.escape(name).replace(r"\{layer\}", r"\d+"))
-        for row in TABLES[shape.family]
-        for name in row.hugging_face
+        re.compile(re.sub(r"\\\{(layer|expert)\\\}", r"\\d+", re.escape(tensor.name)))
+        for row in FAMILIES[shape.family].table
+        for tensor in row.tensors
     ]
     allowed = {OUTPUT} if shape.tied_embeddings else set()
     for name in sorted(entries.keys() - expected.keys() - allowed):
@@ -245,7 +175,7 @@ def _check_shapes(shape: ModelShape, entries: dict[str, Entry]) -> Iterator[Prob
         found = entries.get(name)
         if found is None or found.shape == size:
             continue
-        if name in _VOCABULARY_TENSORS and found.shape[1:] == size[1:]:
+        if name in (EMBEDDING, OUTPUT) and found.shape[1:] == size[1:]:
             detail = f"it has {found.shape[0]} rows; config.json says vocab_size={size[0]}"
             yield Problem("vocabulary", name, found.file.name, detail)
         else:
@@ -259,19 +189,15 @@ def _check_dtypes(root: Path, entries: dict[str, Entry]) -> Iterator[Problem]:
     origin = "config.json says"
     if stated is None and entries:
         first = next(iter(entries))
-        stated, origin = DTYPES.get(entries[first].dtype), f"{first} is"
+        stated, origin = SAFETENSORS_DTYPES.get(entries[first].dtype), f"{first} is"
     for name, entry in entries.items():
-        dtype = DTYPES.get(entry.dtype)
+        dtype = SAFETENSORS_DTYPES.get(entry.dtype)
         if dtype not in FLOATS:
             detail = f"it is {entry.dtype}; supported are float32, float16 and bfloat16, not quantized weights"
             yield Problem("dtype", name, entry.file.name, detail)
         elif dtype != stated:
-            detail = f"it is {_name(dtype)}; {origin} {_name(stated)}. Whichever is wrong, correct it"
+            detail = f"it is {dtype_name(dtype)}; {origin} {dtype_name(stated)}. Whichever is wrong, correct it"
             yield Problem("dtype", name, entry.file.name, detail)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_tied_output(entries: dict[str, Entry]) -> Iterator[Problem]:
@@ -292,9 +218,9 @@ def _check_tokenizer(root: Path, shape: ModelShape) -> Iterator[Problem]:
     if not (root / "tokenizer.json").is_file():
         return
     try:
-        numbers = _token_numbers(read_object(root / "tokenizer.json"))
+        numbers = _token_numbers(read_json_object(root / "tokenizer.json"))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        words = str(error) if type(error) is ValueError else f"it has not the form of one ({error!r})"
+        words = str(error) if isinstance(error, ConfigError) else f"it has not the form of one ({error!r})"
         yield Problem("unreadable", "no tensor", "tokenizer.json", words)
         return
     if not numbers:
@@ -320,7 +246,7 @@ def _token_numbers(raw: dict[str, Any]) -> dict[str, int]:
 
 def _check_special_tokens(root: Path, shape: ModelShape) -> Iterator[Problem]:
     for file in ("config.json", "generation_config.json"):
-        raw = read_object(root / file) if (root / file).is_file() else {}
+        raw = read_json_object(root / file) if (root / file).is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = raw.get(key)
             numbers: Iterable[Any] = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""What a conversion will write, and the folder it writes into until it is whole."""
+"""Plans what a conversion writes, and keeps the folder that it writes into until it is whole."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from megatron_fipo import __version__
-from megatron_fipo.convert.hf_folder import partial_of, publish, write_text
+from megatron_fipo.convert.hf_writer import partial_of
+from megatron_fipo.system.disk import put_folder_in_place, write_whole
 
 PROCESS_BYTES = 400 * 1000**2
-"""What a process that has imported torch and converts nothing takes."""
+"""Memory of a process that has imported torch and converts nothing."""
 
 _IDENTITY, _LOCK = "conversion.json", "conversion.lock"
 
@@ -34,7 +35,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -43,9 +44,10 @@ class Plan:
     """A conversion, before anything is written.
 
     Attributes:
-        source, target: folders.
-        tensors: as they will be called there.
-        files: (name, bytes of tensors) of each weight file.
+        source: the folder that is converted.
+        target: the folder that is written.
+        tensors: those of the target, under the names that they will have there.
+        files: (name, bytes of tensors) of each weight file of the target.
         peak_bytes: an estimate of the process's memory at its highest.
     """
 
@@ -57,12 +59,12 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors together."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse a target that would cost something.
+    """Refuse a target whose writing would destroy something.
 
     Raises:
         ValueError: if it is the source, lies in it, or exists with something in it and may not be replaced.
@@ -81,18 +83,15 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def being_written(plan: Plan, **choices: Any) -> Iterator[Path]:
+def being_written(plan: Plan) -> Iterator[Path]:
     """The folder to write into, which becomes the target when the block ends without an error.
 
-    After an error, or a kill, it stays, and the same conversion of the same files goes on from what is in it; another
-    conversion to the same target starts over.
-
-    Args:
-        choices: what else the result depends on.
+    After an error or a kill the folder stays. The same conversion of the same files continues with what is in it;
+    another conversion to the same target starts over.
 
     Raises:
-        ValueError: if another process is writing it, or it is something else.
-        OSError: if it cannot be made, or the disk has no room for the result.
+        ValueError: if another process is writing the folder, or it is no conversion's.
+        OSError: if the folder cannot be made, or the disk has no room for the result.
     """
     partial = partial_of(plan.target)
     noted = partial / _IDENTITY
@@ -105,19 +104,19 @@ def being_written(plan: Plan, **choices: Any) -> Iterator[Path]:
         except BlockingIOError as error:
             raise ValueError(f"another conversion is writing {partial}. Wait for it, or stop it.") from error
         source = _fingerprint(plan.source)
-        identity = {"version": __version__, "source": source, "tensors": _digest(plan), **choices}
+        identity = {"version": __version__, "source": source, "tensors": _digest(plan)}
         if not noted.is_file() or _noted(noted) != identity:
             _clear(partial)
-            write_text(noted, json.dumps(identity, indent=1))
+            write_whole(noted, json.dumps(identity, indent=1).encode())
         _check_room(partial, plan)
         yield partial
         (partial / _LOCK).unlink()
         noted.unlink()
-        publish(plan.target)
+        put_folder_in_place(partial, plan.target)
 
 
 def _noted(file: Path) -> Any:
-    """What an earlier conversion noted of itself; None where that is damaged, so that it starts over."""
+    """The identity that an earlier conversion wrote down; None where the file is damaged, so that it starts over."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

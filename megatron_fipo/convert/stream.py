@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fipo.convert.families import find_row
-from megatron_fipo.convert.hf_config import ModelShape
-from megatron_fipo.convert.hf_folder import (
+from megatron_fipo.convert.families.row import Parameter
+from megatron_fipo.convert.hf_folder import CheckpointReader
+from megatron_fipo.convert.hf_writer import (
     DEFAULT_SHARD_BYTES,
-    CheckpointReader,
     ShardWriter,
     copy_model_files,
     own_memory,
     partial_of,
-    publish,
 )
-from megatron_fipo.convert.inspection import NotFiniteError, Problem, not_finite
-from megatron_fipo.convert.mapping import Row
+from megatron_fipo.convert.model_shape import ModelShape
+from megatron_fipo.convert.problems import NotFiniteError, Problem, not_finite
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.system.disk import put_folder_in_place
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
@@ -39,10 +39,10 @@ HEAD = "head"
 
 
 @dataclass(frozen=True)
-class _Parameter:
-    """A parameter of this rank's part of the model."""
+class _Held:
+    """A parameter of the model, and this rank's part of it."""
 
-    row: Row
+    parameter: Parameter
     tensor: Tensor
 
 
@@ -50,19 +50,19 @@ Named = Callable[[Any], Iterable[tuple[str, Tensor]]]
 """A model chunk's tensors under the names of its parameters."""
 
 
-def _parameters(
+def _held_parameters(
     chunks: Sequence[nn.Module], shape: ModelShape, named: Named = nn.Module.named_parameters
-) -> list[_Parameter]:
-    """Parameters of this rank with their rows, but for a tied output layer, which copies the embedding, and a head."""
+) -> list[_Held]:
+    """The parameters that this rank holds, but for a tied output layer, which copies the embedding, and a head."""
     found = []
     for chunk in chunks:
-        layers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
+        layers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
         for name, tensor in named(chunk):
             if (name == "output_layer.weight" and shape.tied_embeddings) or name.startswith(f"{HEAD}."):
                 continue
             local = _LAYER.search(name)
-            layer = layers[local.group()] if local else None
-            found.append(_Parameter(find_row(shape.family, _LAYER.sub("{layer}", name), layer), tensor))
+            global_name = _LAYER.sub(layers[local.group()], name) if local else name
+            found.append(_Held(find_row(shape, global_name), tensor))
     return found
 
 
@@ -78,11 +78,11 @@ def load_weights(
     """
     reader = CheckpointReader(folder, shape)
     problems: list[Problem] = []
-    for parameter in _parameters(chunks, shape):
-        whole = [reader.read(name) for name in parameter.row.hugging_face]
-        for name, tensor in zip(parameter.row.hugging_face, whole, strict=True):
+    for held in _held_parameters(chunks, shape):
+        whole = [reader.read(name) for name in held.parameter.names]
+        for name, tensor in zip(held.parameter.names, whole, strict=True):
             problems += not_finite(name, reader.place(name), tensor)
-        _fill(parameter.tensor, parameter.row, whole, shape, tp_size, tp_rank)
+        _fill(held.tensor, held.parameter, whole, shape, tp_size, tp_rank)
     if problems:
         raise NotFiniteError(Path(folder), problems)
     if shape.tied_embeddings:
@@ -96,13 +96,18 @@ def _fill_tied_output(
     for chunk in chunks:
         for name, tensor in chunk.named_parameters():
             if name == "output_layer.weight":
-                row = find_row(shape.family, "embedding.word_embeddings.weight", None)
-                _fill(tensor, row, [reader.read(row.hugging_face[0])], shape, tp_size, tp_rank)
+                embedding = find_row(shape, "embedding.word_embeddings.weight")
+                _fill(tensor, embedding, [reader.read(embedding.names[0])], shape, tp_size, tp_rank)
 
 
-def _fill(tensor: Tensor, row: Row, whole: list[Tensor], shape: ModelShape, tp_size: int, tp_rank: int) -> None:
-    shard = row.layout.to_shard(whole, shape, tp_size, tp_rank)
-    assert shard.shape == tensor.shape, f"{row.megatron}: shard {tuple(shard.shape)}, parameter {tuple(tensor.shape)}"
+def _fill(
+    tensor: Tensor, parameter: Parameter, whole: list[Tensor], shape: ModelShape, tp_size: int, tp_rank: int
+) -> None:
+    num_shards = parameter.num_shards(tp_size)
+    shard = parameter.layout.to_shard(whole, shape, num_shards, tp_rank if num_shards > 1 else 0)
+    assert shard.shape == tensor.shape, (
+        f"{parameter.megatron}: shard {tuple(shard.shape)}, parameter {tuple(tensor.shape)}"
+    )
     tensor.copy_(shard)
 
 
@@ -124,18 +129,20 @@ def weight_stream(
     Yields:
         (Hugging Face name, tensor), each name once.
     """
-    own = _parameters(chunks, shape, named)
+    own = _held_parameters(chunks, shape, named)
     catalogue = exchange.all_gather_objects(
-        [(parameter.row, tuple(parameter.tensor.shape), parameter.tensor.dtype) for parameter in own], groups.pp
+        [(held.parameter.megatron, tuple(held.tensor.shape), held.tensor.dtype) for held in own], groups.pp
     )
     device = next(iter(own)).tensor.device
     for stage, entries in enumerate(catalogue):
-        for index, (row, local_shape, dtype) in enumerate(entries):
+        for index, (megatron_name, local_shape, dtype) in enumerate(entries):
+            parameter = find_row(shape, megatron_name)
             is_owner = stage == groups.pp.rank()
             source = own[index].tensor.detach() if is_owner else torch.empty(local_shape, dtype=dtype, device=device)
             source = exchange.broadcast(source, stage, groups.pp)
-            shards = exchange.all_gather_tensors(source, groups.tp)
-            yield from zip(row.hugging_face, row.layout.to_whole(shards, shape), strict=True)
+            is_cut = parameter.num_shards(groups.tp.size()) > 1
+            shards = exchange.all_gather_tensors(source, groups.tp) if is_cut else [source]
+            yield from zip(parameter.names, parameter.layout.to_whole(shards, shape), strict=True)
 
 
 def export_folder(
@@ -175,4 +182,4 @@ def export_folder(
     for name, tensor in stream:
         writer.add(name, own_memory(tensor.to(dtype)))
     writer.finish()
-    publish(target)
+    put_folder_in_place(partial, target)

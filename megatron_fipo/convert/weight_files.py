@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_fipo.convert.hf_config import read_object
+from megatron_fipo.config.text_files import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,7 +29,9 @@ _BUFFER = re.compile(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is no weight but what early transformers stored beside them: it follows from config.json.
+    """Whether a tensor is no weight, but a buffer that early transformers stored beside the weights.
+
+    Buffers follow from config.json, so that nothing is lost without them.
 
     Frequencies and tables of RoPE, masks (`attn.bias` holds one; projections are called `q_proj.bias`), positions.
     """
@@ -41,9 +43,9 @@ class WeightFiles:
     """A folder's files of weights.
 
     Attributes:
-        files: that are read, sorted.
+        files: the files that are read, sorted.
         owner_of: tensor -> file, as the index has it; None without an index, where the one file has them all.
-        left_over: names of other weight files, which are not read.
+        left_over: the names of other weight files, which are not read.
     """
 
     files: tuple[Path, ...]
@@ -51,7 +53,7 @@ class WeightFiles:
     left_over: tuple[str, ...]
 
     def warning(self) -> str:
-        """What to tell of files that are not read; empty where there are none."""
+        """A warning about files that are not read; empty where there are none."""
         if not self.left_over:
             return ""
         source = INDEX_FILE if self.owner_of is not None else SINGLE_FILE
@@ -78,8 +80,7 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
         if SINGLE_FILE in found and files != {SINGLE_FILE}:
             raise ValueError(
                 f"{root} holds {SINGLE_FILE} and {INDEX_FILE}, which names {first_of(sorted(files))}: transformers "
-                "would "
-                "take the one, rollout engines the other. Delete those that are not the model's."
+                "would take the one, rollout engines the other. Delete those that are not the model's."
             )
     elif single.is_file():
         owner_of, files = None, {SINGLE_FILE}
@@ -88,10 +89,8 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
     else:
         raise ValueError(
             f"{root} holds {first_of(sorted(found))}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which says which "
-            "file has "
-            "which tensor; transformers reads nothing else. Copy or download the index too, or, if one file is the "
-            "whole "
-            f"model, rename it to {SINGLE_FILE}."
+            "file has which tensor; transformers reads nothing else. Copy or download the index too, or, if one file "
+            f"is the whole model, rename it to {SINGLE_FILE}."
         )
     return WeightFiles(tuple(root / name for name in sorted(files)), owner_of, tuple(sorted(found - files)))
 
@@ -116,21 +115,20 @@ def read_index_object(file: Path) -> dict[str, str]:
         ValueError: if the file is no index.
     """
     try:
-        raw = read_object(file)
+        raw = read_json_object(file)
     except ValueError as error:
         raise ValueError(f"{file} is no index of weight files: {error}") from error
     weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not isinstance(raw.get("metadata", {}), dict):
         raise ValueError(
             f"{file} is no index of weight files: it should hold the objects metadata and weight_map. Copy or "
-            "download it "
-            "again."
+            "download it again."
         )
     return weight_map
 
 
 def tied_difference(embedding: Tensor, output: Tensor) -> str:
-    """How an output layer differs from the embedding that it is tied to, in words; empty where it does not."""
+    """Describe how an output layer differs from the embedding that it is tied to; empty where it does not."""
     if embedding.shape != output.shape:
         return f"it is {list(output.shape)}, the embedding {list(embedding.shape)}"
     differ = embedding.to(output.dtype) != output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_fipo.config import (
     validate_model_layout,
     without_secrets,
 )
+from megatron_fipo.config.text_files import read_json_object
 from megatron_fipo.hub.models import model_config_folder
 from megatron_fipo.hub.names import HubError
 from megatron_fipo.preflight.findings import FAILS, MISSING, WARNS
@@ -101,16 +101,7 @@ def _model_config(config: Config, options: Options) -> dict[str, Any]:
                 "config.json with --model-config."
             )
         return read_model_config(folder)
-    path = Path(options.model_config)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--model-config {path} cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--model-config {path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--model-config {path} holds a {type(content).__name__}; an object was expected.")
-    return content
+    return read_json_object(Path(options.model_config), f"--model-config {options.model_config}")
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config, log_prob_chunk_tokens, recomputed_part
-from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.model_shape import ModelShape
 from megatron_fipo.preflight.hardware import GIB, GPUS, Gpu
 from megatron_fipo.preflight.parameters import StageParameters, layer_matrices, stage_parameters, whole_parameters
 
 CONTEXT_GIB = 0.5
 """A process's CUDA context: all that a trainer holds of its GPU when its model's memory is lent for the first time."""
 RESIDUE_GIB = 3.0
-"""What stays on the GPU of a trainer whose model is in host memory: its context, NCCL's buffers, rotary tables."""
+"""Memory that stays on the GPU of a trainer whose model is in host memory: context, NCCL's buffers, rotary tables."""
 RESERVE_GIB = 6.0
 """The residue in training, the kernels' workspace, and what the allocator loses to fragmentation."""
 GRADIENT_BYTES = 4
@@ -34,7 +34,7 @@ SERVER_GRAPHS_GIB = 1.0
 """A server's CUDA graphs: SGLang counts 2 MiB for each sequence that it decodes at a time and 8 MiB for each of its
 sizes of prefill, about 60."""
 SERVER_RESIDUE_GIB = SERVER_CONTEXT_GIB + SERVER_GRAPHS_GIB
-"""What stays on the GPU when a colocated server has released weights and cache."""
+"""Memory that stays on the GPU when a colocated server has released weights and cache."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class StageMemory:
     log_probs: float
     """Logits of a chunk, the output layer's gradient, gathered hidden states: where the pipeline ends."""
     rollout_engine: float
-    """What the engine keeps meanwhile: in process its whole model, of a colocated server what it cannot release."""
+    """Memory of the engine during training: in process the whole model; of a colocated server what it cannot free."""
     reserve: float = RESERVE_GIB
 
     @property
     def lasting(self) -> float:
-        """Of the actor from one update to the next."""
+        """What the actor keeps from one update to the next."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
@@ -108,11 +108,11 @@ def recomputes_mlp(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What the backward pass of one layer needs, bytes per token of a context-parallel rank on one GPU.
+    """Activations that the backward pass of one layer needs, in bytes per token of a context-parallel rank on one GPU.
 
     Attributes:
-        needed: all of it.
-        kept: what of it is kept since forward; the rest is recomputed.
+        needed: all of them.
+        kept: those that are kept since forward; the others are recomputed.
     """
 
     needed: float
@@ -120,11 +120,11 @@ class LayerActivations:
 
 
 def layer_activations(config: Config, shape: ModelShape) -> LayerActivations:
-    """Of one layer under model.recompute.
+    """The activations of one layer under model.recompute.
 
-    In numbers per token. Of both norms, sharded by sequence parallelism alone: input and output (4 H). Of the
-    attention: rotated queries and keys, values, and the output, with a float32 statistic for each head. Of the MLP: its
-    first product (2 F) and what it makes of it (F). Rotating is one kernel that keeps nothing.
+    They are counted in numbers per token. Of both norms, sharded by sequence parallelism alone: input and output
+    (4 H). Of the attention: rotated queries and keys, values, and the output, with a float32 statistic for each head.
+    Of the MLP: its first product (2 F) and what it makes of it (F). Rotating is one kernel that keeps nothing.
 
     In float32 layers are Megatron's own. Also kept are the normalised inputs (2 H), cosines and sines for queries and
     keys (4 d), and of the MLP the activated half and a copy of the other (2 F). Their attention keeps its output twice,

@@ -155,7 +155,7 @@ def _peak_findings(gpu: Gpu, moments: list[Peak]) -> Iterator[Finding]:
 
 
 def _largest_part(stage: StageMemory) -> str:
-    """What takes most of it, and what makes that smaller."""
+    """A sentence about the largest part of a stage's memory, and about how to make it smaller."""
     remedies = {
         "weights": "raise parallel.tp or pp",
         "gradients": "raise parallel.tp or pp",

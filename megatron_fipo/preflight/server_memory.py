@@ -1,4 +1,4 @@
-"""What a rollout server makes of a GPU: its weights, and the pool of keys and values that it sizes when it starts.
+"""Memory of a rollout server: its weights, and the pool of keys and values whose size it chooses when it starts.
 
 SGLang and vLLM size the pool by what is free then. Colocated servers start while the actor's memory is lent, before the
 first collective makes NCCL take its buffers, so that it is all but the trainer's CUDA context. One that starts again
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
-from megatron_fipo.convert.hf_config import ModelShape
+from megatron_fipo.convert.model_shape import ModelShape
 from megatron_fipo.preflight.hardware import GIB, Gpu
 from megatron_fipo.preflight.memory import (
     CONTEXT_GIB,
@@ -23,7 +23,7 @@ from megatron_fipo.preflight.parameters import whole_parameters
 from megatron_fipo.preflight.rollout_plan import RolloutPlan
 
 ACTIVATIONS_GIB = 3.0
-"""Of a server that prefills a chunk of 8,192 tokens while it decodes and samples."""
+"""Activations of a server that prefills a chunk of 8,192 tokens while it decodes and samples."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ServerMemory:
 
 
 def server_memory(config: Config, shape: ModelShape, gpu: Gpu, rollout: RolloutPlan, lasting: float) -> ServerMemory:
-    """Of one server, or of the engine in a trainer's process beside `lasting` GiB of the actor."""
+    """Memory of one server, or of the engine in a trainer's process beside `lasting` GiB of the actor."""
     servers, size = config.servers, WEIGHT_BYTES[config.model.dtype]
     groups = max(shape.num_query_groups // rollout.tp, 1)
     per_token = 2 * shape.num_layers * groups * shape.head_dim * size
@@ -64,7 +64,7 @@ def server_memory(config: Config, shape: ModelShape, gpu: Gpu, rollout: RolloutP
 
 
 def free_at_start_gib(gpu: Gpu, rollout: RolloutPlan) -> float:
-    """Of a GPU, when a server has its CUDA context and is about to load its weights."""
+    """Memory that is free on a GPU when a server has its CUDA context and is about to load its weights."""
     return gpu.memory_gib - SERVER_CONTEXT_GIB - (CONTEXT_GIB if rollout.is_colocated else 0.0)
 
 

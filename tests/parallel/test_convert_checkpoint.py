@@ -258,9 +258,9 @@ def test_norms_of_q_and_k_matter(folders: Path, tmp_path: Path) -> None:
 
 def test_what_logits_cannot_be_compared_of_is_said(folders: Path, tmp_path: Path) -> None:
     source = folders / "qwen3" / "hf"
-    with pytest.raises(ValueError, match="--tp 3 must divide the model's num_attention_heads=4"):
+    with pytest.raises(ValueError, match="--tp 3: must divide the model's num_attention_heads=4"):
         compare_logits(source, None, tp=3, pp=1)
-    with pytest.raises(ValueError, match="--pp 3 must divide the model's num_hidden_layers=4"):
+    with pytest.raises(ValueError, match="--pp 3: 3 stages must divide the model's num_hidden_layers=4"):
         compare_logits(source, None, tp=1, pp=3)
     without = shutil.copytree(source, tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     with pytest.raises(ValueError, match=r"has no tokenizer: tokenizer_config\.json is missing"):

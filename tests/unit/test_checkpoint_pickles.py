@@ -20,14 +20,10 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_fipo.convert.checkpoint_pickles import (
-    UntrustedCheckpointError,
-    check_pickles,
-    read_metadata,
-    unpickle,
-)
+from megatron_fipo.convert.checkpoint_pickles import check_pickles, read_metadata
 from megatron_fipo.convert.offline.command import add_megatron_to_hf, add_verify, run
 from megatron_fipo.convert.offline.to_megatron import plan_to_megatron
+from megatron_fipo.convert.pickle_guard import UntrustedCheckpointError, unpickle
 from tests.models import save_random_model
 
 

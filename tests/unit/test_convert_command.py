@@ -53,7 +53,7 @@ def test_the_same_as_commands_of_megatron_fipo(model: Path, tmp_path: Path, capf
     assert main(["convert", "verify", str(model), str(tmp_path / "back")]) == 0
     capfd.readouterr()
     assert main(["convert", "verify", str(tmp_path / "nothing")]) == 1
-    assert capfd.readouterr().err.startswith(f"error: {tmp_path}/nothing/config.json does not exist")
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path}/nothing/config.json cannot be read: No such file")
 
 
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron_fipo.convert.inspection import Problem, inspect_folder
+from megatron_fipo.convert.inspection import inspect_folder
 from megatron_fipo.convert.offline.command import add_verify, run
 from megatron_fipo.convert.offline.to_hugging_face import plan_to_hugging_face
 from megatron_fipo.convert.offline.to_megatron import plan_to_megatron
 from megatron_fipo.convert.offline.verification import read_checksums, verify_weights, write_checksums
+from megatron_fipo.convert.problems import Problem
 from megatron_fipo.convert.torch_dist import TorchDistReader
 from tests.models import save_random_model
 
@@ -434,7 +435,7 @@ def test_a_folder_that_is_neither_is_refused(folders: Path, tmp_path: Path, capf
     assert run(add_verify, [str(folders / "hf"), str(tmp_path / "empty")]) == 1
     assert "is no whole torch_dist checkpoint" in capfd.readouterr().err
     assert run(add_verify, [str(tmp_path / "empty")]) == 1
-    assert "config.json does not exist" in capfd.readouterr().err
+    assert "config.json cannot be read: No such file" in capfd.readouterr().err
 
 
 # --- what lies beside the weights ------------------------------------------------------------------------------------

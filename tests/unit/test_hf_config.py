@@ -214,12 +214,14 @@ def test_a_scaling_table_without_a_base_means_the_default_one() -> None:
 @pytest.mark.parametrize("content", [b"[]", b"null", b'"text"', b"\xff", b"{", b"7"])
 def test_a_file_that_holds_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds a)"):
+    with pytest.raises(ValueError, match=r"config\.json( is not valid JSON| holds a|, line 1: byte 0xff is no UTF-8)"):
         read_model_shape(tmp_path)
 
 
 def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist\. model\.path must be a folder"):
+    with pytest.raises(
+        ValueError, match=r"config\.json cannot be read: No such file.*A folder with a Hugging Face model was expected"
+    ):
         read_model_shape(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(ValueError, match="is not valid JSON"):

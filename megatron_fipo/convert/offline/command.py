@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _STOPPED = 130
-"""What shells report of a program that Ctrl-C ended."""
+"""Exit status that shells report for a program that Ctrl-C ended."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

@@ -1,4 +1,4 @@
-"""Whether the actor's model and transformers' compute the same logits from the same text.
+"""Checks that the actor's model and transformers' compute the same logits from the same text.
 
 One model is in memory at a time: transformers' runs in a process of its own, leaves its logits in a file, and ends;
 then the actor's model runs on as many processes as its layout has.
@@ -8,6 +8,7 @@ Shapes: T tokens of all passages, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 from megatron_fipo.actor.hidden_states import unwrap
 from megatron_fipo.actor.model import build_model, packed_sequence_params
 from megatron_fipo.config import ModelSection, ParallelSection
+from megatron_fipo.config.model_layout import division_problems
 from megatron_fipo.convert.checkpoint_pickles import check_pickles
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.stream import load_weights
-from megatron_fipo.convert.torch_dist import EXTRA_STATE, is_torch_dist
+from megatron_fipo.convert.torch_dist import is_torch_dist
+from megatron_fipo.convert.torch_dist_writer import EXTRA_STATE
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
@@ -56,7 +59,7 @@ _RANKS: dict[str, Any] = {
     "preload": ["megatron_fipo.quiet", "megatron_fipo.convert.offline.logits"],
     "timeout_s": 3600.0,
 }
-"""How the processes are started."""
+"""Arguments of `run_local_ranks` with which the processes are started."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,11 @@ class LogitsComparison:
     """How far the actor's logits are from transformers'.
 
     Attributes:
-        num_tokens: compared positions.
-        largest_difference: of a logit. largest_logit: of transformers', in absolute value.
-        same_best_token: positions at which both find the same token likeliest.
-        bound: of largest_difference / largest_logit.
+        num_tokens: number of positions compared.
+        largest_difference: the largest difference between two logits, in absolute value.
+        largest_logit: the largest of transformers' logits, in absolute value.
+        same_best_token: number of positions at which both find the same token likeliest.
+        bound: the largest largest_difference / largest_logit that rounding accounts for.
     """
 
     num_tokens: int
@@ -114,7 +118,14 @@ def compare_logits(
     folder = Path(hugging_face)
     shape = read_model_shape(folder)
     parallel = ParallelSection(tp=tp, pp=pp)
-    _check_layout(shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, shape.num_layers, parallel)
+    sizes = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+    }
+    if problems := division_problems(sizes, parallel):  # which name keys of a run; here they were options
+        raise ValueError("\n".join(re.sub(r"parallel\.(\w+)=", r"--\1 ", problem) for problem in problems))
     sequences = _tokenize(folder, passages)
     with tempfile.TemporaryDirectory() as scratch:
         file = str(Path(scratch) / "logits.safetensors")
@@ -133,14 +144,6 @@ def compare_logits(
         same_best_token=int((tokens == found[0].reference_token).sum()),
         bound=BOUNDS[dtype],
     )
-
-
-def _check_layout(heads: int, groups: int, ffn: int, layers: int, parallel: ParallelSection) -> None:
-    for name, size in (("num_attention_heads", heads), ("num_key_value_heads", groups), ("intermediate_size", ffn)):
-        if size % parallel.tp:
-            raise ValueError(f"--tp {parallel.tp} must divide the model's {name}={size}.")
-    if layers % parallel.pp:
-        raise ValueError(f"--pp {parallel.pp} must divide the model's num_hidden_layers={layers}.")
 
 
 def _tokenize(folder: Path, passages: Sequence[str]) -> list[list[int]]:
@@ -167,7 +170,7 @@ def _transformers_logits(folder: str, sequences: list[list[int]], dtype: str, fi
 
 @dataclass(frozen=True)
 class _Part:
-    """What one tensor-parallel rank of the last stage finds among its rows of the vocabulary."""
+    """The comparison of one tensor-parallel rank of the last stage, among its rows of the vocabulary."""
 
     largest_difference: float
     largest_logit: float

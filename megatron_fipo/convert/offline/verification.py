@@ -1,4 +1,4 @@
-"""Whether folders hold the same weights, bit for bit, whatever format they are in; and checksums of each tensor."""
+"""Checks that folders hold the same weights, bit for bit, whatever format they are in; and checksums of each tensor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_fipo.convert.families import StoredRow, stored_rows
-from megatron_fipo.convert.hf_config import ModelShape, read_model_shape, read_object
-from megatron_fipo.convert.hf_folder import CheckpointReader, model_files, write_text
-from megatron_fipo.convert.inspection import Problem, ProblemsError, inspect_folder, not_finite
-from megatron_fipo.convert.offline.to_hugging_face import MegatronSource
+from megatron_fipo.config.text_files import read_json_object
+from megatron_fipo.convert.dtypes import dtype_name
+from megatron_fipo.convert.families import stored_rows
+from megatron_fipo.convert.families.row import Parameter
+from megatron_fipo.convert.hf_config import read_model_shape
+from megatron_fipo.convert.hf_folder import CheckpointReader
+from megatron_fipo.convert.hf_writer import model_files
+from megatron_fipo.convert.inspection import inspect_folder
+from megatron_fipo.convert.model_shape import ModelShape
+from megatron_fipo.convert.offline.megatron_source import MegatronSource
+from megatron_fipo.convert.problems import Problem, ProblemsError, not_finite
 from megatron_fipo.convert.torch_dist import is_torch_dist
+from megatron_fipo.system.disk import write_whole
 
 Checksums = dict[str, dict[str, Any]]
 """name -> {"dtype", "shape", "sha256"}, of the Hugging Face tensor's bytes."""
@@ -26,12 +33,12 @@ Checksums = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Verified:
-    """What came out.
+    """What a verification found.
 
     Attributes:
         problems: all that is wrong.
-        checksums: of the source's tensors.
-        num_bytes: of the source's tensors.
+        checksums: those of the source's tensors.
+        num_bytes: size of the source's tensors.
     """
 
     problems: list[Problem]
@@ -40,11 +47,11 @@ class Verified:
 
 
 class _Weights(Protocol):
-    def read(self, stored: StoredRow) -> Iterator[tuple[str, Tensor]]:
+    def read(self, row: Parameter) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor) of a row."""
         ...
 
-    def file(self, stored: StoredRow) -> str:
+    def file(self, row: Parameter) -> str:
         """The file or files that hold a row, behind the folder's name."""
         ...
 
@@ -55,12 +62,12 @@ class _Folder:
     def __init__(self, folder: Path, shape: ModelShape) -> None:
         self._reader = CheckpointReader(folder, shape)
 
-    def read(self, stored: StoredRow) -> Iterator[tuple[str, Tensor]]:
-        for name in stored.row.hugging_face:
+    def read(self, row: Parameter) -> Iterator[tuple[str, Tensor]]:
+        for name in row.names:
             yield name, self._reader.read(name)
 
-    def file(self, stored: StoredRow) -> str:
-        return ", ".join(sorted({self._reader.place(name) for name in stored.row.hugging_face}))
+    def file(self, row: Parameter) -> str:
+        return ", ".join(sorted({self._reader.place(name) for name in row.names}))
 
 
 def verify_weights(
@@ -97,28 +104,28 @@ def verify_weights(
     checksums: Checksums = {}
     num_bytes = 0
     own = _Folder(root, shape)
-    for stored in stored_rows(shape):
-        held = dict(own.read(stored))
+    for row in stored_rows(shape):
+        held = dict(own.read(row))
         for name, tensor in held.items():
-            problems += not_finite(name, own.file(stored), tensor)
+            problems += not_finite(name, own.file(row), tensor)
             checksums[name] = _checksum(tensor)
             num_bytes += tensor.nbytes
             on_done(tensor.nbytes)
         for weights in compared:
-            problems += _compare(stored, held, weights, dtype)
+            problems += _compare(row, held, weights, dtype)
     if expected is not None:
         problems += _compare_checksums(expected, checksums, root)
     return Verified(problems, checksums, num_bytes)
 
 
 def read_checksums(file: str | Path) -> Checksums:
-    """What `write_checksums` wrote.
+    """Read checksums that `write_checksums` wrote.
 
     Raises:
         ValueError: if the file is no such file.
     """
     try:
-        tensors = read_object(Path(file)).get("tensors")
+        tensors = read_json_object(Path(file)).get("tensors")
     except ValueError as error:
         raise ValueError(f"{file} is no file of checksums as --write-checksums writes them: {error}") from error
     if not isinstance(tensors, dict):
@@ -128,7 +135,8 @@ def read_checksums(file: str | Path) -> Checksums:
 
 def write_checksums(file: str | Path, checksums: Checksums) -> None:
     """Write checksums as JSON."""
-    write_text(Path(file), json.dumps({"algorithm": "sha256", "tensors": checksums}, indent=1) + "\n")
+    content = json.dumps({"algorithm": "sha256", "tensors": checksums}, indent=1) + "\n"
+    write_whole(Path(file), content.encode())
 
 
 def _open(folder: Path, source: Path, shape: ModelShape, base: Path | None) -> tuple[_Weights | None, list[Problem]]:
@@ -164,15 +172,15 @@ def _compare_files(source: Path, folder: Path, shape: ModelShape) -> list[Proble
 
 
 def _compare(
-    stored: StoredRow, held: dict[str, Tensor], weights: _Weights, dtype: torch.dtype | None
+    row: Parameter, held: dict[str, Tensor], weights: _Weights, dtype: torch.dtype | None
 ) -> Iterator[Problem]:
     try:
-        for name, found in weights.read(stored):
+        for name, found in weights.read(row):
             expected = held[name].to(dtype) if dtype else held[name]
-            yield from _differences(name, weights.file(stored), expected, found)
+            yield from _differences(name, weights.file(row), expected, found)
     except ValueError as error:
-        names = ", ".join(stored.row.hugging_face)
-        yield Problem("unreadable", names, weights.file(stored), str(error))
+        names = ", ".join(row.names)
+        yield Problem("unreadable", names, weights.file(row), str(error))
 
 
 def _differences(name: str, place: str, expected: Tensor, found: Tensor) -> Iterator[Problem]:
@@ -209,7 +217,7 @@ def _compare_checksums(expected: Checksums, found: Checksums, root: Path) -> Ite
 def _checksum(tensor: Tensor) -> dict[str, Any]:
     data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensor.dtype),
         "shape": list(tensor.shape),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
