@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.config.declaration import Declaration, declaration_of
 from megatron_fipo.config.foreign_keys import foreign_hint
-from megatron_fipo.config.schema import Config
+from megatron_fipo.config.sections import Config
 
 _ALMOST_THE_SAME = 0.9
 """From here on a key's likeness to one of its section says more than that another trainer has it."""
@@ -30,6 +31,7 @@ _MEANT = {
 """Names that nobody's table has and that many people guess, where likeness would lead them to another key."""
 
 
+@cache
 def field_types(section: Any) -> dict[str, Any]:
     """Annotation of every field of a dataclass, as the type itself and not as text."""
     return get_type_hints(section)
@@ -43,15 +45,41 @@ def entry_type(annotation: Any) -> type | None:
     return entry if is_dataclass(entry) else None
 
 
-def annotation_at(parts: Sequence[str]) -> Any:
+def annotation_at(parts: Sequence[str], section: Any = Config) -> Any:
     """Type of the key with these parts: a section's dataclass, the type of an entry, or Any where there is none."""
-    annotation: Any = Config
+    annotation: Any = section
     for part in parts:
         if is_dataclass(annotation):
             annotation = field_types(annotation).get(part, Any)
         else:
             annotation = get_args(annotation)[1] if get_origin(annotation) is dict else Any
     return annotation
+
+
+@cache
+def _declarations(section: type) -> dict[str, Declaration]:
+    return {item.name: declaration_of(item) for item in fields(section)}
+
+
+def declarations_along(parts: Sequence[str]) -> list[Declaration]:
+    """What the key with these parts, and each section that it is in, were declared with; as far as there are such.
+
+    The name of a data source is declared by what holds the sources; what is below a key (a source's params) is not.
+    """
+    annotation: Any = Config
+    found: list[Declaration] = []
+    for part in parts:
+        if is_dataclass(annotation) and isinstance(annotation, type):
+            declared = _declarations(annotation).get(part)
+            if declared is None:
+                break
+            found.append(declared)
+        elif entry_type(annotation):
+            found.append(found[-1])
+        else:
+            break
+        annotation = annotation_at([part], annotation)
+    return found
 
 
 @cache

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import FP8_ALIGNMENT, Config
+from megatron_fipo.config.errors import ConfigError, Problem
+from megatron_fipo.config.sections import Config
+from megatron_fipo.config.sections.model import FP8_ALIGNMENT
 from megatron_fipo.config.text_files import decode_text, parse_json
 
 
@@ -53,18 +54,19 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         )
     heads, layers, intermediate = (model_config[name] for name in names)
     groups = model_config.get("num_key_value_heads") or heads
-    parallel, problems = config.parallel, []
+    parallel = config.parallel
+    problems: list[Problem] = []
     for name, size in (("num_attention_heads", heads), ("intermediate_size", intermediate)):
         if size % parallel.tp:
-            problems.append(f"parallel.tp={parallel.tp}: must divide the model's {name}={size}.")
+            problems.append(Problem("parallel.tp", parallel.tp, f"must divide the model's {name}={size}"))
     if groups % parallel.tp and parallel.tp % groups:
-        problems.append(
-            f"parallel.tp={parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
-        )
+        rule = f"must divide the model's num_key_value_heads={groups}, or be a multiple of it"
+        problems.append(Problem("parallel.tp", parallel.tp, rule))
     stages = parallel.pp * (parallel.virtual_pp or 1)
     if layers % stages:
-        sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
-        problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
+        chunks = f" (x parallel.virtual_pp={parallel.virtual_pp})" if parallel.virtual_pp else ""
+        rule = f"{stages} stages{chunks} must divide the model's num_hidden_layers={layers}"
+        problems.append(Problem("parallel.pp", parallel.pp, rule))
     alignment = FP8_ALIGNMENT[config.model.fp8]
     width = model_config.get("head_dim") or model_config.get("hidden_size", 0) // heads
     sizes_of_a_rank = {
@@ -74,9 +76,8 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
     }
     for name, size in sizes_of_a_rank.items() if not problems else ():
         if size % alignment:
-            problems.append(
-                f"model.fp8={config.model.fp8}: needs multiples of {alignment}, and the model's {name} is {size}. "
-                "Lower parallel.tp, or take another recipe (tensorwise needs multiples of 16)."
-            )
+            rule = f"needs multiples of {alignment}, and the model's {name} is {size}"
+            remedy = "Lower parallel.tp, or take another recipe (tensorwise needs multiples of 16)"
+            problems.append(Problem("model.fp8", config.model.fp8, rule, remedy))
     if problems:
         raise ConfigError.of(problems, where="the layout of the model")

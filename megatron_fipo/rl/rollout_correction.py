@@ -39,11 +39,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_fipo.config import FipoConfig
+from megatron_fipo.config import FipoConfig, choices_of
 from megatron_fipo.metrics.reductions import Mean, Metrics
 from megatron_fipo.rl.objective_metrics import masked_max, masked_mean, masked_share, masked_std
 
-CORRECTIONS = ("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
+CORRECTIONS = choices_of(FipoConfig, "rollout_correction")
 """What objective.rollout_correction may be."""
 MAX_DIFFERENCE = 20.0
 """A token's log-prob difference is clamped to ± this before it is exponentiated or summed up."""

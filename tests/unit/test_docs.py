@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.cli import _parser
-from megatron_fipo.config import Config, load_config, validate
-from megatron_fipo.config.schema import DataSourceConfig
+from megatron_fipo.config import Config, DataSourceConfig, load_config, validate
 from megatron_fipo.verifiers.pool import VerifierPool
 from megatron_fipo.verifiers.verdict import VerifierJob
 from tests.unit import documented_metrics as metrics
