@@ -111,7 +111,7 @@ def key(default: T, **declared: Any) -> T:
     """
     metadata = {_METADATA: Declaration(**declared)}
     if isinstance(default, (list, dict)):
-        made: T = field(default_factory=partial(copy.copy, default), metadata=metadata)  # type: ignore[arg-type]
+        made: T = field(default_factory=partial(copy.copy, default), metadata=metadata)
     else:
         made = field(default=default, metadata=metadata)
     return made

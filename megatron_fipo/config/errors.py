@@ -72,11 +72,11 @@ class ConfigError(ValueError):
 
 
 def shown_value(value: Any) -> str:
-    """A value as messages show it: YAML's words for null and truth values, control characters escaped, not too long."""
+    """A value as messages show it: null, true and false as in YAML, unprintable characters escaped, not too long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)
-    if any(unicodedata.category(character) == "Cc" for character in text):
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):  # Cs: half characters
         text = repr(text)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 

@@ -31,7 +31,6 @@ _MEANT = {
 """Names that nobody's table has and that many people guess, where likeness would lead them to another key."""
 
 
-@cache
 def field_types(section: Any) -> dict[str, Any]:
     """Annotation of every field of a dataclass, as the type itself and not as text."""
     return get_type_hints(section)
@@ -45,9 +44,9 @@ def entry_type(annotation: Any) -> type | None:
     return entry if is_dataclass(entry) else None
 
 
-def annotation_at(parts: Sequence[str], section: Any = Config) -> Any:
+def annotation_at(parts: Sequence[str]) -> Any:
     """Type of the key with these parts: a section's dataclass, the type of an entry, or Any where there is none."""
-    annotation: Any = section
+    annotation: Any = Config
     for part in parts:
         if is_dataclass(annotation):
             annotation = field_types(annotation).get(part, Any)
@@ -57,8 +56,10 @@ def annotation_at(parts: Sequence[str], section: Any = Config) -> Any:
 
 
 @cache
-def _declarations(section: type) -> dict[str, Declaration]:
-    return {item.name: declaration_of(item) for item in fields(section)}
+def _declared_fields(section: type) -> dict[str, tuple[Declaration, Any]]:
+    """Declaration and type of each field of a section."""
+    types = field_types(section)
+    return {item.name: (declaration_of(item), types[item.name]) for item in fields(section)}
 
 
 def declarations_along(parts: Sequence[str]) -> list[Declaration]:
@@ -69,16 +70,14 @@ def declarations_along(parts: Sequence[str]) -> list[Declaration]:
     annotation: Any = Config
     found: list[Declaration] = []
     for part in parts:
-        if is_dataclass(annotation) and isinstance(annotation, type):
-            declared = _declarations(annotation).get(part)
-            if declared is None:
-                break
-            found.append(declared)
-        elif entry_type(annotation):
+        if entry := entry_type(annotation):
             found.append(found[-1])
+            annotation = entry
+        elif is_dataclass(annotation) and part in (declared := _declared_fields(annotation)):  # type: ignore[arg-type]
+            declaration, annotation = declared[part]
+            found.append(declaration)
         else:
             break
-        annotation = annotation_at([part], annotation)
     return found
 
 

@@ -60,8 +60,13 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
         if size % parallel.tp:
             problems.append(Problem("parallel.tp", parallel.tp, f"must divide the model's {name}={size}"))
     if groups % parallel.tp and parallel.tp % groups:
-        rule = f"must divide the model's num_key_value_heads={groups}, or be a multiple of it"
-        problems.append(Problem("parallel.tp", parallel.tp, rule))
+        problems.append(
+            Problem(
+                "parallel.tp",
+                parallel.tp,
+                f"must divide the model's num_key_value_heads={groups}, or be a multiple of it",
+            )
+        )
     stages = parallel.pp * (parallel.virtual_pp or 1)
     if layers % stages:
         chunks = f" (x parallel.virtual_pp={parallel.virtual_pp})" if parallel.virtual_pp else ""

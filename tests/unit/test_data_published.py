@@ -232,7 +232,7 @@ def test_schema_errors_name_file_column_and_remedy(tmp_path: Path) -> None:
     broken = {**dapo_row("1", "2"), "reward_model": {"style": "rule"}}
     with pytest.raises(ValueError, match=r"row 0: the answer \(schema dapo_math\) is null"):
         read_records(write_parquet(tmp_path / "b.parquet", [broken]))
-    with pytest.raises(ValueError, match=r"unknown schema 'dapo'; known are columns, dapo_math"):
+    with pytest.raises(ValueError, match=r"schema=dapo: must be one of columns, dapo_math"):
         texts(write_jsonl(tmp_path / "a.jsonl", rows, schema="dapo"))
 
 

@@ -408,9 +408,9 @@ def test_verifier_that_cannot_be_used_stops_the_run_in_words(name: str, words: s
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"verifier\.timeout_s is positive, got 0"):
         VerifierPool(timeout_s=0.0)
-    with pytest.raises(ValueError, match="unknown verifier"):
+    with pytest.raises(ValueError, match="verifier=maths: must be one of"):
         VerifierPool(verifiers=["maths"])
-    with VerifierPool() as pool, pytest.raises(ValueError, match="unknown verifier"):
+    with VerifierPool() as pool, pytest.raises(ValueError, match="verifier=maths: must be one of"):
         pool.submit(VerifierJob("maths", "", ""))
 
 

@@ -51,7 +51,7 @@ class DataSourceConfig:
     num_prompts: Optional[int] = key(None, least=1, fixed_because=ORDER_OF_PROMPTS)
     """Use only the first so many prompts; required for a procedural source used for evaluation."""
     seed: Optional[int] = key(None, least=0, most=2**32 - 1, fixed_because=ORDER_OF_PROMPTS)
-    """Seed of a procedural source; None takes run.seed. Give held-out data a fixed seed of its own."""
+    """Seed of a procedural source; null takes run.seed. Give held-out data a fixed seed of its own."""
     schema: str = key("columns", choices=("columns", "dapo_math", "aime", "gsm8k", "humaneval", "mbpp"))
     """How a file's rows are read: columns (prompt_field and answer_field), or as published: dapo_math (DAPO-Math-17k
     and its AIME 2024), aime (problem, answer), gsm8k (question, answer behind ####), humaneval, mbpp."""
@@ -94,7 +94,9 @@ class DataSection:
     evaluation: Dict[str, DataSourceConfig] = key({}, changes_results=False)
     """Evaluation sources by name; each must be finite."""
     overlong_prompts: str = key("error", choices=("error", "skip"))
-    """What happens to a prompt longer than rollout.max_prompt_tokens: error or skip (skips are counted and logged)."""
+    """What happens to a prompt longer than rollout.max_prompt_tokens: error stops the run before it begins, or when a
+    procedural source makes such a prompt; skip leaves it out, a file's with their number in the log, a procedural
+    source's for another question."""
 
 
 @dataclass(frozen=True)

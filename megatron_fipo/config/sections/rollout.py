@@ -90,9 +90,9 @@ class ServersSection:
     request_timeout_s: float = seconds(3600.0)
     """Longest wait for one response; it is then asked for again."""
     sync_timeout_s: float = seconds(600.0)
-    """Longest wait for a server to take over one bucket, or to compute its checksums."""
+    """Longest wait for a server to take over one bucket, or to compute its checksums after an update."""
     start_timeout_s: float = seconds(900.0)
-    """Longest wait for a server to come up."""
+    """Longest wait for a server to come up, and for the checksums of one that came back."""
     health_interval_s: float = seconds(10.0)
     """Time between two looks at a server's health."""
     health_timeout_s: float = seconds(60.0)
@@ -108,10 +108,11 @@ class ServersSection:
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """Dynamic sampling (DAPO): only groups with mixed rewards carry a signal."""
+    """Dynamic sampling (DAPO): only groups of right and wrong responses carry a signal."""
 
     dynamic: bool = True
-    """Drop groups whose rewards are all equal and go on sampling until the batch is full."""
+    """Drop groups whose responses are all right or all wrong, by the verifier's judgement before rewards are shaped,
+    and go on sampling until the batch is full."""
     max_generation_rounds: int = key(10, least=1)
     """Rounds of generation after which a batch that is still not full stops the run."""
     max_surplus_age_steps: int = key(0, least=0)

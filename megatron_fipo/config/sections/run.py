@@ -27,7 +27,8 @@ class RunSection:
     output_dir: str = key("outputs/${run.name}", check=not_blank, text="path", changes_results=False)
     """Folder of everything the run writes; ${run.name} stands for the name above."""
     seed: int = key(0, least=0, most=2**32 - 1, fixed_because=ORDER_OF_PROMPTS)
-    """Seed of data order, sampling and dropout-free initialisation; results depend on it, never on the rank count."""
+    """Seed of the order of prompts, of procedural sources without a seed of their own, and of each response's draws:
+    they are the same on any number of ranks. SGLang draws by it only on GPUs and with servers.reproducible."""
     num_sample_prints: int = key(3, least=0, changes_results=False)
     """Sample responses shown before and after training."""
 
