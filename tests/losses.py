@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_fipo.config import FipoConfig
+from megatron_fipo.config import FipoConfig, choices_of
 from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.sequences import WholeSequences
 from megatron_fipo.rl.token_values import TokenValues
 
-CORRECTIONS = ("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
-"""What objective.rollout_correction may be; test_rollout_correction.py compares it with what a run takes."""
+CORRECTIONS = choices_of(FipoConfig, "rollout_correction")
 
 
 def packed_loss(cu_seqlens: Tensor, config: FipoConfig, **per_token: Tensor) -> LossOutput:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.extensions import transformer_engine as extension
 from megatron.core.utils import get_te_version
 
-from megatron_fipo.config import Config, ModelSection
+from megatron_fipo.config import Config, ModelSection, longest_sequence_tokens
 from megatron_fipo.parallel.varlen_attention import kernel_in_words
 
 LONGEST_UNASKED = 4096
@@ -74,7 +74,7 @@ def _demands(config: Config) -> Iterator[str]:
     """Say, in words, each setting that makes Transformer Engine worth its installation."""
     if config.parallel.cp > 1:
         yield f"parallel.cp={config.parallel.cp} spreads sequences over GPUs"
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = longest_sequence_tokens(config)
     if longest > LONGEST_UNASKED:
         yield (
             f"sequences may have rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens (more than "

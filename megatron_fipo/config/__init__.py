@@ -9,6 +9,18 @@ Order of precedence, lowest first: the dataclass defaults, the algorithm's prese
 overrides. Nothing rewrites a value that the user wrote.
 """
 
+from megatron_fipo.config.cross_rules.servers import server_device_problems
+from megatron_fipo.config.derived import (
+    RecomputedPart,
+    log_prob_chunk_tokens,
+    longest_sequence_tokens,
+    microbatch_token_multiple,
+    num_decay_steps,
+    pad_multiple,
+    recomputed_part,
+    required_pad_multiple,
+    updates_per_step,
+)
 from megatron_fipo.config.environment import (
     looks_secret,
     recorded_values,
@@ -24,19 +36,10 @@ from megatron_fipo.config.input_paths import (
     with_absolute_paths,
 )
 from megatron_fipo.config.loading import load_config, resolved_yaml, save_resolved
-from megatron_fipo.config.log_prob_chunks import log_prob_chunk_tokens
-from megatron_fipo.config.milestones import num_decay_steps
 from megatron_fipo.config.model_layout import read_model_config, validate_model_layout
-from megatron_fipo.config.recompute import RecomputedPart, recomputed_part
+from megatron_fipo.config.presets import ALGORITHMS
 from megatron_fipo.config.resume import ResumeCheck, check_resume, numbers_fingerprint
-from megatron_fipo.config.schema import (
-    ALGORITHMS,
-    FILE_KINDS,
-    FP8_ALIGNMENT,
-    PROCEDURAL_KINDS,
-    SCHEMAS,
-    SOURCE_KINDS,
-    VERIFIERS,
+from megatron_fipo.config.sections import (
     AdvantageSection,
     BatchSection,
     CheckpointSection,
@@ -57,28 +60,22 @@ from megatron_fipo.config.schema import (
     TrainSection,
     VerifierSection,
 )
+from megatron_fipo.config.sections.data import FILE_KINDS, PROCEDURAL_KINDS
+from megatron_fipo.config.sections.model import FP8_ALIGNMENT
 from megatron_fipo.config.stop_rule import StopRule
 from megatron_fipo.config.text_files import parse_json, read_text
-from megatron_fipo.config.validation import (
-    check_objective,
-    microbatch_token_multiple,
-    pad_multiple,
-    required_pad_multiple,
-    server_device_problems,
-    updates_per_step,
-    validate,
-    warnings_for,
-)
-from megatron_fipo.config.verifiers import verifier_weights
+from megatron_fipo.config.text_rules import REPOSITORY_NAME
+from megatron_fipo.config.validation import check_objective, require_source, validate
+from megatron_fipo.config.values import choices_of
+from megatron_fipo.config.verifiers import require_verifier_name, verifier_weights
+from megatron_fipo.config.warnings import warnings_for
 
 __all__ = [
     "ALGORITHMS",
     "FILE_KINDS",
     "FP8_ALIGNMENT",
     "PROCEDURAL_KINDS",
-    "SCHEMAS",
-    "SOURCE_KINDS",
-    "VERIFIERS",
+    "REPOSITORY_NAME",
     "AdvantageSection",
     "BatchSection",
     "CheckpointSection",
@@ -104,9 +101,11 @@ __all__ = [
     "VerifierSection",
     "check_objective",
     "check_resume",
+    "choices_of",
     "is_hub_name",
     "load_config",
     "log_prob_chunk_tokens",
+    "longest_sequence_tokens",
     "looks_secret",
     "microbatch_token_multiple",
     "num_decay_steps",
@@ -119,6 +118,8 @@ __all__ = [
     "recomputed_part",
     "recorded_values",
     "require_inputs",
+    "require_source",
+    "require_verifier_name",
     "required_pad_multiple",
     "resolved_yaml",
     "save_resolved",

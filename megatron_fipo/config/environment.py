@@ -21,7 +21,8 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_fipo.config.schema import Config
+from megatron_fipo.config.keys import declarations_along
+from megatron_fipo.config.sections import Config
 
 _SECRET_PARTS = frozenset(
     {
@@ -43,12 +44,6 @@ Path: TypeAlias = tuple[str | int, ...]
 
 _VARIABLE = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 _KEY_REFERENCE = re.compile(r"\$\{\s*(\.*[A-Za-z_][\w.\[\]-]*)\s*\}")
-_PLACES = (
-    *("path", "name", "output_dir", "snapshot_dir", "python", "wandb_project"),
-    *("revision", "subset", "split", "push_to_hub"),
-)
-"""Last words of the keys whose values are places and names: messages show them, since people need to copy them."""
-
 _LEAST_CHARACTERS = 6
 """Shorter values are not looked for in texts: they would be found by chance."""
 
@@ -92,7 +87,7 @@ def remember_references(unresolved: DictConfig, config: Config) -> None:
         value = _at(asdict(config), path)
         if isinstance(value, (str, int, float)):
             _references[path, value] = text
-        is_place = str(path[-1]) in _PLACES
+        is_place = _is_place(path)
         for name in names:
             if looks_secret(name) or not is_place:
                 _mask(os.environ.get(name, ""), f"${{oc.env:{name}}}")
@@ -192,7 +187,13 @@ def value_digest(value: Any, salt: str) -> str:
 
 
 def _is_secret(path: Path, text: str) -> bool:
-    return str(path[-1]) not in _PLACES or any(map(looks_secret, _VARIABLE.findall(text)))
+    return not _is_place(path) or any(map(looks_secret, _VARIABLE.findall(text)))
+
+
+def _is_place(path: Path) -> bool:
+    """Whether a key's value is a place or a name: messages show it, since people need to copy it."""
+    along = declarations_along([str(part) for part in path])
+    return len(along) == len(path) and along[-1].text in ("path", "name")
 
 
 def _mask(value: str, reference: str) -> None:

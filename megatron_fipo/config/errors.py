@@ -1,24 +1,87 @@
-"""The error of a configuration that cannot run, and the wording of a wrong choice."""
+"""What is wrong with a configuration, as data, and the error that lists it.
+
+A `Problem` has the key, its value, the rule that it breaks and the remedy apart from each other; what a user reads is
+composed here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+LONGEST_SHOWN = 200
+"""Characters of a value that a message shows."""
+
+
+class _NotShown:
+    def __repr__(self) -> str:
+        return "NOT_SHOWN"
+
+
+NOT_SHOWN: Final = _NotShown()
+"""In place of a value that a message must not repeat, or that the rule names itself."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration.
+
+    Attributes:
+        key: dotted, as the user writes it.
+        value: what it is; NOT_SHOWN leaves it out of the sentence.
+        rule: what the value breaks, to stand behind the colon; without a full stop at its end.
+        remedy: what to do, a sentence or several; the last one's full stop may be left out.
+    """
+
+    key: str
+    value: Any
+    rule: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        if self.value is NOT_SHOWN:
+            given = self.key
+        elif isinstance(self.value, (str, list, dict)) and not self.value:
+            given = f"{self.key} is empty"
+        else:
+            given = f"{self.key}={shown_value(self.value)}"
+        if not self.remedy:
+            return f"{given}: {self.rule}."
+        return f"{given}: {self.rule}. {self.remedy}{'' if self.remedy.endswith(('?', '.')) else '.'}"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run. The message names key, value, rule and remedy, one line for each problem."""
+    """A configuration that cannot run. The message names key, value, rule and remedy, one line for each problem.
+
+    Attributes:
+        problems: the same as data; empty where the error was raised with a text of its own.
+    """
+
+    problems: tuple[Problem, ...] = ()
 
     @classmethod
-    def of(cls, problems: Sequence[str], where: str = "the configuration") -> ConfigError:
+    def of(cls, problems: Sequence[Problem | str], where: str = "the configuration") -> ConfigError:
         """One problem stands alone, several make a list."""
-        if len(problems) == 1:
-            return cls(problems[0])
-        return cls("\n  - ".join([f"{len(problems)} problems in {where}:", *problems]))
+        texts = [str(problem) for problem in problems]
+        error = cls(texts[0] if len(texts) == 1 else "\n  - ".join([f"{len(texts)} problems in {where}:", *texts]))
+        error.problems = tuple(problem for problem in problems if isinstance(problem, Problem))
+        return error
 
 
-def choice_problem(key: str, value: object, choices: Sequence[str]) -> str:
+def shown_value(value: Any) -> str:
+    """A value as messages show it: null, true and false as in YAML, unprintable characters escaped, not too long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):  # Cs: half characters
+        text = repr(text)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def choice_problem(key: str, value: object, choices: Sequence[str]) -> Problem:
     """Say that `value` is none of `choices`, and which of them is nearest."""
     close = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"{key}={value}: must be one of {', '.join(choices)}.{hint}"
+    return Problem(key, value, f"must be one of {', '.join(choices)}", f"Did you mean {close[0]}?" if close else "")

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import FILE_KINDS, REPOSITORY_NAME, Config, DataSourceConfig
+from megatron_fipo.config.errors import ConfigError, Problem
+from megatron_fipo.config.sections import Config, DataSourceConfig
+from megatron_fipo.config.sections.data import FILE_KINDS
+from megatron_fipo.config.text_rules import REPOSITORY_NAME
 
 _INPUT_KEY = re.compile(r"model\.path|data\.(train|evaluation)\..+\.path|servers\.python")
 
@@ -49,8 +51,13 @@ def require_inputs(config: Config, config_file: str | Path, unread: tuple[str, .
     """
     folder, name = Path(config_file).parent.absolute(), Path(config_file).name
     problems = [
-        f"{key}={path}: there is neither {Path.cwd() / path} (from the current folder) nor {folder / path} (from the "
-        f"folder of {name}). Put it there, or name where it is."
+        Problem(
+            key,
+            path,
+            f"there is neither {Path.cwd() / path} (from the current folder) nor {folder / path} (from the folder of "
+            f"{name})",
+            "Put it there, or name where it is",
+        )
         for key, path in _inputs(config)
         if not _is_here(path) and not _is_model_on_hub(key, path) and not key.startswith(unread)
     ]

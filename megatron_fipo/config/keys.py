@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_fipo.config.declaration import Declaration, declaration_of
 from megatron_fipo.config.foreign_keys import foreign_hint
-from megatron_fipo.config.schema import Config
+from megatron_fipo.config.sections import Config
 
 _ALMOST_THE_SAME = 0.9
 """From here on a key's likeness to one of its section says more than that another trainer has it."""
@@ -52,6 +53,32 @@ def annotation_at(parts: Sequence[str]) -> Any:
         else:
             annotation = get_args(annotation)[1] if get_origin(annotation) is dict else Any
     return annotation
+
+
+@cache
+def _declared_fields(section: type) -> dict[str, tuple[Declaration, Any]]:
+    """Declaration and type of each field of a section."""
+    types = field_types(section)
+    return {item.name: (declaration_of(item), types[item.name]) for item in fields(section)}
+
+
+def declarations_along(parts: Sequence[str]) -> list[Declaration]:
+    """What the key with these parts, and each section that it is in, were declared with; as far as there are such.
+
+    The name of a data source is declared by what holds the sources; what is below a key (a source's params) is not.
+    """
+    annotation: Any = Config
+    found: list[Declaration] = []
+    for part in parts:
+        if entry := entry_type(annotation):
+            found.append(found[-1])
+            annotation = entry
+        elif is_dataclass(annotation) and part in (declared := _declared_fields(annotation)):  # type: ignore[arg-type]
+            declaration, annotation = declared[part]
+            found.append(declaration)
+        else:
+            break
+    return found
 
 
 @cache

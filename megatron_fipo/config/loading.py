@@ -15,7 +15,8 @@ from megatron_fipo.config.environment import reference_leaves, remember_referenc
 from megatron_fipo.config.errors import ConfigError, choice_problem
 from megatron_fipo.config.input_paths import find_inputs, with_absolute_paths
 from megatron_fipo.config.keys import annotation_at, expectation, key_problems, look_up, type_problem
-from megatron_fipo.config.schema import ALGORITHMS, Config
+from megatron_fipo.config.presets import ALGORITHMS
+from megatron_fipo.config.sections import Config
 from megatron_fipo.config.text_files import read_text
 from megatron_fipo.config.yaml_values import override_text, read_yaml, text_type
 
@@ -51,7 +52,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     for _, layer in layers:
         algorithm = layer.get("algorithm", algorithm)
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise ConfigError(choice_problem("algorithm", algorithm, tuple(ALGORITHMS)))
+        raise ConfigError.of([choice_problem("algorithm", algorithm, tuple(ALGORITHMS))])
 
     merged = OmegaConf.structured(Config)
     for place, layer in [(f"preset of {algorithm}", ALGORITHMS[algorithm]), *layers]:

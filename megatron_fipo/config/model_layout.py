@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config.errors import ConfigError
-from megatron_fipo.config.schema import FP8_ALIGNMENT, Config, ParallelSection
+from megatron_fipo.config.errors import ConfigError, Problem
+from megatron_fipo.config.sections import Config, ParallelSection
+from megatron_fipo.config.sections.model import FP8_ALIGNMENT
 from megatron_fipo.config.text_files import read_json_object
 
 
@@ -55,15 +56,14 @@ def validate_model_layout(config: Config, model_config: Mapping[str, Any]) -> No
     }
     for name, size in sizes_of_a_rank.items() if not problems else ():
         if size % alignment:
-            problems.append(
-                f"model.fp8={config.model.fp8}: needs multiples of {alignment}, and the model's {name} is {size}. "
-                "Lower parallel.tp, or take another recipe (tensorwise needs multiples of 16)."
-            )
+            rule = f"needs multiples of {alignment}, and the model's {name} is {size}"
+            remedy = "Lower parallel.tp, or take another recipe (tensorwise needs multiples of 16)"
+            problems.append(Problem("model.fp8", config.model.fp8, rule, remedy))
     if problems:
         raise ConfigError.of(problems, where="the layout of the model")
 
 
-def division_problems(model_config: Mapping[str, Any], parallel: ParallelSection) -> list[str]:
+def division_problems(model_config: Mapping[str, Any], parallel: ParallelSection) -> list[Problem]:
     """Why a model does not divide into a layout's tensor-parallel ranks and pipeline stages; empty where it does.
 
     Args:
@@ -72,16 +72,21 @@ def division_problems(model_config: Mapping[str, Any], parallel: ParallelSection
     heads, layers = model_config["num_attention_heads"], model_config["num_hidden_layers"]
     groups = model_config.get("num_key_value_heads") or heads
     problems = [
-        f"parallel.tp={parallel.tp}: must divide the model's {name}={model_config[name]}."
+        Problem("parallel.tp", parallel.tp, f"must divide the model's {name}={model_config[name]}")
         for name in ("num_attention_heads", "intermediate_size")
         if model_config[name] % parallel.tp
     ]
     if groups % parallel.tp and parallel.tp % groups:
         problems.append(
-            f"parallel.tp={parallel.tp}: must divide the model's num_key_value_heads={groups}, or be a multiple of it."
+            Problem(
+                "parallel.tp",
+                parallel.tp,
+                f"must divide the model's num_key_value_heads={groups}, or be a multiple of it",
+            )
         )
     stages = parallel.pp * (parallel.virtual_pp or 1)
     if layers % stages:
-        sizes = f"parallel.pp={parallel.pp}" + (f" x virtual_pp={parallel.virtual_pp}" if parallel.virtual_pp else "")
-        problems.append(f"{sizes}: {stages} stages must divide the model's num_hidden_layers={layers}.")
+        chunks = f" (x parallel.virtual_pp={parallel.virtual_pp})" if parallel.virtual_pp else ""
+        rule = f"{stages} stages{chunks} must divide the model's num_hidden_layers={layers}"
+        problems.append(Problem("parallel.pp", parallel.pp, rule))
     return problems

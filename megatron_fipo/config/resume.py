@@ -16,40 +16,11 @@ from megatron_fipo.config.environment import (
     written_values,
 )
 from megatron_fipo.config.input_paths import same_place, with_absolute_paths
-from megatron_fipo.config.schema import Config, DataSourceConfig
+from megatron_fipo.config.keys import declarations_along
+from megatron_fipo.config.sections import Config, DataSourceConfig
 
-_BESIDE = (
-    "run.name",
-    "run.output_dir",
-    "run.num_sample_prints",
-    "rollout.engine",
-    "rollout.max_batch_size",
-    "servers",
-    "verifier",
-    "train.num_steps",  # where the learning rate falls towards it, `_settled` says so
-    "train.resume",
-    "train.stop_when",
-    "parallel",
-    "batch",
-    "model.transformer_engine",
-    "model.recompute",
-    "model.log_prob_chunk_mib",
-    "model.log_prob_chunk_tokens",  # of checkpoints from before chunks were measured in MiB
-    "data.evaluation",
-    "evaluation",
-    "metrics",
-    "checkpoint",
-)
-"""Keys that leave the numbers as they are, but for the rounding of sums taken in another order."""
-
-_ORDER_OF_PROMPTS = ("kind", "task", "params", "num_prompts", "seed", "weight")
-"""Keys of a source that decide which prompt stands where: with others the cursor would point elsewhere."""
-
-_REFUSED = {
-    "run.seed": "it decides the order of the prompts, in which the checkpoint holds a place",
-    "model.dtype": "the optimizer's state is laid out for the other",
-    "optimizer.distributed": "the optimizer's state is laid out for the other",
-}
+_FORMER_KEYS_WITHOUT_EFFECT = ("model.log_prob_chunk_tokens",)
+"""Keys that only checkpoints of earlier versions have, and that never changed results."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +112,18 @@ def _is_default(key: str, value: Any) -> bool:
 
 
 def _decides_numbers(key: str) -> bool:
-    return not any(key == beside or key.startswith(f"{beside}.") for beside in _BESIDE)
+    """Whether a key, dotted, changes results, by its declaration and those of the sections that it is in."""
+    if key in _FORMER_KEYS_WITHOUT_EFFECT:
+        return False
+    return all(declared.changes_results for declared in declarations_along(key.split(".")))
 
 
 def _reason_to_refuse(key: str) -> str:
-    parts = key.split(".")
-    if parts[:2] == ["data", "train"] and len(parts) >= 4 and parts[3] in _ORDER_OF_PROMPTS:
-        return "it decides the order of the prompts, in which the checkpoint holds a place"
-    return _REFUSED.get(key, "")
+    """Why a run that goes on must keep a key's value; empty where it need not."""
+    along = declarations_along(key.split("."))
+    if not all(declared.changes_results for declared in along):
+        return ""
+    return next((declared.fixed_because for declared in along if declared.fixed_because), "")
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:

@@ -16,6 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megatron_fipo.config.errors import ConfigError
 from megatron_fipo.config.keys import field_types
+from megatron_fipo.config.text_rules import lone_surrogate
 
 MAX_LEVELS = 50
 """Levels that a configuration may be nested."""
@@ -114,13 +115,8 @@ def _checked_text(text: str, place: str) -> str:
     """
     if text == _MISSING:
         raise ConfigError(f"{place}: {_MISSING} stands for a value that is still to be given. Give it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{place}: \\u{ord(text[error.start]):04x} at character {error.start + 1} is half of a character (a lone "
-            "surrogate), which is no text. Write the whole one."
-        ) from error
+    if half := lone_surrogate(text):
+        raise ConfigError(f"{place}: {half}. Write the whole one.")
     return text
 
 

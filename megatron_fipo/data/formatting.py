@@ -7,7 +7,6 @@ from typing import Any
 from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data import chat_templates
 from megatron_fipo.data.records import Record
-from megatron_fipo.data.references import check_characters
 
 
 class PromptFormatter:
@@ -17,25 +16,18 @@ class PromptFormatter:
         """Keep what formatting needs.
 
         Args:
-            source: its prompt_template, system_prompt and chat_template.
+            source: its prompt_template, system_prompt and chat_template; `require_source` has passed it.
             tokenizer: a transformers tokenizer.
             vocab_size: tokens that the model has; None leaves out what depends on it.
 
         Raises:
-            ValueError: for a template without {prompt}, a system prompt without chat, or a tokenizer without a chat
-                template where one is needed.
+            ValueError: for a tokenizer without a chat template where one is needed.
         """
-        if "{prompt}" not in source.prompt_template:
-            raise ValueError(f"prompt_template={source.prompt_template!r} lacks {{prompt}}, where the question goes")
-        if source.system_prompt and not source.chat_template:
-            raise ValueError("system_prompt needs chat_template=true: raw text has no system message")
         if source.chat_template and not tokenizer.chat_template:
             raise ValueError(
                 "chat_template=true, but the model's tokenizer has no chat template. Set chat_template=false and "
                 "prompt_template, or take an instruction-tuned model."
             )
-        for key in ("prompt_template", "system_prompt"):
-            check_characters(getattr(source, key), key)
         self._source = source
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size

@@ -13,18 +13,16 @@ from typing import Any
 
 from megatron_fipo.config import (
     FILE_KINDS,
-    SCHEMAS,
-    SOURCE_KINDS,
     Config,
     DataSourceConfig,
     read_model_config,
+    require_source,
     verifier_weights,
 )
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
-from megatron_fipo.data.records import nearest_name, read_records, record_generator
+from megatron_fipo.data.records import read_records, record_generator
 from megatron_fipo.rl.trajectory import Prompt
-from megatron_fipo.verifiers.registry import check_verifier_name
 from megatron_fipo.verifiers.verdict import combined_name
 
 logger = logging.getLogger(__name__)
@@ -234,8 +232,6 @@ class PromptStream:
         self._slots: list[tuple[int, int]] = []
         limits = PromptLimits(max_prompt_tokens, overlong, vocab_size)
         for position, (name, config) in enumerate(sources.items()):
-            if config.weight < 1:
-                raise ValueError(f"data source {name!r}: weight is at least 1, got {config.weight}")
             self._sources.append(
                 _open(name, config, tokenizer, seed, limits, row_readers, held_out=False),
             )
@@ -369,7 +365,7 @@ def _open(
 ) -> PromptSource:
     """Open a source; every error names it."""
     try:
-        _check(config)
+        require_source(config)
         with_rows = any(verifier in row_readers for verifier in verifier_weights(config))
         if config.kind in FILE_KINDS:
             return FilePrompts(name, config, tokenizer, limits, with_rows)
@@ -377,30 +373,3 @@ def _open(
         return ProceduralPrompts(name, config, tokenizer, limits, with_rows, seed=seed, held_out=held_out)
     except ValueError as error:
         raise ValueError(f"data source {name!r}: {error}") from error
-
-
-def _check(config: DataSourceConfig) -> None:
-    """Check what can be told from the configuration alone.
-
-    Raises:
-        ValueError: for an unknown kind or verifier, or settings that do not go together.
-    """
-    if config.kind not in SOURCE_KINDS:
-        raise ValueError(
-            f"unknown kind {config.kind!r}; known are {', '.join(SOURCE_KINDS)}."
-            f"{nearest_name(config.kind, SOURCE_KINDS)}"
-        )
-    for verifier in verifier_weights(config):
-        check_verifier_name(verifier)
-    if config.num_prompts is not None and config.num_prompts < 1:
-        raise ValueError(f"num_prompts is at least 1, got {config.num_prompts}")
-    if config.kind in FILE_KINDS and not config.path:
-        raise ValueError(f"kind {config.kind} needs the path of its file")
-    if config.schema not in SCHEMAS:
-        raise ValueError(
-            f"unknown schema {config.schema!r}; known are {', '.join(SCHEMAS)}.{nearest_name(config.schema, SCHEMAS)}"
-        )
-    if config.kind in FILE_KINDS and config.params:
-        raise ValueError(f"params belong to procedural sources; kind {config.kind} takes none")
-    if config.kind == "reasoning_gym" and "reasoning_gym" not in verifier_weights(config):
-        raise ValueError(f"kind reasoning_gym needs verifier reasoning_gym, got {config.verifier!r}")

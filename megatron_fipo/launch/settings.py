@@ -185,7 +185,7 @@ def _problems(settings: Settings) -> list[str]:
     """What is wrong with single settings and between them."""
     problems = []
     if settings.executor not in EXECUTORS:
-        problems.append(choice_problem("executor", settings.executor, EXECUTORS))
+        problems.append(str(choice_problem("executor", settings.executor, EXECUTORS)))
     for key in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_node", "rendezvous_port", "max_requeues"):
         value = getattr(settings, key)
         if value is not None and value < 1:

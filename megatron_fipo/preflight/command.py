@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_fipo.config import (
     Config,
     ConfigError,
+    longest_sequence_tokens,
     read_model_config,
     validate,
     validate_model_layout,
@@ -209,7 +210,7 @@ def _rollout(plan: Plan) -> Table:
         table.add_row("the actor in host memory, GiB a node", f"{plan.host:.1f}")
     table.add_row("server's weights, GiB a GPU", f"{server.weights:.2f}")
     table.add_row("room for keys and values, GiB a GPU", f"{server.pool:.2f}")
-    longest = plan.config.rollout.max_prompt_tokens + plan.config.rollout.max_response_tokens
+    longest = longest_sequence_tokens(plan.config)
     table.add_row(
         "tokens that fit, longest responses", f"{server.pool_tokens:,}, {server.pool_tokens / longest:,.1f} at a time"
     )

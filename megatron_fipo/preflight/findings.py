@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import FILE_KINDS, Config, DataSourceConfig, is_hub_name, updates_per_step, warnings_for
-from megatron_fipo.config.schema import REPOSITORY_NAME
-from megatron_fipo.data.row_forms import SCHEMAS, select_columns
+from megatron_fipo.config import (
+    FILE_KINDS,
+    REPOSITORY_NAME,
+    Config,
+    DataSourceConfig,
+    is_hub_name,
+    updates_per_step,
+    warnings_for,
+)
+from megatron_fipo.data.row_forms import ROW_FORMS, select_columns
 from megatron_fipo.hub.datasets import cached_source, file_kind
 from megatron_fipo.hub.datasets import would_download as source_would_download
 from megatron_fipo.hub.models import cached_folder, revision_without_name, would_download
@@ -189,7 +196,7 @@ def _column_findings(key: str, source: DataSourceConfig, path: Path, kind: str) 
         return
     if source.schema != "columns":
         try:
-            select_columns(SCHEMAS[source.schema], sorted(columns), source.path)
+            select_columns(ROW_FORMS[source.schema], sorted(columns), source.path)
         except ValueError as error:
             yield Finding(MISSING, f"{key}.schema={source.schema}: {error}")
         return

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fipo.config import Config, server_device_problems
+from megatron_fipo.config import Config, longest_sequence_tokens, server_device_problems
 from megatron_fipo.convert.hf_config import ModelShape, model_shape
 from megatron_fipo.preflight.findings import (
     FAILS,
@@ -119,7 +119,7 @@ def _memory_findings(
     if config.model.fp8 not in ("none", *gpu.fp8_recipes):
         known = f"it computes {' and '.join(gpu.fp8_recipes)}" if gpu.fp8_recipes else "it has no FP8"
         yield Finding(FAILS, f"model.fp8={config.model.fp8} is not for {gpu.name}: {known}. Set another, or none.")
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = longest_sequence_tokens(config)
     if server.pool_tokens < longest:
         yield Finding(
             FAILS,

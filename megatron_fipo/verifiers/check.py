@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_fipo.config import Config, DataSourceConfig, verifier_weights
 from megatron_fipo.verifiers.inspection import inspect_verifiers
-from megatron_fipo.verifiers.registry import is_own
+from megatron_fipo.verifiers.names import is_own_function
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def inspect_own(config: Config) -> Findings:
     places: dict[str, list[str]] = {}
     for key, source in _sources(config):
         for name in verifier_weights(source):
-            if is_own(name):
+            if is_own_function(name):
                 places.setdefault(name, []).append(f"{key}.verifier")
     if not places:
         return Findings()

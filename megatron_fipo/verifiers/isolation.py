@@ -25,7 +25,8 @@ from pathlib import Path
 
 import megatron_fipo
 from megatron_fipo.verifiers.confinement import has_landlock
-from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS, FOLDERS_VARIABLE
+from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS
+from megatron_fipo.verifiers.registry import FOLDERS_VARIABLE
 
 
 class Isolation(Enum):

@@ -30,9 +30,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
+from megatron_fipo.config import require_verifier_name
 from megatron_fipo.system.text_hygiene import clean_text
 from megatron_fipo.verifiers.isolation import Isolation, WorkerSetup, isolation_of
-from megatron_fipo.verifiers.registry import check_verifier_name, shown_name
+from megatron_fipo.verifiers.registry import shown_name
 from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.verifiers.wire import MalformedMessageError
 from megatron_fipo.verifiers.worker_process import (
@@ -96,7 +97,7 @@ class VerifierPool:
         self._verifiers: dict[Isolation, tuple[str, ...]] = {}
         self._queues: dict[Isolation, deque[_Pending]] = {isolation: deque() for isolation in Isolation}
         for verifier in verifiers:
-            check_verifier_name(verifier)
+            require_verifier_name(verifier)
             self._add_verifier(verifier)
         self._timeout_s = timeout_s
         self._memory_gib = memory_gib
@@ -144,7 +145,7 @@ class VerifierPool:
         """
         pending = []
         for job in jobs:
-            check_verifier_name(job.verifier)
+            require_verifier_name(job.verifier)
             pending.append(_Pending(next(self._order), job.verifier, pickle.dumps(job), Future()))
         with self._changed:
             if self._closed_because is not None:

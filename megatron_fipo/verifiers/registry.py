@@ -11,7 +11,6 @@ import importlib
 import inspect
 import os
 import pkgutil
-import re
 import sys
 import traceback
 from functools import cache
@@ -19,60 +18,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS, is_own_function, is_reward_model
 from megatron_fipo.verifiers.own_function import OwnFunction, SignatureError
 from megatron_fipo.verifiers.reward_model import RewardModel, without_secrets
 from megatron_fipo.verifiers.verdict import JobVerifier, Verifier, split_name
 
-BUILTIN_VERIFIERS = {
-    "chain_arithmetic": "megatron_fipo.verifiers.chain_arithmetic:verify",
-    "code": "megatron_fipo.verifiers.code:verify",
-    "code_unprotected": "megatron_fipo.verifiers.code:verify_unprotected",
-    "exact": "megatron_fipo.verifiers.exact:verify",
-    "math": "megatron_fipo.verifiers.mathematics:verify",
-    "math_answer": "megatron_fipo.verifiers.mathematics:verify_answer_line",
-    "math_boxed": "megatron_fipo.verifiers.mathematics:verify_boxed",
-    "reasoning_gym": "megatron_fipo.verifiers.reasoning_gym_tasks:verify",
-}
-"""Dotted path of each built-in verifier; modules load on first use, so that only those in use need their packages."""
-
 FOLDERS_VARIABLE = "MEGATRON_FIPO_VERIFIER_FOLDERS"
 """Environment variable with further folders, separated as in PATH, in which a user's own modules are looked for. A
 process that judges inherits it."""
-
-_URL = re.compile(r"https?://[^\s/]+\S*")
 
 
 class CannotLoadError(ImportError):
     """A verifier of the user's own that cannot be used; the message says why and what to do, without a traceback."""
 
 
-def check_verifier_name(name: str) -> None:
-    """Check that a name can stand for a verifier, without importing anything.
-
-    Raises:
-        ValueError: if it is neither built in, nor of the form "package.module:function", nor the URL of a reward model.
-    """
-    if name in BUILTIN_VERIFIERS or _URL.fullmatch(name) or is_own(name):
-        return
-    nearest = difflib.get_close_matches(name, BUILTIN_VERIFIERS, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(
-        f"unknown verifier {name!r}: known are {', '.join(sorted(BUILTIN_VERIFIERS))}, "
-        f"a function of your own as 'package.module:function', or the URL of a reward model.{hint}"
-    )
-
-
-def is_own(name: str) -> bool:
-    """Whether a verifier's name is the path of a user's own, "package.module:function"."""
-    module, separator, function = name.partition(":")
-    return bool(separator) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
 def shown_name(name: str) -> str:
     """A name, or several with weights in one (`combined_name`), as messages show it: no key that a URL may hold."""
     weights = split_name(name)
     if len(weights) == 1:
-        return without_secrets(name) if _URL.fullmatch(name) else name
+        return without_secrets(name) if is_reward_model(name) else name
     return " + ".join(f"{weight:g}*{shown_name(part)}" for part, weight in weights.items())
 
 
@@ -96,11 +60,12 @@ def load_verifier(name: str) -> Verifier:
             a signature that a verifier cannot be called with.
         ImportError: if a package that a built-in one needs is not installed.
     """
-    check_verifier_name(name)
-    if _URL.fullmatch(name):
+    if is_reward_model(name):
         return RewardModel(name)
-    if name not in BUILTIN_VERIFIERS:
+    if is_own_function(name):
         return _own(name)
+    if name not in BUILTIN_VERIFIERS:
+        raise ValueError(f"verifier {name!r} cannot be loaded: no verifier can have that name.")
     module, _, function = BUILTIN_VERIFIERS[name].partition(":")
     verifier: Verifier = getattr(importlib.import_module(module), function)
     return verifier

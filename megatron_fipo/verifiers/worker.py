@@ -31,7 +31,8 @@ from megatron_fipo.verifiers.expressions_only import NotAnExpressionError, expre
 from megatron_fipo.verifiers.forked_judge import ForkingJudge, ThreadsError
 from megatron_fipo.verifiers.isolation import Isolation, WorkerSetup, package_root
 from megatron_fipo.verifiers.judging import judge
-from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS, CannotLoadError, load_verifier, shown_name
+from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS
+from megatron_fipo.verifiers.registry import CannotLoadError, load_verifier, shown_name
 from megatron_fipo.verifiers.syscall_filter import SandboxUnavailableError, syscall_filter
 from megatron_fipo.verifiers.verdict import JobVerifier, Verdict
 from megatron_fipo.verifiers.wire import pack_frame, verdict_fields, write_all

@@ -15,13 +15,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron_fipo.rollout.handover import Handover
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fipo.config import Config, ParallelSection, load_config
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout import handover
-from megatron_fipo.rollout.handover import Handover
 from megatron_fipo.rollout.servers import engine as server_engine
 from megatron_fipo.rollout.servers import weight_buckets
 from megatron_fipo.rollout.servers.api import Bucket, InferenceServer

@@ -131,9 +131,11 @@ def test_one_line_names_the_layers(config: Config, has_cuda: bool, has_engine: b
 
 
 def test_fp8_asks_for_transformer_engine() -> None:
-    from megatron_fipo.config.validation import _precision_problems
+    from megatron_fipo.config.cross_rules.training import precision_problems
 
     config = config_of(engine="off")
-    assert not list(_precision_problems(config))
-    (problem,) = _precision_problems(replace(config, model=replace(config.model, fp8="tensorwise")))
-    assert problem.startswith("model.transformer_engine=off: model.fp8=tensorwise is computed by Transformer Engine")
+    assert not list(precision_problems(config))
+    (problem,) = precision_problems(replace(config, model=replace(config.model, fp8="tensorwise")))
+    assert str(problem).startswith(
+        "model.transformer_engine=off: model.fp8=tensorwise is computed by Transformer Engine"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
 import tempfile
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from megatron_fipo.config import (
     ALGORITHMS,
-    VERIFIERS,
     Config,
     ConfigError,
     DataSourceConfig,
@@ -25,15 +23,13 @@ from megatron_fipo.config import (
     read_model_config,
     required_pad_multiple,
     save_resolved,
-    schema,
     updates_per_step,
     validate,
     validate_model_layout,
     warnings_for,
     with_absolute_paths,
 )
-from megatron_fipo.config import rules as rules_module
-from megatron_fipo.config.keys import field_types
+from megatron_fipo.config.errors import NOT_SHOWN, Problem, choice_problem, shown_value
 
 SOUND = """
 model:
@@ -66,6 +62,21 @@ def message_of(path: Path | None, *overrides: str, world_size: int | None = None
     with pytest.raises(ConfigError) as caught:
         validate(load_config(path, overrides), world_size)
     return str(caught.value)
+
+
+def problems_in(config: Config, world_size: int | None = None) -> tuple[Problem, ...]:
+    """What validation finds, as data."""
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size)
+    return caught.value.problems
+
+
+def value_at(config: Config, problem: Problem) -> object:
+    """The value of a problem's key; of a rule such as train.stop_when the metric, where that is what is wrong."""
+    value: Any = dataclasses.asdict(config)
+    for part in problem.key.split("."):
+        value = value[part]
+    return value.split()[0] if problem.key == "train.stop_when" and problem.value == value.split()[0] else value
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -244,97 +255,113 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 # --- validation ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "run.name=a\x1b[31m": "run.name='a\\x1b[31m': holds the control character '\\x1b'",
-    f"run.output_dir=out/{'x' * 256}": "file systems take names of at most 255 bytes. Shorten it.",
-    "rollout.num_samples_per_prompt=9999999999999999999": "is beyond 9,007,199,254,740,992, more than",
-    "parallel.timeout_s=1e15": "must be above 0 and at most 2,000,000 seconds (23 days)",
-    "data.train.a={kind: jsonl, path: x, verifier: math, seed: 1}": "data.train.a.seed=1: only procedural sources",
-    "optimizer.min_learning_rate=1e-8": "optimizer.min_learning_rate=1e-08: optimizer.schedule=constant never falls.",
-    "checkpoint={every_num_steps: 5, keep_every_num_steps: 7}": "must be a multiple of checkpoint.every_num_steps=5",
-    "checkpoint.keep_every_num_steps=7": "must be a multiple of checkpoint.every_num_steps=0",
-    "checkpoint.export_with_checkpoints=true": "checkpoint.every_num_steps=0 makes no periodic checkpoints.",
-    "model.path=": "model.path=: must name a folder",
-    "model.dtype=bfloat": "model.dtype=bfloat: must be one of float32, bfloat16. Did you mean bfloat16?",
-    "model.recompute=some": "model.recompute=some: must be one of none, selective, full.",
-    "model.log_prob_chunk_mib=0": "model.log_prob_chunk_mib=0.0: must be above 0 and finite.",
-    "model.transformer_engine=on": "model.transformer_engine=on: must be one of auto, off.",
-    "run.name=": "run.name=: must be one folder's name",
-    "run.name=../../x": "run.name=../../x: must be one folder's name",
-    "run.name=..": "run.name=..: must be one folder's name",
-    "run.seed=-1": "run.seed=-1: must be between 0 and 2**32 - 1.",
-    "data.overlong_prompts=drop": "data.overlong_prompts=drop: must be one of error, skip.",
-    "data.train.a.kind=parquet": "data.train.a.verifier=: must be one of chain_arithmetic, reasoning_gym, math, exact,",
-    "data.evaluation.held_out.kind=reasoning_gym": "judged by their own task. Set data.evaluation.held_out.verifier=",
-    "data.train.chain.verifier=mine:1st": "chain.verifier=mine:1st: must be one of",
-    "data.train.chain.verifier=maths": "chain.verifier=maths: must be one of chain_arithmetic, reasoning_gym, math",
-    "data.train.chain.kind=json": "chain.kind=json: must be one of jsonl, parquet, hub, chain_arithmetic, reason",
-    "data.train.chain.kind=jsonl": "data.train.chain.path is empty: kind=jsonl reads a file.",
-    "data.train.hub.kind=hub": "data.train.hub.path is empty: kind=hub reads a data set on the hub",
-    "data.train.set={kind: hub, path: ./a, split: x}": "data.train.set.path=./a: kind=hub takes a data set's name",
-    "data.train.set={kind: hub, path: a/b}": "data.train.set.split is empty: kind=hub reads one split.",
-    "data.train.chain.subset=main": "data.train.chain.subset=main: only kind=hub reads a data set of the hub.",
-    "data.train.chain.split=train": "data.train.chain.split=train: only kind=hub reads a data set of the hub.",
-    "data.train.chain.revision=v1": "data.train.chain.revision=v1: only kind=hub reads a data set of the hub.",
-    "data.train.chain.revision=''": "data.train.chain.revision=: must not be empty.",
-    "model.revision=''": "model.revision=: must not be empty.",
-    "checkpoint.push_to_hub=mine": "checkpoint.push_to_hub=mine: must be a repository on the Hugging Face hub",
-    "checkpoint={push_to_hub: a/b, export_huggingface: false}": "checkpoint.push_to_hub=a/b: pushes the exported mod",
-    "data.train.chain.path=x.jsonl": "data.train.chain.path=x.jsonl: kind=chain_arithmetic reads no file.",
-    "data.train.chain.kind=reasoning_gym": "data.train.chain.task is empty: kind=reasoning_gym needs",
-    "data.train.chain.task=chain_sum": "data.train.chain.task=chain_sum: only kind=reasoning_gym has tasks.",
-    "data.train.chain.verifier=reasoning_gym": "judges entries of kind=reasoning_gym, and this kind is",
-    "data.train.chain.prompt_template=Solve": "must hold {prompt}, where the prompt goes.",
-    "data.train.chain.system_prompt=Hello": "chat_template=false leaves it out. Set data.train.chain.chat_tem",
-    "data.train.chain.weight=0": "data.train.chain.weight=0: must be at least 1.",
-    "data.train.a/b.weight=1": "data.train: the name 'a/b' goes into metric names",
-    "data.evaluation.held_out.seed=null": "makes prompts without end. Set data.evaluation.held_out.seed.",
-    "data.evaluation.held_out.num_prompts=null": "Set data.evaluation.held_out.num_prompts.",
-    "rollout.engine=sglan": "rollout.engine=sglan: must be one of in_process, sglang, vllm. Did you mean sglang?",
-    "rollout.num_samples_per_prompt=1": "rollout.num_samples_per_prompt=1: must be at least 2: advantages compare",
-    "rollout.temperature=0": "rollout.temperature=0.0: must be above 0: training samples its responses.",
-    "rollout.temperature=.nan": "rollout.temperature=nan: must be above 0",
-    "rollout.top_p=0": "rollout.top_p=0.0: must be above 0 and at most 1",
-    "rollout.top_p=1.01": "rollout.top_p=1.01: must be above 0 and at most 1",
-    "verifier.timeout_s=0": "verifier.timeout_s=0.0: must be above 0 and at most 2,000,000 seconds",
-    "verifier.trusted=[judges:verify]": "verifier.trusted: 'judges:verify' is no verifier in use; these are cha",
-    "reward.correct=-1": "reward.correct=-1.0: must be above reward.incorrect=-1.0.",
-    "reward.overlong_buffer_tokens=50": "buffer_tokens=50: must be below rollout.max_response_tokens=50",
-    "sampling.max_generation_rounds=0": "sampling.max_generation_rounds=0: must be at least 1.",
-    "advantages.estimator=gae": "advantages.estimator=gae: must be one of group_std, group_mean, leave_one_out.",
-    "objective.clip_ratio_low=1.5": "objective.clip_ratio_low=1.5: must be above 0 and at most 1.",
-    "objective.dual_clip=1": "objective.dual_clip=1.0: must be above 1, or null to turn it off.",
-    "objective.dual_clip=null": "objective.dual_clip=null: Future-KL leaves out tokens with a ratio above dual_clip",
-    "objective.old_log_probs=rollout": "objective.old_log_probs=rollout: rollout log-probs as π_old are refused",
-    "objective.rollout_correction=icepop": "objective.rollout_correction=icepop: ",
-    "objective.rollout_ratio_min=1": "objective.rollout_ratio_min=1.0: must be above 0 and below 1.",
-    "objective.rollout_ratio_max=1": "objective.rollout_ratio_max=1.0: must be above 1 and finite.",
-    "objective.half_life_tokens=0": "objective.half_life_tokens=0.0: must be above 0 and finite.",
-    "objective.influence_min=1.3": "objective.influence_min=1.3: must not be above objective.influence_max=1.2.",
-    "objective.loss_aggregation=sequence_sum": "objective.sequence_sum_tokens=null: loss_aggregation=sequence_sum",
-    "objective.future_kl=false": "contradicts algorithm=fipo, which is objective.future_kl=true. Remove",
-    "train.num_minibatches=3": "a minibatch holds whole groups. Set it to one of 1, 2, 4, 8.",
-    "train.num_minibatches=16": "train.num_minibatches=16: must divide rollout.num_prompts=8",
-    "optimizer.num_warmup_steps=-1": "optimizer.num_warmup_steps=-1: must be at least 0.",
-    "optimizer.schedule=step": "optimizer.schedule=step: must be one of constant, linear, cosine.",
-    "optimizer.num_decay_steps=5": "optimizer.num_decay_steps=5: optimizer.schedule=constant never falls.",
-    "optimizer.min_learning_rate=-1": "optimizer.min_learning_rate=-1.0: must be at least 0.",
-    "train.stop_when=avg@4 > 0.9": "train.stop_when=avg@4 > 0.9: must be a metric, >= or <=, and a number",
-    "train.stop_when=evaluation/held/avg@4 >= 0.9": "Did you mean evaluation/held_out/avg@",
-    "checkpoint.keep_best=evaluation/held_out/avg@5": "scores of this run's evaluations are evaluation/held_out/avg@",
-    "optimizer.adam_beta2=1": "optimizer.adam_beta2=1.0: must be at least 0 and below 1.",
-    "parallel.sequence_parallel=true": "parallel.sequence_parallel=true: needs parallel.tp above 1.",
-    "model.fp8=delayed": "model.fp8=delayed: must be one of none, tensorwise, blockwise, mxfp8.",
-    "model.fp8=tensorwise": "FP8 products are taken of bfloat16 numbers, and model.dtype=float32. Set model.dtype=bf",
-    "parallel.virtual_pp=2": "parallel.virtual_pp=2: needs parallel.pp above 1.",
-    "parallel.virtual_pp=1": "parallel.virtual_pp=1: must be at least 2, or null for the plain schedule.",
-    "parallel.cp=3": "4 processes cannot hold whole copies of the model: tp=1 x pp=1 x cp=3 takes 3 each.",
-    "batch.max_tokens_per_microbatch=149": "takes 150 tokens with padding. Raise it to at least 150.",
-    "batch.pad_multiple=500": "takes 500 tokens with padding. Raise it to at least 500.",
-    "evaluation.top_p=2": "evaluation.top_p=2.0: must be above 0 and at most 1",
-    "metrics.num_samples_per_step=-1": "metrics.num_samples_per_step=-1: must be at least 0.",
-    "metrics.wandb=on": "metrics.wandb=on: must be one of off, online, offline.",
-    "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be at least 1.",
+    "run.name=a\x1b[31m": ("run.name", "Remove it"),
+    f"run.output_dir=out/{'x' * 256}": ("run.output_dir", "Shorten it"),
+    "rollout.num_samples_per_prompt=9999999999999999999": ("rollout.num_samples_per_prompt", "Lower it"),
+    "parallel.timeout_s=1e15": ("parallel.timeout_s", "23 days"),
+    "data.train.a={kind: jsonl, path: x, verifier: math, seed: 1}": ("data.train.a.seed", "Remove it"),
+    "optimizer.min_learning_rate=1e-8": ("optimizer.min_learning_rate", "optimizer.schedule to linear or cosine"),
+    "checkpoint={every_num_steps: 5, keep_every_num_steps: 7}": (
+        "checkpoint.keep_every_num_steps",
+        "checkpoint.every_num_steps=5",
+    ),
+    "checkpoint.keep_every_num_steps=7": ("checkpoint.keep_every_num_steps", "checkpoint.every_num_steps=0"),
+    "checkpoint.export_with_checkpoints=true": ("checkpoint.export_with_checkpoints", "checkpoint.every_num_steps=0"),
+    "model.path=": ("model.path", "owner/name"),
+    "model.dtype=bfloat": ("model.dtype", "Did you mean bfloat16?"),
+    "model.recompute=some": ("model.recompute", ""),
+    "model.log_prob_chunk_mib=0": ("model.log_prob_chunk_mib", ""),
+    "model.transformer_engine=on": ("model.transformer_engine", ""),
+    "run.name=": ("run.name", "Set run.output_dir"),
+    "run.name=../../x": ("run.name", "Set run.output_dir"),
+    "run.name=..": ("run.name", "Set run.output_dir"),
+    "run.seed=-1": ("run.seed", ""),
+    "data.overlong_prompts=drop": ("data.overlong_prompts", ""),
+    "data.train.a.kind=parquet": ("data.train.a.verifier", "package.module:function"),
+    "data.evaluation.held_out.kind=reasoning_gym": (
+        "data.evaluation.held_out.verifier",
+        "data.evaluation.held_out.verifier=reasoning_gym",
+    ),
+    "data.train.chain.verifier=mine:1st": ("data.train.chain.verifier", "package.module:function"),
+    "data.train.chain.verifier=maths": ("data.train.chain.verifier", "Did you mean math?"),
+    "data.train.chain.kind=json": ("data.train.chain.kind", "Did you mean jsonl?"),
+    "data.train.chain.kind=jsonl": ("data.train.chain.path", "kind=jsonl reads a file"),
+    "data.train.hub.kind=hub": ("data.train.hub.path", "openai/gsm8k"),
+    "data.train.set={kind: hub, path: ./a, split: x}": ("data.train.set.path", "kind=jsonl"),
+    "data.train.set={kind: hub, path: a/b}": ("data.train.set.split", "data.train.set.split=train"),
+    "data.train.chain.subset=main": ("data.train.chain.subset", "set kind=hub"),
+    "data.train.chain.split=train": ("data.train.chain.split", "set kind=hub"),
+    "data.train.chain.revision=v1": ("data.train.chain.revision", "set kind=hub"),
+    "data.train.chain.revision=''": ("data.train.chain.revision", ""),
+    "model.revision=''": ("model.revision", ""),
+    "checkpoint.push_to_hub=mine": ("checkpoint.push_to_hub", "such as me/my-model"),
+    "checkpoint={push_to_hub: a/b, export_huggingface: false}": (
+        "checkpoint.push_to_hub",
+        "checkpoint.export_huggingface=false",
+    ),
+    "data.train.chain.path=x.jsonl": ("data.train.chain.path", "change the kind"),
+    "data.train.chain.kind=reasoning_gym": ("data.train.chain.task", "task=chain_sum"),
+    "data.train.chain.task=chain_sum": ("data.train.chain.task", "Remove it"),
+    "data.train.chain.verifier=reasoning_gym": ("data.train.chain.verifier", "this kind is chain_arithmetic"),
+    "data.train.chain.prompt_template=Solve": ("data.train.chain.prompt_template", "{prompt}"),
+    "data.train.chain.system_prompt=Hello": ("data.train.chain.system_prompt", "data.train.chain.chat_template=true"),
+    "data.train.chain.weight=0": ("data.train.chain.weight", ""),
+    "data.train.a/b.weight=1": ("data.train", "Use letters"),
+    "data.evaluation.held_out.seed=null": ("data.evaluation.held_out", "Set data.evaluation.held_out.seed"),
+    "data.evaluation.held_out.num_prompts=null": (
+        "data.evaluation.held_out",
+        "Set data.evaluation.held_out.num_prompts",
+    ),
+    "rollout.engine=sglan": ("rollout.engine", "Did you mean sglang?"),
+    "rollout.num_samples_per_prompt=1": ("rollout.num_samples_per_prompt", "advantages compare"),
+    "rollout.temperature=0": ("rollout.temperature", "evaluation.temperature=0"),
+    "rollout.temperature=.nan": ("rollout.temperature", "evaluation.temperature=0"),
+    "rollout.top_p=0": ("rollout.top_p", ""),
+    "rollout.top_p=1.01": ("rollout.top_p", ""),
+    "verifier.timeout_s=0": ("verifier.timeout_s", ""),
+    "verifier.trusted=[judges:verify]": ("verifier.trusted", "these are chain_arithmetic"),
+    "reward.correct=-1": ("reward.correct", "reward.incorrect=-1.0"),
+    "reward.overlong_buffer_tokens=50": ("reward.overlong_buffer_tokens", "rollout.max_response_tokens=50"),
+    "sampling.max_generation_rounds=0": ("sampling.max_generation_rounds", ""),
+    "advantages.estimator=gae": ("advantages.estimator", ""),
+    "objective.clip_ratio_low=1.5": ("objective.clip_ratio_low", ""),
+    "objective.dual_clip=1": ("objective.dual_clip", "or null to turn it off"),
+    "objective.dual_clip=null": ("objective.dual_clip", "objective.dual_clip=10"),
+    "objective.old_log_probs=rollout": ("objective.old_log_probs", "objective.old_log_probs=actor"),
+    "objective.rollout_correction=icepop": ("objective.rollout_correction", "geometric_masked"),
+    "objective.rollout_ratio_min=1": ("objective.rollout_ratio_min", ""),
+    "objective.rollout_ratio_max=1": ("objective.rollout_ratio_max", ""),
+    "objective.half_life_tokens=0": ("objective.half_life_tokens", ""),
+    "objective.influence_min=1.3": ("objective.influence_min", "objective.influence_max=1.2"),
+    "objective.loss_aggregation=sequence_sum": ("objective.sequence_sum_tokens", "rollout.max_response_tokens=50"),
+    "objective.future_kl=false": ("objective.future_kl", "algorithm=dapo"),
+    "train.num_minibatches=3": ("train.num_minibatches", "one of 1, 2, 4, 8"),
+    "train.num_minibatches=16": ("train.num_minibatches", "one of 1, 2, 4, 8"),
+    "optimizer.num_warmup_steps=-1": ("optimizer.num_warmup_steps", ""),
+    "optimizer.schedule=step": ("optimizer.schedule", ""),
+    "optimizer.num_decay_steps=5": ("optimizer.num_decay_steps", "optimizer.schedule to linear or cosine"),
+    "optimizer.min_learning_rate=-1": ("optimizer.min_learning_rate", ""),
+    "train.stop_when=avg@4 > 0.9": ("train.stop_when", "must be a metric, >= or <=, and a number"),
+    "train.stop_when=evaluation/held/avg@4 >= 0.9": ("train.stop_when", "Did you mean evaluation/held_out/avg@32?"),
+    "checkpoint.keep_best=evaluation/held_out/avg@5": (
+        "checkpoint.keep_best",
+        "Did you mean evaluation/held_out/avg@32?",
+    ),
+    "optimizer.adam_beta2=1": ("optimizer.adam_beta2", ""),
+    "parallel.sequence_parallel=true": ("parallel.sequence_parallel", "parallel.tp above 1"),
+    "model.fp8=delayed": ("model.fp8", ""),
+    "model.fp8=tensorwise": ("model.fp8", "model.dtype=bfloat16"),
+    "parallel.virtual_pp=2": ("parallel.virtual_pp", "parallel.pp above 1"),
+    "parallel.virtual_pp=1": ("parallel.virtual_pp", "or null for the plain schedule"),
+    "parallel.cp=3": ("parallel", "4 processes cannot hold whole copies of the model"),
+    "batch.max_tokens_per_microbatch=149": ("batch.max_tokens_per_microbatch", "at least 150"),
+    "batch.pad_multiple=500": ("batch.max_tokens_per_microbatch", "at least 500"),
+    "evaluation.top_p=2": ("evaluation.top_p", ""),
+    "metrics.num_samples_per_step=-1": ("metrics.num_samples_per_step", ""),
+    "metrics.wandb=on": ("metrics.wandb", ""),
+    "checkpoint.keep_last=0": ("checkpoint.keep_last", ""),
 }
+"""Override -> key of the problem, and words of its rule or remedy; none where the declaration alone is broken."""
 
 
 def test_evaluation_on_nothing_is_refused(sound: Path) -> None:
@@ -344,7 +371,15 @@ def test_evaluation_on_nothing_is_refused(sound: Path) -> None:
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_what_cannot_run_is_refused(sound: Path, override: str) -> None:
-    assert REFUSED[override] in message_of(sound, override, world_size=4)
+    key, words = REFUSED[override]
+    config = load_config(sound, [override])
+    found = [
+        problem
+        for problem in problems_in(config, world_size=4)
+        if problem.key == key and words in f"{problem.rule}. {problem.remedy}"
+    ]
+    assert len(found) == 1
+    assert found[0].value is NOT_SHOWN or shown_value(found[0].value) == shown_value(value_at(config, found[0]))
 
 
 def test_training_needs_a_source(tmp_path: Path) -> None:
@@ -461,34 +496,59 @@ def test_pad_multiple_must_suit_the_layout(sound: Path) -> None:
     validate(load_config(sound, ["parallel.cp=2", "batch.pad_multiple=12"]))
 
 
-def test_every_number_has_a_rule() -> None:
-    """A number that nothing checks would fail somewhere inside Megatron instead."""
-
-    def numbers(section: type) -> list[tuple[str, str]]:
-        found = []
-        for name, annotation in field_types(section).items():
-            if dataclasses.is_dataclass(annotation):
-                found += numbers(annotation)
-            elif "int" in str(annotation) or "float" in str(annotation):
-                found.append((section.__name__, name))
-        return found
-
-    rules = {(section.__name__, name) for section, names in rules_module._RULES.items() for name in names}
-    everything = numbers(Config) + numbers(DataSourceConfig)
-    assert len(everything) > 40
-    assert [number for number in everything if number not in rules] == []
-
-
-def test_names_agree_with_what_the_package_has() -> None:
-    from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS
-
-    assert set(VERIFIERS) == set(BUILTIN_VERIFIERS)
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        (Problem("a.b", 3, "must be even", "Double it"), "a.b=3: must be even. Double it."),
+        (Problem("a.b", 3, "must be even"), "a.b=3: must be even."),
+        (Problem("a.b", None, "a number is needed"), "a.b=null: a number is needed."),
+        (Problem("a.b", True, "needs c"), "a.b=true: needs c."),
+        (Problem("a.b", "", "a file is read", "Set it"), "a.b is empty: a file is read. Set it."),
+        (Problem("a.b", [], "GPUs are needed"), "a.b is empty: GPUs are needed."),
+        (Problem("a.b", NOT_SHOWN, "is secret", "Remove it."), "a.b: is secret. Remove it."),
+        (Problem("a.b", "x\x1b", "is odd"), "a.b='x\\x1b': is odd."),
+        (Problem("a.b", "x" * 300, "is long"), f"a.b={'x' * 200}…: is long."),
+        (choice_problem("a.b", "tw", ("one", "two")), "a.b=tw: must be one of one, two. Did you mean two?"),
+        (choice_problem("a.b", "q", ("one", "two")), "a.b=q: must be one of one, two."),
+    ],
+)
+def test_a_problem_is_one_sentence_and_a_remedy(problem: Problem, sentence: str) -> None:
+    assert str(problem) == sentence
 
 
-def test_rules_and_choices_name_existing_fields() -> None:
-    for table in (rules_module._RULES, rules_module._CHOICES):
-        for section, names in table.items():
-            assert set(names) <= {item.name for item in dataclasses.fields(section)}, section
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.num_epochs=0", "train.num_epochs=0: must be at least 1."),
+        ("servers.base_port=80", "servers.base_port=80: must be between 1024 and 65535, or null."),
+        ("parallel.virtual_pp=1", "parallel.virtual_pp=1: must be at least 2, or null for the plain schedule."),
+        (
+            "rollout.temperature=0",
+            "rollout.temperature=0.0: must be above 0 and finite: training samples its responses. "
+            "evaluation.temperature=0 evaluates greedily.",
+        ),
+        (
+            "data.train.chain.verifier_weights=[1.0,-1.0]",
+            "data.train.chain.verifier_weights=[1.0, -1.0]: each number must be at least 0 and finite: 0 shows a "
+            "verifier's score without counting it.",
+        ),
+        ("servers.gpus=[0,0]", "servers.gpus=[0, 0]: must be different numbers from 0 on."),
+        (
+            "data.train.chain.verifier=[]",
+            "data.train.chain.verifier is empty: a verifier's name, or a list of several, was expected, such as "
+            "[math, my_rewards:format] with verifier_weights=[1.0, 0.2].",
+        ),
+    ],
+)
+def test_what_a_broken_declaration_says(sound: Path, override: str, sentence: str) -> None:
+    assert message_of(sound, override) == sentence
+
+
+def test_what_a_source_is_refused_for_by_itself_is_said_once(sound: Path) -> None:
+    (problem,) = problems_in(load_config(sound, ["data.train.chain.schema=gsm"]))
+    assert problem == choice_problem(
+        "data.train.chain.schema", "gsm", ("columns", "dapo_math", "aime", "gsm8k", "humaneval", "mbpp")
+    )
 
 
 # --- the model's layout ----------------------------------------------------------------------------------------------
@@ -503,7 +563,7 @@ MODEL = {"num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers
         (["parallel.tp=3"], "parallel.tp=3: must divide the model's num_key_value_heads=2, or be a multiple of it."),
         (["parallel.tp=5"], "parallel.tp=5: must divide the model's intermediate_size=96."),
         (["parallel.pp=4"], "parallel.pp=4: 4 stages must divide the model's num_hidden_layers=6."),
-        (["parallel.pp=2", "parallel.virtual_pp=2"], "parallel.pp=2 x virtual_pp=2: 4 stages must divide"),
+        (["parallel.pp=2", "parallel.virtual_pp=2"], "parallel.pp=2: 4 stages (x parallel.virtual_pp=2) must divide"),
     ],
 )
 def test_layouts_that_the_model_does_not_divide_into(overrides: list[str], fragment: str) -> None:
@@ -641,39 +701,7 @@ def test_texts_survive_the_resolved_configuration(text: str) -> None:
         assert load_config(save_resolved(config, folder)) == with_absolute_paths(config)
 
 
-# --- the reference ---------------------------------------------------------------------------------------------------
-
-
-def undocumented_fields(source: str) -> list[str]:
-    """Dataclass fields without a docstring under them; the reference of all keys is made of those docstrings."""
-    missing = []
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef) or not any(
-            "dataclass" in ast.unparse(item) for item in node.decorator_list
-        ):
-            continue
-        if node.name.startswith("_"):
-            continue
-        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-            documented = (
-                isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            )
-            sections = isinstance(statement, ast.AnnAssign) and ast.unparse(statement.annotation).endswith("Section")
-            if isinstance(statement, ast.AnnAssign) and not documented and not sections and node.name != "Config":
-                missing.append(f"{node.name}.{ast.unparse(statement.target)}")
-    return missing
-
-
-def test_every_key_has_a_docstring() -> None:
-    source = Path(schema.__file__).read_text(encoding="utf-8")
-    assert undocumented_fields(source) == []
-
-
-def test_a_field_without_docstring_is_noticed() -> None:
-    source = '@dataclass(frozen=True)\nclass A:\n    x: int = 1\n    """X."""\n    y: int = 2\n'
-    assert undocumented_fields(source) == ["A.y"]
+# --- derived numbers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

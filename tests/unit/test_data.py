@@ -230,14 +230,22 @@ def test_parquet_with_chat_messages_and_a_nested_answer(chat_tokenizer: Any, tmp
         ([{"prompt": [{"text": "1"}], "answer": ""}], {}, "a list of chat messages with role and content"),
         ([{"prompt": "1", "answer": None}], {}, r"a\.jsonl:1: column 'answer' is null"),
         ([{"prompt": "1 a", "answer": ""}], {}, r"a\.jsonl:1: the model's tokenizer does not know ' ', 'a'"),
-        ([{"prompt": "1", "answer": ""}], {"prompt_template": "?"}, r"lacks \{prompt\}"),
+        ([{"prompt": "1", "answer": ""}], {"prompt_template": "?"}, r"prompt_template=\?: must hold \{prompt\}"),
         ([{"prompt": "1", "answer": ""}], {"chat_template": True}, "tokenizer has no chat template"),
-        ([{"prompt": "1", "answer": ""}], {"system_prompt": "1"}, "system_prompt needs chat_template=true"),
-        ([{"prompt": "1", "answer": ""}], {"verifier": "exakt"}, "Did you mean 'exact'"),
-        ([{"prompt": "1", "answer": ""}], {"kind": "json"}, "unknown kind 'json'.*Did you mean 'jsonl'"),
-        ([{"prompt": "1", "answer": ""}], {"params": {"x": 1}}, "kind jsonl takes none"),
-        ([{"prompt": "1", "answer": ""}], {"num_prompts": 0}, "num_prompts is at least 1, got 0"),
-        ([{"prompt": "1", "answer": ""}], {"weight": 0}, "weight is at least 1, got 0"),
+        (
+            [{"prompt": "1", "answer": ""}],
+            {"system_prompt": "1"},
+            "chat_template=false leaves it out. Set chat_template=true",
+        ),
+        (
+            [{"prompt": "1", "answer": ""}],
+            {"verifier": "exakt"},
+            "verifier=exakt: must be .* Did you mean exact",
+        ),
+        ([{"prompt": "1", "answer": ""}], {"kind": "json"}, "kind=json: must be one of .*Did you mean jsonl"),
+        ([{"prompt": "1", "answer": ""}], {"params": {"x": 1}}, "kind=jsonl takes no parameters"),
+        ([{"prompt": "1", "answer": ""}], {"num_prompts": 0}, "num_prompts=0: must be at least 1"),
+        ([{"prompt": "1", "answer": ""}], {"weight": 0}, "weight=0: must be at least 1"),
     ],
 )
 def test_file_errors_name_source_place_and_rule(
@@ -252,7 +260,7 @@ def test_missing_file_and_no_source(tokenizer: Any, tmp_path: Path) -> None:
     source = DataSourceConfig(kind="jsonl", path=str(tmp_path / "none.jsonl"), verifier="exact")
     with pytest.raises(ValueError, match=r"none\.jsonl' does not exist"):
         stream(tokenizer, mine=source)
-    with pytest.raises(ValueError, match="kind jsonl needs the path"):
+    with pytest.raises(ValueError, match="path is empty: kind=jsonl reads a file"):
         stream(tokenizer, mine=replace(source, path=""))
     with pytest.raises(ValueError, match=r"data\.train names no source"):
         stream(tokenizer)
@@ -302,5 +310,5 @@ def test_procedural_errors(tokenizer: Any) -> None:
         stream(WordTokenizer(), mine=replace(gym, task="chain_sum", params={"digits": 1}))
     with pytest.raises(ValueError, match="'seed' is not a parameter of task chain_sum"):
         stream(WordTokenizer(), mine=replace(gym, task="chain_sum", params={"seed": 1}))
-    with pytest.raises(ValueError, match="needs verifier reasoning_gym, got 'math'"):
+    with pytest.raises(ValueError, match=r"verifier=math: .*are judged by their own task. Set verifier=reasoning_gym"):
         stream(WordTokenizer(), mine=replace(gym, task="chain_sum", verifier="math"))

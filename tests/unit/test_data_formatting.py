@@ -159,7 +159,7 @@ def test_a_token_that_the_model_lacks_is_refused_at_the_start(tmp_path: Path) ->
 
 
 def test_half_characters_in_a_template_are_refused(source: DataSourceConfig) -> None:
-    with pytest.raises(ValueError, match=r"data source 'q': prompt_template holds \\udce9 at character 1"):
+    with pytest.raises(ValueError, match=r"data source 'q': prompt_template='.*': \\udce9 at character 1 is half"):
         prompts(tokenizer(), source, prompt_template="\udce9{prompt}")
 
 

@@ -7,14 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_fipo.cli import _parser
-from megatron_fipo.config import Config, load_config, validate
-from megatron_fipo.config.schema import DataSourceConfig
+from megatron_fipo.config import Config, DataSourceConfig, load_config, validate
+from megatron_fipo.config.errors import NOT_SHOWN, Problem
 from megatron_fipo.verifiers.pool import VerifierPool
 from megatron_fipo.verifiers.verdict import VerifierJob
 from tests.unit import documented_metrics as metrics
@@ -285,7 +287,8 @@ def test_a_metric_without_an_entry_is_noticed(tmp_path: Path) -> None:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-FIELD = "\0"
+FIELD = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""In place of what is known at run time only."""
 
 
 def explained_messages(page: str) -> list[re.Pattern[str]]:
@@ -302,7 +305,19 @@ def spelled_out(tree: ast.AST) -> set[str]:
             texts.add(re.sub(r"%[rsd]", FIELD, node.value))
         elif isinstance(node, ast.JoinedStr | ast.BinOp):
             texts.add(_joined(node))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem":
+            texts.add(str(Problem(*map(_argument, node.args))))
     return texts
+
+
+def _argument(node: ast.expr) -> Any:
+    """An argument of `Problem`: what is written out, else what stands for it in texts."""
+    if isinstance(node, ast.Name) and node.id == "NOT_SHOWN":
+        return NOT_SHOWN
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return _joined(node)
 
 
 def _joined(node: ast.expr) -> str:
@@ -313,12 +328,6 @@ def _joined(node: ast.expr) -> str:
     return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else FIELD
 
 
-WARNING_FILES = (
-    "config/validation.py", "data/prompts.py", "preflight/findings.py", "preflight/plan.py",
-    "preflight/rollout_plan.py", "rl/diagnostics.py", "run/saved.py", "evaluation/of_folder.py", "train.py",
-)  # fmt: skip
-
-
 def test_every_message_that_is_explained_exists() -> None:
     sources = (ROOT / "megatron_fipo").rglob("*.py")
     texts = [text for path in sources for text in spelled_out(ast.parse(path.read_text(encoding="utf-8")))]
@@ -327,16 +336,50 @@ def test_every_message_that_is_explained_exists() -> None:
     assert [message.pattern for message in messages if not any(map(message.search, texts))] == []
 
 
-def unexplained(tree: ast.AST, names: set[str]) -> set[str]:
-    """Texts of a sentence's length in functions and calls of these names that the page does not explain."""
+def warning_texts(tree: ast.AST, given: set[str]) -> set[str]:
+    """What a module warns of: texts in functions that are registered or named as warnings or among those `given`, in
+    calls that warn, and in what a plan finds wanting.
+    """
     texts = set()
     for node in ast.walk(tree):
-        is_function = isinstance(node, ast.FunctionDef) and node.name in names
-        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names
-        if is_function and isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and (_is_warning(node) or node.name in given):
             texts |= {text for statement in node.body[_has_docstring(node) :] for text in spelled_out(statement)}
-        elif is_call:
+        elif isinstance(node, ast.Call) and (
+            (isinstance(node.func, ast.Attribute) and node.func.attr == "warning") or _level_of_finding(node)
+        ):
             texts |= spelled_out(node)
+    return texts
+
+
+def _is_warning(function: ast.FunctionDef) -> bool:
+    is_registered = any(ast.unparse(decorator) == "warns" for decorator in function.decorator_list)
+    return is_registered or re.search(r"(^|_)warnings?$", function.name) is not None
+
+
+def _level_of_finding(node: ast.AST) -> str:
+    """WARNS or FAILS for `Finding(WARNS, …)`; what is missing says its own remedy."""
+    is_finding = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding"
+    level = ast.unparse(node.args[0]) if is_finding and isinstance(node, ast.Call) and node.args else ""
+    return level if level in ("WARNS", "FAILS") else ""
+
+
+def _found_one_by_one(node: ast.GeneratorExp) -> list[str]:
+    """f of `Finding(WARNS, text) for text in f(…)`."""
+    called = node.generators[0].iter
+    is_warning = _level_of_finding(node.elt) == "WARNS"
+    return [called.func.id] if is_warning and isinstance(called, ast.Call) and isinstance(called.func, ast.Name) else []
+
+
+def unexplained(trees: Sequence[ast.AST]) -> set[str]:
+    """Warnings of a sentence's length that the page does not explain."""
+    given = {
+        name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.GeneratorExp)
+        for name in _found_one_by_one(node)
+    }
+    texts = {text for tree in trees for text in warning_texts(tree, given)}
     parts = {text for text in texts if any(text != other and text in other for other in texts)}
     messages = explained_messages(TROUBLESHOOTING)
     return {text for text in texts - parts if len(text) > 60 and not any(message.search(text) for message in messages)}
@@ -347,17 +390,30 @@ def _has_docstring(function: ast.FunctionDef) -> int:
 
 
 def test_every_warning_is_explained() -> None:
-    findings = {"batch_findings", "objective_findings", "_memory_findings", "_handover_findings", "placement_problems"}
-    names = {"warnings_for", "_correction_warnings", "_noise_warning", "warning", *findings}
-    for file in WARNING_FILES:
-        tree = ast.parse((ROOT / "megatron_fipo" / file).read_text(encoding="utf-8"))
-        assert unexplained(tree, names) == set(), file
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_fipo").rglob("*.py")]
+    assert unexplained(trees) == set()
 
 
-def test_a_warning_without_an_explanation_is_noticed() -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "@warns\ndef _anything(config, model_config):\n    yield f'{S}: {config}'",
+        "def _noise_warning(x):\n    return f'{S}: {x}'",
+        "console.warning(f'{S}: {x}')",
+        "def f():\n    yield Finding(WARNS, f'{S}: {x}')",
+        "def problems():\n    yield f'{S}: {x}'\nfound = [*(Finding(WARNS, text) for text in problems())]",
+    ],
+)
+def test_a_warning_without_an_explanation_is_noticed(source: str) -> None:
     sentence = "something that nobody has ever heard of is wrong with the run, and here is what to do"
-    tree = ast.parse(f"def warnings_for(x):\n    return f'{sentence}: {{x}}'\nconsole.warning('{sentence}!')")
-    assert unexplained(tree, {"warnings_for", "warning"}) == {f"{sentence}: {FIELD}", f"{sentence}!"}
+    assert unexplained([ast.parse(source.replace("{S}", sentence))]) == {f"{sentence}: {FIELD}"}
+
+
+def test_a_problem_is_read_as_its_sentence() -> None:
+    tree = ast.parse("Problem('a.b', value, f'must be one of {choices}', 'Set it')")
+    assert f"a.b={FIELD}: must be one of {FIELD}. Set it." in spelled_out(tree)
+    tree = ast.parse("[Problem('a.b', [], 'GPUs are needed'), Problem(key, NOT_SHOWN, 'is secret')]")
+    assert {"a.b is empty: GPUs are needed.", f"{FIELD}: is secret."} <= spelled_out(tree)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import verifier_baselines as baselines
 from benchmarks import verifier_error_rates as error_rates
 from benchmarks.verifier_error_rates import Pair
-from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS
+from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS
 from megatron_fipo.verifiers.verdict import Verdict
 
 PAIRS = error_rates.read_pairs()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config import Config, DataSection, DataSourceConfig, OptimizerSection, StopRule, TrainSection
-from megatron_fipo.config.milestones import milestone_problems
+from megatron_fipo.config.cross_rules.milestones import milestone_problems
 from megatron_fipo.run.best_model import BestModel
 
 
@@ -41,7 +41,7 @@ def test_what_is_no_bound(text: str) -> None:
 
 def falling(**optimizer: object) -> list[str]:
     config = Config(train=TrainSection(num_steps=10), optimizer=OptimizerSection(**{"schedule": "linear", **optimizer}))  # type: ignore[arg-type]
-    return list(milestone_problems(config))
+    return list(map(str, milestone_problems(config)))
 
 
 def test_schedules_that_cannot_be() -> None:
@@ -63,7 +63,8 @@ def test_scores_are_those_of_the_run() -> None:
     )
     assert list(milestone_problems(with_data)) == []
     (problem,) = milestone_problems(Config(train=TrainSection(stop_when="evaluation/b/pass@32 >= 1")))
-    assert "there is no data.evaluation to score" in problem
+    assert problem.key == "train.stop_when"
+    assert "there is no data.evaluation to score" in problem.rule
 
 
 def test_the_best_model_is_the_one_of_the_best_evaluation(tmp_path: Path) -> None:

@@ -55,11 +55,11 @@ def test_one_name_a_list_and_weights() -> None:
     [
         (("[math, maths]",), r"data.train.a.verifier=maths: must be one of .* Did you mean math"),
         (("[math, math]",), "math is named twice"),
-        (("[]",), r"verifier=\[\]: a verifier's name, or a list of several"),
+        (("[]",), "data.train.a.verifier is empty: a verifier's name, or a list of several"),
         (("[math, 3]",), "or a list of several"),
         (("{math: 1}",), "a text or a list of texts was expected"),
         (("[math, exact]", "data.train.a.verifier_weights=[1]"), r"verifier_weights=\[1.0\]: one for each of the 2"),
-        (("[math, exact]", "data.train.a.verifier_weights=[1, -1]"), "must be finite and not negative"),
+        (("[math, exact]", "data.train.a.verifier_weights=[1, -1]"), "each number must be at least 0 and finite"),
         (("[math, exact]", "data.train.a.verifier_weights=[0, 0]"), "no verifier counts"),
         (("math", "data.train.a.verifier_weights=[1]"), "has nothing to be weighed against"),
         (("[math, reasoning_gym]",), "judges entries of kind=reasoning_gym"),

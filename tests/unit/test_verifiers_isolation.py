@@ -15,8 +15,8 @@ import pytest
 
 from megatron_fipo.verifiers import pool as pool_module
 from megatron_fipo.verifiers.isolation import Isolation, isolation_of, isolation_warnings
+from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS
 from megatron_fipo.verifiers.pool import VerifierPool, WorkerStartError
-from megatron_fipo.verifiers.registry import BUILTIN_VERIFIERS
 from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.verifiers.worker_process import VerifierUnavailableError
 

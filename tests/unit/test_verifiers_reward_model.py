@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from megatron_fipo.config import require_verifier_name
 from megatron_fipo.verifiers import reward_model
 from megatron_fipo.verifiers.judging import judge
 from megatron_fipo.verifiers.pool import VerifierPool
-from megatron_fipo.verifiers.registry import check_verifier_name, load_verifier
+from megatron_fipo.verifiers.registry import load_verifier
 from megatron_fipo.verifiers.reward_model import RewardModel, RewardModelError
 from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
@@ -185,14 +186,14 @@ def test_in_the_pool_errors_are_no_wrong_answers(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["http://host:8000/score", "https://host/a/b?c=d"])
 def test_urls_are_verifiers(name: str) -> None:
-    check_verifier_name(name)
+    require_verifier_name(name)
     assert isinstance(load_verifier(name), RewardModel)
 
 
 @pytest.mark.parametrize("name", ["http:///score", "ftp://host/", "http://", "http:/host", "http://ho st/"])
 def test_what_is_no_url(name: str) -> None:
-    with pytest.raises(ValueError, match="or the URL of a reward model"):
-        check_verifier_name(name)
+    with pytest.raises(ValueError, match=r"must be one of .*http://host:port/path"):
+        require_verifier_name(name)
 
 
 # ------------------------------------------------------------------------------------------------ objects that judge

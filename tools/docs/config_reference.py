@@ -1,4 +1,4 @@
-"""Writes docs/config.md: every configuration key with its type, default and meaning, from the dataclasses themselves.
+"""Writes docs/config.md: every configuration key with what it takes, its default and meaning, from its declaration.
 
 python tools/docs/config_reference.py           # write it
 python tools/docs/config_reference.py --check   # exit 1 if it is not up to date
@@ -11,12 +11,14 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, List, Union, get_args, get_origin
 
-from megatron_fipo.config import schema
+from megatron_fipo.config import ALGORITHMS, sections
+from megatron_fipo.config.declaration import declaration_of
+from megatron_fipo.config.keys import field_types
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 
@@ -50,47 +52,63 @@ or the override themselves are no secrets to the program.
 What is fetched lies in the hub's own cache (`HF_HOME`); `config.yaml` beside the run has the names, and as their
 revisions the commits that they stood at.
 
-This page is generated from `megatron_fipo/config/schema.py` by `tools/docs/config_reference.py`.
+This page is generated from the declarations in `megatron_fipo/config/sections/` by `tools/docs/config_reference.py`.
 """
+
+
+_TABLE = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+_KINDS = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    List[str]: "list of texts",
+    List[int]: "list of whole numbers",
+    List[float]: "list of numbers",
+    Dict[str, Any]: "values by name",
+    Dict[str, sections.DataSourceConfig]: "[sources](#a-source) by name",
+}
 
 
 def reference() -> str:
     """The page's text."""
-    descriptions = _descriptions()
-    lines = [HEAD, "| key | default | meaning |", "|---|---|---|"]
-    sections: list[tuple[str, type]] = []
-    for item in fields(schema.Config):
-        kind = _section(item)
-        if kind is None:
-            lines.append(_row(item, item.name, descriptions["Config"]))
-        else:
-            sections.append((item.name, kind))
-    for name, kind in sections:
-        lines += ["", f"## {name}", "", inspect.getdoc(kind) or "", "", "| key | default | meaning |", "|---|---|---|"]
-        lines += [_row(item, f"{name}.{item.name}", descriptions[kind.__name__]) for item in fields(kind)]
+    config, types = sections.Config, field_types(sections.Config)
+    lines = [HEAD, *_TABLE, *_rows(config, "", [item for item in fields(config) if not is_dataclass(types[item.name])])]
+    for name, kind in types.items():
+        if not is_dataclass(kind):
+            continue
+        lines += ["", f"## {name}", "", inspect.getdoc(kind) or "", "", *_TABLE, *_rows(kind, f"{name}.", fields(kind))]
         if name == "data":
-            source = schema.DataSourceConfig
-            lines += ["", "### A source", "", "Each entry of `data.train` and `data.evaluation`.", ""]
-            lines += ["| key | default | meaning |", "|---|---|---|"]
-            lines += [_row(item, item.name, descriptions[source.__name__]) for item in fields(source)]
+            lines += ["", "### A source", "", "Each entry of `data.train` and `data.evaluation`.", "", *_TABLE]
+            lines += _rows(sections.DataSourceConfig, "", fields(sections.DataSourceConfig))
     lines += ["", "## Algorithms", "", "| algorithm | sets |", "|---|---|"]
-    lines += [f"| `{name}` | {', '.join(_preset(values))} |" for name, values in schema.ALGORITHMS.items()]
+    lines += [f"| `{name}` | {', '.join(_preset(values))} |" for name, values in ALGORITHMS.items()]
     return "\n".join(lines) + "\n"
 
 
-def _section(item: Field[Any]) -> type | None:
-    factory = item.default_factory
-    return factory if factory is not MISSING and isinstance(factory, type) and is_dataclass(factory) else None
+def _rows(section: type, prefix: str, items: Iterable[Field[Any]]) -> Iterator[str]:
+    descriptions, types = _descriptions(section), field_types(section)
+    for item in items:
+        if item.default is not MISSING:
+            default = item.default
+        else:
+            assert item.default_factory is not MISSING
+            default = item.default_factory()
+        shown = default if isinstance(default, str) and default else json.dumps(default)
+        meaning = descriptions[item.name].replace("|", "\\|")
+        yield f"| `{prefix}{item.name}` | {_taken(item, types[item.name])} | `{shown}` | {meaning} |"
 
 
-def _row(item: Field[Any], key: str, descriptions: dict[str, str]) -> str:
-    if item.default is not MISSING:
-        default = item.default
-    else:
-        assert item.default_factory is not MISSING
-        default = item.default_factory()
-    text = default if isinstance(default, str) and default else json.dumps(default)
-    return f"| `{key}` | `{text}` | {descriptions[item.name].replace('|', chr(92) + '|')} |"
+def _taken(item: Field[Any], annotation: Any) -> str:
+    """What a key takes: its type with its bounds, or its choices."""
+    declared = declaration_of(item)
+    alternatives = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    or_null = ", or null" if type(None) in alternatives else ""
+    if declared.choices:
+        several = ", or a list of several" if annotation is Any else ""
+        return ", ".join(f"`{choice}`" for choice in (*declared.choices, *declared.forms)) + several + or_null
+    bounds = declared.bounds(annotation)
+    return f"{_KINDS[alternatives[0]]}{f', {bounds}' if bounds else ''}{or_null}"
 
 
 def _preset(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -101,23 +119,18 @@ def _preset(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"`{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}`"
 
 
-def _descriptions() -> dict[str, dict[str, str]]:
-    """Class -> field -> the string under it."""
-    tree = ast.parse(inspect.getsource(schema))
-    found: dict[str, dict[str, str]] = {}
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        entries = found[node.name] = {}
-        for statement, following in zip(node.body, node.body[1:], strict=False):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                entries[statement.target.id] = " ".join(str(following.value.value).split())
-    return found
+def _descriptions(section: type) -> dict[str, str]:
+    """Field -> the string under it."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        statement.target.id: " ".join(str(following.value.value).split())
+        for statement, following in zip(node.body, node.body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }
 
 
 def main() -> int:

@@ -125,7 +125,7 @@ def compare_logits(
         "num_hidden_layers": shape.num_layers,
     }
     if problems := division_problems(sizes, parallel):  # which name keys of a run; here they were options
-        raise ValueError("\n".join(re.sub(r"parallel\.(\w+)=", r"--\1 ", problem) for problem in problems))
+        raise ValueError("\n".join(re.sub(r"parallel\.(\w+)=", r"--\1 ", str(problem)) for problem in problems))
     sequences = _tokenize(folder, passages)
     with tempfile.TemporaryDirectory() as scratch:
         file = str(Path(scratch) / "logits.safetensors")

@@ -1,0 +1,89 @@
+"""Numbers that follow from several keys; each is computed here only."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from megatron_fipo.config.sections import Config, ModelSection
+from megatron_fipo.config.sections.model import FP8_ALIGNMENT
+
+_TILES = (128, 16)
+"""Rows that matrix products on a GPU take at a time; a part of one costs as much as the whole."""
+
+RecomputedPart = Literal["nothing", "core_attn", "mlp", "layer"]
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer steps that one batch of rollouts gets."""
+    return config.train.num_minibatches * config.train.num_epochs
+
+
+def num_decay_steps(config: Config) -> int:
+    """Steps after which the learning rate has fallen; `train.num_steps` where none is given."""
+    given = config.optimizer.num_decay_steps
+    return config.train.num_steps if given is None else given
+
+
+def longest_sequence_tokens(config: Config) -> int:
+    """Tokens of the longest prompt with the longest response, in training."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def required_pad_multiple(config: Config) -> int:
+    """Least multiple to which every sequence of a microbatch must be padded.
+
+    Context parallelism cuts a sequence into 2*cp chunks; sequence parallelism then cuts the tokens of one
+    context-parallel rank, T / cp, into tp parts.
+    """
+    parallel = config.parallel
+    zigzag = 2 * parallel.cp if parallel.cp > 1 else 1
+    return math.lcm(zigzag, parallel.cp * parallel.tp) if parallel.sequence_parallel else zigzag
+
+
+def pad_multiple(config: Config) -> int:
+    """Multiple to which sequences are padded: the configured one, or the least that the layout allows."""
+    return config.batch.pad_multiple or required_pad_multiple(config)
+
+
+def microbatch_token_multiple(config: Config) -> int:
+    """Multiple to which a microbatch's tokens must add up: FP8 products want whole blocks of rows on every rank."""
+    parallel = config.parallel
+    shards = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    return math.lcm(pad_multiple(config), shards * FP8_ALIGNMENT[config.model.fp8])
+
+
+def log_prob_chunk_tokens(chunk_mib: float, rows: int) -> int:
+    """Tokens that go through the output layer together.
+
+    Those whose float32 logits fit into `chunk_mib`: a multiple of 128, or of 16, where that is not 0; at least 1.
+
+    Args:
+        chunk_mib: model.log_prob_chunk_mib.
+        rows: of the output layer on one tensor-parallel rank, padding included, so that all ranks agree.
+    """
+    fitting = int(chunk_mib * 2**20 / (4 * rows))
+    return next((fitting // tile * tile for tile in _TILES if fitting >= tile), max(fitting, 1))
+
+
+def recomputed_part(model: ModelSection, *, on_gpu: bool) -> RecomputedPart:
+    """The part of each layer that backward computes again; core_attn and mlp are Megatron's names.
+
+    One answer for the actor that does it and the plan that counts its memory and time. On GPUs in bfloat16 attention is
+    fused, by Transformer Engine or by torch: it keeps its output and one number a row, no scores. To compute it again
+    would cost the attention and give nothing back, so "selective" stands for the MLP there, whose
+    3 * ffn_hidden_size / tp numbers a token are the largest part of what a layer keeps.
+    """
+    if model.recompute == "none":
+        return "nothing"
+    if model.recompute == "full":
+        return "layer"
+    return "mlp" if on_gpu and model.dtype == "bfloat16" else "core_attn"
+
+
+def evaluation_scores(config: Config) -> list[str]:
+    """Names of the scores that evaluations of this run give, higher being better."""
+    k = config.evaluation.num_samples_per_prompt
+    return [
+        f"evaluation/{source}/{score}@{k}" for source in config.data.evaluation for score in ("avg", "cons", "pass")
+    ]

@@ -1,0 +1,80 @@
+"""From verdicts to the loss: rewards, advantages, the objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+from megatron_fipo.config.declaration import key
+
+# OmegaConf resolves these annotations at run time, hence Optional, Dict and List rather than the newer spellings.
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """From verdicts to rewards."""
+
+    correct: float = key(1.0, least=-math.inf)
+    """Reward of an accepted answer."""
+    incorrect: float = key(-1.0, least=-math.inf)
+    """Reward of any other."""
+    overlong_buffer_tokens: int = key(0, least=0)
+    """Length at the end of max_response_tokens over which the overlong penalty grows; 0 turns it off."""
+    overlong_penalty: float = key(1.0, least=0)
+    """Largest overlong penalty."""
+    mask_truncated: bool = False
+    """Leave responses cut at max_response_tokens out of the loss."""
+
+
+@dataclass(frozen=True)
+class AdvantageSection:
+    """Group-relative advantages."""
+
+    estimator: str = key("group_std", choices=("group_std", "group_mean", "leave_one_out"))
+    """group_std: (R - mean)/(std + 1e-6); group_mean: R - mean (Dr. GRPO); leave_one_out (RLOO)."""
+
+
+@dataclass(frozen=True)
+class FipoConfig:
+    """The objective. FIPO and the methods it is compared with are settings of `rl.objective.policy_loss`."""
+
+    clip_ratio_low: float = key(0.2, above=0, most=1)
+    """The ratio is clipped below at 1 - clip_ratio_low."""
+    clip_ratio_high: float = key(0.28, above=0)
+    """The ratio is clipped above at 1 + clip_ratio_high."""
+    dual_clip: Optional[float] = key(10.0, above=1, null_means="to turn it off")
+    """Where the weighted advantage is negative, the loss is at most `-f*A*dual_clip`; null: none (not for FIPO)."""
+    future_kl: bool = True
+    """Weight advantages by Future-KL and filter sequences (FIPO); false leaves every weight at 1."""
+    half_life_tokens: float = key(32.0, above=0)
+    """Distance in tokens at which a later token's influence has halved."""
+    influence_min: float = key(1.0, least=0)
+    """Lower end of the influence weights."""
+    influence_max: float = key(1.2, above=0, finite=False, because=".inf leaves weights unclipped above")
+    """Upper end of the influence weights."""
+    safety_ratio: float = key(10.0, above=0)
+    """Where the advantage is negative and the ratio above this, the weight is clipped to [0.8, 1.0]."""
+    max_dual_clipped_tokens: int = key(1, least=0)
+    """A response with more tokens of negative advantage and ratio above dual_clip leaves the loss altogether."""
+    filter_extreme_ratios: bool = True
+    """Tokens with a ratio above dual_clip stay out of Future-KL; false is the paper's ablation."""
+    loss_aggregation: str = key("token_mean", choices=("token_mean", "sequence_mean", "sequence_sum"))
+    """token_mean; sequence_mean: mean of responses' token means (GRPO); sequence_sum: by a fixed length (Dr. GRPO)."""
+    sequence_sum_tokens: Optional[int] = key(None, least=1)
+    """The constant length of sequence_sum; required there, usually rollout.max_response_tokens."""
+    kl_coefficient: float = key(0.0, least=0)
+    """Weight of the KL penalty against the frozen starting policy (k3 estimator); 0 builds no reference."""
+    entropy_coefficient: float = key(0.0, least=0)
+    """Weight of the entropy bonus."""
+    old_log_probs: str = key("actor", choices=("actor", "rollout"))
+    """Old policy's log-probs: actor (recomputed before the step's first update) or rollout (refused with future_kl)."""
+    rollout_correction: str = key(
+        "none", choices=("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
+    )
+    """For the engine's numerical differences: none, token_truncated (truncated importance sampling), token_masked,
+    sequence_masked (masked importance sampling) or geometric_masked; see rl/rollout_correction.py."""
+    rollout_ratio_min: float = key(0.5, above=0, below=1)
+    """Least accepted ratio of the actor's to the engine's probability; of a token, or of a whole response."""
+    rollout_ratio_max: float = key(2.0, above=1)
+    """Largest such ratio: token_truncated cuts the weight there, the others mask what lies above."""
