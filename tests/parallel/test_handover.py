@@ -11,7 +11,7 @@ from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.offload import StorageOffload
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.rollout.handover import actor_log_probs
-from megatron_fipo.rollout.servers.canary import canary_sequences
+from megatron_fipo.rollout.servers.proof import canary_sequences
 from tests.models import load
 from tests.parallel.layouts import Case, Outcome, config_of, layout, save_models, train_step, whole_weights
 from tests.parallel.ranks import run_ranks
