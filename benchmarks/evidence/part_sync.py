@@ -22,13 +22,13 @@ from benchmarks.evidence.receiver import receive
 from benchmarks.evidence.report import Settings
 from benchmarks.evidence.workbench import Workbench, workbench
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.rollout.servers.api import Bucket
 from megatron_fipo.rollout.servers.packers import NodeGroup, Packers
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest
-from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger
+from megatron_fipo.rollout.servers.sglang.checksums import SglangExpectedChecksums
 from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
-from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
+from megatron_fipo.rollout.servers.vllm.checksums import VllmExpectedChecksums
+from megatron_fipo.rollout.servers.weight_buckets import Bucket
 
 _GPU = "0"
 _ANSWER_S = 120.0
@@ -178,8 +178,8 @@ def _checksums(actor: Actor, settings: Settings) -> dict[str, Any]:
     """What proving the arrival costs the trainer, for both kinds of server."""
     num_bytes = sum(tensor.nbytes for _, tensor in actor.weights())
     ledgers = {
-        "sglang": lambda: SglangLedger(actor.shape, 1, hashes_on_gpu=settings.device == "cuda"),
-        "vllm": lambda: VllmLedger(actor.shape, 1),
+        "sglang": lambda: SglangExpectedChecksums(actor.shape, 1, hashes_on_gpu=settings.device == "cuda"),
+        "vllm": lambda: VllmExpectedChecksums(actor.shape, 1),
     }
     values: dict[str, Any] = {"num_bytes": num_bytes}
     for name, make in ledgers.items():

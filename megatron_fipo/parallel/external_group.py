@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
 
+T = TypeVar("T")
+
 _POLL_S = 0.001
+_STORE_GONE_S = 10.0
+"""Longest wait until a thread that waits at a store notices that the store is gone; it does so within milliseconds."""
 
 
 class ExternalGroup:
@@ -38,7 +42,7 @@ class ExternalGroup:
         # itself listens on all of a host's addresses, and asks nobody who he is.
         listener = _listen(host)
         self.port: int = listener.getsockname()[1]
-        self._daemon = TCPStore(
+        self._daemon: TCPStore | None = TCPStore(
             host,
             self.port,
             is_master=True,
@@ -49,15 +53,30 @@ class ExternalGroup:
         self._group: dist.ProcessGroup | None = None
         self._is_being_connected = False
 
-    def meet(self) -> None:
+    def meet(self, check: Callable[[], object]) -> None:
         """Wait until all members are there. They must be told of `port` before, and join meanwhile.
+
+        Args:
+            check: called while waiting; raises where a member has said that it will not join.
 
         Raises:
             RuntimeError: if they are not there in time.
         """
+        device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else torch.device("cpu")
+        connecting = _Call(self._connect, device)
+        try:
+            connecting.wait(check)
+        except BaseException:
+            self._daemon = None  # whoever waits at the store for the others, here or a member, hears that it is gone
+            self._group = connecting.result_within(_STORE_GONE_S)
+            self.leave()
+            raise
+        self._group = connecting.result()
+
+    def _connect(self) -> dist.ProcessGroup:
         # A client that waits for all counts itself in, as every member's does.
         store = TCPStore(self._host, self.port, self._world_size, is_master=False, timeout=self._timeout)
-        self._group, _ = _new_process_group_helper(
+        group, _ = _new_process_group_helper(
             self._world_size,
             0,
             [],
@@ -66,7 +85,8 @@ class ExternalGroup:
             group_name=GroupName(self._name),
             timeout=self._timeout,
         )
-        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}  # leave() looks there
+        _world.pg_group_ranks[group] = {rank: rank for rank in range(self._world_size)}  # leave() looks there
+        return group
 
     def broadcast(self, tensor: Tensor, check: Callable[[], object]) -> None:
         """Send a tensor to all members. Returns once they have it.
@@ -100,31 +120,56 @@ class ExternalGroup:
     def _issue(
         self, call: Callable[[dist.ProcessGroup], dist.Work], device: torch.device, check: Callable[[], object]
     ) -> dist.Work:
-        """Begin a collective. NCCL connects all members within the first one and waits for the last of them there, so
-        it is begun in a thread of its own: `check` goes on being asked."""
+        """Begin a collective. NCCL connects all members within the first one, and waits there for the last of them."""
         group = self._group
         assert group is not None, "the caller looked"
-        done: list[dist.Work | RuntimeError] = []
-
-        def begin() -> None:
-            try:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)  # each thread has its own
-                done.append(call(group))
-            except RuntimeError as error:  # the backend's
-                done.append(error)
-
         self._is_being_connected = True
-        thread = threading.Thread(target=begin, name="weights", daemon=True)
-        thread.start()
-        while thread.is_alive():
+        issuing = _Call(lambda: call(group), device)
+        issuing.wait(check)
+        self._is_being_connected = False
+        return issuing.result()
+
+
+class _Call(Generic[T]):
+    """A call of the backend in a thread of its own: it may block until the group's time-out, and others be asked
+    meanwhile.
+
+    Args:
+        function: the call.
+        device: that the thread works on.
+    """
+
+    def __init__(self, function: Callable[[], T], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._outcome: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+        self._thread.start()
+
+    def wait(self, check: Callable[[], object]) -> None:
+        """Return when it has ended, in whatever way; `check` is called while waiting."""
+        while self._thread.is_alive():
             check()
             time.sleep(_POLL_S)
-        self._is_being_connected = False
-        (outcome,) = done
-        if isinstance(outcome, RuntimeError):
-            raise outcome
-        return outcome
+
+    def result(self) -> T:
+        """What it returned, once it has ended; what it raised is raised here."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+    def result_within(self, seconds: float) -> T | None:
+        """What it returns if it does within this time, else None."""
+        self._thread.join(seconds)
+        return next(iter(self._outcome), None)
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # each thread has its own
+            self._outcome.append(self._function())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            self._error = error
 
 
 def _listen(host: str) -> socket.socket:

@@ -15,24 +15,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron_fipo.rollout.handover import Handover
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fipo.config import Config, ParallelSection, load_config
 from megatron_fipo.convert.hf_config import read_model_shape
-from megatron_fipo.rollout import handover
 from megatron_fipo.rollout.servers import engine as server_engine
 from megatron_fipo.rollout.servers import weight_buckets
-from megatron_fipo.rollout.servers.api import Bucket, InferenceServer
+from megatron_fipo.rollout.servers.api import InferenceServer
 from megatron_fipo.rollout.servers.cuda_handles import DEVICE_ARGUMENT, CudaHandle
-from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.engine import OwnedServers, ServerEngine
 from megatron_fipo.rollout.servers.http import ServerRefusedError
 from megatron_fipo.rollout.servers.node_layout import TrainerGpu
 from megatron_fipo.rollout.servers.packers import Packers
 from megatron_fipo.rollout.servers.pool import ServerPool
+from megatron_fipo.rollout.servers.server import State
 from megatron_fipo.rollout.servers.setup import build_server_engine
-from megatron_fipo.rollout.servers.sglang.server import SglangServer
+from megatron_fipo.rollout.servers.sglang.client import SglangServer
+from megatron_fipo.rollout.servers.weight_buckets import Bucket
 from tests.colocated.fake_gpus import FakeGpus
 from tests.models import load
 from tests.parallel.layouts import layout
@@ -69,10 +69,10 @@ class Case:
 
 
 class FakeActor:
-    """What of an actor a handover asks for, its memory held on a fake GPU."""
+    """A `Policy` whose memory is held on a fake GPU."""
 
     def __init__(self, folder: Path, gpus: FakeGpus, gpu: str, before_lending: Callable[[int], None]) -> None:
-        self.shape = read_model_shape(folder)
+        self.vocab_size = read_model_shape(folder).vocab_size
         self._model = load(folder)
         self._gpus, self._gpu, self._before_lending, self._num_lent = gpus, gpu, before_lending, 0
         self._unit = model_bytes(folder)
@@ -83,6 +83,9 @@ class FakeActor:
         for name, tensor in self._model.state_dict().items():
             if not (is_tied and name == "lm_head.weight"):
                 yield name, tensor
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise AssertionError("these runs have no canary")
 
     def train(self) -> None:
         """An update: its activations stay in the allocator's cache."""
@@ -200,7 +203,7 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
     ):
         engine = build_server_engine(config, ranks, [1], Path(folder) / "servers", TrainerGpu(str(rank), handle))
         try:
-            return _steps(case, engine, Handover(config, actor, engine), actor)  # type: ignore[arg-type]
+            return _steps(case, engine, actor)
         finally:
             engine.close()
 
@@ -217,45 +220,44 @@ def _dawdle(case: Case, gpus: FakeGpus, num_lent: int) -> None:
         time.sleep(0.05)
 
 
-def _steps(case: Case, engine: ServerEngine, passing: Handover, actor: FakeActor) -> dict[str, Any]:
+def _steps(case: Case, engine: ServerEngine, actor: FakeActor) -> dict[str, Any]:
     if case.breaks == "lending":
         engine.start()
         engine.release_memory()
     else:
-        passing.start()
-    versions: list[list[str]] = []
+        engine.start(actor)
+    versions: list[Sequence[str]] = []
     for step in range(case.num_steps):
-        passing.to_rollout(step)
-        versions.append(_versions(engine))
-        while case.waits_for_probe and engine.pool is not None and not _num_running(engine):
+        engine.give(actor, step)
+        versions.append(_versions(engine.owned))
+        while case.waits_for_probe and engine.owned is not None and not _num_running(engine.owned):
             pass
-        passing.to_training()
+        engine.take_back(actor)
         actor.train()
-    restarts = [] if engine.pool is None else [server.num_restarts for server in engine.pool.servers]
+    restarts = [] if engine.owned is None else [server.num_restarts for server in engine.owned.pool.servers]
     return {"versions": versions, "restarts": restarts}
 
 
-def _num_running(engine: ServerEngine) -> int:
+def _num_running(owned: OwnedServers) -> int:
     """Requests that the servers work on."""
-    assert engine.pool is not None
-    connections = [server.client._connection for server in engine.pool.servers]  # type: ignore[attr-defined]
-    return sum(engine._run(each.get("/model_info", timeout_s=60))["num_running"] for each in connections)
+    connections = [server.client._connection for server in owned.pool.servers]  # type: ignore[attr-defined]
+    return sum(owned.loop.run(each.get("/model_info", timeout_s=60))["num_running"] for each in connections)
 
 
 @contextmanager
 def _broken(what: str, actor: FakeActor) -> Iterator[None]:
-    """The handover with one thing done wrong."""
+    """The engine with one thing done wrong."""
     with ExitStack() as stack:
 
         def put(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, value))
 
-        put(handover, "give_back_caches", (lambda: None) if what == "caches" else actor.give_back_caches)
+        put(server_engine, "give_back_caches", (lambda: None) if what == "caches" else actor.give_back_caches)
         if what == "idle":
             put(server_engine, "_pause_and_release", lambda client: client.release_memory())
             put(asyncio, "wait", _no_wait)
         if what == "restart":
-            put(ServerPool, "restart_when_there_is_memory", ServerPool.restart)
+            put(ServerPool, "restart_when_there_is_memory", ServerPool._restart)
         if what == "settle":
             put(Packers, "buckets", _without_waiting(Packers.buckets))
         if what == "refuse":
@@ -285,12 +287,8 @@ async def _go_on_and_resume_cache(client: InferenceServer) -> None:
     await client.resume_memory("cache")
 
 
-def _versions(engine: ServerEngine) -> Sequence[str]:
+def _versions(owned: OwnedServers | None) -> Sequence[str]:
     """What the servers that may generate report."""
-    if engine.pool is None:
+    if owned is None:
         return []
-    return [
-        engine._run(server.client.info()).weight_version
-        for server in engine.pool.servers
-        if server.state.value == "ready"
-    ]
+    return [owned.loop.run(server.client.info()).weight_version for server in owned.pool.roster.in_state(State.READY)]

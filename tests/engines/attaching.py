@@ -20,9 +20,9 @@ from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.api import InferenceServer
-from megatron_fipo.rollout.servers.canary import canary_sequences
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.proof import canary_sequences
 from megatron_fipo.rollout.servers.setup import build_server_engine
 from megatron_fipo.verifiers.pool import VerifierPool
 from tests.engines.serving import (
@@ -85,8 +85,8 @@ def shares(
         config = attached_config(engine, model, [f"http://host:{index}" for index in range(1, num_urls + 1)])
         built = build_server_engine(config, ranks, [STOP], folder)
         try:
-            assert (built.pool is None) == (built.share is None)
-            return built.share, [] if built.pool is None else [f"{s.host}:{s.port}" for s in built.pool._specs]
+            assert (built.owned is None) == (built.share is None)
+            return built.share, [] if built.owned is None else [f"{s.host}:{s.port}" for s in built.owned.pool.specs]
         finally:
             built.close()
 

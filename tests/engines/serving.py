@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megatron_fipo.config import ServersSection
 from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.servers.api import InferenceServer, LaunchSpec
-from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.engine import EngineSettings, OwnedServers, ServerEngine
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.packers import Packers
-from megatron_fipo.rollout.servers.pool import ServerPool, WatchSettings
+from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.process import free_port
+from megatron_fipo.rollout.servers.sending import Sender
 from megatron_fipo.rollout.servers.setup import ADAPTERS
-from megatron_fipo.rollout.servers.sglang.server import router_plan
+from megatron_fipo.rollout.servers.sglang.launch import router_plan
 from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
-from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.sync import WeightSync
+from megatron_fipo.rollout.servers.transfers import Method, make_transfer
 from tests.engines.environments import server_python
 from tests.models import load, save_random_model
 
@@ -63,7 +66,6 @@ def launch_spec(
         max_total_tokens=32768,
         memory_fraction=0.3,
         max_running_requests=64,
-        context_tokens=CONTEXT_TOKENS,
         key=KEY,
     )
 
@@ -103,7 +105,7 @@ class Serving:
         tp: int = 1,
         router: bool = False,
         stop: tuple[int, ...] = (STOP,),
-        settings: WatchSettings | None = None,
+        settings: ServersSection | None = None,
         **changes: object,
     ) -> None:
         self.dtype = dtype
@@ -116,22 +118,19 @@ class Serving:
         self.pool = ServerPool(
             ADAPTERS[engine](),
             specs,
+            settings or ServersSection(start_timeout_s=300.0, health_timeout_s=20.0),
             log_folder=folder / "logs",
-            settings=settings or WatchSettings(start_timeout_s=300.0, health_timeout_s=20.0),
             router=partial(router_plan, specs[0]) if router else None,
         )
         self.snapshots = SnapshotWriter(folder / "snapshots", self.folders[0])
-        self.engine = ServerEngine(
-            self.pool,
-            self.loop,
-            self.sync("tensor"),
-            agree=lambda problem: [problem],
-            stop_token_ids=stop,
+        self.owned = OwnedServers(self.pool, self.loop, Sender(self.pool, 64, TIMEOUT_S), self.sync("tensor"))
+        engine_settings = EngineSettings(
             vocab_size=VOCABULARY,
-            max_concurrent_requests=64,
-            request_timeout_s=TIMEOUT_S,
+            stop_token_ids=frozenset(stop),
+            score_timeout_s=TIMEOUT_S,
             canary_tolerance=TOLERANCE,
         )
+        self.engine = ServerEngine(self.owned, engine_settings, agree=lambda problem: [problem])
         self.engine.start()
 
     def sync(self, method: Method) -> WeightSync:
@@ -139,10 +138,10 @@ class Serving:
         return WeightSync(
             self.pool,
             self.loop,
-            method=method,
-            packers=Packers(100_000, self.dtype, torch.device("cpu")),
-            timeout_s=TIMEOUT_S,
-            snapshots=self.snapshots,
+            make_transfer(method, TIMEOUT_S),
+            Packers(100_000, self.dtype, torch.device("cpu")),
+            TIMEOUT_S,
+            self.snapshots,
         )
 
     @property

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rollout.servers.api import Bucket, TensorSpec
-from megatron_fipo.rollout.servers.canary import canary_sequences
 from megatron_fipo.rollout.servers.cuda_handles import CudaHandle
 from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
-from megatron_fipo.rollout.servers.pool import State
+from megatron_fipo.rollout.servers.proof import canary_sequences
+from megatron_fipo.rollout.servers.server import State
 from megatron_fipo.rollout.servers.sglang.checksums import gpu_hash
-from megatron_fipo.rollout.servers.sglang.server import _LAUNCHERS, _serialize
-from megatron_fipo.rollout.servers.weight_buckets import pack
-from megatron_fipo.rollout.servers.weight_sync import Method
+from megatron_fipo.rollout.servers.sglang.client import _serialize
+from megatron_fipo.rollout.servers.sglang.launch import LAUNCHERS
+from megatron_fipo.rollout.servers.transfers import Method
+from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec, pack
 from tests.engines.attaching import expect_two_nodes_to_share
 from tests.engines.environments import server_python
 from tests.engines.serving import CONTEXT_TOKENS, STOP, TOLERANCE, VOCABULARY, Serving, request, scores
@@ -68,7 +68,7 @@ def test_a_handle_opens_on_the_gpu_that_it_names(visible: list[str], answer: str
     command = [
         str(server_python("sglang")),
         str(Path(__file__).with_name("cuda_payload.py")),
-        _LAUNCHERS["cpu"],
+        LAUNCHERS["cpu"],
         *visible,
     ]
     payload = _serialize(bucket, bucket.handles["4"])
@@ -202,7 +202,7 @@ def test_what_cannot_be_sampled_is_an_error(
 
 @pytest.mark.parametrize("method", ["tensor", "distributed", "disk"])
 def test_weights_arrive(serving: Serving, method: Method) -> None:
-    serving.engine.sync = serving.sync(method)
+    serving.owned.sync = serving.sync(method)
     for model, version in ((1, 20), (0, 21)):
         serving.hold(model, version)
         (sample,) = serving.generate(request(0, 16))
@@ -212,8 +212,8 @@ def test_weights_arrive(serving: Serving, method: Method) -> None:
     assert metrics["weight_sync/gigabytes"].value() == pytest.approx(
         sum(tensor.numel() * 4 for _, tensor in serving.weights(0)) / 1e9
     )
-    serving.engine.sync.close()
-    serving.engine.sync = serving.sync("tensor")
+    serving.owned.sync.close()
+    serving.owned.sync = serving.sync("tensor")
 
 
 def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
@@ -317,7 +317,7 @@ def test_a_stream_without_a_tensor_is_caught_and_drained(serving: Serving) -> No
 def test_an_update_that_breaks_off_stops_generation(serving: Serving, method: Method) -> None:
     """The actor's stream ends in an error half-way: neither old nor new weights are there."""
     serving.hold(model=0, version=60)
-    serving.engine.sync = serving.sync(method)
+    serving.owned.sync = serving.sync(method)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         weights = serving.weights(1)
@@ -332,8 +332,8 @@ def test_an_update_that_breaks_off_stops_generation(serving: Serving, method: Me
     (sample,) = serving.generate(request(0, 16))
     assert sample.policy_versions[0][0] == 62
     serving.expect_log_probs(sample, model=1)
-    serving.engine.sync.close()
-    serving.engine.sync = serving.sync("tensor")
+    serving.owned.sync.close()
+    serving.owned.sync = serving.sync("tensor")
 
 
 def test_memory_is_released_and_resumed_around_an_update(serving: Serving) -> None:

@@ -15,12 +15,14 @@ import psutil
 import pytest
 from torch import Tensor
 
+from megatron_fipo.config import ServersSection
 from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.servers.api import LaunchSpec
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError
-from megatron_fipo.rollout.servers.pool import Server, ServerPool, State, WatchSettings
-from megatron_fipo.rollout.servers.sglang.server import SglangAdapter
+from megatron_fipo.rollout.servers.pool import ServerPool
+from megatron_fipo.rollout.servers.server import Server, State
+from megatron_fipo.rollout.servers.sglang.launch import SglangAdapter
 from tests.engines.guarding import JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import SIZES, Serving, launch_spec, request
 from tests.models import save_random_model
@@ -33,7 +35,7 @@ NUM_SAMPLES, NUM_TOKENS = 32, 300
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Two servers behind a router; both hold the second model."""
-    settings = WatchSettings(start_timeout_s=300.0, health_interval_s=1.0, health_timeout_s=45.0, max_restarts=5)
+    settings = ServersSection(start_timeout_s=300.0, health_interval_s=1.0, health_timeout_s=45.0, max_restarts=5)
     folder = tmp_path_factory.mktemp("faults")
     serving = Serving("sglang", folder, num_servers=2, router=True, stop=(), settings=settings)
     serving.hold(model=1, version=1)
@@ -78,11 +80,11 @@ def wait_until_ready(serving: Serving) -> float:
     start = time.monotonic()
 
     async def wait() -> None:
-        async with serving.pool._changed:
+        async with serving.pool.roster._changed:
             while not all(server.state is State.READY for server in serving.pool.servers):
                 gone = [server.reason for server in serving.pool.servers if server.state is State.LOST]
                 assert not gone, gone
-                await serving.pool._changed.wait()
+                await serving.pool.roster._changed.wait()
 
     serving.loop.run(wait())
     return time.monotonic() - start
@@ -291,8 +293,8 @@ def failing_start(spec: LaunchSpec, folder: Path) -> str:
     pool = ServerPool(
         SglangAdapter(),
         [spec],
+        ServersSection(start_timeout_s=300.0),
         log_folder=folder,
-        settings=WatchSettings(start_timeout_s=300.0),
     )
     start = time.monotonic()
     with pytest.raises(ServerError) as caught:

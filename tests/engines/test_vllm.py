@@ -19,14 +19,16 @@ from torch import Tensor
 
 from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.rollout.servers.api import Bucket, Completion, LaunchSpec, TensorSpec
-from megatron_fipo.rollout.servers.canary import CanaryError
+from megatron_fipo.rollout.servers.api import Completion, LaunchSpec
 from megatron_fipo.rollout.servers.http import ServerRefusedError
 from megatron_fipo.rollout.servers.packers import Packers
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.sealed import seal
 from megatron_fipo.rollout.servers.process import ServerProcess
-from megatron_fipo.rollout.servers.vllm.server import VllmAdapter
-from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.proof import CanaryError
+from megatron_fipo.rollout.servers.sync import WeightSync
+from megatron_fipo.rollout.servers.transfers import Method, make_transfer
+from megatron_fipo.rollout.servers.vllm.launch import VllmAdapter
+from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
 from tests.engines.attaching import expect_two_nodes_to_share
 from tests.engines.guarding import FROM_A_PAGE, JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import (
@@ -269,10 +271,10 @@ def test_checksums_catch_what_goes_wrong_on_the_way(
     sync = WeightSync(
         sharded.pool,
         sharded.loop,
-        method="tensor",
-        packers=Packers(10**9, sharded.dtype, None),  # all in one bucket
-        timeout_s=TIMEOUT_S,
-        snapshots=None,
+        make_transfer("tensor", TIMEOUT_S),
+        Packers(10**9, sharded.dtype, None),  # all in one bucket
+        TIMEOUT_S,
+        None,
     )
     with monkeypatch.context() as patch:
         patch.setattr(client, "load_bucket", spoil)

@@ -1,4 +1,7 @@
-"""A process that joins a group as servers do, and receives one broadcast: PORT NUM_BYTES; no bytes, no broadcast."""
+"""A process that joins a group as servers do, and receives one broadcast: PORT NUM_BYTES [WORLD_SIZE].
+
+Without bytes there is no broadcast.
+"""
 
 import sys
 from datetime import timedelta
@@ -10,9 +13,9 @@ from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_
 TIMEOUT = timedelta(seconds=300)
 
 
-def main(port: int, num_bytes: int) -> None:
+def main(port: int, num_bytes: int, members: int = 2) -> None:
     torch.set_num_threads(1)
-    store, rank, world_size = next(dist.rendezvous(f"tcp://127.0.0.1:{port}", 1, 2, timeout=TIMEOUT))
+    store, rank, world_size = next(dist.rendezvous(f"tcp://127.0.0.1:{port}", 1, members, timeout=TIMEOUT))
     prefixed = dist.PrefixStore("weights", store)
     group, _ = _new_process_group_helper(
         world_size, rank, [], Backend("gloo"), prefixed, group_name=GroupName("weights"), timeout=TIMEOUT
@@ -26,4 +29,4 @@ def main(port: int, num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

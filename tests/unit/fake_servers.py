@@ -18,17 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers.api import (
-    Bucket,
-    Completion,
-    GroupAddress,
-    LaunchPlan,
-    LaunchSpec,
-    ServerInfo,
-    TensorSpec,
-)
+from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchPlan, LaunchSpec, ServerInfo
 from megatron_fipo.rollout.servers.http import ServerConnection, ServerRefusedError, ServerUnreachableError
 from megatron_fipo.rollout.servers.process import ServerProcess
+from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
 
 if TYPE_CHECKING:
     from tests.unit.server_world import World
@@ -219,7 +212,7 @@ class Router:
         return next(self.turns) % self.world.num_servers
 
 
-class FakeLedger:
+class FakeExpectedChecksums:
     """What `Machine.weights` must be."""
 
     def __init__(self) -> None:
@@ -306,9 +299,6 @@ class FakeServer:
             raise ServerUnreachableError(f"{self.url}/resume: connection reset")
         machine.going_on.set()
 
-    async def flush_cache(self) -> None:
-        (await self._ask("flush_cache")).known_prompts.clear()
-
     async def begin_update(self) -> None:
         machine = await self._ask("begin_update")
         if machine.going_on.is_set():
@@ -365,8 +355,8 @@ class FakeServer:
         if self.world.next_fault(self.number, "end_update, answered"):
             raise ServerUnreachableError(f"{self.url}/end_update: the answer was cut short")
 
-    def ledger(self) -> FakeLedger:
-        return FakeLedger()
+    def expected_checksums(self) -> FakeExpectedChecksums:
+        return FakeExpectedChecksums()
 
     async def checksums(self, timeout_s: float) -> dict[str, str]:
         return dict((await self._ask("checksums", timeout_s)).weights)
@@ -478,7 +468,6 @@ class FakeAdapter:
     """A `ServerAdapter`."""
 
     name = "fake"
-    has_router = True
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -490,7 +479,7 @@ class FakeAdapter:
         return LaunchPlan(("server", str(len(self.world.launched) - 1)))
 
     def connect(self, connection: ServerConnection, spec: LaunchSpec) -> FakeServer:
-        shows_key = "Authorization" in connection._headers or not spec.key
+        shows_key = connection.shows_key or not spec.key
         client = FakeServer(self.world, connection.url, shows_key=shows_key)
         if shows_key:
             self.world.clients[client.number] = client

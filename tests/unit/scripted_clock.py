@@ -106,6 +106,9 @@ class DrivenLoop(EventLoopThread):
     async def run_here(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await self.loop.create_task(coroutine)
 
+    def call(self, function: Callable[[], T]) -> T:
+        return function()
+
     def call_soon(self, function: Callable[[], object]) -> None:
         self.loop.call_soon(function)
 

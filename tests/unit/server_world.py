@@ -8,23 +8,26 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_fipo.config import ServersSection
 from megatron_fipo.parallel.external_group import ExternalGroup
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.servers.api import GroupAddress, LaunchPlan, LaunchSpec
-from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.engine import EngineSettings, OwnedServers, ServerEngine
 from megatron_fipo.rollout.servers.http import ServerConnection, ServerUnreachableError
 from megatron_fipo.rollout.servers.packers import Packers
-from megatron_fipo.rollout.servers.pool import ServerPool, WatchSettings
+from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.process import free_port
+from megatron_fipo.rollout.servers.sending import Sender
 from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
-from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.sync import WeightSync
+from megatron_fipo.rollout.servers.transfers import DistributedTransfer, Method, make_transfer
 from tests.unit.fake_servers import (
     NAMES,
     TRIP_S,
@@ -70,6 +73,37 @@ class Meeting:
         self.is_whole = asyncio.Event()
         self.waiting: dict[int, asyncio.Future[Tensor]] = {}
         self.has_been_left = False
+
+
+class PlayedGroup(ExternalGroup):
+    """An `ExternalGroup` whose broadcasts arrive at played servers."""
+
+    def __init__(self, world: World, name: str, world_size: int, timeout_s: float) -> None:
+        self.port, self._world, self._timeout_s = 29500, world, timeout_s
+        self._meeting = world.meetings[name] = Meeting(world_size - 1)
+
+    def meet(self, check: Callable[[], object]) -> None:
+        self._wait_for(lambda: len(self._meeting.members), check)
+        self._meeting.is_whole.set()
+
+    def broadcast(self, tensor: Tensor, check: Callable[[], object]) -> None:
+        self._wait_for(lambda: len(self._meeting.waiting), check)
+        for mail in self._meeting.waiting.values():
+            if not mail.done():
+                mail.set_result(tensor.clone())
+        self._meeting.waiting.clear()
+
+    def leave(self) -> None:
+        self._meeting.has_been_left = True
+
+    def _wait_for(self, count: Callable[[], int], check: Callable[[], object]) -> None:
+        """Until all others are there."""
+        deadline = self._world.loop.time() + self._timeout_s
+        while count() < self._meeting.num_others:
+            check()
+            self._world.advance(0.1)
+            if self._world.loop.time() > deadline:
+                raise RuntimeError("not all members came")
 
 
 class World:
@@ -174,33 +208,54 @@ class World:
         return ServerPool(
             FakeAdapter(self),
             [replace(spec, port=port) for port in self.ports],
+            ServersSection(**settings),
             log_folder=None if attached else self.folder / "logs",
-            settings=WatchSettings(**settings),
             router=(lambda urls, port: LaunchPlan(("router", f"http://127.0.0.1:{port}"))) if router else None,
             start_process=self.start_process,
         )
 
     def sync(self, pool: ServerPool, method: Method = "tensor", *, keeps_snapshot: bool = True) -> WeightSync:
         """An update takes three buckets."""
+        timeout_s = 100.0
+        played = DistributedTransfer(timeout_s, self.host, self.make_group)
         return WeightSync(
             pool,
             self.thread,
-            method=method,
-            packers=Packers(16, torch.float32, torch.device("cpu")),
-            timeout_s=100.0,
-            snapshots=SnapshotWriter(self.folder / "snapshots", self.base) if keeps_snapshot else None,
+            played if method == "distributed" else make_transfer(method, timeout_s),
+            Packers(16, torch.float32, torch.device("cpu")),
+            timeout_s,
+            SnapshotWriter(self.folder / "snapshots", self.base) if keeps_snapshot else None,
         )
 
-    def engine(self, pool: ServerPool, sync: WeightSync | None = None, **options: Any) -> ServerEngine:
-        values: dict[str, Any] = {
-            "agree": lambda problem: [problem],
-            "stop_token_ids": [1],
-            "vocab_size": VOCAB,
-            "max_concurrent_requests": 64,
-            "request_timeout_s": 500.0,
-            "canary_tolerance": 0.1,
-        }
-        return ServerEngine(pool, self.thread, sync or self.sync(pool), **(values | options))
+    def engine(
+        self,
+        pool: ServerPool,
+        sync: WeightSync | None = None,
+        *,
+        max_concurrent_requests: int = 64,
+        request_timeout_s: float = 500.0,
+        colocated: bool = False,
+        num_canaries: int = 0,
+        **options: Any,
+    ) -> ServerEngine:
+        settings = EngineSettings(
+            vocab_size=VOCAB,
+            stop_token_ids=frozenset({1}),
+            score_timeout_s=request_timeout_s,
+            canary_tolerance=0.1,
+            num_canaries=num_canaries,
+            canary_tokens=4,
+            colocated=colocated,
+        )
+        sender = Sender(pool, max_concurrent_requests, request_timeout_s)
+        owned = OwnedServers(pool, self.thread, sender, sync or self.sync(pool))
+        return ServerEngine(owned, settings, **({"agree": lambda problem: [problem]} | options))
+
+    def make_group(
+        self, host: str, name: str, backend: Literal["gloo", "nccl"], world_size: int, timeout_s: float
+    ) -> PlayedGroup:
+        """In the place of `ExternalGroup`."""
+        return PlayedGroup(self, name, world_size, timeout_s)
 
     # what a test does with time
 
@@ -277,40 +332,3 @@ def play_routers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
             raise ServerUnreachableError(f"{connection.url}{route} could not be asked: connection refused")
 
     monkeypatch.setattr(ServerConnection, "get", get)
-
-
-def play_groups(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have broadcasts arrive at played servers."""
-
-    def begin(group: Any, host: str, name: str, backend: str, world_size: int, timeout_s: float) -> None:
-        group.port, group.played = 29500, Meeting(world_size - 1)
-        group.timeout_s = timeout_s
-        world.meetings[name] = group.played
-
-    def meet(group: Any) -> None:
-        meeting: Meeting = group.played
-        deadline = world.loop.time() + group.timeout_s
-        while len(meeting.members) < meeting.num_others:
-            world.advance(0.1)
-            if world.loop.time() > deadline:
-                raise RuntimeError("not all members came")
-        meeting.is_whole.set()
-
-    def broadcast(group: Any, tensor: Tensor, check: Callable[[], object]) -> None:
-        meeting: Meeting = group.played
-        deadline = world.loop.time() + group.timeout_s
-        while len(meeting.waiting) < meeting.num_others:
-            check()
-            world.advance(0.1)
-            if world.loop.time() > deadline:
-                raise RuntimeError("a member did not receive")
-        for mail in meeting.waiting.values():
-            if not mail.done():
-                mail.set_result(tensor.clone())
-        meeting.waiting.clear()
-
-    def leave(group: Any) -> None:
-        group.played.has_been_left = True
-
-    for function, name in ((begin, "__init__"), (meet, "meet"), (broadcast, "broadcast"), (leave, "leave")):
-        monkeypatch.setattr(ExternalGroup, name, function)

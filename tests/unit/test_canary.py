@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo.convert.hf_config import read_model_shape
-from megatron_fipo.rollout.servers.canary import CanaryError, canary_sequences, compare_checksums, compare_log_probs
-from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger, gpu_hash, sha_hash
-from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
+from megatron_fipo.rollout.servers.proof import CanaryError, canary_sequences, compare_checksums, compare_log_probs
+from megatron_fipo.rollout.servers.sglang.checksums import SglangExpectedChecksums, gpu_hash, sha_hash
+from megatron_fipo.rollout.servers.vllm.checksums import VllmExpectedChecksums
 from tests.models import load, save_random_model
 
 
@@ -124,7 +124,9 @@ class Reads(TorchDispatchMode):
 def test_a_ledger_reads_nothing_before_its_end(engine: str, tmp_path: Path) -> None:
     folder = save_random_model(tmp_path / "model")
     shape = read_model_shape(folder)
-    ledger = SglangLedger(shape, 2, hashes_on_gpu=True) if engine == "sglang" else VllmLedger(shape, 2)
+    ledger = (
+        SglangExpectedChecksums(shape, 2, hashes_on_gpu=True) if engine == "sglang" else VllmExpectedChecksums(shape, 2)
+    )
     with Reads() as reads:
         for name, tensor in load(folder).state_dict().items():
             ledger.add(name, tensor.detach())

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
-from megatron_fipo.rollout.servers.api import ChecksumLedger
+from megatron_fipo.rollout.servers.api import ExpectedChecksums
 from megatron_fipo.rollout.servers.fused_layout import FusedLayout
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest, label
-from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger, gpu_hash, sha_hash
-from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
+from megatron_fipo.rollout.servers.sglang.checksums import SglangExpectedChecksums, gpu_hash, sha_hash
+from megatron_fipo.rollout.servers.vllm.checksums import VllmExpectedChecksums
 from tests.models import load, save_random_model
 
 Hash = Callable[[Tensor], str]
-ENGINES: dict[str, tuple[Callable[[ModelShape, int], ChecksumLedger], Hash]] = {
-    "sglang-cpu": (lambda shape, tp: SglangLedger(shape, tp, hashes_on_gpu=False), sha_hash),
-    "sglang-gpu": (lambda shape, tp: SglangLedger(shape, tp, hashes_on_gpu=True), gpu_hash),
-    "vllm": (VllmLedger, lambda tensor: label(digest(tensor), tensor.dtype)),
+ENGINES: dict[str, tuple[Callable[[ModelShape, int], ExpectedChecksums], Hash]] = {
+    "sglang-cpu": (lambda shape, tp: SglangExpectedChecksums(shape, tp, hashes_on_gpu=False), sha_hash),
+    "sglang-gpu": (lambda shape, tp: SglangExpectedChecksums(shape, tp, hashes_on_gpu=True), gpu_hash),
+    "vllm": (VllmExpectedChecksums, lambda tensor: label(digest(tensor), tensor.dtype)),
 }
 """Each engine's ledger, and its checksum of a whole parameter."""
 
@@ -140,5 +140,7 @@ def test_a_parameter_is_whole_with_its_last_part(tmp_path: Path) -> None:
 def test_parts_of_different_dtypes_are_refused(tmp_path: Path) -> None:
     place = layout(tmp_path)
     place.place("model.layers.0.mlp.gate_proj.weight", torch.ones(64, 32))
-    with pytest.raises(ValueError, match=r"up_proj\.weight is torch\.bfloat16, what .*gate_up_proj\.weight also"):
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight is bfloat16, but the other parts of .*gate_up_proj\.weight are float32"
+    ):
         place.place("model.layers.0.mlp.up_proj.weight", torch.ones(64, 32, dtype=torch.bfloat16))

@@ -269,8 +269,15 @@ def test_a_shared_prompt_is_prefilled_once(folder: Path) -> None:
     """Also by requests that join while another response to the same prompt is being decoded."""
     engine = engine_of(folder, max_batch_size=4)
     prompt = tuple(range(2, 12))
+    shapes: list[tuple[int, ...]] = []
+
+    def note(module: object, args: object, inputs: dict[str, torch.Tensor]) -> None:
+        shapes.append(tuple(inputs["input_ids"].shape))
+
+    engine.model.register_forward_pre_hook(note, with_kwargs=True)
     generate(engine, [request(i, prompt=prompt, max_tokens=2 + i, seed=i) for i in range(12)])
-    assert engine.num_prefilled_tokens == 9
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, 9)], "all but the prompt's last token, in one row"
+    assert len(shapes) > 12
 
 
 def test_prefill_in_several_chunks(folder: Path, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +393,7 @@ def test_cancelling_frees_the_row(folder: Path) -> None:
         decoding = asyncio.ensure_future(engine.generate(request(0, max_tokens=400)))
         others = [asyncio.ensure_future(engine.generate(request(i))) for i in (1, 2, 3)]
         waiting = asyncio.ensure_future(engine.generate(request(4, max_tokens=400)))
-        while engine.num_decoded_tokens < 10:
+        while engine._batch.num_steps < 5:
             await asyncio.sleep(0)
         decoding.cancel()
         waiting.cancel()
@@ -405,7 +412,7 @@ def test_a_loop_that_ends_early_leaves_a_usable_engine(folder: Path) -> None:
 
     async def leave_early() -> None:
         task = asyncio.ensure_future(engine.generate(request(0, max_tokens=400)))
-        while engine.num_decoded_tokens < 3:
+        while engine._batch.num_steps < 3:
             await asyncio.sleep(0)
         assert not task.done()
 

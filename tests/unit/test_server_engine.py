@@ -14,7 +14,8 @@ from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
-from megatron_fipo.rollout.servers.pool import State
+from megatron_fipo.rollout.servers.pool import ServerPool
+from megatron_fipo.rollout.servers.server import State
 from tests.unit.fake_servers import TOKEN_S, Fault, cut_off, die, drop_requests, hang, refuse, token, unavailable
 from tests.unit.server_world import World, play_routers, request, tokens_of
 
@@ -152,8 +153,12 @@ def test_requests_of_a_lost_server_are_sent_to_another_with_the_same_seed(
 
 
 def pool_reasons(engine: ServerEngine) -> str:
-    assert engine.pool is not None
-    return engine.pool.reasons()
+    return pool_of(engine).roster.reasons()
+
+
+def pool_of(engine: ServerEngine) -> ServerPool:
+    assert engine.owned is not None
+    return engine.owned.pool
 
 
 def test_a_request_that_takes_too_long_is_ended_where_it_is_and_sent_again(world: World) -> None:
@@ -221,7 +226,7 @@ def test_when_no_server_is_left_every_request_fails_with_their_last_words(world:
         with pytest.raises(ServerError, match=words):
             world.run(each)
     with pytest.raises(RuntimeError, match=words):
-        engine.health()
+        world.run(engine.generate(request()))
     with pytest.raises(RuntimeError, match=words):
         world.run(engine.generate(request()))
     close(world, engine)
@@ -252,8 +257,7 @@ def test_a_response_of_weights_that_nobody_handed_over_is_refused(world: World) 
 def test_a_server_that_becomes_stale_as_a_request_chooses_it_does_not_get_it(world: World, num_turns: int) -> None:
     """Between the choice and the sending there are turns of the loop; whichever it falls into."""
     engine = started(world)
-    pool = engine.pool
-    assert pool is not None
+    pool = pool_of(engine)
     world.run(pool.hold())
     answering = world.begin(engine.generate(request()))
     world.advance(1.0)
@@ -311,8 +315,7 @@ def test_abort_ends_a_request_that_was_on_its_way_when_servers_ended_all_they_kn
 @pytest.mark.parametrize("state", ["held", "restarting"])
 def test_abort_ends_requests_that_wait_for_a_server(world: World, state: str) -> None:
     engine = started(world)
-    pool = engine.pool
-    assert pool is not None
+    pool = pool_of(engine)
     world.boot_s = 300.0
     if state == "held":
         world.run(pool.hold())
@@ -354,8 +357,7 @@ def test_abort_ends_requests_of_a_server_that_is_lost_meanwhile(world: World, fa
 @pytest.mark.parametrize("state", ["sent", "held", "restarting", "waiting for its turn"])
 def test_a_request_that_is_cancelled_frees_all_it_held(world: World, state: str) -> None:
     engine = started(world, max_concurrent_requests=1)
-    pool = engine.pool
-    assert pool is not None
+    pool = pool_of(engine)
     first = None
     if state == "held":
         world.run(pool.hold())
@@ -457,9 +459,25 @@ def test_when_the_router_is_lost_requests_go_to_the_servers_themselves(
     assert [sample.response_ids.tolist() for sample in samples] == [tokens_of(asked) for asked in requests]
     assert value(engine, "rollout/requests_resent") == num_resent
     world.run(_all(engine, requests))
-    assert caplog.text.count("the router ended; requests go to the servers themselves") == warns
+    assert caplog.text.count("requests go to the servers themselves from here on: the router ended (log: ") == warns
     assert ("thread 'main' panicked" in caplog.text) == warns
     assert world.launched == world.launched[:2], "nothing is wrong with the servers"
+    close(world, engine)
+
+
+def test_abort_reaches_a_request_that_the_router_brings_late_to_another_server_than_the_chosen_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_routers(world, monkeypatch)
+    engine = started(world, router=True)
+    for server in (0, 1):
+        world.trips[server, "generate"] = 3.0
+    answering = world.begin(_all(engine, [request(sample, num_tokens=200) for sample in range(2)]))
+    world.advance(1.0)
+    engine.abort()
+    samples = world.run(answering, 5.0)
+    assert [sample.finish_reason for sample in samples] == ["abort"] * 2
+    assert sorted(world.generated_at()) == [0, 1], "of one group, and so both were meant for one server"
     close(world, engine)
 
 
@@ -499,10 +517,9 @@ def test_memory_is_lent_and_taken_back_in_this_order(world: World) -> None:
     world.advance(50.0)  # the actor trains
     engine.update_weights(world.new_weights(1), 1)
     with pytest.raises(RuntimeError, match="the servers' memory is released"):
-        engine.health()
+        world.run(engine.generate(request()))
     world.advance(50.0)
     engine.resume_memory()
-    engine.health()
     for server in (0, 1):
         assert world.routes(server) == [
             *("pause", "release_memory"),
@@ -512,7 +529,6 @@ def test_memory_is_lent_and_taken_back_in_this_order(world: World) -> None:
         ]
     sample = world.run(engine.generate(request()))
     assert sample.policy_versions == [(1, 0, 4)]
-    assert engine.policy_version == 1
     lend_update_take_back(world, engine, 2)
     assert world.run(engine.generate(request())).policy_versions == [(2, 0, 4)]
     close(world, engine)
@@ -595,7 +611,6 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_say_from_where(world:
     engine.update_weights(world.new_weights(1), 1)
     samples = world.run(answering)
     assert {tuple(sample.policy_versions) for sample in samples} == {((0, 0, 3), (1, 3, 8))}
-    assert engine.policy_version == 1
     metrics = engine.metrics()
     assert metrics["weight_sync/gigabytes"].value() == 3 * 16 / 1e9
     assert metrics["weight_sync/transfer_s"].value() > 0
@@ -631,11 +646,10 @@ def test_an_update_that_fails_ends_the_run_on_every_rank_and_the_version_stays(w
     with pytest.raises(ServerError, match=words):
         engine.update_weights(stream(), 1)
     assert ("" if breaks == "elsewhere" else words) in told[-1]
-    assert engine.policy_version == 0
     assert drained == (["a", "b"] if breaks == "stream" else ["a", "b", "c"])
     if breaks != "elsewhere":
         with pytest.raises(RuntimeError, match=f"(?s)no server can generate.*the update to weights 1 failed.*{words}"):
-            engine.health()
+            world.run(engine.generate(request()))
     close(world, engine)
 
 
@@ -658,6 +672,113 @@ def test_a_server_that_computes_something_else_may_not_generate(world: World, sk
         engine.check_log_probs(sequences, actor)
         assert value(engine, "canary/log_prob_difference/mean") == pytest.approx(skew)
     close(world, engine)
+
+
+@pytest.mark.parametrize(("fault", "num_restarts"), [(die(), 1), (unavailable(), 0)], ids=["dies", "503"])
+def test_a_server_that_is_lost_while_it_is_compared_comes_back_and_the_other_is_compared(
+    world: World, fault: Fault, num_restarts: int
+) -> None:
+    engine = started(world)
+    world.fault(0, "score", fault)
+    world.machines[1].skew = 0.05
+    engine.check_log_probs([[3, 4, 5]], [[-1.0, -1.0]])
+    assert value(engine, "canary/log_prob_difference/mean") == pytest.approx(0.05)
+    world.until(lambda: not pool_reasons(engine))
+    assert value(engine, "rollout/server_restarts") == num_restarts
+    close(world, engine)
+
+
+def test_where_no_server_is_left_to_be_compared_the_next_one_is_waited_for(world: World) -> None:
+    engine = started(world)
+    for server in (0, 1):
+        world.fault(server, "score", die())
+    engine.check_log_probs([[3, 4, 5]], [[-1.0, -1.0]])
+    assert [asked.route for asked in world.asked].count("score") > 2
+    world.until(lambda: not pool_reasons(engine))
+    close(world, engine)
+
+
+@pytest.mark.parametrize(
+    ("fault", "restarts", "words"),
+    [(die(), 0, "no server can generate: .*max_restarts.*max_restarts"), (unavailable(), 3, "no server answered for")],
+    ids=["dies", "503"],
+)
+def test_servers_that_never_answer_for_their_log_probs_end_the_run(
+    world: World, fault: Fault, restarts: int, words: str
+) -> None:
+    engine = started(world, max_restarts=restarts)
+    for server in (0, 1):
+        world.fault(server, "score", *[fault] * 10)
+    with pytest.raises(ServerError, match=f"(?s){words}"):
+        engine.check_log_probs([[3, 4, 5]], [[-1.0, -1.0]])
+    close(world, engine)
+
+
+class PlayedPolicy:
+    """A `Policy` that notes what is asked of it, between what servers are asked."""
+
+    vocab_size = 50
+
+    def __init__(self, world: World) -> None:
+        self.world, self.version, self.notes = world, 0, list[str]()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        self._note("weights")
+        yield from self.world.new_weights(self.version)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._note("score")
+        return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
+
+    def offload(self) -> None:
+        self._note("offload")
+
+    def onload(self) -> None:
+        self._note("onload")
+
+    def _note(self, what: str) -> None:
+        self.notes += [*self.world.routes(0), f"policy {what}"]
+        self.world.asked.clear()
+
+    def taken(self) -> list[str]:
+        """What has been asked since this was last called."""
+        self._note("looked at")
+        notes, self.notes = self.notes[:-1], []
+        return notes
+
+
+WRITTEN = ["pause", "begin_update", "load_bucket", "load_bucket", "load_bucket", "end_update", "checksums"]
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_weights_are_given_and_memory_changes_hands_in_this_order(world: World, colocated: bool) -> None:
+    engine = world.engine(world.pool(), colocated=colocated, num_canaries=2)
+    policy = PlayedPolicy(world)
+    engine.start(policy)
+    lending = ["policy offload", "pause", "release_memory", "policy onload"]
+    assert policy.taken() == (lending if colocated else [])
+    for version in (1, 2):
+        policy.version = version
+        engine.give(policy, version)
+        assert policy.taken() == (
+            [
+                *("policy score", "resume_memory weights", "pause", "begin_update", "policy weights"),
+                *WRITTEN[2:],
+                *("policy offload", "resume_memory cache", "resume", "score"),
+            ]
+            if colocated
+            else ["policy score", *WRITTEN[:2], "policy weights", *WRITTEN[2:], "resume", "score"]
+        )
+        engine.give(policy, version)
+        assert policy.taken() == [], "it has them"
+        assert world.run(engine.generate(request())).policy_versions == [(version, 0, 4)]
+        world.asked.clear()
+        engine.take_back(policy)
+        assert policy.taken() == (["pause", "release_memory", "policy onload"] if colocated else [])
+        engine.take_back(policy)
+        assert policy.taken() == [], "nothing is lent"
+    engine.close()
+    world.expect_sound()
 
 
 # --- start and close --------------------------------------------------------------------------------------------------
@@ -690,8 +811,7 @@ def test_a_server_that_does_not_start_is_raised_with_its_words_and_closing_is_sa
 @pytest.mark.parametrize("then", ["nothing", "dies", "hangs", "abort", "held"])
 def test_closing_with_requests_in_flight_ends_them_and_every_server(world: World, after_s: float, then: str) -> None:
     engine = started(world, health_timeout_s=5.0)
-    pool = engine.pool
-    assert pool is not None
+    pool = pool_of(engine)
     if then == "held":
         world.run(pool.hold())
     answering = [world.begin(engine.generate(request(sample, group=sample))) for sample in range(4)]

@@ -14,8 +14,10 @@ import pytest
 from safetensors.torch import save_file
 
 from megatron_fipo.rollout.servers.http import ServerError, ServerUnreachableError
-from megatron_fipo.rollout.servers.pool import ArrivedWeights, Server, ServerPool
-from tests.unit.fake_servers import Fault, die, hang, refuse, unavailable
+from megatron_fipo.rollout.servers.pool import ServerPool
+from megatron_fipo.rollout.servers.revival import ArrivedWeights
+from megatron_fipo.rollout.servers.server import Server
+from tests.unit.fake_servers import Fault, Machine, die, hang, refuse, unavailable
 from tests.unit.server_world import BOOT_S, CONFIG, World, play_routers, request, tokens_of
 
 
@@ -44,7 +46,8 @@ def arrive(world: World, pool: ServerPool, version: int, *, keeps_folder: bool =
     save_file(dict(world.new_weights(version)), folder / "model.safetensors")
     for machine in world.machines.values():
         machine.weights, machine.version = dict(world.whole[str(version)]), str(version)
-    pool.arrived = ArrivedWeights(str(version), folder if keeps_folder else None, world.whole[str(version)])
+    arrived = ArrivedWeights(str(version), folder if keeps_folder else None, world.whole[str(version)])
+    world.run(pool.accept(arrived, pool.servers))
 
 
 async def acquire(pool: ServerPool, group: int) -> Server:
@@ -68,7 +71,7 @@ async def ask(pool: ServerPool, group: int, sample: int = 0) -> list[int]:
     """One request to whichever server the pool gives."""
     server = await acquire(pool, group)
     answering = server.client.generate(request(sample, group=group), f"{group}/{sample}", [1], 1000.0)
-    return list((await pool.ask(server, answering)).token_ids)
+    return list((await server.ask(answering)).token_ids)
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def test_a_group_moves_when_its_server_is_lost_and_stays_there(world: World) -> 
     world.machines[first].end(1)
     suspect(world, pool, first)
     assert acquired(world, pool, 7) == 1 - first
-    world.until(lambda: not pool.reasons())
+    world.until(lambda: not pool.roster.reasons())
     assert acquired(world, pool, 7) == 1 - first
     close(world, pool)
 
@@ -175,7 +178,7 @@ def test_a_request_that_arrives_while_servers_are_held_waits(world: World) -> No
     assert world.generated_at() == [0], "the other one is held yet"
     world.run(pool.let_go_all())
     assert {acquired(world, pool, group) for group in (0,)} == {0}
-    assert pool.reasons() == ""
+    assert pool.roster.reasons() == ""
     close(world, pool)
 
 
@@ -238,8 +241,23 @@ def test_who_dies_while_it_is_held_comes_back_when_all_are_let_go(world: World) 
     assert len(world.launched) == 2, "not yet"
     world.run(pool.on_held(lambda client: client.resume()))
     world.run(pool.let_go_all())
-    world.until(lambda: not pool.reasons())
+    world.until(lambda: not pool.roster.reasons())
     assert len(world.launched) == 3
+    close(world, pool)
+
+
+def test_a_request_waits_for_a_server_that_awaits_its_memory(world: World) -> None:
+    pool = started(world)
+    world.run(pool.hold())
+    world.fault(1, "pause", die())
+    world.run(pool.on_held(lambda client: client.pause()))
+    world.run(pool.set_stale(pool.servers[0], "its weights are not proven"))
+    asking = world.begin(ask(pool, 0))
+    world.advance(100.0)
+    assert not asking.done()
+    world.run(pool.let_go_all())
+    assert world.run(asking) == tokens_of(request())
+    assert world.generated_at() == [1]
     close(world, pool)
 
 
@@ -272,7 +290,7 @@ def test_a_stale_server_gets_no_requests_until_it_is_let_go(world: World) -> Non
     with pytest.raises(ServerUnreachableError, match=f"fake-{where} went away: it missed an update"):
         world.run(asking)
     assert {acquired(world, pool, group) for group in range(8)} == {1 - where}
-    assert f"fake-{where} ({world.urls[where]}): it missed an update" in pool.reasons()
+    assert f"fake-{where} ({world.urls[where]}): it missed an update" in pool.roster.reasons()
     world.advance(300.0)
     assert world.machines[where].exit_status is None, "it lives; nobody restarts it"
     assert set(world.run(pool.hold())) == set(pool.servers), "an update is what it needs"
@@ -280,7 +298,7 @@ def test_a_stale_server_gets_no_requests_until_it_is_let_go(world: World) -> Non
     assert {acquired(world, pool, group) for group in range(8, 16)} == {1 - where}, "what is stale stays so"
     world.run(pool.let_go(pool.servers))
     assert {acquired(world, pool, group) for group in (100,)} <= {0, 1}
-    assert pool.reasons() == ""
+    assert pool.roster.reasons() == ""
     close(world, pool)
 
 
@@ -316,7 +334,7 @@ def test_a_lost_server_is_noticed_restarted_with_the_weights_checked_and_used(
     first_life = world.machines[1]
     fault(first_life)
     num_asked = len(world.asked)
-    passed = world.until(lambda: pool.num_restarts and not pool.reasons())
+    passed = world.until(lambda: pool.num_restarts and not pool.roster.reasons())
     assert at_least_s < passed < at_most_s
     assert pool.num_restarts == 1
     assert pool.arrived is not None
@@ -373,8 +391,8 @@ def test_others_go_on_while_one_comes_back_and_it_gets_nothing_before(world: Wor
     assert {acquired(world, pool, group) for group in range(8)} == {0}
     world.advance(99.0)
     assert acquired(world, pool, 8) == 0
-    assert "fake-1" in pool.reasons()
-    world.until(lambda: not pool.reasons(), within_s=10.0)
+    assert "fake-1" in pool.roster.reasons()
+    world.until(lambda: not pool.roster.reasons(), within_s=10.0)
     close(world, pool)
 
 
@@ -382,28 +400,112 @@ def test_a_connection_that_broke_is_no_reason_to_restart(world: World) -> None:
     pool = started(world)
     arrive(world, pool, 3)
     world.fault(0, "health", unavailable(), unavailable(), refuse("busy"))
-    world.until(lambda: pool.reasons())
-    assert world.until(lambda: not pool.reasons()) < 5.0
+    world.until(lambda: pool.roster.reasons())
+    assert world.until(lambda: not pool.roster.reasons()) < 5.0
     assert len(world.launched) == 2
     assert pool.num_restarts == 0
     assert "checksums" in world.routes(0), "another server may have been put in its place"
     close(world, pool)
 
 
-def test_another_server_in_its_place_is_stale(world: World) -> None:
-    """Same address, other weights: it may generate after an update only."""
-    pool = started(world, attached=False)
-    arrive(world, pool, 3)
+def corrupt_two(world: World) -> None:
+    """Both live, with other weights than they should have, and each is looked at once."""
     world.machines[0].weights["a"] = "one flipped bit"
-    world.fault(0, "health", unavailable())
-    world.until(lambda: "its weights are not those of version 3" in pool.reasons())
-    assert {acquired(world, pool, group) for group in range(8)} == {1}
     world.machines[1].version = "2"
-    world.fault(1, "health", unavailable())
-    world.until(lambda: "it holds weights '2', not '3'" in pool.reasons())
+    for server in (0, 1):
+        world.fault(server, "health", unavailable())
+
+
+OBSTACLES = {
+    "attached": ("one of servers.urls, which are not started here", {"attached": True}),
+    "no snapshot": ("servers.keep_snapshot=false: no weights to start it with are on disk", {}),
+    "restarts used up": ("it was restarted 0 times: servers.max_restarts", {"max_restarts": 0}),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_another_server_in_its_place_is_stale_where_it_cannot_be_started_anew(
+    world: World, obstacle: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Same address, other weights: it may generate after an update only, and says why."""
+    words, options = OBSTACLES[obstacle]
+    for number in (0, 1):
+        world.others_server(number)
+    pool = started(world, **options)
+    arrive(world, pool, 3, keeps_folder=obstacle != "no snapshot")
+    corrupt_two(world)
+    world.until(lambda: pool.roster.reasons().count(words) == 2)
+    assert "its weights are not those of version 3; it waits for the next update" in pool.roster.reasons()
+    assert "it holds weights '2', not '3'; it waits for the next update" in pool.roster.reasons()
+    assert caplog.text.count("generates nothing until the next update of the weights") == 2
     with pytest.raises(ServerError, match=r"no server can generate: fake-0 .* fake-1"):
         world.run(acquire(pool, 0))
     assert pool.num_restarts == 0
+    assert set(world.run(pool.hold())) == set(pool.servers), "an update is what they need"
+    world.run(pool.close())
+    assert world.breaches == []
+
+
+def test_another_server_in_its_place_is_started_anew_with_what_arrived(world: World) -> None:
+    pool = started(world)
+    arrive(world, pool, 3)
+    corrupt_two(world)
+    world.until(lambda: pool.num_restarts == 2 and not pool.roster.reasons())
+    assert [machine.weights for machine in world.machines.values()] == [world.whole["3"]] * 2
+    assert [spec.weight_version for spec in world.launched[2:]] == ["3", "3"]
+    close(world, pool)
+
+
+def test_a_server_that_holds_other_weights_even_then_is_stale(world: World) -> None:
+    pool = started(world)
+    arrive(world, pool, 3)
+    world.boots[0].append(lambda machine: machine.weights.update(a="another flipped bit"))
+    world.machines[0].weights["a"] = "one flipped bit"
+    world.fault(0, "health", unavailable())
+    world.until(lambda: "its weights are not those of version 3; it waits for the" in pool.roster.reasons())
+    world.advance(300.0)
+    assert pool.num_restarts == 1
+    assert {acquired(world, pool, group) for group in range(8)} == {1}
+    close(world, pool)
+
+
+def unexpected(kind: type[Exception] = KeyError) -> Fault:
+    """The client comes across something that nobody has thought of."""
+
+    def fault(machine: Machine) -> None:
+        raise kind("nobody thought of this")
+
+    return fault
+
+
+@pytest.mark.parametrize("route", ["health", "info", "checksums"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_whatever_goes_wrong_while_a_server_is_looked_after_ends_in_words(
+    world: World, route: str, attached: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 1):
+        world.others_server(number)
+    pool = started(world, attached=attached, max_restarts=0)
+    arrive(world, pool, 3)
+    suspect(world, pool, 0)
+    world.fault(0, route, unexpected())
+    world.until(lambda: "KeyError: 'nobody thought of this'" in pool.roster.reasons())
+    assert caplog.text.count("fake-0 is given up and stays away from here on: KeyError") == 1
+    assert world.run(pool.hold()) == pool.servers[1:], "nobody waits for it"
+    assert (world.machines[0].exit_status is None) == attached, "what was started here holds no memory for nothing"
+    world.run(pool.let_go_all())
+    world.run(pool.close())
+
+
+def test_whatever_a_question_after_health_comes_across_the_watch_goes_on(world: World) -> None:
+    pool = started(world, health_interval_s=10.0)
+    world.trips[0, "health"] = 1.0  # so that it is seen while it is looked after
+    world.fault(0, "health", unexpected(TypeError))
+    world.until(lambda: "TypeError: nobody thought of this" in pool.roster.reasons())
+    world.until(lambda: not pool.roster.reasons())
+    assert pool.num_restarts == 0
+    world.machines[1].end(1)
+    world.until(lambda: pool.num_restarts == 1 and not pool.roster.reasons())
     close(world, pool)
 
 
@@ -412,7 +514,7 @@ def test_without_a_snapshot_a_restarted_server_waits_for_the_next_update(world: 
     arrive(world, pool, 3, keeps_folder=False)
     world.machines[0].end(1)
     suspect(world, pool, 0)
-    world.until(lambda: "it holds weights 'never synced', not '3'" in pool.reasons())
+    world.until(lambda: "it holds weights 'never synced', not '3'" in pool.roster.reasons())
     assert world.launched[2].model_path == world.base
     assert world.launched[2].weight_version == "never synced", "the base model must not pass for version 0 of training"
     assert {acquired(world, pool, group) for group in range(8)} == {1}
@@ -424,7 +526,7 @@ def test_before_the_first_update_it_comes_back_with_the_starting_model(world: Wo
     pool = started(world)
     world.machines[0].end(1)
     suspect(world, pool, 0)
-    world.until(lambda: not pool.reasons())
+    world.until(lambda: not pool.roster.reasons())
     assert world.launched[2] == world.launched[0]
     close(world, pool)
 
@@ -457,8 +559,8 @@ def test_a_restart_that_does_not_come_up_is_given_up_in_words_and_leaves_no_proc
     world.boots[0].append(fault)
     world.machines[0].end(1)
     suspect(world, pool, 0)
-    world.until(lambda: pool.reasons())
-    world.until(lambda: re.search(words, pool.reasons()), within_s=40.0)
+    world.until(lambda: pool.roster.reasons())
+    world.until(lambda: re.search(words, pool.roster.reasons()), within_s=40.0)
     assert pool.num_restarts == 1
     assert {acquired(world, pool, group) for group in range(8)} == {1}
     close(world, pool)
@@ -469,7 +571,7 @@ def test_a_server_that_this_engine_cannot_start_again_is_given_up_and_nobody_wai
     world.launch_problem = "servers.extra_args: the newest weights have no tokenizer"
     world.machines[0].end(1)
     suspect(world, pool, 0)
-    world.until(lambda: world.launch_problem in pool.reasons())
+    world.until(lambda: world.launch_problem in pool.roster.reasons())
     assert world.run(pool.hold()) == pool.servers[1:]
     close(world, pool)
 
@@ -482,12 +584,12 @@ def test_servers_of_others_are_never_started_restarted_or_ended(world: World) ->
         world.others_server(number)
     pool = started(world, attached=True, health_timeout_s=20.0)
     world.machines[0].end(1, "its owner has ended it")
-    world.until(lambda: pool.reasons())
+    world.until(lambda: pool.roster.reasons())
     assert {acquired(world, pool, group) for group in range(8)} == {1}
     world.advance(100.0)
     assert world.launched == []
     world.others_server(0, boot_s=0.0)  # its owner starts it anew
-    world.until(lambda: not pool.reasons(), within_s=30.0)
+    world.until(lambda: not pool.roster.reasons(), within_s=30.0)
     assert pool.num_restarts == 0
     close(world, pool)
     assert world.launched == []
@@ -500,9 +602,9 @@ def test_a_server_of_others_that_comes_back_without_the_newest_weights_is_stale(
     pool = started(world, attached=True, health_timeout_s=20.0)
     arrive(world, pool, 3)
     world.machines[0].end(1)
-    world.until(lambda: pool.reasons())
+    world.until(lambda: pool.roster.reasons())
     world.others_server(0)
-    world.until(lambda: "it holds weights '0', not '3'" in pool.reasons())
+    world.until(lambda: "it holds weights '0', not '3'" in pool.roster.reasons())
     assert {acquired(world, pool, group) for group in range(8)} == {1}
     close(world, pool)
 
@@ -512,10 +614,10 @@ def test_a_server_of_others_that_stays_away_is_given_up_after_the_time_of_a_star
         world.others_server(number)
     pool = started(world, attached=True, health_timeout_s=20.0, start_timeout_s=50.0)
     world.machines[0].end(1)
-    world.until(lambda: pool.reasons())
-    passed = world.until(lambda: "fake-0 was not ready after 50 s" in pool.reasons())
+    world.until(lambda: pool.roster.reasons())
+    passed = world.until(lambda: "fake-0 was not ready after 50 s" in pool.roster.reasons())
     assert 60.0 < passed < 80.0
-    assert "(one of servers.urls)" in pool.reasons()
+    assert "(one of servers.urls)" in pool.roster.reasons()
     close(world, pool)
 
 
@@ -548,8 +650,8 @@ def test_a_router_is_started_before_the_servers_that_are_up(world: World, monkey
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("error: unexpected argument", "the router ended:.*unexpected argument"),
-        ("", "the router was not ready in time"),
+        ("error: unexpected argument", r"the router ended \(log: .*router\.log\)\. It reported:.*unexpected argument"),
+        ("", r"the router was not ready after 30 s \(servers\.start_timeout_s\): .*its log is .*router\.log"),
     ],
 )
 def test_a_router_that_does_not_start_ends_the_start(
@@ -603,7 +705,7 @@ def test_closing_with_requests_in_flight_starts_no_server_anew(world: World) -> 
     async def ask_and_suspect(group: int) -> None:
         server = await acquire(pool, group)
         try:
-            await pool.ask(server, server.client.generate(request(group=group), str(group), [1], 100.0))
+            await server.ask(server.client.generate(request(group=group), str(group), [1], 100.0))
         except ServerError as error:
             failures.append(str(error))
             pool.suspect(server, error)

@@ -24,11 +24,11 @@ import psutil
 import pytest
 import torch
 
-from megatron_fipo.config import Config, ConfigError, load_config, validate, warnings_for
+from megatron_fipo.config import Config, ConfigError, ServersSection, load_config, validate, warnings_for
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, check_request
 from megatron_fipo.rollout.servers import process_guard
 from megatron_fipo.rollout.servers.api import LaunchPlan, LaunchSpec, ServerAdapter
-from megatron_fipo.rollout.servers.engine import ServerEngine
+from megatron_fipo.rollout.servers.engine import EngineSettings, ServerEngine
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import (
     ANSWER_BYTES,
@@ -40,11 +40,12 @@ from megatron_fipo.rollout.servers.http import (
 )
 from megatron_fipo.rollout.servers.plugins import server_guard
 from megatron_fipo.rollout.servers.plugins.server_guard import KEY_VARIABLE
-from megatron_fipo.rollout.servers.pool import ServerPool, WatchSettings
+from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.process import ServerProcess, free_port, is_free
-from megatron_fipo.rollout.servers.setup import _cores, _launch_specs
-from megatron_fipo.rollout.servers.sglang.server import SglangAdapter, _completion, router_plan
-from megatron_fipo.rollout.servers.vllm.server import VllmAdapter
+from megatron_fipo.rollout.servers.sglang.client import _completion
+from megatron_fipo.rollout.servers.sglang.launch import SglangAdapter, router_plan
+from megatron_fipo.rollout.servers.specs import launch_specs, shared_cores
+from megatron_fipo.rollout.servers.vllm.launch import VllmAdapter
 
 FAMILY = """
     import os, signal, subprocess, sys, time
@@ -533,10 +534,9 @@ def test_a_pool_whose_server_cannot_start_says_why_and_leaves_nothing(tmp_path: 
     """The real path through process, log and error, with a Python that has no SGLang."""
     loop = EventLoopThread()
     spec = replace(SPEC, python=sys.executable, port=free_port(), device="cuda", gpus=("0",))
-    pool = ServerPool(SglangAdapter(), [spec], log_folder=tmp_path, settings=WatchSettings(start_timeout_s=60.0))
-    with pytest.raises(
-        ServerError, match=r"(?s)sglang-0 exited with 1 \(log: .*No module named 'sglang'|ModuleNotFound"
-    ):
+    pool = ServerPool(SglangAdapter(), [spec], ServersSection(start_timeout_s=60.0), log_folder=tmp_path)
+    words = r"^sglang-0 exited with 1 \(log: .*sglang-0\.log\)\. It reported:\n.*No module named '(uvicorn|sglang)'$"
+    with pytest.raises(ServerError, match=words):
         loop.run(pool.start())
     loop.stop()
 
@@ -563,7 +563,7 @@ def test_a_server_that_answers_without_the_key_is_refused(kind: str, tmp_path: P
 
     loop = EventLoopThread()
     spec = replace(SPEC, port=free_port())
-    pool = ServerPool(Adapter(), [spec], log_folder=tmp_path, settings=WatchSettings(start_timeout_s=60.0))
+    pool = ServerPool(Adapter(), [spec], ServersSection(start_timeout_s=60.0), log_folder=tmp_path)
     if kind == "open":
         with pytest.raises(ServerError, match="sglang-0 answers requests without the run's key"):
             loop.run(pool.start())
@@ -578,23 +578,23 @@ def config_with(*overrides: str) -> Config:
 
 
 def test_servers_of_a_run_have_a_random_key_and_others_that_of_their_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [_launch_specs(config_with("servers.num_per_node=2"), "cpu", [])[0].key for _ in range(2)]
+    keys = [launch_specs(config_with("servers.num_per_node=2"), "cpu", [])[0].key for _ in range(2)]
     assert len(set(keys)) == 2
     assert min(map(len, keys)) >= 40
-    first, second = _launch_specs(config_with("servers.num_per_node=2"), "cpu", [])
+    first, second = launch_specs(config_with("servers.num_per_node=2"), "cpu", [])
     assert first.key == second.key, "of a pool"
     urls = ["http://127.0.0.1:3000"]
-    assert _launch_specs(config_with(f"servers.urls={urls}"), "cpu", urls)[0].key == ""
+    assert launch_specs(config_with(f"servers.urls={urls}"), "cpu", urls)[0].key == ""
     config = config_with(f"servers.urls={urls}", "servers.api_key_env=THEIR_KEY")
     for value, words in ((None, "is not set or empty"), ("", "is not set or empty"), ("a b\n", "something else than")):
         monkeypatch.delenv("THEIR_KEY", raising=False)
         if value is not None:
             monkeypatch.setenv("THEIR_KEY", value)
         with pytest.raises(ValueError, match=rf"servers\.api_key_env=THEIR_KEY: .*{words}") as refused:
-            _launch_specs(config, "cpu", urls)
+            launch_specs(config, "cpu", urls)
         assert "a b" not in str(refused.value)
     monkeypatch.setenv("THEIR_KEY", "theirs")
-    assert _launch_specs(config, "cpu", urls)[0].key == "theirs"
+    assert launch_specs(config, "cpu", urls)[0].key == "theirs"
 
 
 def test_keys_in_the_open_are_warned_of() -> None:
@@ -611,8 +611,8 @@ def test_keys_in_the_open_are_warned_of() -> None:
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 4, 5, 6})
-    assert _cores(2) == [(2, 3), (4, 5)]
-    assert _cores(6) == [(2,), (3,), (4,), (5,), (6,), (2,)]
+    assert shared_cores(2) == [(2, 3), (4, 5)]
+    assert shared_cores(6) == [(2,), (3,), (4,), (5,), (6,), (2,)]
 
 
 SOUND = ["model.path=m", "data.train.a.kind=chain_arithmetic", "data.train.a.verifier=chain_arithmetic"]
@@ -687,6 +687,9 @@ def test_requests_that_no_engine_could_generate(changes: dict[str, object], mess
         check_request(replace(request, **changes), 10, {2})  # type: ignore[arg-type]
 
 
+SETTINGS = EngineSettings(vocab_size=10, stop_token_ids=frozenset({1}), score_timeout_s=1.0, canary_tolerance=1.0)
+
+
 # --- ranks without servers --------------------------------------------------------------------------------------------
 
 
@@ -698,25 +701,13 @@ def test_a_rank_without_servers_drains_and_hears_of_failures_elsewhere(problem_e
         said.append(problem)
         return [problem_elsewhere, problem]
 
-    engine = ServerEngine(
-        None,
-        None,
-        None,
-        agree=agree,
-        share=None,
-        stop_token_ids=[1],
-        vocab_size=10,
-        max_concurrent_requests=1,
-        request_timeout_s=1.0,
-        canary_tolerance=1.0,
-    )
+    engine = ServerEngine(None, SETTINGS, agree=agree, share=None)
     stream = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
     if problem_elsewhere:
         with pytest.raises(ServerError, match=r"^sglang-0 said no$"):
             engine.update_weights(stream, 1)
     else:
         engine.update_weights(stream, 1)
-        assert engine.policy_version == 1
     assert list(stream) == []
     assert said == [""]
     assert engine.metrics() == {}
@@ -731,19 +722,7 @@ def test_an_error_here_is_told_to_everyone_and_the_stream_still_drained() -> Non
         raise OSError("rank 3 is gone")
 
     said: list[str] = []
-    engine = ServerEngine(
-        None,
-        None,
-        None,
-        agree=lambda problem: (said.append(problem), [problem])[1],
-        share=None,
-        stop_token_ids=[1],
-        vocab_size=10,
-        max_concurrent_requests=1,
-        request_timeout_s=1.0,
-        canary_tolerance=1.0,
-    )
+    engine = ServerEngine(None, SETTINGS, agree=lambda problem: (said.append(problem), [problem])[1], share=None)
     with pytest.raises(ServerError, match="rank 3 is gone"):
         engine.update_weights(broken(), 1)
     assert said == ["rank 3 is gone"]
-    assert engine.policy_version == 0

@@ -22,7 +22,8 @@ from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_fipo.rollout.servers import plugins
 from megatron_fipo.rollout.servers.api import Completion, LaunchSpec
 from megatron_fipo.rollout.servers.http import ServerConnection, ServerRefusedError
-from megatron_fipo.rollout.servers.vllm.server import VllmAdapter, VllmServer, _continued_seed
+from megatron_fipo.rollout.servers.vllm.client import VllmServer, _continued_seed
+from megatron_fipo.rollout.servers.vllm.launch import VllmAdapter
 from tests.models import save_random_model
 
 REQUEST = GenerationRequest("sample", 0, 0, (5, 6, 7), SamplingParams(8), seed=1)

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import _world
 
 from megatron_fipo.parallel.external_group import ExternalGroup
-from megatron_fipo.rollout.servers.sglang import server as sglang
+from megatron_fipo.rollout.servers.sglang import client as sglang
 from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
 from megatron_fipo.rollout.servers.weight_buckets import pack
-from tests.models import TINY, load, save_random_model
+from tests.models import load, save_random_model
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 300.0
@@ -118,7 +119,6 @@ def test_an_unfinished_snapshot_is_none(tmp_path: Path) -> None:
     assert [folder.name for folder in (tmp_path / "snapshots").iterdir()] == ["partial"]
     snapshots.begin()
     assert not list((tmp_path / "snapshots/partial").glob("*.safetensors"))
-    assert TINY["vocab_size"] == 20
 
 
 # --- the group -------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def join(group: ExternalGroup, num_bytes: int) -> subprocess.Popen[str]:
     member = subprocess.Popen(
         [sys.executable, MEMBER, str(group.port), str(num_bytes)], stdout=subprocess.PIPE, text=True
     )
-    group.meet()
+    group.meet(lambda: None)
     return member
 
 
@@ -164,9 +164,31 @@ def test_broadcast_to_a_process_outside_our_world() -> None:
 def test_a_member_that_is_gone_is_an_error_and_the_name_is_free_again() -> None:
     group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
     join(group, num_bytes=0).communicate()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"Connection (closed|reset) by peer|Broken pipe"):
         group.broadcast(torch.zeros(2**24, dtype=torch.uint8), lambda: None)
+    assert "weights" in _world.pg_names.values()
     group.leave()
+    assert "weights" not in _world.pg_names.values()
+
+
+def test_what_a_member_says_ends_the_wait_for_all_to_meet() -> None:
+    """It is never going to join; nothing of the meeting is left behind."""
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 3, TIMEOUT_S)
+    others = {thread.ident for thread in threading.enumerate()}
+    member = subprocess.Popen([sys.executable, MEMBER, str(group.port), "0", "3"], stderr=subprocess.PIPE, text=True)
+
+    def refuse() -> None:
+        assert group._daemon is not None
+        if group._daemon.num_keys() > 2:  # the one member is there, and waits for the other
+            raise ValueError("it said no")
+
+    with pytest.raises(ValueError, match="it said no"):
+        group.meet(refuse)
+    assert {thread.ident for thread in threading.enumerate()} <= others
+    _, errors = member.communicate()
+    assert member.returncode, "the other member hears of it at once, too"
+    assert "DistNetworkError" in errors
+    assert "weights" not in _world.pg_names.values()
 
 
 def test_what_a_member_says_ends_the_wait_for_all_to_be_connected() -> None:

@@ -11,12 +11,13 @@ import pytest
 from torch import Tensor
 
 from megatron_fipo.rl.trajectory import Trajectory
-from megatron_fipo.rollout.servers.canary import CanaryError
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError
-from megatron_fipo.rollout.servers.weight_sync import Method, WeightSync
+from megatron_fipo.rollout.servers.proof import CanaryError
+from megatron_fipo.rollout.servers.sync import WeightSync
+from megatron_fipo.rollout.servers.transfers import Method
 from tests.unit.fake_servers import BUCKET_S, Fault, Machine, die, hang, refuse, unavailable
-from tests.unit.server_world import World, play_groups, request, tokens_of
+from tests.unit.server_world import World, request, tokens_of
 
 METHODS: tuple[Method, ...] = ("tensor", "distributed", "disk")
 ROUTES = {
@@ -36,9 +37,8 @@ PHASES = [(method, place) for method in METHODS for place in range(len(ROUTES[me
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
-    play_groups(world, monkeypatch)
     yield world
     world.close()
 
@@ -73,7 +73,7 @@ class Run:
         return {version for sample in self.generate() for version, _, _ in sample.policy_versions}
 
     def wait_until_all_are_back(self) -> None:
-        self.world.until(lambda: not self.pool.reasons())
+        self.world.until(lambda: not self.pool.roster.reasons())
 
     def close(self) -> None:
         self.engine.close()
@@ -136,7 +136,7 @@ def test_a_request_that_arrives_in_an_update_waits_and_one_in_flight_goes_on(wor
 def test_an_update_waits_for_a_server_that_comes_back(world: World) -> None:
     run = Run(world)
     world.machines[1].end(1)
-    world.until(lambda: run.pool.reasons())
+    world.until(lambda: run.pool.roster.reasons())
     report = run.sync.run(world.new_weights(1), "1")
     assert report.num_servers == 2
     assert run.versions() == {1}
@@ -148,13 +148,13 @@ def test_an_update_makes_a_stale_server_sound_and_leaves_a_lost_one_out(world: W
     run = Run(world)
     world.run(run.pool.set_stale(run.pool.servers[1], "for a reason"))
     assert run.sync.run(world.new_weights(1), "1").num_servers == 2
-    assert run.pool.reasons() == ""
+    assert run.pool.roster.reasons() == ""
     world.boots[1].append(die("it cannot start any more"))
     world.machines[1].end(1)
-    world.until(lambda: "it cannot start any more" in run.pool.reasons())
+    world.until(lambda: "it cannot start any more" in run.pool.roster.reasons())
     assert run.sync.run(world.new_weights(2), "2").num_servers == 1
     assert run.versions() == {2}
-    assert "it cannot start any more" in run.pool.reasons()
+    assert "it cannot start any more" in run.pool.roster.reasons()
     run.close()
 
 
@@ -199,7 +199,7 @@ def test_the_process_group_lives_until_a_server_changes(world: World) -> None:
     ]
     (first,) = {address.name for _, address in world.joined}
     world.machines[1].end(1)
-    world.until(lambda: run.pool.num_restarts and not run.pool.reasons())
+    world.until(lambda: run.pool.num_restarts and not run.pool.roster.reasons())
     run.sync.run(world.new_weights(3), "3")
     assert len(world.joined) == 4
     (second,) = {address.name for _, address in world.joined[2:]}
@@ -234,17 +234,13 @@ def test_a_server_that_is_lost_half_way_comes_back_with_the_new_weights(
     for each in in_flight:
         sample = world.run(each, 900.0)
         assert sample.response_ids.tolist() == tokens_of(request(0, group=sample.prompt_id, num_tokens=9))
-    if (ROUTES[method][place], fault) == ("pause", LOST.args[1][2]):
-        # It lives, has its old weights, and answers for its health: it waits for the next update.
-        world.until(lambda: "it holds weights '0', not '1'" in run.pool.reasons())
-        assert run.versions() == {1}
-    else:
-        run.wait_until_all_are_back()
-        assert run.pool.num_restarts == 1
-        world.run(run.pool.set_stale(run.pool.servers[0], "so that it is the other one's turn"))
-        assert run.versions() == {1}
+    # Also one that lives, has its old weights, and answers for its health, is started anew with the new ones.
+    run.wait_until_all_are_back()
+    assert run.pool.num_restarts == 1
+    world.run(run.pool.set_stale(run.pool.servers[0], "so that it is the other one's turn"))
+    assert run.versions() == {1}
     assert run.sync.run(world.new_weights(2), "2").num_servers == 2
-    assert run.pool.reasons() == ""
+    assert run.pool.roster.reasons() == ""
     assert run.versions() == {2}
     run.close()
 
@@ -260,12 +256,13 @@ def test_a_member_of_a_process_group_that_is_lost_ends_the_update_and_no_server_
     start = world.loop.time()
     with pytest.raises(ServerError, match=rf"a member of the weight update's process group died: .*{world.urls[1]}"):
         run.sync.run(world.new_weights(1), "1")
-    if fault is not LOST.args[1][1] and place > 0:
+    is_hanging = fault is LOST.args[1][1]
+    if not is_hanging:
         assert world.loop.time() - start < 5.0, "nobody waits for what one has said that it will not do"
     num_sent = len(world.generated_at())
     for group, each in enumerate(in_flight):
-        # Until all have met nothing is written, nor paused: who is not lost goes on.
-        if place == 0 and (fault is LOST.args[1][2] or group % 2 == 0):
+        # Until all have met nothing is paused: while the others wait for one that hangs, they go on generating.
+        if place == 0 and is_hanging and group % 2 == 0:
             assert world.run(each).policy_versions == [(0, 0, 9)]
         else:
             with pytest.raises(ServerError, match=r"(?s)no server can generate: .*the update to weights 1 failed"):
@@ -273,7 +270,7 @@ def test_a_member_of_a_process_group_that_is_lost_ends_the_update_and_no_server_
     world.advance(300.0)
     assert len(world.generated_at()) == num_sent
     with pytest.raises(RuntimeError, match=r"(?s)no server can generate: .*the update to weights 1 failed"):
-        run.engine.health()
+        run.generate()
     assert all(meeting.has_been_left for meeting in world.meetings.values())
     run.close()
 
@@ -292,16 +289,12 @@ def test_a_server_that_refuses_half_way_ends_the_update_and_no_server_generates(
     assert run.pool.arrived is None
     num_sent = len(world.generated_at())
     for each in in_flight:
-        if ROUTES[method][place] == "join_group":  # nothing had been written, nor paused
-            assert world.run(each).policy_versions == [(0, 0, 9)]
-        else:
-            words = r"no server can generate: .*the update to weights 1 failed: .*shapes differ"
-            with pytest.raises(ServerError, match=words):
-                world.run(each)
+        with pytest.raises(ServerError, match=r"no server can generate: .*update to weights 1 failed: .*shapes differ"):
+            world.run(each)
     world.advance(300.0)
     assert len(world.generated_at()) == num_sent
     assert run.sync.run(world.new_weights(2), "2").num_servers == 2
-    assert run.pool.reasons() == ""
+    assert run.pool.roster.reasons() == ""
     assert run.versions() == {2}
     run.close()
 
@@ -323,7 +316,7 @@ def test_a_server_that_holds_something_else_is_found_out(world: World, method: M
         run.sync.run(world.new_weights(1), "1")
     assert run.pool.arrived is None
     with pytest.raises(RuntimeError, match=r"no server can generate: fake-0 .*update to weights 1 failed.*fake-1"):
-        run.engine.health()
+        run.generate()
     world.machines[1].weights.pop("x", None)
     run.sync.run(world.new_weights(2), "2")
     assert run.versions() == {2}
@@ -349,7 +342,7 @@ def test_a_stream_that_is_not_whole_ends_the_update_and_no_server_generates(
     with pytest.raises((ValueError, OSError), match=words):
         run.sync.run(stream(), "1")
     with pytest.raises(RuntimeError, match=f"no server can generate: .*the update to weights 1 failed: .*{words}"):
-        run.engine.health()
+        run.generate()
     run.sync.run(world.new_weights(2), "2")
     assert run.versions() == {2}
     run.close()
@@ -367,7 +360,7 @@ def test_when_no_server_survives_the_update_fails_with_each_ones_reason(
     with pytest.raises(ServerError, match=rf"(?s){world.urls[0]}.*{world.urls[1]}"):
         run.sync.run(world.new_weights(1), "1")
     with pytest.raises(RuntimeError, match="no server can generate"):
-        run.engine.health()
+        run.generate()
     run.close()
 
 
@@ -384,11 +377,11 @@ def test_a_server_lost_in_an_update_comes_back_with_the_weights_of_that_or_of_th
         assert world.launched[-1].model_path == run.pool.arrived.folder
         assert world.launched[-1].weight_version == "1"
     else:
-        world.until(lambda: "it holds weights 'never synced', not '1'" in run.pool.reasons())
+        world.until(lambda: "it holds weights 'never synced', not '1'" in run.pool.roster.reasons())
         run.generate()
         assert set(world.generated_at()) == {0}
     run.sync.run(world.new_weights(2), "2")
-    assert run.pool.reasons() == ""
+    assert run.pool.roster.reasons() == ""
     assert run.versions() == {2}
     run.close()
 
@@ -433,7 +426,7 @@ def test_only_the_newest_snapshot_is_kept_and_a_failed_update_leaves_the_one_bef
     assert (world.folder / "snapshots" / "version-2").is_dir()
     run.engine.update_weights(world.new_weights(3), 3)
     world.machines[0].end(1)
-    world.until(lambda: run.pool.num_restarts and not run.pool.reasons())
+    world.until(lambda: run.pool.num_restarts and not run.pool.roster.reasons())
     assert run.versions() == {3}
     run.close()
 

@@ -84,8 +84,8 @@ class DecodeBatch(Generic[RowT]):
         return self.max_batch_size - len(self.rows)
 
     @torch.inference_mode()
-    def admit(self, new: Sequence[RowT]) -> int:
-        """Add rows, at most num_free of them. Returns the number of tokens that had to be prefilled.
+    def admit(self, new: Sequence[RowT]) -> None:
+        """Add rows, at most num_free of them.
 
         Rows with the same context share one prefill, also with a row that is already being decoded.
         """
@@ -95,7 +95,7 @@ class DecodeBatch(Generic[RowT]):
             self._cache = SlotCache(self.model.config.num_hidden_layers, self.max_batch_size)
         first = len(self.rows)
         places = range(first, first + len(new))
-        num_prefilled = self._fill_cache(new, first)
+        self._fill_cache(new, first)
 
         slots = torch.arange(first, first + len(new), device=device)
         sampling = [row.request.sampling for row in new]
@@ -114,7 +114,6 @@ class DecodeBatch(Generic[RowT]):
             row.joined_at = self.num_steps
         self.rows.extend(new)
         self._rows_changed()
-        return num_prefilled
 
     @torch.inference_mode()
     def step(self) -> list[int]:
@@ -220,8 +219,8 @@ class DecodeBatch(Generic[RowT]):
             self._log_probs = torch.nn.functional.pad(self._log_probs, (0, missing))
             self._uniforms = torch.nn.functional.pad(self._uniforms, (0, missing))
 
-    def _fill_cache(self, new: Sequence[RowT], first: int) -> int:
-        """Cache the contexts of rows that take the slots from `first` on; returns the number of tokens prefilled."""
+    def _fill_cache(self, new: Sequence[RowT], first: int) -> None:
+        """Cache the contexts of rows that take the slots from `first` on, each context once."""
         assert self._cache is not None
         decoded = {row.context: place for place, row in enumerate(self.rows)}
         shared: dict[int, list[tuple[int, int]]] = {}
@@ -237,7 +236,6 @@ class DecodeBatch(Generic[RowT]):
             self._cache.copy(sources, places, length)
         for contexts in _prefill_chunks(list(missing)):
             self._prefill(contexts, [missing[context] for context in contexts])
-        return sum(len(context) - 1 for context in missing)
 
     def _prefill(self, contexts: list[tuple[int, ...]], places: list[list[int]]) -> None:
         """Run all but the last token of each context and copy its keys and values into every slot that shares it."""

@@ -92,10 +92,6 @@ class InProcessEngine:
         self.policy_version = policy_version
         self.share: Share | None = share
         self._given: int | None = None
-        self.num_decoded_tokens = 0
-        """Response tokens generated since the engine was built; callers take differences."""
-        self.num_prefilled_tokens = 0
-        """Prompt and prefix tokens run through the model before decoding; shared prompts count once."""
         self._batch: DecodeBatch[_Call] = DecodeBatch(self.model, max_batch_size, self.stop_token_ids)
         self._pending: deque[_Call] = deque()
         self._scheduler: asyncio.Task[None] | None = None
@@ -119,7 +115,7 @@ class InProcessEngine:
             ValueError: if the request breaks a rule; the message names it.
             RuntimeError: if the engine is closed, lacks weights, or the model gives numbers that are not finite.
         """
-        self.health()
+        self._expect_usable()
         check_request(request, self.model.config.vocab_size, self.stop_token_ids)
         loop = asyncio.get_running_loop()
         call = _Call(request, loop.create_future(), on_token, self._num_calls)
@@ -173,11 +169,6 @@ class InProcessEngine:
         self.policy_version = policy_version
         self._failure = ""
 
-    def health(self) -> None:
-        """Raise RuntimeError with the reason if the engine cannot generate."""
-        if self._failure:
-            raise RuntimeError(f"the in-process rollout engine cannot generate: {self._failure}")
-
     def abort(self) -> None:
         """End every request in flight before the next token; each returns what it has, with finish_reason "abort"."""
         self._abort_below = self._num_calls
@@ -189,6 +180,11 @@ class InProcessEngine:
         self._fail_all(RuntimeError("the in-process rollout engine was closed while it generated"))
         self.model = None
         self._batch.model = None
+
+    def _expect_usable(self) -> None:
+        """Raise RuntimeError with the reason if the engine cannot generate."""
+        if self._failure:
+            raise RuntimeError(f"the in-process rollout engine cannot generate: {self._failure}")
 
     async def _decode(self) -> None:
         """Run while anything is in flight. Between two tokens everyone else has a turn."""
@@ -209,14 +205,13 @@ class InProcessEngine:
         new = list(islice(self._pending, num_new))
         for call in new:
             call.policy_version = self.policy_version
-        self.num_prefilled_tokens += self._batch.admit(new)
+        self._batch.admit(new)
         for _ in new:  # not before: what a failing prefill leaves pending is failed, and nobody waits for ever
             self._pending.popleft()
 
     def _step(self) -> None:
         batch = self._batch
         ended = batch.step()
-        self.num_decoded_tokens += len(batch.rows)
         for row, call in enumerate(batch.rows):
             if call.on_token is not None:
                 call.on_token(batch.last_token(row))

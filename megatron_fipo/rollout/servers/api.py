@@ -1,25 +1,24 @@
 """What the rollout code asks of an inference server, whichever engine it runs.
 
-An adapter (`sglang`, `vllm`) says how one server is started and speaks its HTTP routes; `servers` starts, watches and
-restarts processes, `server_engine` shares requests out, `weight_sync` brings weights in and `canary` proves that they
-arrived. All of those know this module only.
+The folders `sglang` and `vllm` say how one server is started and speak its HTTP routes. Everything else here (`pool`
+starts and watches servers, `sending` shares requests out, `sync` brings weights in, `proof` shows that they arrived)
+knows this module only. `setup` chooses.
 
-All coroutines run on one event loop, the engine's. Byte and token spans are half open.
+All coroutines run on the pool's event loop. Token spans are half open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers.cuda_handles import CudaHandle
 from megatron_fipo.rollout.servers.http import ServerConnection
+from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,14 @@ class LaunchSpec:
         memory_fraction: share of the device's memory for weights and cache, in (0, 1).
         max_total_tokens: size of the key-value cache in tokens; None lets the engine choose from memory_fraction.
         max_running_requests: sequences decoded at a time.
-        context_tokens: longest prompt and response together; None takes the model's.
-        weight_version: of the weights in model_path, as the server is to report it.
+        weight_version: version of the weights in model_path, as the server is to report it.
         releases_memory: whether release_memory will be called (colocated placement).
         reproducible: whether tokens must be drawn from their request's seed, at whatever it costs in speed. Engines
             that do so anyway ignore it.
-        seed: of what the engine draws itself.
-        extra_args: the user's, appended to the command line.
-        key: shown with every request; the server answers nobody else. Random for what a run starts, its owner's for a
-            server attached to, "" where that asks for none. No text about the specification holds it.
+        seed: the engine's own random numbers begin with it.
+        extra_args: what the user appends to the command line.
+        key: shown with every request; the server answers nobody else. It is random for a server that the run starts; a
+            server attached to has its owner's, or "" if it asks for none. No text about the specification holds it.
     """
 
     python: str
@@ -63,7 +61,6 @@ class LaunchSpec:
     memory_fraction: float = 0.8
     max_total_tokens: int | None = None
     max_running_requests: int = 256
-    context_tokens: int | None = None
     releases_memory: bool = False
     reproducible: bool = False
     seed: int = 0
@@ -76,13 +73,13 @@ NOT_THE_TRAINERS: Mapping[str, str | None] = {
     "PYTORCH_CUDA_ALLOC_CONF": None,
     "CUDA_DEVICE_MAX_CONNECTIONS": None,
 }
-"""For a server's environment on GPUs, without what the trainer set for itself: memory that can be released lies in
-pools that bear no expandable segments, and the one hardware queue is for training's communication."""
+"""Changes to a server's environment on GPUs that take out what the trainer set for itself. Memory that can be released
+lies in pools that do not work with expandable segments; the single hardware queue serves training's communication."""
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How to start a process: its command line and what changes in the environment (None removes a variable)."""
+    """How to start a process: its command line, and what changes in the environment (None removes a variable)."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str | None] = field(default_factory=dict, repr=False)  # a key is in it
@@ -117,43 +114,6 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """Where one tensor lies in a bucket."""
-
-    name: str
-    """Hugging Face name."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    """Byte offset in the bucket, a multiple of the dtype's size."""
-    stop: int
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Several tensors one behind the other in one buffer."""
-
-    flat: Tensor
-    """uint8 [bytes], contiguous, on the CPU or on this rank's CUDA device."""
-    specs: tuple[TensorSpec, ...]
-    handles: Mapping[str, CudaHandle] = field(default_factory=dict)
-    """Where the same bytes lie on the GPUs that servers use, by the GPU's name; empty where nobody opens them there."""
-
-    def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """(name, view into the buffer) in order."""
-        for spec in self.specs:
-            yield spec.name, self.flat[spec.start : spec.stop].view(spec.dtype).view(spec.shape)
-
-    def handles_on(self, spec: LaunchSpec) -> list[CudaHandle | None]:
-        """For each tensor-parallel rank of a server the handle on its own GPU, or None: it gets the values."""
-        if not self.handles:
-            assert not self.flat.is_cuda, "a server is handed memory of its own GPU"
-            return [None] * spec.tp
-        assert len(spec.gpus) == spec.tp, "set-up looked for a rank of the trainer on each of the server's GPUs"
-        return [self.handles[gpu] for gpu in spec.gpus]
-
-
-@dataclass(frozen=True)
 class GroupAddress:
     """A process group of the trainer's sending process (rank 0) and every server's tensor-parallel ranks behind it.
 
@@ -170,14 +130,14 @@ class GroupAddress:
     """Rank of this server's tensor-parallel rank 0; the others follow."""
 
 
-class ChecksumLedger(Protocol):
-    """Computes, from the weights as they are sent, what `InferenceServer.checksums` must answer.
+class ExpectedChecksums(Protocol):
+    """Computes, from the weights as they are sent, what `InferenceServer.checksums` must answer after one update.
 
-    One for each server and update. It holds no more than what the server fuses (q with k and v, gate with up).
+    It holds no more weights than those of one layer that the server fuses (q with k and v, gate with up).
     """
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Note a tensor under its Hugging Face name, in the dtype in which the server holds it."""
+        """Take account of a tensor under its Hugging Face name, in the dtype in which the server holds it."""
         ...
 
     def expected(self) -> dict[str, str]:
@@ -192,7 +152,7 @@ class ChecksumLedger(Protocol):
 class InferenceServer(Protocol):
     """The HTTP side of one running server.
 
-    Every method raises the errors of `server_http`: `ServerUnreachableError` where no whole answer came (the caller
+    Every method raises the errors of `http`: `ServerUnreachableError` where no whole answer came (the caller
     may ask again elsewhere), `ServerRefusedError` with the server's own words where it said no.
     """
 
@@ -253,10 +213,6 @@ class InferenceServer(Protocol):
         """Go on after `pause`."""
         ...
 
-    async def flush_cache(self) -> None:
-        """Forget cached keys and values. Only where nothing is in flight."""
-        ...
-
     # --- weights: begin_update, then buckets one way or the other or a folder, then end_update -----------------------
 
     async def begin_update(self) -> None:
@@ -290,12 +246,12 @@ class InferenceServer(Protocol):
         """Close the update: post-process, forget cached keys and values, and report `version` from now on."""
         ...
 
-    def ledger(self) -> ChecksumLedger:
-        """A fresh ledger for this server's layout (its tensor-parallel size, what it fuses)."""
+    def expected_checksums(self) -> ExpectedChecksums:
+        """A new computation of checksums for this server's layout (its tensor-parallel size, what it fuses)."""
         ...
 
     async def checksums(self, timeout_s: float) -> dict[str, str]:
-        """Checksums of the weights it holds, under the names of `ChecksumLedger.expected`."""
+        """Checksums of the weights it holds, under the names of `ExpectedChecksums.expected`."""
         ...
 
     # --- memory, for placement beside the actor ----------------------------------------------------------------------
@@ -317,8 +273,6 @@ class ServerAdapter(Protocol):
 
     name: str
     """sglang or vllm."""
-    has_router: bool
-    """Whether sglang-router can stand in front of its generate route."""
 
     def launch_plan(self, spec: LaunchSpec) -> LaunchPlan:
         """How to start a server.
@@ -337,5 +291,5 @@ class ServerAdapter(Protocol):
         ...
 
     def reason_of_exit(self, log: str) -> str:
-        """From a dead server's log, its own last words: the lines that say why it ended."""
+        """The lines of a dead server's log that say why it ended."""
         ...

@@ -1,12 +1,16 @@
-"""From the parts of a server's answer to one response, refused where they do not belong together."""
+"""From the parts of a server's answer to a response, and on to a turn; what does not fit together is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from megatron_fipo.rl.trajectory import policy_segments
+from megatron_fipo.rollout.engine import GenerationRequest, Turn
 from megatron_fipo.rollout.servers.api import Completion
-from megatron_fipo.rollout.servers.http import ServerRefusedError
+from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
 
 
 def join_completion(
@@ -45,3 +49,25 @@ def join_completion(
         f"versions {spans}, which do not belong together",
         200,
     )
+
+
+def turn_of(request: GenerationRequest, completion: Completion) -> Turn:
+    """A server's response as the engine's answer to a request.
+
+    Raises:
+        ServerError: if it was generated with weights that no update has brought.
+    """
+    start = len(request.prefix)
+    segments = policy_segments(
+        torch.tensor(completion.token_ids, dtype=torch.int64),
+        torch.tensor(completion.log_probs, dtype=torch.float32),
+        [(_policy_version(version), start + first, start + stop) for version, first, stop in completion.version_spans],
+        start,
+    )
+    return Turn(request, segments, completion.finish_reason)
+
+
+def _policy_version(version: str) -> int:
+    if not version.isdecimal():
+        raise ServerError(f"a server generated with weights {version!r} that were not handed over by update_weights()")
+    return int(version)

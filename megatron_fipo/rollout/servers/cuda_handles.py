@@ -18,11 +18,11 @@ DEVICE_ARGUMENT = 6
 class CudaHandle:
     """A tensor on one GPU, as another process on this host can open it.
 
-    torch counts the openings: each handle is to be opened once, by one process.
+    torch counts how often memory is opened, so each handle is to be opened once, by one process.
 
     Attributes:
-        device_uuid: of the GPU. Numbers of devices differ between processes that see different ones.
-        arguments: of torch's rebuild_cuda_tensor, picklable; None in the device's place.
+        device_uuid: the GPU's. Processes that see different GPUs number them differently.
+        arguments: what torch's rebuild_cuda_tensor takes, picklable, with None in the device's place.
     """
 
     device_uuid: str
@@ -35,7 +35,7 @@ HandleMaker = Callable[[Tensor], CudaHandle]
 
 def cuda_handle(flat: Tensor) -> CudaHandle:
     """The handle of a CUDA tensor, which must live, and keep its contents, until it has been read."""
-    torch.cuda.current_stream(flat.device).synchronize()  # what filled it is done before others read it
+    torch.cuda.current_stream(flat.device).synchronize()  # it must be filled before others read it
     arguments = list(reductions.reduce_tensor(flat)[1])
     arguments[DEVICE_ARGUMENT] = None
     return CudaHandle(str(torch.cuda.get_device_properties(flat.device).uuid), tuple(arguments))

@@ -1,7 +1,7 @@
 """An event loop in a thread of its own, on which all HTTP of a process's servers runs.
 
 Callers come and go (one `asyncio.run` a step, plain code between them), while servers are watched, restarted and asked
-all the time, over connections that stay open.
+all the time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ class EventLoopThread:
     async def run_here(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Await a coroutine from another event loop. Cancelling the awaiting task cancels it."""
         return await asyncio.wrap_future(self.submit(coroutine))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function on the loop and return what it returned. Not from the loop itself."""
+
+        async def call() -> T:
+            return function()
+
+        return self.run(call())
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have a function called on the loop. Safe in signal handlers."""

@@ -1,7 +1,8 @@
-"""How SGLang and vLLM hold a dense decoder's weights, each tensor-parallel rank its part: the same in both.
+"""How the tensor-parallel ranks of SGLang and vLLM hold a dense decoder's weights, which is the same in both.
 
-q, k and v are one parameter, gate and up one, each rank with its rows of every part; o_proj and down_proj are split by
-columns; the rows of embedding and output layer are shared out after zero rows were added. All else is on every rank.
+q, k and v are one parameter, gate and up another, and each rank has its rows of every part. o_proj and down_proj are
+split by columns. The rows of the embedding and of the output layer are shared out after zero rows were added. All else
+is on every rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""Linear layer of the server -> those of Hugging Face that it consists of, in the order of its rows."""
+"""From a linear layer of the server to those of Hugging Face that it consists of, in the order of its rows."""
 _PART_OF = {part: fused for fused, parts in _FUSED.items() for part in parts}
 _SPLIT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 _VOCABULARY = ("embed_tokens", "lm_head")
@@ -30,9 +31,9 @@ class Piece:
     """What one rank holds of a tensor.
 
     Attributes:
-        rows: view of the tensor: the rank's rows, or columns of all rows.
-        first_row: row of the rank's parameter at which they begin.
-        num_padding_rows: zero rows that the parameter has after them.
+        rows: a view of the tensor with the rank's rows, or with the rank's columns of all rows.
+        first_row: the row of the rank's parameter at which they begin.
+        num_padding_rows: how many zero rows the parameter has after them.
     """
 
     rows: Tensor
@@ -51,7 +52,7 @@ class FusedLayout:
     def __init__(self, shape: ModelShape, tp: int) -> None:
         self.tp = tp
         self.dtypes: dict[str, torch.dtype] = {}
-        """Of every parameter that something came for, by its name."""
+        """The dtype of every parameter that a tensor has come for, by the parameter's name."""
         self._shape = shape
         self._missing: dict[str, set[str]] = {}
 
@@ -62,8 +63,8 @@ class FusedLayout:
             name: its Hugging Face name.
 
         Returns:
-            (name of the server's parameter, what each rank holds of the tensor, by rank: nothing of an output layer
-            that the server computes with the embedding).
+            (name of the server's parameter, what each rank holds of the tensor, by rank). The list is empty for an
+            output layer that the server computes with the embedding.
 
         Raises:
             ValueError: if its dtype is not that of the other parts of the parameter.
@@ -79,11 +80,12 @@ class FusedLayout:
         if layer == "lm_head" and self._shape.tied_embeddings:
             return parameter, []
         if self.dtypes.setdefault(parameter, tensor.dtype) != tensor.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, what {parameter} also consists of is {self.dtypes[parameter]}")
+            ours, others = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, self.dtypes[parameter]))
+            raise ValueError(f"{name} is {ours}, but the other parts of {parameter} are {others}")
         return parameter, [self._piece(layer, kind, tensor, rank) for rank in range(self.tp)]
 
     def is_whole(self, parameter: str) -> bool:
-        """Whether everything that a parameter consists of has come."""
+        """Whether all parts of a parameter have come."""
         return not self._missing.get(parameter)
 
     def check_whole(self) -> None:
@@ -120,7 +122,7 @@ class FusedLayout:
 
 
 def _padded_vocabulary(rows: int, tp: int) -> int:
-    """Rows that SGLang shares out. vLLM's are the same, or it does not start: they must be divisible by tp."""
+    """How many rows SGLang shares out. vLLM shares out as many, or does not start: they must be divisible by tp."""
     padded = -(-rows // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     if padded % tp:
         multiple = _VOCABULARY_MULTIPLE * tp

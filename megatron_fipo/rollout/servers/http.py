@@ -14,13 +14,13 @@ from megatron_fipo.rollout.servers.plugins.server_guard import bearer
 from megatron_fipo.system.text_hygiene import clean_text
 
 ANSWER_BYTES = 32 * 2**20
-"""Longest answer, where the caller does not know better: more than the checksums of the largest model take."""
+"""Limit on an answer where the caller knows no better one: more than the checksums of the largest model take."""
 _ERROR_BYTES = 2**16
-"""Read of an answer that says no."""
+"""So much is read of an answer that says no."""
 _WORDS_LIMIT = 2000
-"""Characters of a server's own words that an error quotes."""
+"""An error quotes so many characters of a server's own words."""
 _NESTED_WORDS = 8
-"""Errors within errors that are looked into."""
+"""An error within errors is looked for down to this depth."""
 _KEY_REMEDY = "Of a server in servers.urls, servers.api_key_env must name the variable that holds its key."
 
 
@@ -58,14 +58,16 @@ class ServerConnection:
 
     def __init__(self, session: aiohttp.ClientSession, url: str, *, is_gateway: bool = False, key: str = "") -> None:
         self.session, self.url, self._is_gateway = session, url.rstrip("/"), is_gateway
-        # Nothing compressed: how long an answer may be is asked of what arrives.
+        self.shows_key = bool(key)
+        """Whether requests bear a key."""
+        # Nothing compressed: the limit on an answer's length is one on the bytes that arrive.
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": bearer(key)} if key else {})
 
     async def post(self, route: str, body: Any = None, *, timeout_s: float, longest_answer: int = ANSWER_BYTES) -> Any:
         """POST a JSON body ({} if None) and return the decoded answer; None for an empty one, text if not JSON.
 
         Args:
-            longest_answer: bytes; a longer one is refused once so many have come.
+            longest_answer: limit in bytes; an answer is refused as soon as it has become longer.
         """
         return await self._request("POST", route, {} if body is None else body, timeout_s, longest_answer)
 
@@ -105,7 +107,7 @@ class ServerConnection:
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Read an answer within; one that lacks what is looked for there, or has it in another form, is refused.
+    """Within this context an answer is refused that lacks what is read of it, or has it in another form.
 
     Args:
         place: whose answer it is, for the message.
@@ -123,7 +125,7 @@ def reading(place: str) -> Iterator[None]:
 
 
 async def _read(response: aiohttp.ClientResponse, place: str, longest: int) -> bytes:
-    """The body, of an error its beginning.
+    """The whole body of an answer, or the beginning of an error's.
 
     Raises:
         ServerRefusedError: if it is longer, or compressed.

@@ -1,7 +1,7 @@
-"""Whether trainer and server have the same NCCL: one that differs ends the first broadcast, or hangs in it.
+"""Whether trainer and servers have the same NCCL. With different ones the first broadcast fails or hangs.
 
-Asked for is the version of the library that is loaded. `torch.cuda.nccl.version()` is that of the headers that torch
-was built with, and stays the same whatever is installed.
+The library that is loaded is asked for its version. `torch.cuda.nccl.version()` is that of the headers that torch was
+built with, and stays the same whatever is installed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ version = ctypes.c_int()
 ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
 print(json.dumps([torch.__version__, version.value]))
 """
-"""torch comes first: it is what loads the library from where pip has put it."""
+"""torch is imported first: it loads the library from where pip has put it."""
 _TIMEOUT_S = 300.0
 """Importing torch takes minutes from a slow file system."""
 
 
 def nccl_of(python: str) -> tuple[str, int]:
-    """(torch's version, NCCL's as it numbers itself: 22907 is 2.29.7) in an interpreter's environment.
+    """(torch's version, NCCL's number, in which 22907 is 2.29.7) in an interpreter's environment.
 
     Raises:
         ServerError: if the interpreter cannot be run, or its torch has no NCCL.
@@ -45,7 +45,8 @@ def check_same_nccl(ours: str, theirs: str) -> None:
     """Refuse interpreters whose NCCL differs.
 
     Args:
-        ours: the trainer's interpreter. theirs: the servers'.
+        ours: the trainer's interpreter.
+        theirs: the servers' interpreter.
 
     Raises:
         ServerError: naming both versions and what to do.
@@ -61,5 +62,5 @@ def check_same_nccl(ours: str, theirs: str) -> None:
 
 
 def _text(version: int) -> str:
-    """From 2.9 on a version counts ten thousands, hundreds and ones."""
+    """A version number of NCCL as people write it. From 2.9 on it counts ten thousands, hundreds and ones."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

@@ -1,4 +1,4 @@
-"""Which ranks of a node pack weights for which server's ranks: those that are on the same GPU."""
+"""Which ranks of a node pack weights for which ranks of servers: those that are on the same GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TrainerGpu:
 
     Attributes:
         name: as CUDA_VISIBLE_DEVICES names it, by number or UUID; "" on a CPU.
-        make_handle: how other processes on it can open this rank's memory.
+        make_handle: makes a handle by which other processes on this GPU can open this rank's memory.
     """
 
     name: str
@@ -35,7 +35,7 @@ def visible_gpus() -> list[str]:
 
 
 def own_gpu() -> TrainerGpu:
-    """This rank's."""
+    """The GPU that this rank trains on."""
     return TrainerGpu(visible_gpus()[torch.cuda.current_device()] if torch.cuda.is_available() else "")
 
 
@@ -43,7 +43,7 @@ def node_of(rank: int, local_ranks: Sequence[int]) -> list[int]:
     """Ranks on the same node as `rank`.
 
     Args:
-        local_ranks: LOCAL_RANK of each rank. A node's ranks follow one another, from the one with 0 on.
+        local_ranks: LOCAL_RANK of each rank. The ranks of a node follow one another, and the first of them has 0.
     """
     first = max(other for other in range(rank + 1) if local_ranks[other] == 0)
     behind = [other for other in range(rank + 1, len(local_ranks)) if local_ranks[other] == 0]
@@ -56,9 +56,9 @@ def packers_of_node(
     """The ranks that pack, each with the GPU that it packs on for a server; "" for an owner that packs for none.
 
     Args:
-        ranks: of the node; the first one owns its servers.
-        gpu_of: name of each rank's GPU, by rank.
-        server_gpus: of each server of the node.
+        ranks: the ranks of the node, of which the first one owns its servers.
+        gpu_of: the name of each rank's GPU, by rank.
+        server_gpus: the names of the GPUs of each server of the node.
 
     Raises:
         ValueError: if a server is on a GPU that no rank is on.

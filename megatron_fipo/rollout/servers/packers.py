@@ -1,10 +1,10 @@
 """The ranks of one node that pack the same weights, each on its own GPU, for the servers' ranks on that GPU.
 
-A server's process sees its own GPUs alone, and a CUDA IPC handle opens on the GPU that it names. So a bucket lies on
+A server's process sees only its own GPUs, and a CUDA IPC handle opens on the GPU that it names. So a bucket lies on
 every GPU that servers use: each rank there packs it from the stream of weights, which all of them have anyway, and the
 rank that owns the node's servers collects the handles and hands each server the ones of its GPUs.
 
-Where handles are not needed (values over HTTP, a broadcast, a folder) the owner alone packs.
+Where handles are not needed (values over HTTP, a broadcast, a folder) only the owner packs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class NodeGroup:
     """The packers of a node.
 
     Attributes:
-        group: them, over gloo; their owner is among them.
-        gpu: this rank's, as the servers' specifications name it; "" where no server's rank is on it.
-        make_handle: of this rank's bucket.
+        group: the process group of the packers, over gloo; the owner of the servers is among them.
+        gpu: this rank's GPU, as the servers' specifications name it; "" where no server's rank is on it.
+        make_handle: makes a handle to this rank's bucket.
     """
 
     group: ProcessGroup
@@ -49,7 +49,7 @@ class NodeGroup:
 
 
 class Packers:
-    """Makes buckets of a stream of weights, on this rank alone or in step with the others of the node.
+    """Makes buckets of a stream of weights, on this rank only or in step with the others of the node.
 
     In step means: one exchange for each bucket, after it is packed and the one before has arrived at the servers. Two
     buffers take turns, so then everybody may overwrite the buffer of the one before. Whoever fails says so in the next
@@ -57,9 +57,9 @@ class Packers:
 
     Args:
         bucket_bytes: size of a bucket; two are held at a time.
-        dtype: of the servers' weights. Tensors of another dtype are converted first.
+        dtype: the dtype of the servers' weights. Tensors of another dtype are converted first.
         device: where buckets lie; None leaves them where the tensors are.
-        node: the others; None where this rank packs alone.
+        node: the packers of the node; None where only this rank packs.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Packers:
         self._is_under_way = False
 
     def begin(self) -> None:
-        """Before anything can fail: from here on the others wait for this rank's word."""
+        """Call this before anything can fail: from here on the others wait for this rank's word."""
         self._is_under_way = True
 
     def buckets(self, stream: Iterable[tuple[str, Tensor]], settle: Callable[[], None]) -> Iterator[Bucket]:
@@ -93,7 +93,7 @@ class Packers:
         """Pack along on a rank that owns no servers. Collective over the node's packers.
 
         Raises:
-            ServerError: as `buckets`.
+            ServerError: as `buckets` does.
         """
         self.begin()
         try:
@@ -119,7 +119,7 @@ class Packers:
         return _Word(self._node.gpu, handle)
 
     def _exchange(self, own: _Word) -> dict[str, CudaHandle]:
-        """Everybody's handle, by GPU."""
+        """The handles of all packers, by GPU."""
         if self._node is None:
             return {}
         words = exchange.all_gather_objects(own, self._node.group)

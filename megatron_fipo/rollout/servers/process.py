@@ -75,7 +75,7 @@ class ServerProcess:
                 env=environment,
                 start_new_session=True,
             )
-        assert self._guard.stdout is not None, "it was asked for"
+        assert self._guard.stdout is not None, "Popen was given stdout=PIPE"
         line = self._guard.stdout.readline()
         self.pid = int(line) if line.strip() else None
         """The server's own process; None if it could not even be started."""
@@ -93,7 +93,7 @@ class ServerProcess:
 
     def ask_to_end(self) -> None:
         """Begin to end it."""
-        assert self._guard.stdin is not None, "it was asked for"
+        assert self._guard.stdin is not None, "Popen was given stdin=PIPE"
         self._guard.stdin.close()
 
     def kill(self) -> None:
@@ -107,5 +107,5 @@ class ServerProcess:
     def wait(self) -> None:
         """Wait until it and everything that it started are gone."""
         self._guard.wait()
-        assert self._guard.stdout is not None, "it was asked for"
+        assert self._guard.stdout is not None, "Popen was given stdout=PIPE"
         self._guard.stdout.close()

@@ -1,4 +1,4 @@
-"""The newest weights kept on disk, for servers that have to start anew or read them from there.
+"""The newest weights on disk, for servers that start anew or read them from there.
 
 All nodes have the same weights, so one process of the run writes them, into a folder that all nodes see, and tells the
 others where they lie.
@@ -46,7 +46,7 @@ class Snapshots(Protocol):
         ...
 
     def abandon(self, reason: str) -> None:
-        """Whoever waits for this process's snapshot waits in vain. Nothing where it has been committed."""
+        """Tell whoever waits for this process's snapshot that there will be none, unless it has been committed."""
         ...
 
     def keep_only(self, snapshot: Path) -> None:
@@ -60,7 +60,7 @@ class SnapshotWriter:
     Args:
         folder: where snapshots lie, each in a folder of its own.
         base_folder: model folder whose configuration and tokenizer go along.
-        announcements: where the other nodes' processes hear of each; None where there are none.
+        announcements: tells the other nodes' processes of each snapshot; None where there are no others.
         private: whether nobody but this user may look into the folder.
     """
 
@@ -79,7 +79,7 @@ class SnapshotWriter:
         self._num_bytes = 0
 
     def begin(self) -> None:
-        """Begin anew; what an unfinished one has written goes."""
+        """Begin a snapshot, and delete what an unfinished one has written."""
         if self._announcements is not None:
             self._announcements.begin()
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -100,7 +100,7 @@ class SnapshotWriter:
         self._num_bytes += len(bucket.flat)
 
     def commit(self, version: str) -> Path:
-        """Finish it; the folder appears whole or not at all, and is the only one then."""
+        """Finish it. The folder appears whole or not at all; older ones stay until `keep_only`."""
         index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._files}
         (self._partial / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         target = self._folder / f"version-{version}"
@@ -127,8 +127,8 @@ class SnapshotFollower:
     """`Snapshots` that another process writes.
 
     Args:
-        announcements: the writer's.
-        timeout_s: longest wait for one.
+        announcements: tells of the writer's snapshots.
+        timeout_s: longest wait for the announcement of one.
         visible_within_s: longest wait until its folder is there on this host.
     """
 

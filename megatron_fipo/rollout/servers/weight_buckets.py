@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_fipo.parallel.device_memory import shareable_allocations
-from megatron_fipo.rollout.servers.api import Bucket, TensorSpec
+from megatron_fipo.rollout.servers.cuda_handles import CudaHandle
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one tensor lies in a bucket. Spans of bytes are half open."""
+
+    name: str
+    """Hugging Face name."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Byte offset in the bucket, a multiple of the dtype's size."""
+    stop: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Several tensors in one buffer, each directly after the one before."""
+
+    flat: Tensor
+    """uint8 [bytes], contiguous, on the CPU or on this rank's CUDA device."""
+    specs: tuple[TensorSpec, ...]
+    handles: Mapping[str, CudaHandle] = field(default_factory=dict)
+    """Where the same bytes lie on the GPUs that servers use, by the GPU's name; empty where nobody opens them there."""
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """(name, view into the buffer) in order."""
+        for spec in self.specs:
+            yield spec.name, self.flat[spec.start : spec.stop].view(spec.dtype).view(spec.shape)
+
+    def handles_on(self, gpus: Sequence[str], tp: int) -> list[CudaHandle | None]:
+        """For each tensor-parallel rank of a server the handle on its own GPU, or None where it gets the values.
+
+        Args:
+            gpus: the server's, in the order of its ranks.
+            tp: its number of ranks.
+        """
+        if not self.handles:
+            assert not self.flat.is_cuda, "a server is handed memory of its own GPU"
+            return [None] * tp
+        assert len(gpus) == tp, "set-up looked for a rank of the trainer on each of the server's GPUs"
+        return [self.handles[gpu] for gpu in gpus]
 
 
 def pack(
     tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, dtype: torch.dtype, device: torch.device | None
 ) -> Iterator[Bucket]:
-    """Copy tensors one behind the other into buckets, in their order.
+    """Copy tensors into buckets, in their order, each directly after the one before.
 
     Two buffers take turns, so that one bucket can be sent while the next is filled: a bucket is overwritten when the
     one after the next is asked for.

@@ -1,8 +1,10 @@
-"""Who may speak to a server: whoever shows the run's key, and no web page. In front of every route of both engines.
+"""Lets those speak to a server that show the run's key, and no web page. It stands before every route of both engines.
 
-SGLang unpickles what is posted to some of its routes and vLLM, as a trainer needs it, runs any method of its workers:
-who can post there has the server's account. Their own API keys leave routes open, so this stands before all of them.
-Standard library only, since it runs inside the servers, and what refuses is a plain function for tests and stand-ins.
+SGLang unpickles what is posted to some of its routes, and vLLM, as a trainer needs it, runs any method of its workers.
+So whoever can post there has the server's account. Their own API keys leave routes open.
+
+This module uses only the standard library, since it runs inside the servers. What refuses is a plain function, so that
+tests and stand-ins can call it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 KEY_VARIABLE = "MEGATRON_FIPO_SERVER_KEY"
-"""Environment variable of a server that holds its key; the command line, which everybody on the host reads, never."""
+"""The environment variable of a server that holds its key. A command line could be read by everybody on the host."""
 
 LIVENESS = "/health"
-"""Answered to those without a key too, by the guard itself: sglang-router asks for it before it shows the key."""
+"""The guard itself answers this route, also without a key: sglang-router asks for it before it shows the key."""
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,8 +52,8 @@ def refusal(headers: Mapping[str, str], address: str, key: str) -> tuple[int, st
     """Why a request is refused, as (HTTP status, words), or None.
 
     Args:
-        headers: of the request, names in lower case.
-        address: of this host, at which the request arrived.
+        headers: the request's, with names in lower case.
+        address: the address of this host at which the request arrived.
         key: this server's.
     """
     if "origin" in headers:
@@ -67,7 +69,7 @@ def refusal(headers: Mapping[str, str], address: str, key: str) -> tuple[int, st
 
 
 def _host_name(host: str) -> str:
-    """Of a Host header, without the port."""
+    """The name in a Host header, without the port."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 

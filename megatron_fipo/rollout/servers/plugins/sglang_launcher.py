@@ -20,7 +20,7 @@ from server_guard import KEY_VARIABLE, ServerGuard, own_key  # type: ignore[impo
 
 
 def _hide_key_in_logs(key: str) -> None:
-    """From every record of this process's loggers."""
+    """Take the key out of every record of this process's loggers."""
     make = logging.getLogRecordFactory()
 
     def make_without_key(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -1,7 +1,7 @@
 """What SGLang's /weights_checker must answer for given weights, computed from the weights themselves.
 
-It hashes every parameter as a tensor-parallel rank holds it, as a whole: parts are kept until the others have come. On
-the CPU the hash is the beginning of SHA-256; on a GPU it is SGLang's own, written anew here in PyTorch.
+It hashes every parameter as a whole, as a tensor-parallel rank holds it, so parts are kept until the others have come.
+On the CPU the hash is the beginning of SHA-256; on a GPU it is SGLang's own, written anew here in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.rollout.servers.fused_layout import FusedLayout
 
 
-class SglangLedger:
-    """A `ChecksumLedger` for dense decoders without quantization.
+class SglangExpectedChecksums:
+    """`ExpectedChecksums` of dense decoders without quantization.
 
     Args:
         shape: of the model.
@@ -31,7 +31,7 @@ class SglangLedger:
         self._sums: dict[str, Tensor] = {}
         """Hashes that still lie on the device: reading each by itself would wait for it thousands of times."""
         self._parts: dict[tuple[str, int], dict[int, Tensor]] = {}
-        """Rows by the first one's place, of each rank's parameters that are not whole yet."""
+        """For each rank's parameters that are not whole yet, their rows by the place of the first one."""
 
     @staticmethod
     def key(name: str, rank: int, tp: int) -> str:

@@ -1,7 +1,7 @@
 """What vLLM's workers must answer to `fipo_checksums` for given weights, computed from the weights themselves.
 
-Digests add up, so a piece is noted when it comes, and nothing is kept. Sums stay on the weights' device until all have
-come: reading each would wait for the device thousands of times.
+Digests add up, so a piece is added when it comes, and no weights are kept. Sums stay on the weights' device until all
+have come: reading each would wait for the device thousands of times.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_fipo.rollout.servers.fused_layout import FusedLayout
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest_sum, label
 
 
-class VllmLedger:
-    """A `ChecksumLedger` for dense decoders without quantization.
+class VllmExpectedChecksums:
+    """`ExpectedChecksums` of dense decoders without quantization.
 
     Args:
         shape: of the model.

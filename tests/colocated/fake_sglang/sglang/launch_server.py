@@ -31,7 +31,7 @@ from torch.multiprocessing import reductions
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.servers.cuda_handles import DEVICE_ARGUMENT
 from megatron_fipo.rollout.servers.plugins.server_guard import refusal
-from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger
+from megatron_fipo.rollout.servers.sglang.checksums import SglangExpectedChecksums
 from tests.colocated.fake_gpus import FakeGpus, OutOfGpuMemoryError
 
 UUID = "GPU-fake-"
@@ -189,7 +189,7 @@ class FakeServer:
         """SGLang's answer, of what each rank has been handed."""
         answers = []
         for rank, tensors in enumerate(self.arrived):
-            ledger = SglangLedger(self.shape, self.tp, hashes_on_gpu=True)
+            ledger = SglangExpectedChecksums(self.shape, self.tp, hashes_on_gpu=True)
             for name, tensor in tensors.items():
                 ledger.add(name, tensor)
             suffix = "" if self.tp == 1 else f" (rank {rank})"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 _NUM_ARGUMENTS = 15
-"""Of torch's rebuild_cuda_tensor."""
+"""Number of arguments of torch's rebuild_cuda_tensor."""
 _FIXED: dict[int, Any] = {0: torch.Tensor, 4: torch.storage.TypedStorage, 5: torch.uint8, 10: False}
 """Arguments that are the same for every buffer: class, class of the storage, dtype, requires_grad."""
 _SIZE, _STRIDE, _DEVICE = 1, 2, 6
@@ -23,7 +23,7 @@ _NUMBERS = {"offset": 3, "storage_bytes": 8, "storage_offset": 9, "counter_offse
 _BYTES = {"handle": 7, "counter": 11, "event": 13}
 _SYNC = 14
 _HANDLE_BYTES = 4096
-"""More than any of the three byte strings has."""
+"""Limit on each of the three byte strings, which are much shorter."""
 
 
 def pack(flat: Tensor) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def unpack(message: dict[str, Any], device: torch.device) -> Tensor:
 
 
 def _arguments(message: Any) -> list[Any]:
-    """Those of torch's rebuild_cuda_tensor, without the device, each of the kind that it must be."""
+    """The arguments of torch's rebuild_cuda_tensor without the device, each checked for its kind."""
     names = {"device", "size", *_NUMBERS, *_BYTES, "sync"}
     if not isinstance(message, dict) or set(message) != names:
         raise ValueError(f"a bucket is {{bytes}} or a handle of {sorted(names)}; this one is {_described(message)}")

@@ -1,4 +1,4 @@
-"""vLLM's worker extension: weights in, checksums out, by /collective_rpc, for who has the server's key.
+"""vLLM's worker extension: takes weights and answers with checksums, over /collective_rpc, with the server's key.
 
 An update is `fipo_begin_update`, then any of `fipo_load_bucket`, `fipo_receive_bucket` and `fipo_load_folder`, then
 `fipo_end_update`. In between, vLLM's layerwise reload buffers what arrives and writes a layer once it is whole: calling

@@ -1,10 +1,9 @@
-"""SGLang servers: command line, HTTP routes (those of 0.5.21 and later), and what their checksums cover."""
+"""The HTTP side of an SGLang server. The routes are those of SGLang 0.5.21 and later."""
 
 from __future__ import annotations
 
 import base64
 import pickle
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +14,7 @@ from torch.multiprocessing import reductions
 
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers import plugins
-from megatron_fipo.rollout.servers.api import (
-    NOT_THE_TRAINERS,
-    Bucket,
-    Completion,
-    GroupAddress,
-    LaunchPlan,
-    LaunchSpec,
-    ServerInfo,
-    TensorSpec,
-)
+from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchSpec, ServerInfo
 from megatron_fipo.rollout.servers.completions import join_completion
 from megatron_fipo.rollout.servers.cuda_handles import DEVICE_ARGUMENT, CudaHandle
 from megatron_fipo.rollout.servers.http import (
@@ -35,93 +24,14 @@ from megatron_fipo.rollout.servers.http import (
     ServerUnreachableError,
     reading,
 )
-from megatron_fipo.rollout.servers.plugins.server_guard import KEY_VARIABLE
-from megatron_fipo.rollout.servers.process import free_port
-from megatron_fipo.rollout.servers.sglang.checksums import SglangLedger
+from megatron_fipo.rollout.servers.sglang.checksums import SglangExpectedChecksums
+from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
 
 _CONTROL_TIMEOUT_S = 60.0
-"""For routes that only change a state."""
-_LAST_WORDS = re.compile(r"^\s*(?:\[[^\]]*\]\s*)?(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*|.*\bout of memory\b.*", re.M)
-_PLUGINS = Path(plugins.__file__).resolve().parent
-_LAUNCHERS = {"cuda": str(_PLUGINS / "sglang_launcher.py"), "cpu": str(_PLUGINS / "sglang_cpu_launcher.py")}
+"""Time-out of routes that only change a state."""
 _TOKEN_BYTES = 512
 """More than an answer takes for one token, its log-prob and what SGLang tells beside it."""
 _MEMORY_TAGS = {"weights": "weights", "cache": "kv_cache"}
-
-
-class SglangAdapter:
-    """A `ServerAdapter`."""
-
-    name = "sglang"
-    has_router = True
-
-    def launch_plan(self, spec: LaunchSpec) -> LaunchPlan:
-        """Command and environment of a server.
-
-        Raises:
-            ValueError: if draws from each request's seed are asked for where SGLang has none (CPU).
-        """
-        arguments = [
-            *("--model-path", str(spec.model_path)),
-            *("--host", spec.host, "--port", str(spec.port)),
-            *("--dtype", spec.dtype, "--tp", str(spec.tp), "--device", spec.device),
-            *("--mem-fraction-static", str(spec.memory_fraction)),
-            *("--max-running-requests", str(spec.max_running_requests)),
-            *("--weight-version", spec.weight_version, "--random-seed", str(spec.seed)),
-            # Tokens in, tokens out; warming up would only delay readiness, which is asked for by a real request.
-            *("--sampling-defaults", "openai"),  # not the model's generation_config.json
-            *("--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"),
-        ]
-        if spec.max_total_tokens is not None:
-            arguments += ["--max-total-tokens", str(spec.max_total_tokens)]
-        if spec.context_tokens is not None:
-            arguments += ["--context-length", str(spec.context_tokens)]
-        if spec.reproducible:
-            if spec.device == "cpu":
-                raise ValueError(
-                    "servers.reproducible=true: SGLang draws tokens from their request's seed on GPUs only. Set it to "
-                    "false, or take rollout.engine=vllm."
-                )
-            arguments.append("--enable-deterministic-inference")
-        environment: dict[str, str | None] = {"PYTHONDONTWRITEBYTECODE": None, KEY_VARIABLE: spec.key}
-        if spec.device == "cpu":
-            arguments += ["--attention-backend", "torch_native"]
-            cores = "|".join(",".join(map(str, rank)) for rank in spec.cpu_cores)
-            threads = str(min(map(len, spec.cpu_cores)))
-            environment |= {"SGLANG_CPU_OMP_THREADS_BIND": cores, "OMP_NUM_THREADS": threads}
-        else:
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NOT_THE_TRAINERS}
-            if spec.releases_memory:
-                arguments.append("--enable-memory-saver")
-            if spec.dtype == "bfloat16":
-                # Logits as the actor has them: float32 sums of bfloat16 products, not rounded to bfloat16 again.
-                arguments.append("--enable-fp32-lm-head")
-        return LaunchPlan((spec.python, _LAUNCHERS[spec.device], *arguments, *spec.extra_args), environment)
-
-    def connect(self, connection: ServerConnection, spec: LaunchSpec) -> SglangServer:
-        """The client of one server."""
-        return SglangServer(connection, spec)
-
-    def reason_of_exit(self, log: str) -> str:
-        """The log's last lines that name an error, or its last lines."""
-        found = list(dict.fromkeys(match.group().strip() for match in _LAST_WORDS.finditer(log)))
-        # What was raised first is the cause; SGLang's parent then reports the death of its child.
-        return "\n".join(found[-3:]) if found else "\n".join(log.strip().splitlines()[-5:])
-
-
-def router_plan(spec: LaunchSpec, urls: Sequence[str], port: int) -> LaunchPlan:
-    """How to start sglang-router before servers; it keeps requests with a common beginning together.
-
-    Args:
-        spec: of one of the servers; the router is installed beside it.
-        urls: the servers'.
-        port: where the router listens.
-    """
-    arguments = ["--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware"]
-    # Who sends again, and who lives, is decided in one place, which is not the router.
-    arguments += ["--disable-retries", "--disable-circuit-breaker"]
-    arguments += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    return LaunchPlan((spec.python, _LAUNCHERS[spec.device], "router", *arguments), {KEY_VARIABLE: spec.key})
 
 
 class SglangServer:
@@ -228,7 +138,7 @@ class SglangServer:
     async def load_bucket(self, bucket: Bucket, timeout_s: float) -> None:
         # The version is set by end_update alone: a server that is half written must not report the new one.
         body = {
-            "serialized_named_tensors": [_serialize(bucket, handle) for handle in bucket.handles_on(self._spec)],
+            "serialized_named_tensors": [_serialize(bucket, handle) for handle in self._handles(bucket)],
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
@@ -268,9 +178,9 @@ class SglangServer:
         await self.flush_cache()
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
-    def ledger(self) -> SglangLedger:
+    def expected_checksums(self) -> SglangExpectedChecksums:
         shape = read_model_shape(self._spec.model_path)
-        return SglangLedger(shape, self._spec.tp, hashes_on_gpu=self._spec.device == "cuda")
+        return SglangExpectedChecksums(shape, self._spec.tp, hashes_on_gpu=self._spec.device == "cuda")
 
     async def checksums(self, timeout_s: float) -> dict[str, str]:
         answer = await self._connection.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
@@ -281,7 +191,7 @@ class SglangServer:
                     f"{self.url} gave checksums of {len(ranks)} tensor-parallel ranks; servers.tp={self._spec.tp}", 200
                 )
             return {
-                SglangLedger.key(name, rank, len(ranks)): str(checksum)
+                SglangExpectedChecksums.key(name, rank, len(ranks)): str(checksum)
                 for rank, answer_of_rank in enumerate(ranks)
                 for name, checksum in answer_of_rank["checksums"].items()
             }
@@ -291,6 +201,9 @@ class SglangServer:
 
     async def resume_memory(self, part: Literal["weights", "cache"]) -> None:
         await self._post("/resume_memory_occupation", {"tags": [_MEMORY_TAGS[part]]})
+
+    def _handles(self, bucket: Bucket) -> list[CudaHandle | None]:
+        return bucket.handles_on(self._spec.gpus, self._spec.tp)
 
     async def _post(self, route: str, body: Mapping[str, Any]) -> Any:
         return await self._connection.post(route, body, timeout_s=_CONTROL_TIMEOUT_S)

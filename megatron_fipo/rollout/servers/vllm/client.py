@@ -1,9 +1,9 @@
-"""vLLM servers: command line, HTTP routes (those of 0.32), and what they answer.
+"""The HTTP side of a vLLM server. The routes are those of vLLM 0.32.
 
-vLLM differs from what `server_api` asks for in places that this module makes up for or refuses:
+vLLM differs from what `api` asks for in places that this module makes up for or refuses:
 - Its log-probs at top_p < 1 are renormalised over the nucleus. Such completions carry NaN, not another quantity.
 - It cuts a response short at its context length, raises temperatures below 0.01 to 0.01 and ignores unknown sampling
-  parameters without a word. The first two are errors here; of the last none are sent.
+  parameters without a word. The first two are errors here, and no unknown parameter is sent.
 - It has no command-line option for the version of the first weights, and reports "default". The version stands in the
   name under which the model is served, which every answer repeats.
 - Its own checksums are SHA-256 on the host, minutes for a large model, and on the CPU they cover no linear layer. Ours
@@ -15,26 +15,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from megatron_fipo.convert.hf_config import ModelShape, read_model_shape
+from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers import plugins
-from megatron_fipo.rollout.servers.api import (
-    NOT_THE_TRAINERS,
-    Bucket,
-    Completion,
-    GroupAddress,
-    LaunchPlan,
-    LaunchSpec,
-    ServerInfo,
-    TensorSpec,
-)
+from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchSpec, ServerInfo
 from megatron_fipo.rollout.servers.completions import join_completion
 from megatron_fipo.rollout.servers.http import (
     ANSWER_BYTES,
@@ -45,114 +32,27 @@ from megatron_fipo.rollout.servers.http import (
 )
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.sealed import seal
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.transport import pack, pack_handle
-from megatron_fipo.rollout.servers.plugins.server_guard import KEY_VARIABLE
-from megatron_fipo.rollout.servers.vllm.checksums import VllmLedger
+from megatron_fipo.rollout.servers.vllm.checksums import VllmExpectedChecksums
+from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
 
 _CONTROL_TIMEOUT_S = 60.0
-"""For routes that only change a state."""
+"""Time-out of routes that only change a state."""
 _FIRST_VERSION = "default"
 """What vLLM calls the weights that it was started with."""
 _DEAD_ENGINE = "EngineCore encountered an issue"
-"""In the answers of a server whose other processes are gone, until it is gone itself."""
-_NAME_PREFIX = "weights-"
-"""Of the name under which a model is served that a launch plan of this module started."""
+"""Error text of a vLLM whose engine process has died while its HTTP process still answers."""
+NAME_PREFIX = "weights-"
+"""A server that is started here serves its model under a name of this and the version of its first weights."""
 _UPDATING = "updating"
-"""Version of a server between the beginning and the end of an update; no sample may carry it."""
+"""What a server reports between the beginning and the end of an update. No response may carry it."""
 _REQUEST_PREFIX = "generate-tokens-"
-"""Put by vLLM before the ids of requests to its generate route; it aborts by the whole id alone."""
+"""vLLM puts this before the ids of requests to its generate route, and aborts a request by the whole id only."""
 _MIN_TEMPERATURE = 0.01
 _LOWEST_LOG_PROB = -9999.0
 """What vLLM writes for minus infinity and for NaN."""
-_BLOCK_TOKENS = 128
-"""vLLM's unit of the cache on the CPU; elsewhere it is smaller."""
 _TOKEN_BYTES = 1024
 """More than an answer takes for one token, its log-prob and what vLLM tells beside it."""
 _MEMORY_TAGS = {"weights": "weights", "cache": "kv_cache"}
-_LAST_WORDS = re.compile(
-    r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[[^]]*\] )?"  # what vLLM puts before a line of its log
-    r"((?:[\w.]+\.)?\w*(?:Error|Exception|Exit)\b.*(?:\n  Value error, .*)?|.*\bout of memory\b.*)",
-    re.MULTILINE,
-)
-_LINE_LIMIT = 500
-_CPU_LAUNCHER = str(Path(plugins.__file__).resolve().parent / "vllm_cpu_launcher.py")
-_SECONDHAND = ("Engine core initialization failed", "See root cause above", "Worker failed with error")
-"""In lines by which one process reports the death of another."""
-
-
-class VllmAdapter:
-    """A `ServerAdapter`."""
-
-    name = "vllm"
-    has_router = False
-
-    def launch_plan(self, spec: LaunchSpec) -> LaunchPlan:
-        """Command and environment of a server.
-
-        Raises:
-            ValueError: if memory is to be released on the CPU, or the model in spec.model_path is not supported.
-        """
-        arguments = [
-            *("--model", str(spec.model_path), "--host", spec.host, "--port", str(spec.port)),
-            *("--dtype", spec.dtype, "--tensor-parallel-size", str(spec.tp), "--seed", str(spec.seed)),
-            *("--max-num-seqs", str(spec.max_running_requests)),
-            *("--served-model-name", _NAME_PREFIX + spec.weight_version),
-            # The route that takes and gives token ids; log-probs after the temperature; no sampling from the model's
-            # generation_config.json.
-            *("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-            *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log", "--skip-tokenizer-init"),
-            *("--worker-extension-cls", "megatron_fipo_vllm.worker.WeightExtension"),
-            # vLLM's own key guards some routes only; this one asks for the run's before all of them.
-            *("--middleware", "server_guard.ServerGuard"),
-        ]
-        environment: dict[str, str | None] = {
-            "PYTHONPATH": str(Path(plugins.__file__).resolve().parent),
-            "PYTHONDONTWRITEBYTECODE": None,
-            "VLLM_SERVER_DEV_MODE": "1",  # weight, pause and abort routes
-            KEY_VARIABLE: spec.key,
-            "VLLM_API_KEY": None,  # the user's, for another server
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_RPC_BASE_PATH": None,  # its sockets lie with its temporary files, which go when it does
-            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # longer than clients keep connections: none breaks as it is used
-            "HF_HUB_OFFLINE": "1",  # the model is a folder
-            "TORCHELASTIC_USE_AGENT_STORE": None,  # else process groups would look for torchrun's store
-        }
-        if spec.device == "cpu":
-            if spec.releases_memory:
-                raise ValueError(
-                    "servers.placement=colocated: vLLM cannot release its memory on the CPU. Take dedicated servers."
-                )
-            # With prefill in chunks, vLLM's workers on the CPU die of requests with a seed.
-            arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
-            cores = "|".join(",".join(map(str, rank)) for rank in spec.cpu_cores) or "nobind"
-            # Without Dynamo the first request does not wait for a C++ compiler.
-            environment |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        else:
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpus), **NOT_THE_TRAINERS}
-            if spec.releases_memory:
-                arguments.append("--enable-sleep-mode")
-        context_tokens = spec.context_tokens
-        if spec.max_total_tokens is None:
-            arguments += ["--gpu-memory-utilization", str(spec.memory_fraction)]  # of the host's memory on the CPU
-        else:
-            shape = read_model_shape(spec.model_path)
-            arguments += ["--kv-cache-memory-bytes", str(_cache_bytes(shape, spec, spec.max_total_tokens))]
-            # vLLM does not start with a cache that does not hold a whole sequence of the longest length.
-            context_tokens = context_tokens or min(shape.max_position_embeddings, spec.max_total_tokens)
-        if context_tokens is not None:
-            arguments += ["--max-model-len", str(context_tokens)]
-        server = (_CPU_LAUNCHER,) if spec.device == "cpu" else ("-m", "vllm.entrypoints.openai.api_server")
-        return LaunchPlan((spec.python, *server, *arguments, *spec.extra_args), environment)
-
-    def connect(self, connection: ServerConnection, spec: LaunchSpec) -> VllmServer:
-        """The client of one server."""
-        return VllmServer(connection, spec)
-
-    def reason_of_exit(self, log: str) -> str:
-        """The log's last errors that are not another process's death, or its last lines."""
-        found = [match.group(1).strip() for match in _LAST_WORDS.finditer(log)]
-        own = [words for words in found if not any(part in words for part in _SECONDHAND)]
-        different = list(dict.fromkeys(own or found)) or log.strip().splitlines()[-5:]
-        return "\n".join(words[:_LINE_LIMIT] for words in different[-5:])
 
 
 class VllmServer:
@@ -247,7 +147,7 @@ class VllmServer:
             raise ServerRefusedError(f"{self.url}/reset_prefix_cache did not forget its keys and values", 200)
 
     async def begin_update(self) -> None:
-        # Whatever a half-written server should generate after all is marked, and refused by who reads the version.
+        # Should a half-written server generate after all, its response bears this version, and is refused for it.
         await self._post("/update_weight_version", {"new_version": _UPDATING})
         await self._call("fipo_begin_update", timeout_s=_CONTROL_TIMEOUT_S)
 
@@ -256,7 +156,7 @@ class VllmServer:
             await asyncio.to_thread(pack, bucket.flat)
             if handle is None
             else pack_handle(handle.device_uuid, handle.arguments)
-            for handle in bucket.handles_on(self._spec)
+            for handle in bucket.handles_on(self._spec.gpus, self._spec.tp)
         ]
         await self._call("fipo_load_bucket", messages, _wire(bucket.specs), timeout_s=timeout_s)
 
@@ -278,8 +178,8 @@ class VllmServer:
         await self.flush_cache()
         await self._post("/update_weight_version", {"new_version": version})
 
-    def ledger(self) -> VllmLedger:
-        return VllmLedger(read_model_shape(self._spec.model_path), self._spec.tp)
+    def expected_checksums(self) -> VllmExpectedChecksums:
+        return VllmExpectedChecksums(read_model_shape(self._spec.model_path), self._spec.tp)
 
     async def checksums(self, timeout_s: float) -> dict[str, str]:
         ranks = await self._call("fipo_checksums", timeout_s=timeout_s)
@@ -315,12 +215,12 @@ class VllmServer:
     async def _generate(
         self, connection: ServerConnection, body: Mapping[str, Any], timeout_s: float, num_tokens: int = 1
     ) -> Any:
-        """Ask for a response; its answer may be as long as so many tokens make it."""
+        """Ask for a response. The answer may be as long as this number of tokens makes it."""
         longest = ANSWER_BYTES + num_tokens * _TOKEN_BYTES
         try:
             return await connection.post("/inference/v1/generate", body, timeout_s=timeout_s, longest_answer=longest)
         except ServerRefusedError as error:
-            if _DEAD_ENGINE in str(error):  # it did not refuse: it died while it worked on the request
+            if _DEAD_ENGINE in str(error):  # it did not refuse, but died while it worked on the request
                 raise ServerUnreachableError(str(error)) from error
             raise
 
@@ -352,13 +252,17 @@ class VllmServer:
         return log_prob
 
     def _version(self, reported: Any, model_name: Any) -> str:
-        """Version of the weights, from the one reported and the model's name; the spec's for another's server."""
+        """Version of the weights that a server has reported.
+
+        Where that is vLLM's word for its first weights, the version stands in the name of the model; for a server that
+        somebody else started it stands in the specification.
+        """
         if not isinstance(reported, str) or not isinstance(model_name, str):
             raise TypeError("a version of the weights and the name of a model are texts")
         if reported != _FIRST_VERSION:
             return reported
-        ours = model_name.startswith(_NAME_PREFIX)
-        return model_name.removeprefix(_NAME_PREFIX) if ours else self._spec.weight_version
+        ours = model_name.startswith(NAME_PREFIX)
+        return model_name.removeprefix(NAME_PREFIX) if ours else self._spec.weight_version
 
     async def _post(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
         return await self._connection.post(route, body, timeout_s=_CONTROL_TIMEOUT_S)
@@ -384,16 +288,8 @@ class VllmServer:
             return [result["value"] for result in answer["results"]]
 
 
-def _cache_bytes(shape: ModelShape, spec: LaunchSpec, tokens: int) -> int:
-    """Memory that each tensor-parallel rank needs for the keys and values of so many tokens."""
-    heads = max(1, shape.num_query_groups // spec.tp)
-    element = torch.empty((), dtype=getattr(torch, spec.dtype)).element_size()
-    blocks = -(-tokens // _BLOCK_TOKENS) + 1  # vLLM keeps one empty
-    return blocks * _BLOCK_TOKENS * 2 * shape.num_layers * heads * shape.head_dim * element
-
-
 def _continued_seed(seed: int, num_prefix_tokens: int) -> int:
-    """Seed of a response that goes on after a prefix: vLLM's random numbers start anew and must not repeat."""
+    """Seed of a response that goes on after a prefix: vLLM's random numbers start anew there, and must not repeat."""
     if not num_prefix_tokens:
         return seed
     key = f"{seed}/{num_prefix_tokens}".encode()

@@ -1,8 +1,8 @@
-"""Proof that weights arrived: fail closed, before a response is generated with anything else.
+"""Proof that weights arrived. What is not proven ends the run, before a response is generated with other weights.
 
 Checksums of every tensor are compared bit for bit with those of the weights that were sent. They show what log-probs
-miss: in bfloat16 a single corrupt value hardly moves any. Log-probs of fixed sequences are compared with the actor's;
-they show what checksums miss: a server that computes something else with the right weights.
+miss: in bfloat16 a single corrupt value hardly moves any. Log-probs of fixed sequences, the canary, are compared with
+the actor's. They show what checksums miss: a server that computes something else with the right weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fipo.metrics.reductions import Max, Metrics
+from megatron_fipo.rollout.servers.http import ServerError, ServerUnreachableError
+from megatron_fipo.rollout.servers.pool import ServerPool
+from megatron_fipo.rollout.servers.server import State
+
 _SHOWN = 5
+"""An error names so many tensors of each kind."""
+_MAX_UNANSWERED = 5
+"""Give up after so many questions for log-probs that no server has answered: they may be what kills the servers."""
 
 DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 1e-1}
 """Largest mean |log-prob difference| between server and actor, by the arithmetic of both."""
@@ -26,8 +34,8 @@ def compare_checksums(server: str, expected: Mapping[str, str], found: Mapping[s
 
     Args:
         server: its name, for the message.
-        expected: of the weights that were sent.
-        found: of those that the server holds.
+        expected: checksums of the weights that were sent.
+        found: checksums of those that the server holds.
 
     Raises:
         CanaryError: naming tensors that differ, that the server lacks, and that were never sent to it.
@@ -47,11 +55,19 @@ def compare_checksums(server: str, expected: Mapping[str, str], found: Mapping[s
 
 @dataclass(frozen=True)
 class LogProbDifference:
-    """Between a server's log-probs and the actor's."""
+    """The difference between a server's log-probs and the actor's."""
 
     mean: float
     """Mean |difference| over all tokens."""
     max: float
+    """Largest |difference| of a token."""
+
+    def metrics(self) -> Metrics:
+        """The same as metrics, to be merged over ranks."""
+        return {
+            "canary/log_prob_difference/mean": Max(self.mean),
+            "canary/log_prob_difference/max": Max(self.max),
+        }
 
 
 def canary_sequences(vocab_size: int, num_sequences: int, num_tokens: int = 64) -> list[list[int]]:
@@ -93,3 +109,41 @@ def compare_log_probs(
             f"{len(differences)} tokens, largest {difference.max:.3g}; servers.canary_tolerance allows {tolerance:g}"
         )
     return difference
+
+
+async def prove_log_probs(
+    pool: ServerPool,
+    sequences: Sequence[Sequence[int]],
+    actor: Sequence[Sequence[float]],
+    tolerance: float,
+    timeout_s: float,
+) -> LogProbDifference:
+    """Compare the log-probs of every server that may generate with the actor's. To be awaited on the pool's event loop.
+
+    A server that dies meanwhile is looked after like any other that does not answer, and others are compared; at least
+    one is. A server that gives other log-probs becomes STALE.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        CanaryError: naming the server whose log-probs differ by more than the tolerance.
+        ServerError: if a server refuses, or none is left that could be compared.
+    """
+    differences: list[LogProbDifference] = []
+    reasons: list[str] = []
+    while not differences:
+        if len(reasons) >= _MAX_UNANSWERED:
+            raise ServerError("no server answered for its log-probs:\n" + "\n".join(reasons))
+        await pool.wait_until_one_may_generate()
+        for server in pool.roster.in_state(State.READY):
+            try:
+                found = await server.ask(server.client.score(sequences, timeout_s))
+                differences.append(compare_log_probs(server.name, actor, found, tolerance))
+            except ServerUnreachableError as error:
+                reasons.append(str(error))
+                pool.suspect(server, error)
+            except CanaryError as error:
+                await pool.set_stale(server, str(error))
+                raise
+    return max(differences, key=lambda difference: difference.mean)
