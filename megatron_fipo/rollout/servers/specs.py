@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, read_model_config
 from megatron_fipo.rollout.servers.api import LaunchSpec
 from megatron_fipo.rollout.servers.node_layout import visible_gpus
 from megatron_fipo.rollout.servers.process import free_port
@@ -41,7 +40,7 @@ def read_vocab_size(config: Config) -> int:
         ValueError: if the model is shorter than prompts with responses can be.
     """
     rollout = config.rollout
-    model = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
+    model = read_model_config(config.model.path)
     longest, positions = _longest(config), model.get("max_position_embeddings")
     if positions is not None and longest >= positions:
         raise ValueError(
