@@ -22,8 +22,9 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.data.formatting import PromptFormatter
 from megatron_fipo.data.held_out import is_held_out
-from megatron_fipo.data.records import nearest_name, read_records, record_generator
+from megatron_fipo.data.records import read_records, record_generator
 from megatron_fipo.rl.trajectory import Prompt
+from megatron_fipo.system.nearest_name import did_you_mean
 from megatron_fipo.verifiers.registry import check_verifier_name
 from megatron_fipo.verifiers.verdict import combined_name
 
@@ -388,7 +389,7 @@ def _check(config: DataSourceConfig) -> None:
     if config.kind not in SOURCE_KINDS:
         raise ValueError(
             f"unknown kind {config.kind!r}; known are {', '.join(SOURCE_KINDS)}."
-            f"{nearest_name(config.kind, SOURCE_KINDS)}"
+            f"{did_you_mean(config.kind, SOURCE_KINDS)}"
         )
     for verifier in verifier_weights(config):
         check_verifier_name(verifier)
@@ -398,7 +399,7 @@ def _check(config: DataSourceConfig) -> None:
         raise ValueError(f"kind {config.kind} needs the path of its file")
     if config.schema not in SCHEMAS:
         raise ValueError(
-            f"unknown schema {config.schema!r}; known are {', '.join(SCHEMAS)}.{nearest_name(config.schema, SCHEMAS)}"
+            f"unknown schema {config.schema!r}; known are {', '.join(SCHEMAS)}.{did_you_mean(config.schema, SCHEMAS)}"
         )
     if config.kind in FILE_KINDS and config.params:
         raise ValueError(f"params belong to procedural sources; kind {config.kind} takes none")

@@ -23,9 +23,9 @@ from typing import NoReturn
 
 from megatron_fipo.config import Config, load_config, resolved_yaml, validate, without_secrets
 from megatron_fipo.launch.tiny import TINY, TINY_RANKS, tiny_overrides
+from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT
 from megatron_fipo.system.text_hygiene import clean_text
 
-EXIT_BAD_INPUT = 2
 DEFAULT_PORT = 29501
 """torchrun's own default, 29500, belongs to the torchrun that may have started this script."""
 _SET_BY_TORCHRUN = (

@@ -1,4 +1,4 @@
-"""Writing to disks that may be full, go away or be emptied under a run: whole lines or none, and errors in words."""
+"""Writing to disks that may be full, go away or be emptied under a run: whole or not at all, and errors in words."""
 
 from __future__ import annotations
 
@@ -98,8 +98,57 @@ def write_text_whole(path: Path, text: str, what_then: str = GOES_ON) -> None:
     Raises:
         DiskError: if it cannot be written.
     """
-    unfinished = path.with_name(f"{path.name}.partial")
     with writing(path, what_then):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))
-        os.replace(unfinished, path)
+        write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either as before or whole, also after a loss of power. Its folder exists.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_bytes(content)
+    put_file_in_place(unfinished, path)
+
+
+def put_file_in_place(unfinished: Path, path: Path) -> None:
+    """Give a file that is written its name, in the same folder, once its content is on the disk.
+
+    Raises:
+        OSError: if either cannot be done; what had the name still has it then.
+    """
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def put_folder_in_place(unfinished: Path, path: Path) -> None:
+    """Give a folder that is written its name, in the same folder, once all its files are on the disk.
+
+    A folder that has the name already is set aside under `<name>.replaced` and deleted when the new one has the name.
+
+    Raises:
+        OSError: if it cannot be done.
+    """
+    for folder, _, files in os.walk(unfinished):
+        for name in (*files, "."):
+            sync(Path(folder, name))
+    replaced = path.with_name(f"{path.name}.replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    unfinished.rename(path)
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
