@@ -230,9 +230,16 @@ def _fingerprint(config: Config) -> str:
     return fingerprint(decisive)
 
 
-def run(config: Config, model_path: str, output_dir: str) -> int:
-    """`megatron-fipo evaluate`: show a table, write problems.jsonl and metrics.json. Returns the exit status."""
-    console, folder = Console(config), Path(output_dir)
+def evaluate_and_report(config: Config, model_path: str, folder: Path) -> int:
+    """Evaluate, show a table, and write problems.jsonl and metrics.json.
+
+    Args:
+        config, model_path, folder: see `evaluate_folder`.
+
+    Returns:
+        0, or EXIT_STOPPED where a signal or the disk stopped it and the same command goes on.
+    """
+    console = Console(config)
     try:
         results, problems = evaluate_folder(config, model_path, console, folder)
     except EvaluationStoppedError:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.cli import _parser
+from megatron_fipo import cli
 from megatron_fipo.config import Config, load_config, validate
 from megatron_fipo.config.schema import DataSourceConfig
 from megatron_fipo.verifiers.pool import VerifierPool
@@ -154,8 +154,7 @@ def faults(words: list[str]) -> list[str]:
     ]
     if (arguments := _arguments(words)) is not None:
         try:
-            _, rest = _parser().parse_known_args(arguments)
-            found += [word for word in rest if word.startswith("-")]
+            cli.parse(arguments)
         except SystemExit:
             found.append(" ".join(words))
     if words[0] == "make":
