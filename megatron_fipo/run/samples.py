@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron_fipo.console.console import ShownSample, print_samples
+from megatron_fipo.console.samples import ShownSample, print_samples
 from megatron_fipo.system.disk import write_text_whole
 
 _FILE = re.compile(r"step_(\d+)\.jsonl")

@@ -195,9 +195,9 @@ python tools/convert/verify.py a b --logit
         [],
         ["dem"],
         ["train.num_step=5", "examples/nowhere/fipo.yaml"],
-        ["--modell"],
+        ["megatron-fipo evaluate c.yaml --modell x"],
         [],
-        ["--drier"],
+        ["$PYTHON -m megatron_fipo.cli submit c.yaml --cluster file --drier"],
         ["python tools/convert/verify.py a b --logit"],
     ]
 
