@@ -6,7 +6,6 @@ The output is a parquet file in DAPO-Math-17k's schema (schema: dapo_math), what
 
 from __future__ import annotations
 
-import os
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from megatron_fipo.config import DataSourceConfig
 from megatron_fipo.data.packaged_files import PackageUnavailableError
 from megatron_fipo.data.published import INSTRUCTIONS, PUBLISHED_SETS, PublishedSet, bare_problem
 from megatron_fipo.data.records import Record, RecordFile, read_records
+from megatron_fipo.system.disk import put_file_in_place
 
 CONNECT_TIMEOUT_S = 10.0
 """Longest wait for the hub's first answer; it is asked once."""
@@ -174,7 +174,7 @@ def _write(name: str, records: Sequence[Record], output: Path, instruction: str)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         unfinished = Path(scratch) / output.name
         parquet.write_table(pa.Table.from_pylist(rows, schema=_OUTPUT_SCHEMA), unfinished)
-        os.replace(unfinished, output)
+        put_file_in_place(unfinished, output)
 
 
 def _row(name: str, index: int, record: Record, instruction: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import bisect
-import difflib
 import hashlib
 import itertools
 import json
@@ -25,6 +24,7 @@ from megatron_fipo.data.prompt_files import check_file, json_rows, open_parquet,
 from megatron_fipo.data.references import check_characters, checked_reference
 from megatron_fipo.data.row_forms import ROW_FORMS, select_columns
 from megatron_fipo.hub.datasets import FetchedSource, fetched_here, file_kind
+from megatron_fipo.system.nearest_name import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -330,15 +330,9 @@ def _column_names(row: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _missing_column(name: str, existing: Sequence[str], place: str) -> str:
     return (
-        f"{place} has no column {name!r}; it has {', '.join(existing) or 'none'}.{nearest_name(name, existing)} "
+        f"{place} has no column {name!r}; it has {', '.join(existing) or 'none'}.{did_you_mean(name, existing)} "
         "Set prompt_field and answer_field of the data source."
     )
-
-
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """ " Did you mean 'x'?" if a known name is near, else nothing."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _chain_arithmetic(params: Mapping[str, Any], seed: int) -> RecordGenerator:
@@ -368,7 +362,7 @@ def _reasoning_gym(task: str, params: Mapping[str, Any], seed: int) -> RecordGen
     from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
 
     if task not in DATASETS:
-        raise ValueError(f"reasoning-gym has no task {task!r}.{nearest_name(task, list(DATASETS))}")
+        raise ValueError(f"reasoning-gym has no task {task!r}.{did_you_mean(task, DATASETS)}")
     reserved = sorted({"seed", "size"} & params.keys())
     if reserved:
         raise ValueError(

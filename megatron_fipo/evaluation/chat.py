@@ -185,8 +185,8 @@ def terminal_lines() -> Iterator[str]:
         yield line
 
 
-def run(folder: str, prompt: str | None, options: ChatOptions) -> int:
-    """`megatron-fipo chat`: answer one prompt, or talk until the input ends. Returns the exit status."""
+def talk(folder: str, prompt: str | None, options: ChatOptions) -> None:
+    """Answer one prompt, or every line of standard input until it ends."""
     if prompt is None and sys.stdin is None:
         raise ValueError("standard input is closed, so that there is nothing to answer; give a text with --prompt.")
     chat = Chat(folder, options)
@@ -194,9 +194,8 @@ def run(folder: str, prompt: str | None, options: ChatOptions) -> int:
         say_on_stderr(f"warning: {chat.warning}")
     if prompt is not None:
         chat.answer(prompt)
-        return 0
+        return
     if sys.stdin.isatty():
         how = "as chat messages" if chat.uses_template else "as text to continue"
         print(f"{folder}: what you type is taken {how}. Ctrl-C stops an answer, Ctrl-D leaves.")
     chat.loop(terminal_lines())
-    return 0

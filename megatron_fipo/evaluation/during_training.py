@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config
-from megatron_fipo.console.console import Console, ShownSample
+from megatron_fipo.console.console import Console
+from megatron_fipo.console.samples import ShownSample
 from megatron_fipo.evaluation.scores import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
 from megatron_fipo.rl.trajectory import Group, Prompt
 from megatron_fipo.rollout.engine import SamplingParams

@@ -6,7 +6,6 @@ Judged responses are recorded as they come. The same command after an interrupti
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,15 +45,15 @@ from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import build_engine, in_process_engine
 from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.system.digests import fingerprint
 from megatron_fipo.system.disk import DiskError, disk_error, write_text_whole
 from megatron_fipo.system.error_net import is_of_the_machine
 from megatron_fipo.system.event_loop import run_to_end
+from megatron_fipo.system.exit_codes import EXIT_STOPPED
 from megatron_fipo.system.interrupt import Interrupt
 from megatron_fipo.verifiers.check import inspect_own
 from megatron_fipo.verifiers.isolation import isolation_warnings
 from megatron_fipo.verifiers.pool import VerifierPool
-
-EXIT_STOPPED = 3
 
 
 class EvaluationStoppedError(Exception):
@@ -228,12 +227,19 @@ def _fingerprint(config: Config) -> str:
         "data": values_for_comparison(with_absolute_paths(config))["data"]["evaluation"],
         "lengths": [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens],
     }
-    return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return fingerprint(decisive)
 
 
-def run(config: Config, model_path: str, output_dir: str) -> int:
-    """`megatron-fipo evaluate`: show a table, write problems.jsonl and metrics.json. Returns the exit status."""
-    console, folder = Console(config), Path(output_dir)
+def evaluate_and_report(config: Config, model_path: str, folder: Path) -> int:
+    """Evaluate, show a table, and write problems.jsonl and metrics.json.
+
+    Args:
+        config, model_path, folder: see `evaluate_folder`.
+
+    Returns:
+        0, or EXIT_STOPPED where a signal or the disk stopped it and the same command goes on.
+    """
+    console = Console(config)
     try:
         results, problems = evaluate_folder(config, model_path, console, folder)
     except EvaluationStoppedError:

@@ -1,6 +1,6 @@
 """The shell text of a job: what each node runs, and what the batch script does around it.
 
-Before the time limit Slurm sends SIGUSR1, on which the run saves and `node_process` leaves with EXIT_SAVED; the batch
+Before the time limit Slurm sends SIGUSR1, on which the run saves and `node_process` leaves with EXIT_STOPPED; the batch
 script then queues the job again. After scancel, preemption, scontrol requeue or a lost node, whether the job is queued
 again is Slurm's decision, not the script's.
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from megatron_fipo.launch.node_process import EXIT_SAVED
 from megatron_fipo.launch.settings import Settings
+from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED
 
-EXIT_BAD_INPUT = 2
 DEFAULT_FIRST_PORT = 20000
 """Rendezvous ports are this and the ten thousand above."""
 
@@ -40,7 +39,7 @@ unset SLURM_UNBUFFEREDIO # srun would open a terminal for the run, and progress 
 _REQUEUE = """\
 queue_again() {{
     local status=$?
-    if [ "$status" -eq {exit_saved} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then
+    if [ "$status" -eq {exit_stopped} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then
         scontrol requeue "$SLURM_JOB_ID"
     fi
 }}
@@ -73,7 +72,7 @@ def batch_setup(settings: Settings) -> str:
     """Lines of the batch script before its srun: the first node's address, and queueing the job again at the end."""
     if not settings.requeue:
         return _SETUP
-    return _SETUP + _REQUEUE.format(exit_saved=EXIT_SAVED, max_requeues=settings.max_requeues)
+    return _SETUP + _REQUEUE.format(exit_stopped=EXIT_STOPPED, max_requeues=settings.max_requeues)
 
 
 def _where_to_set(settings: Settings) -> str:

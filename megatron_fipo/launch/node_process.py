@@ -20,12 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-EXIT_SAVED = 3
-"""Exit status of a run that was told of its time limit and left before its end; the job is to be queued again."""
+from megatron_fipo.system.exit_codes import EXIT_KILLED, EXIT_STOPPED
 
 
 def run(command: Sequence[str]) -> int:
-    """Run torchrun. Returns its exit status, 128 + N if signal N ended it, or EXIT_SAVED."""
+    """Run torchrun.
+
+    Returns:
+        Its exit status, 128 + N if signal N ended it; EXIT_STOPPED if the run was told of its time limit and left
+        before its end, so that the job is to be queued again.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
     torchrun = subprocess.Popen(command)
     was_told = False
@@ -46,8 +50,8 @@ def run(command: Sequence[str]) -> int:
     signal.signal(signal.SIGUSR1, stop_the_ranks)
     status = torchrun.wait()
     if was_told and status != 0:
-        return EXIT_SAVED
-    return 128 - status if status < 0 else status
+        return EXIT_STOPPED
+    return EXIT_KILLED - status if status < 0 else status
 
 
 def children_of(pid: int) -> list[int]:

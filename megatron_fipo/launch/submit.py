@@ -1,4 +1,4 @@
-"""`megatron-fipo submit`: check a run and its settings, then print the job or hand it over."""
+"""Checks a run and the settings of its submission, then prints the job or hands it over."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Request:
     dry_run: bool = False
 
 
-def run(request: Request) -> int:
+def submit_or_show(request: Request) -> int:
     """Submit a run, or print what would be submitted. Returns the exit status.
 
     Raises:

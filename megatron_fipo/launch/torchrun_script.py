@@ -23,9 +23,9 @@ from typing import NoReturn
 
 from megatron_fipo.config import Config, load_config, resolved_yaml, validate, without_secrets
 from megatron_fipo.launch.tiny import TINY, TINY_RANKS, tiny_overrides
+from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT
 from megatron_fipo.system.text_hygiene import clean_text
 
-EXIT_BAD_INPUT = 2
 DEFAULT_PORT = 29501
 """torchrun's own default, 29500, belongs to the torchrun that may have started this script."""
 _SET_BY_TORCHRUN = (
@@ -130,7 +130,7 @@ def parse(argv: Sequence[str], script: str = "run.sh") -> Arguments:
 
 def dry_run(config: Config, config_file: Path, arguments: Arguments, planned_nodes: int) -> int:
     """Print configuration and plan; of several processes, one speaks. Returns preflight's exit status."""
-    from megatron_fipo.preflight.command import Options, run
+    from megatron_fipo.preflight.tables import Options, report
 
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -147,7 +147,7 @@ def dry_run(config: Config, config_file: Path, arguments: Arguments, planned_nod
         gpu=arguments.gpu,
         model_config=None if is_here or not sizes.is_file() else str(sizes),
     )
-    return run(config, options)
+    return report(config, options)
 
 
 def is_rank(environment: Mapping[str, str], is_tiny: bool) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo import __version__
+from megatron_fipo.system.disk import write_text_whole
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "sglang", "vllm")
 """Packages whose versions are recorded, null where one is not installed."""
@@ -40,11 +41,13 @@ def save_provenance(folder: str | Path, origins: Mapping[str, Any] | None = None
     """Write `run_provenance()` to provenance.json in the run's folder, which is made if need be.
 
     Args:
-        origins: more entries: where model and data came from, if from the hub.
+        origins: further entries, which say where model and data came from, if from the hub.
+
+    Raises:
+        DiskError: if it cannot be written.
     """
     path = Path(folder) / "provenance.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**run_provenance(), **(origins or {})}, indent=2) + "\n", encoding="utf-8")
+    write_text_whole(path, json.dumps({**run_provenance(), **(origins or {})}, indent=2) + "\n")
     return path
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_fipo.config import Config, written_values
-from megatron_fipo.system.disk import append_whole, write_text_whole, writing
+from megatron_fipo.system.disk import append_whole, write_text_whole, write_whole, writing
 
 
 class Sink(Protocol):
@@ -60,7 +59,7 @@ class JsonlSink:
 
 
 def _drop_lines_from(path: Path, resumed_step: int) -> None:
-    """Keep the lines of earlier steps; the file is replaced in one move, so a crash here loses nothing."""
+    """Keep the lines of earlier steps. A crash here leaves the file as it was."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -77,9 +76,7 @@ def _drop_lines_from(path: Path, resumed_step: int) -> None:
             raise _no_metrics(path, number, f"its step is {step!r}")
         if step < resumed_step:
             kept.append(line)
-    replacement = path.with_suffix(".partial")
-    replacement.write_bytes(b"".join(kept))
-    os.replace(replacement, path)
+    write_whole(path, b"".join(kept))
 
 
 def _no_metrics(path: Path, number: int, reason: str) -> ValueError:

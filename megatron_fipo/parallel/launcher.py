@@ -8,7 +8,6 @@ save. A second signal ends it at once. Several machines are torchrun's, or `mega
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shlex
@@ -25,16 +24,15 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
+from megatron_fipo.system.exit_codes import EXIT_KILLED
+from megatron_fipo.system.parent_death import signal_when_parent_ends
+
 COMMAND = "MEGATRON_FIPO_COMMAND"
 """Environment variable of the ranks: the command line that started them, to be told to whoever wants to go on."""
 
 LAUNCHER = "MEGATRON_FIPO_LAUNCHER"
 """Environment variable of the ranks: process id of the launcher, with which they leave."""
 
-EXIT_KILLED = 128
-"""Exit code of a run of which a rank was killed by signal n, less n, as shells have it."""
-
-_PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAKEN_BY_TORCH = (*_SIGNALS, signal.SIGQUIT)
 _POLL_S = 0.1
@@ -184,14 +182,14 @@ class _Signals:
 
 
 def leave_with_the_launcher() -> None:
-    """In a rank: be told by SIGTERM, which saves and leaves, when the launcher dies; nothing under torchrun."""
+    """Arrange for this rank to get SIGTERM, on which it saves and leaves, when the launcher dies.
+
+    Under torchrun, which ends its ranks itself, this does nothing.
+    """
     launcher = os.environ.get(LAUNCHER)
     if launcher is None or sys.platform != "linux":
         return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG failed")
-    if os.getppid() != int(launcher):  # it was gone before the call
-        os.kill(os.getpid(), signal.SIGTERM)
+    signal_when_parent_ends(signal.SIGTERM, int(launcher))
 
 
 def _say(message: str) -> None:

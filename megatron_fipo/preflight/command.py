@@ -1,274 +1,52 @@
-"""`megatron-fipo preflight`: tables and a verdict, without a GPU and without building the model."""
+"""`megatron-fipo preflight`: memory, work and time of a run, without a GPU and without building the model."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import argparse
 
-from rich.console import Console
-from rich.table import Table
-
-from megatron_fipo.config import (
-    Config,
-    ConfigError,
-    longest_sequence_tokens,
-    read_model_config,
-    validate,
-    validate_model_layout,
-    without_secrets,
-)
-from megatron_fipo.config.text_files import read_json_object
-from megatron_fipo.hub.models import model_config_folder
-from megatron_fipo.hub.names import HubError
-from megatron_fipo.preflight.findings import FAILS, MISSING, WARNS
-from megatron_fipo.preflight.hardware import GPUS
-from megatron_fipo.preflight.parameters import whole_parameters
-from megatron_fipo.preflight.plan import Plan, make_plan
-from megatron_fipo.preflight.work import Assumptions
-from megatron_fipo.system.text_hygiene import clean_text
-
-EXIT_FITS = 0
-EXIT_DOES_NOT = 1
-EXIT_BAD_INPUT = 2
-WIDTH = 120
+from megatron_fipo.system.command_line import add_config_arguments, count
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says.
-
-    Attributes:
-        world_size: training processes, one for each GPU; None takes one copy of the model.
-        gpus_per_node: a node's, those of dedicated servers included.
-        gpu: a name in `GPUS`.
-        model_config: a config.json instead of the one in model.path, which need not be here.
-        check_files: whether model, tokenizer and data must be here.
-    """
-
-    world_size: int | None = None
-    gpus_per_node: int = 8
-    gpu: str = "h100-80gb"
-    model_config: str | None = None
-    check_files: bool = True
-    assumptions: Assumptions = field(default_factory=Assumptions)
-
-
-def run(config: Config, options: Options) -> int:
-    """Print tables and verdict to standard output. Returns EXIT_FITS, EXIT_DOES_NOT or EXIT_BAD_INPUT."""
-    try:
-        plan = plan_of(config, options)
-    except ValueError as error:
-        print(clean_text(without_secrets(f"megatron-fipo preflight: {error}")), file=sys.stderr)
-        return EXIT_BAD_INPUT
-    show(plan, Console(width=WIDTH, highlight=False))
-    return EXIT_FITS if plan.fits else EXIT_DOES_NOT
-
-
-def plan_of(config: Config, options: Options) -> Plan:
-    """Validate and compute.
-
-    Raises:
-        ValueError: a configuration that cannot run, a layout that does not divide, a model that is not known.
-    """
-    if options.gpu not in GPUS:
-        raise ValueError(f"--gpu {options.gpu}: must be one of {', '.join(GPUS)}.")
-    parallel = config.parallel
-    world_size = options.world_size or parallel.tp * parallel.pp * parallel.cp
-    validate(config, world_size)
-    model_config = _model_config(config, options)
-    validate_model_layout(config, model_config)
-    return make_plan(
-        config,
-        model_config,
-        GPUS[options.gpu],
-        world_size,
-        options.assumptions,
-        check_files=options.check_files,
-        gpus_per_node=options.gpus_per_node,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Compute memory, work and time of a run on GPUs, without one and without building the model, and say what is "
+        "missing or cannot work. Leaves with 0 if it fits, 1 if not, 2 if the configuration is no good."
     )
-
-
-def _model_config(config: Config, options: Options) -> dict[str, Any]:
-    if options.model_config is None:
-        try:
-            folder = model_config_folder(config.model.path, config.model.revision)
-        except HubError as error:
-            raise ConfigError(f"{error}\nOr name the model's config.json with --model-config.") from error
-        if not Path(folder).is_dir():
-            raise ConfigError(
-                f"model.path={config.model.path} is no folder here, and its sizes are needed. Name the model's "
-                "config.json with --model-config."
-            )
-        return read_model_config(folder)
-    return read_json_object(Path(options.model_config), f"--model-config {options.model_config}")
-
-
-def show(plan: Plan, console: Console) -> None:
-    """Print the tables, the findings and the verdict."""
-    for table in (_layout(plan), _memory(plan), _peaks(plan), _rollout(plan), _batch(plan), _cost(plan)):
-        console.print(table)
-        console.print()
-    for level, mark in ((WARNS, "warning"), (MISSING, "missing"), (FAILS, "FAILS")):
-        for finding in plan.findings:
-            if finding.level == level:
-                console.print(f"{mark}: {without_secrets(finding.text)}", markup=False)
-    console.print(f"\n[bold]{_verdict(plan)}[/bold]")
-
-
-def _verdict(plan: Plan) -> str:
-    num_fails = sum(finding.level == FAILS for finding in plan.findings)
-    num_missing = sum(finding.level == MISSING for finding in plan.findings)
-    hardware = f"{plan.world_size} x {plan.gpu.name}"
-    if num_fails:
-        return f"Verdict: does not fit {hardware} ({num_fails} problem{'s' if num_fails > 1 else ''})"
-    if num_missing:
-        return f"Verdict: fits {hardware}, but {num_missing} thing{'s are' if num_missing > 1 else ' is'} missing here"
-    return f"Verdict: fits {hardware}"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", expand=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
-def _layout(plan: Plan) -> Table:
-    parallel, config = plan.config.parallel, plan.config
-    table = _table(f"Layout of {config.run.name}", "", "value")
-    virtual = f" (virtual {parallel.virtual_pp})" if parallel.virtual_pp else ""
-    sequence = ", sequence parallel" if parallel.sequence_parallel else ""
-    table.add_row("parameters", f"{whole_parameters(plan.shape):,}")
-    table.add_row("training GPUs", f"{plan.world_size} x {plan.gpu.name} ({plan.gpu.memory_gib:.1f} GiB)")
-    table.add_row(
-        "tp x pp x cp x dp",
-        f"{parallel.tp} x {parallel.pp}{virtual} x {parallel.cp} x {plan.batch.data_ranks}{sequence}",
+    add_config_arguments(parser)
+    parser.add_argument("--world-size", type=count, metavar="N", help="training GPUs (default: one copy of the model)")
+    parser.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb (default), h200 or b200")
+    parser.add_argument("--model-config", metavar="FILE", help="config.json of a model whose folder is not here")
+    parser.add_argument("--sizes-only", action="store_true", help="do not look for model, tokenizer and data files")
+    parser.add_argument("--mfu", type=float, help="share of the peak in training (default: estimated)")
+    parser.add_argument(
+        "--rollout-tokens-per-s", type=float, metavar="N", help="of each GPU (default: estimated from its bandwidth)"
     )
-    fp8 = "" if config.model.fp8 == "none" else f" with FP8 ({config.model.fp8})"
-    table.add_row("dtype, recompute", f"{config.model.dtype}{fp8}, {config.model.recompute}")
-    table.add_row("optimizer state over", f"{_state_shards(plan)} rank{'s' if _state_shards(plan) > 1 else ''}")
-    table.add_row("tokens of a microbatch, on one GPU", f"{config.batch.max_tokens_per_microbatch // parallel.cp:,}")
-    return table
+    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean (default: half the longest)")
+    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: a quarter of the longest)")
+    parser.add_argument("--kept-share", type=float, default=0.5, help="of groups, by dynamic sampling (default: 0.5)")
 
 
-def _state_shards(plan: Plan) -> int:
-    return plan.batch.data_ranks * plan.config.parallel.cp if plan.config.optimizer.distributed else 1
+def run(arguments: argparse.Namespace) -> int:
+    """Print tables and verdict. Returns the exit status, see `tables.report`."""
+    from megatron_fipo.config import load_config
+    from megatron_fipo.preflight.tables import Options, report
+    from megatron_fipo.preflight.work import Assumptions
 
-
-def _memory(plan: Plan) -> Table:
-    table = _table(
-        "Memory of each GPU at the peak of an update, GiB",
-        "stage",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "log-probs",
-        "other",
-        "reserve",
-        "total",
-        "free",
+    config = load_config(arguments.config, arguments.overrides)
+    options = Options(
+        world_size=arguments.world_size,
+        gpus_per_node=arguments.gpus_per_node,
+        gpu=arguments.gpu,
+        model_config=arguments.model_config,
+        check_files=not arguments.sizes_only,
+        assumptions=Assumptions(
+            mfu=arguments.mfu,
+            rollout_tokens_per_s=arguments.rollout_tokens_per_s,
+            response_tokens=arguments.response_tokens,
+            prompt_tokens=arguments.prompt_tokens,
+            kept_share=arguments.kept_share,
+        ),
     )
-    for stage in plan.stages:
-        values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.log_probs)
-        other = stage.reference + stage.rollout_engine + stage.fp8_weights
-        free = plan.gpu.memory_gib - stage.training
-        numbers = (*values, other, stage.reserve, stage.training, free)
-        table.add_row(str(stage.stage), f"{stage.parameters / 1e6:,.1f} M", *(f"{value:.2f}" for value in numbers))
-    return table
-
-
-def _peaks(plan: Plan) -> Table:
-    table = _table(
-        "When a GPU is fullest, GiB",
-        "when",
-        "actor",
-        "activations",
-        "server's weights",
-        "keys, values",
-        "on the way",
-        "rest",
-        "total",
-        "free",
-    )
-    for peak in plan.peaks:
-        parts = (peak.actor, peak.passing, peak.server_weights, peak.pool, peak.on_the_way, peak.rest)
-        cells = [f"{part:.2f}" if part else "" for part in parts]
-        table.add_row(peak.moment, *cells, f"{peak.total:.2f}", f"{plan.gpu.memory_gib - peak.total:.2f}")
-    return table
-
-
-def _rollout(plan: Plan) -> Table:
-    table = _table("Generation", "", "value")
-    rollout, server = plan.rollout, plan.server
-    table.add_row("engine", f"{plan.config.rollout.engine}, {rollout.label}")
-    table.add_row("GPUs of a server, servers", f"{rollout.tp}, {rollout.num_gpus // rollout.tp}")
-    if plan.host is not None:
-        table.add_row("the actor in host memory, GiB a node", f"{plan.host:.1f}")
-    table.add_row("server's weights, GiB a GPU", f"{server.weights:.2f}")
-    table.add_row("room for keys and values, GiB a GPU", f"{server.pool:.2f}")
-    longest = longest_sequence_tokens(plan.config)
-    table.add_row(
-        "tokens that fit, longest responses", f"{server.pool_tokens:,}, {server.pool_tokens / longest:,.1f} at a time"
-    )
-    return table
-
-
-def _batch(plan: Plan) -> Table:
-    table, batch, rollout = _table("Batch of one step", "", "value"), plan.batch, plan.config.rollout
-    table.add_row(
-        "prompts trained on x responses",
-        f"{rollout.num_prompts} x {rollout.num_samples_per_prompt} = {batch.samples:,}",
-    )
-    table.add_row(
-        "prompts generated, in rounds",
-        f"{batch.prompts_generated:,} ({batch.samples_generated:,} responses), {batch.rounds}",
-    )
-    table.add_row("updates (optimizer steps)", str(batch.updates))
-    prompts = rollout.num_prompts // plan.config.train.num_minibatches
-    table.add_row("responses per update", f"{batch.samples_per_update:,} of {prompts} prompts")
-    table.add_row("microbatches per update and data-parallel rank", f"at least {batch.microbatches}")
-    table.add_row("pipeline bubble", f"{batch.bubble:.1%}")
-    return table
-
-
-def _cost(plan: Plan) -> Table:
-    cost, assumptions, config = plan.cost, plan.assumptions, plan.config
-    prompt, response = assumptions.resolve(config)
-    table = _table("Estimate of one step", "", "value", "assumes")
-    kept = f", {assumptions.kept_share:.0%} of groups kept" if config.sampling.dynamic else ""
-    table.add_row(
-        "tokens generated", f"{cost.tokens_generated:.3e}", f"{response:,.0f} a response, {prompt:,.0f} a prompt{kept}"
-    )
-    table.add_row("tokens trained on", f"{cost.tokens_trained:.3e}", "")
-    for phase, flops in cost.flops.items():
-        if flops:
-            table.add_row(f"FLOPs, {phase}", f"{flops:.3e}", "")
-    basis = f"{cost.rollout_tokens_per_s:,.0f} tokens/s a GPU; bound by {cost.rollout_limit}"
-    share = f"MFU {assumptions.mfu:.0%}" if assumptions.mfu else f"kernels at {assumptions.training_efficiency:.0%}"
-    share += f" of the peak, bubble {plan.batch.bubble:.1%}"
-    assumed = {"generation": basis, "log-probs": share, "updates": share}
-    for phase, seconds in cost.seconds.items():
-        table.add_row(f"seconds, {phase}", f"{seconds:,.0f}", assumed[phase])
-    if cost.waiting_seconds:
-        links = plan.gpu.link_bandwidth * assumptions.link_efficiency / 1e9
-        table.add_row(
-            "seconds of these, GPUs waiting for each other",
-            f"{cost.waiting_seconds:,.0f}",
-            f"{links:.0f} GB/s within a node, {assumptions.network_bytes_per_s / 1e9:.0f} between nodes",
-        )
-    table.add_row("MFU of log-probs and updates", f"{cost.mfu:.1%}", "recomputation does not count as work")
-    gpus = plan.world_size + (plan.rollout.num_gpus if plan.rollout.is_dedicated else 0)
-    hours = cost.step_seconds / 3600
-    table.add_row("seconds of a step", f"{cost.step_seconds:,.0f}", "phases one after the other")
-    table.add_row("GPU-hours of a step", f"{hours * gpus:,.1f}", f"{gpus} GPUs")
-    steps = config.train.num_steps
-    table.add_row(
-        f"GPU-hours of {steps:,} steps",
-        f"{hours * gpus * steps:,.0f}",
-        f"{hours * steps / 24:,.1f} days; without evaluations",
-    )
-    return table
+    return report(config, options)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron_fipo.console.console import ShownSample, print_samples
+from megatron_fipo.console.samples import ShownSample, print_samples
 from megatron_fipo.system.disk import write_text_whole
 
 _FILE = re.compile(r"step_(\d+)\.jsonl")
@@ -167,8 +168,8 @@ def _spans(steps: Sequence[int]) -> str:
 
 def show_samples(
     run: str, step: int | None, source: str | None, right: bool | None, limit: int | None, *, full: bool
-) -> int:
-    """`megatron-fipo samples`: show what was kept of a step. Returns the exit status.
+) -> None:
+    """Print what was kept of a step.
 
     Args:
         step: None is the newest.
@@ -198,11 +199,8 @@ def show_samples(
         raise ValueError(f"of the {len(kept)} samples that were kept of this step none is {kind}; try another --step.")
     shown = shown[:limit]
     count = f"{len(shown)} of {len(kept)} samples" if len(shown) < len(kept) else f"{len(kept)} samples"
-    try:
+    with suppress(SystemExit):  # rich's word for a pipe whose reader, such as head, has seen enough
         print_samples(f"Step {kept[0].step} of {run}: {count}", [_shown(sample) for sample in shown], full=full)
-    except SystemExit:  # rich's word for a pipe whose reader, such as head, has seen enough
-        return 0
-    return 0
 
 
 def _shown(sample: TrainingSample) -> ShownSample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,30 @@ STARTERS = {
 }
 
 
-def run(name: str, folder: str | None) -> int:
-    """Write an example. Returns the exit status.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Write an example into a folder and say what to type next. Nothing is ever overwritten. "
+        + " ".join(f"{name}: {starter.about}." for name, starter in STARTERS.items())
+    )
+    parser.add_argument(
+        "example", nargs="?", default="quickstart", choices=tuple(STARTERS), help="(default: quickstart)"
+    )
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="by default the example's name, in the current one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the example. Returns the exit status."""
+    write_starter(arguments.example, arguments.folder)
+    return 0
+
+
+def write_starter(name: str, folder: str | None) -> None:
+    """Write an example, and say what was written and what to type next.
 
     Args:
         name: of `STARTERS`.
-        folder: where to; None takes the example's own name, in the current folder.
+        folder: where to write it; None takes the example's own name, in the current folder.
 
     Raises:
         ValueError: if something is in the way, naming it, or the folder cannot be written to. Nothing is written then.
@@ -94,7 +113,6 @@ def run(name: str, folder: str | None) -> int:
     print("\nWhat to type next:")
     for command in next_commands(starter, target):
         print(f"  {command}")
-    return 0
 
 
 def next_commands(starter: Starter, target: Path) -> list[str]:

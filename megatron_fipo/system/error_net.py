@@ -16,11 +16,8 @@ from collections.abc import Callable
 from megatron_fipo import __version__
 from megatron_fipo.config import without_secrets
 from megatron_fipo.system.disk import DiskError
+from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED
 from megatron_fipo.system.text_hygiene import clean_text
-
-EXIT_FAULT = 1
-EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3
 
 _OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE),

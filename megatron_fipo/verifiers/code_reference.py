@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import ast
 import builtins
-import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_fipo.system.nearest_name import did_you_mean
 
 _KEYS = {
     "tests", "prompt", "entry_point", "same_process", "inputs", "outputs", "fn_name", "tolerance", "cases",
@@ -92,9 +93,8 @@ def read_reference(reference: Any) -> CodeReference:
     fields = _fields(reference)
     unknown = sorted(set(fields) - _KEYS)
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), _KEYS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ", leave it out of the reference"
-        raise ValueError(f"a code reference has no key {unknown[0]!r}{hint} Known: {', '.join(sorted(_KEYS))}.")
+        hint = did_you_mean(str(unknown[0]), _KEYS) or " Leave it out of the reference."
+        raise ValueError(f"a code reference has no key {unknown[0]!r}.{hint} Known: {', '.join(sorted(_KEYS))}.")
     fields = _with_cases(fields)
     styles = [key for key in ("tests", "inputs") if key in fields]
     if len(styles) != 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import signal
 import site
 import sys
 import sysconfig
@@ -22,7 +21,7 @@ from megatron_fipo.verifiers.sandbox_child import install_filter, restrict_files
 from megatron_fipo.verifiers.syscall_filter import SandboxUnavailableError
 
 _SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_NO_NEW_PRIVS = 38
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_GIVE_VERSION = 444, 1
 _MAX_OPEN_FILES = 256
 
@@ -107,11 +106,6 @@ def restrict_calls(program: bytes) -> None:
         install_filter(program)
     except OSError as error:
         raise SandboxUnavailableError(f"the kernel refuses to filter system calls: {error}") from error
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _gain_no_privileges() -> None:

@@ -24,6 +24,7 @@ import signal
 import time
 import traceback
 
+from megatron_fipo.system.parent_death import signal_when_parent_ends
 from megatron_fipo.verifiers import confinement
 from megatron_fipo.verifiers.judging import judge
 from megatron_fipo.verifiers.registry import shown_name
@@ -68,6 +69,7 @@ class ForkingJudge:
             ThreadsError: if this process has several threads.
         """
         self._timeout_s, self._filter, self._own_fds, self._hint = timeout_s, program, own_fds, hint
+        self._parent = os.getpid()
         # What is there now stays for ever: the collector of a child need not look at it, which would copy it.
         gc.collect()
         gc.freeze()
@@ -124,7 +126,7 @@ class ForkingJudge:
     def _confine_child(self) -> None:
         for fd in self._own_fds:
             os.close(fd)
-        confinement.end_with_parent()
+        signal_when_parent_ends(signal.SIGKILL, self._parent)
         cpu_s = math.ceil(self._timeout_s) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
         confinement.restrict_calls(self._filter)

@@ -11,13 +11,13 @@ A signature that can never be called is refused where the function is loaded, be
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from inspect import Parameter
 from typing import Any
 
+from megatron_fipo.system.nearest_name import did_you_mean
 from megatron_fipo.verifiers.returned import as_verdict
 from megatron_fipo.verifiers.verdict import JobVerifier, Verdict, VerifierJob
 
@@ -33,6 +33,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 _FIELD_OF = {name: field for field, names in ARGUMENTS.items() for name in names}
 _BY_POSITION = ("response_text", "reference", "finish_reason")
 _NAMED_KINDS = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+_ALMOST_THE_SAME = 0.8
+"""Similarity from which on a parameter that has a default, and so need not be one of ours, is taken for a slip."""
 
 
 class SignatureError(TypeError):
@@ -91,8 +93,10 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
             by_name[parameter.name] = _FIELD_OF[parameter.name]
         elif parameter.kind is not Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty:
             missing.append(parameter)
-        elif parameter.kind in _NAMED_KINDS and (nearest := _nearest(parameter.name, cutoff=0.8)):
-            doubts.append(f"its parameter {parameter.name!r} is never given anything.{nearest}")
+        elif parameter.kind in _NAMED_KINDS and (
+            hint := did_you_mean(parameter.name.lower(), _FIELD_OF, similarity=_ALMOST_THE_SAME)
+        ):
+            doubts.append(f"its parameter {parameter.name!r} is never given anything.{hint}")
     if missing:
         raise SignatureError(_refusal(name, missing))
     if not by_name:
@@ -140,7 +144,7 @@ def _refusal(name: str, missing: list[Parameter]) -> str:
     hints = [
         f"{hint} for {parameter.name!r}?"
         for parameter in missing
-        if parameter.name not in _FIELD_OF and (hint := _nearest(parameter.name).rstrip("?"))
+        if parameter.name not in _FIELD_OF and (hint := did_you_mean(parameter.name.lower(), _FIELD_OF).rstrip("?"))
     ]
     by_position = [p.name for p in missing if p.kind is Parameter.POSITIONAL_ONLY]
     more = (
@@ -153,11 +157,6 @@ def _refusal(name: str, missing: list[Parameter]) -> str:
         f"at a time and may take, by name and in any order: {_accepted_names()}; everything through **kwargs; or "
         f"exactly three by position: {', '.join(_BY_POSITION)}. Other parameters need a default."
     )
-
-
-def _nearest(name: str, cutoff: float = 0.5) -> str:
-    nearest = difflib.get_close_matches(name.lower(), _FIELD_OF, n=1, cutoff=cutoff)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _accepted_names() -> str:

@@ -6,7 +6,6 @@ is a name, too.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_fipo.system.nearest_name import did_you_mean
 from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS, is_own_function, is_reward_model
 from megatron_fipo.verifiers.own_function import OwnFunction, SignatureError
 from megatron_fipo.verifiers.reward_model import RewardModel, without_secrets
@@ -122,11 +122,8 @@ def _no_such_module(name: str, module_name: str, missing: str) -> str:
         where = f"the package {parent}"
     else:
         known = [module.name for folder in folders for module in pkgutil.iter_modules([str(folder)])]
-    nearest = difflib.get_close_matches(leaf, known, n=1, cutoff=0.6)
-    hint = ""
-    if nearest:
-        module = module_name.replace(missing, f"{parent}.{nearest[0]}" if parent else nearest[0], 1)
-        hint = f" Did you mean '{module}:{name.partition(':')[2]}'?"
+    as_it_would_be = module_name.replace(missing, f"{parent}.{{}}" if parent else "{}", 1)
+    hint = did_you_mean(leaf, known, shown_as=f"{as_it_would_be}:{name.partition(':')[2]}")
     return (
         f"verifier {name!r}: there is no module {missing!r}. It was looked for in {where}"
         f"{'' if parent else ' and among the installed packages'}.{hint}"
@@ -146,8 +143,7 @@ def _searched() -> list[Path]:
 
 def _no_such_function(name: str, module: ModuleType, attribute: str) -> str:
     own = sorted(key for key, value in vars(module).items() if not key.startswith("_") and _could_judge(module, value))
-    nearest = difflib.get_close_matches(attribute, own, n=1, cutoff=0.5)
-    hint = f" Did you mean '{module.__name__}:{nearest[0]}'?" if nearest else ""
+    hint = did_you_mean(attribute, own, shown_as=f"{module.__name__}:{{}}")
     place = getattr(module, "__file__", None) or module.__name__
     return f"verifier {name!r}: {place} has no {attribute!r}; it has {', '.join(own) or 'no function'}.{hint}"
 

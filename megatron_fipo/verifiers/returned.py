@@ -5,12 +5,12 @@ A number or a bool is the score. A dict holds it under "score", beside "answer",
 
 from __future__ import annotations
 
-import difflib
 import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_fipo.system.nearest_name import nearest_name
 from megatron_fipo.verifiers.verdict import Verdict, score_remedy
 
 _ACCEPTED = (
@@ -58,8 +58,8 @@ def _from_mapping(returned: Mapping[Any, Any]) -> Verdict:
         return Verdict(0.0, _text(returned.get("answer")), str(error), _parts(returned))
     if "score" not in returned:
         names = [str(key) for key in returned]
-        nearest = difflib.get_close_matches("score", names, n=1, cutoff=0.5)
-        hint = f" Is {nearest[0]!r} meant to be 'score'?" if nearest else ""
+        nearest = nearest_name("score", names)
+        hint = f" Is {nearest!r} meant to be 'score'?" if nearest else ""
         raise NoVerdictError(f"returned a dict without 'score'; it has {', '.join(names) or 'nothing'}.{hint}")
     score = number(returned["score"])
     if score is None:

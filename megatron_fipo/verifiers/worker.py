@@ -14,7 +14,6 @@ and multiprocessing's spawn would import the main program, hence torch and Megat
 
 from __future__ import annotations
 
-import difflib
 import os
 import pickle
 import shutil
@@ -26,6 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+from megatron_fipo.system.nearest_name import did_you_mean
 from megatron_fipo.verifiers import confinement
 from megatron_fipo.verifiers.expressions_only import NotAnExpressionError, expressions_only, no_code
 from megatron_fipo.verifiers.forked_judge import ForkingJudge, ThreadsError
@@ -162,8 +162,8 @@ def _reason(name: str, error: BaseException) -> str:
         return f"{said}. Install that package into this environment, {sys.prefix}"
     loaded = sys.modules.get(module)
     if isinstance(error, AttributeError) and loaded is not None and not hasattr(loaded, function):
-        near = difflib.get_close_matches(function, [key for key in vars(loaded) if not key.startswith("_")], n=1)
-        hint = f" Did you mean {module}:{near[0]}?" if near else ""
+        public = [key for key in vars(loaded) if not key.startswith("_")]
+        hint = did_you_mean(function, public, shown_as=f"{module}:{{}}")
         return f"the module {loaded.__file__} has nothing by the name of {function}.{hint}"
     ours = (__file__, load_verifier.__wrapped__.__code__.co_filename)
     frames = [

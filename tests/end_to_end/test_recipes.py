@@ -21,8 +21,8 @@ from megatron_fipo.config import (
     validate,
     validate_model_layout,
 )
-from megatron_fipo.preflight.command import Options, plan_of
 from megatron_fipo.preflight.plan import Plan
+from megatron_fipo.preflight.tables import Options, plan_of
 from tests.end_to_end.runs import ROOT, step_lines
 
 FOLDERS = ("examples/qwen2_5_32b", "examples/qwen2_5_7b_math")

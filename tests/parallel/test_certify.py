@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from megatron_fipo import cli
-from megatron_fipo.certify import command
+from megatron_fipo.certify.certificate import certify_layouts, try_controls
 from megatron_fipo.certify.comparison import QUANTITIES, Comparison, breaches, measure
 from megatron_fipo.certify.computation import Record, TokenRecord
 from megatron_fipo.certify.controls import CONTROLS, Control
 from megatron_fipo.certify.layouts import DEFAULT_LAYOUTS, Layout, configure, one_process, parse_layout
-from megatron_fipo.certify.runner import Measured
+from megatron_fipo.certify.runner import Measured, Runner
 from megatron_fipo.certify.synthetic import draw_groups, shrunken_config
 from megatron_fipo.config import Config, FipoConfig
 from megatron_fipo.convert.hf_config import model_shape
@@ -112,6 +112,7 @@ class FakeRunner:
 
 
 WITHIN: list[float | None] = [1e-5, 0.0, 1e-5, None, 2e-6, 1e-4]
+BEYOND: list[float | None] = [1.0, 0.0, 0.0, 0.0, 0.0, None]
 
 
 @pytest.mark.parametrize("beyond", [1.01e-5, math.inf, math.nan])
@@ -119,7 +120,7 @@ def test_a_breach_is_shown_and_counted(beyond: float) -> None:
     console = Console(file=io.StringIO(), width=150)
     runner: Any = FakeRunner([WITHIN, [0.0, beyond, 0.0, 0.0, 0.0, 0.0]])
     layouts = [parse_layout("cp2"), parse_layout("tp2")]
-    assert command._certify_layouts(runner, layouts, "float32", console) == 1
+    assert certify_layouts(runner, layouts, "float32", console) == 1
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     verdicts = {line.split()[0]: line.split()[-1] for line in printed.splitlines() if line.split()}
     assert (verdicts["cp2"], verdicts["tp2"]) == ("holds", "BREACH")
@@ -128,7 +129,7 @@ def test_a_breach_is_shown_and_counted(beyond: float) -> None:
 def test_a_mistake_within_all_bounds_is_not_caught() -> None:
     console = Console(file=io.StringIO(), width=150)
     runner: Any = FakeRunner([WITHIN, [1.0, 0.0, 0.0, 0.0, 0.0, None]])
-    assert command._try_controls(runner, CONTROLS[:2], "float32", console) == 1
+    assert try_controls(runner, CONTROLS[:2], "float32", console) == 1
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert printed.count("NOT CAUGHT") == 1
     assert f"{CONTROLS[1].layout} " in next(line for line in printed.splitlines() if line.rstrip().endswith(" caught"))
@@ -138,8 +139,10 @@ def test_a_mistake_within_all_bounds_is_not_caught() -> None:
 def test_the_exit_status_follows(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, num_breaches: int, num_missed: int, status: int
 ) -> None:
-    monkeypatch.setattr(command, "_certify_layouts", lambda *args: num_breaches)
-    monkeypatch.setattr(command, "_try_controls", lambda *args: num_missed)
+    of_a_layout, of_a_mistake = (BEYOND if num_breaches else WITHIN), (WITHIN if num_missed else BEYOND)
+    monkeypatch.setattr(Runner, "compute_reference", lambda self: None)
+    monkeypatch.setattr(Runner, "measure", lambda self, layout: Measured(1, of_a_layout))
+    monkeypatch.setattr(Runner, "measure_control", lambda self, control: Measured(1, of_a_mistake))
     assert cli.main(["certify", str(config_file), "--negative-controls"]) == status
 
 

@@ -57,14 +57,36 @@ def config(model: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_help_and_validate_import_neither_torch_nor_transformers(config: Path) -> None:
-    code = (
-        "import sys; from megatron_fipo import cli; assert 'omegaconf' not in sys.modules; "
-        f"assert cli.main(['validate', {str(config)!r}]) == 0; "
-        "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
-    )
+def test_help_imports_next_to_nothing_and_validate_no_torch(config: Path) -> None:
+    code = f"""
+import sys
+from contextlib import suppress
+from megatron_fipo import cli
+
+for command in ([], *([name] for name in cli.COMMANDS)):
+    with suppress(SystemExit):
+        cli.main([*command, "--help"])
+    loaded = {{"torch", "transformers", "megatron", "omegaconf"}} & set(sys.modules)
+    assert not loaded, (command, loaded)
+assert cli.main(["validate", {str(config)!r}]) == 0
+assert not {{"torch", "transformers", "megatron"}} & set(sys.modules)
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("show this help message and exit") == len(cli.COMMANDS) + 1
+
+
+def test_a_mistyped_command_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, nearest in {"trian": "train", "evalute": "evaluate", "sample": "samples", "certfy": "certify"}.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.main([typed, "run.yaml"])
+        assert stop.value.code == 2
+        assert (
+            f"there is no command {typed!r}. Did you mean {nearest!r}? Known: init, train, " in capsys.readouterr().err
+        )
+    with pytest.raises(SystemExit):
+        cli.main(["xyzzy"])
+    assert "there is no command 'xyzzy'. Known: init" in capsys.readouterr().err
 
 
 def test_validate_prints_what_load_config_reads_back(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

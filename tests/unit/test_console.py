@@ -10,7 +10,9 @@ from itertools import count
 import pytest
 
 from megatron_fipo.config import Config, load_config
-from megatron_fipo.console.console import HEADER_EVERY_LINES, Console, ShownSample
+from megatron_fipo.console.console import Console
+from megatron_fipo.console.samples import ShownSample
+from megatron_fipo.console.step_lines import HEADER_EVERY_LINES
 
 METRICS = {
     "reward/mean": -0.25,
@@ -100,8 +102,6 @@ def test_other_ranks_are_silent() -> None:
     console.closing({"metrics": "x"}, "chat")
     with console.rollout_progress(1, 10) as progress:
         progress.advance(5)
-        progress.set_total(20)
-        progress.note("x")
     assert out.getvalue() == ""
 
 
@@ -113,14 +113,12 @@ def test_a_pipe_hears_of_long_phases_now_and_then() -> None:
     out = io.StringIO()
     ticks = seconds(10)
     console = Console(Config(), file=out, clock=lambda: next(ticks))
-    with console.rollout_progress(4, 8) as progress:
-        progress.note("round 2")
-        progress.set_total(12)
+    with console.rollout_progress(4, 12) as progress:
         for _ in range(6):
             progress.advance(2)
     assert out.getvalue().splitlines() == [
-        "  · step 4  rollout: 6/12 responses, 30 s, round 2",
-        "  · step 4  rollout: 12/12 responses, 60 s, round 2",
+        "  · step 4  rollout: 6/12 responses, 30 s",
+        "  · step 4  rollout: 12/12 responses, 60 s",
     ]
 
 
@@ -150,12 +148,12 @@ def test_no_text_reaches_the_terminal_raw() -> None:
 def test_a_long_response_shows_its_end() -> None:
     console, out = printed()
     text = "\n".join(f"line {number}" for number in range(100))
-    console.samples("After", [ShownSample("p", text, "1", "1", 1.0, 9)], max_lines=5)
+    console.samples("After", [ShownSample("p", text, "1", "1", 1.0, 9)])
     shown = out.getvalue()
     assert "line 0" in shown
     assert "line 99" in shown
     assert "line 50" not in shown
-    assert "… 96 lines …" in shown
+    assert "… 93 lines …" in shown
 
 
 def test_evaluation_before_and_after() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.cli import _parser
+from megatron_fipo import cli
 from megatron_fipo.config import Config, DataSourceConfig, load_config, validate
 from megatron_fipo.config.errors import NOT_SHOWN, Problem
 from megatron_fipo.verifiers.pool import VerifierPool
@@ -156,8 +156,7 @@ def faults(words: list[str]) -> list[str]:
     ]
     if (arguments := _arguments(words)) is not None:
         try:
-            _, rest = _parser().parse_known_args(arguments)
-            found += [word for word in rest if word.startswith("-")]
+            cli.parse(arguments)
         except SystemExit:
             found.append(" ".join(words))
     if words[0] == "make":
@@ -198,9 +197,9 @@ python tools/convert/verify.py a b --logit
         [],
         ["dem"],
         ["train.num_step=5", "examples/nowhere/fipo.yaml"],
-        ["--modell"],
+        ["megatron-fipo evaluate c.yaml --modell x"],
         [],
-        ["--drier"],
+        ["$PYTHON -m megatron_fipo.cli submit c.yaml --cluster file --drier"],
         ["python tools/convert/verify.py a b --logit"],
     ]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo import cli, train
+from megatron_fipo import cli
 from megatron_fipo.config import load_config
 from megatron_fipo.parallel.say_once import say_once
 from megatron_fipo.system import error_net
@@ -98,7 +98,6 @@ def test_so_has_a_fault_of_this_program(
         raise KeyError("a key that is always there")
 
     monkeypatch.setattr("megatron_fipo.config.load_config", broken)
-    monkeypatch.setattr(train, "load_config", broken)
     assert cli.main([command, str(QUICKSTART)]) == EXIT_FAULT
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.launch.job_script import EXIT_BAD_INPUT, batch_setup, node_script
-from megatron_fipo.launch.node_process import EXIT_SAVED
+from megatron_fipo.launch.job_script import batch_setup, node_script
 from megatron_fipo.launch.settings import Settings
+from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = """#!/bin/bash
@@ -99,7 +99,7 @@ def test_one_machine_needs_no_address(python: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "reaches", "status"),
     [
-        (signal.SIGUSR1, ["rank"], EXIT_SAVED),  # the time limit: torchrun is not to know
+        (signal.SIGUSR1, ["rank"], EXIT_STOPPED),  # the time limit: torchrun is not to know
         (signal.SIGTERM, ["launcher", "rank"], 1),  # scancel: nothing is to be queued again
     ],
 )
@@ -130,7 +130,7 @@ def test_a_signal_before_there_are_ranks_ends_torchrun(python: Path, tmp_path: P
     process = start_launcher(python, tmp_path)
     wait_until((tmp_path / "is_up").exists)
     os.killpg(process.pid, signal.SIGUSR1)
-    assert process.wait(timeout=60) == EXIT_SAVED
+    assert process.wait(timeout=60) == EXIT_STOPPED
 
 
 def test_a_run_that_ends_well_after_the_signal_is_not_queued_again(python: Path, tmp_path: Path) -> None:
@@ -177,11 +177,11 @@ def test_secrets_may_come_from_a_file_on_the_nodes(python: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "status", "environment", "is_queued"),
     [
-        ({}, EXIT_SAVED, {}, True),
-        ({}, EXIT_SAVED, {"SLURM_RESTART_COUNT": "99"}, True),
-        ({}, EXIT_SAVED, {"SLURM_RESTART_COUNT": "100"}, False),
-        ({"max_requeues": 1}, EXIT_SAVED, {"SLURM_RESTART_COUNT": "1"}, False),
-        ({"requeue": False}, EXIT_SAVED, {}, False),
+        ({}, EXIT_STOPPED, {}, True),
+        ({}, EXIT_STOPPED, {"SLURM_RESTART_COUNT": "99"}, True),
+        ({}, EXIT_STOPPED, {"SLURM_RESTART_COUNT": "100"}, False),
+        ({"max_requeues": 1}, EXIT_STOPPED, {"SLURM_RESTART_COUNT": "1"}, False),
+        ({"requeue": False}, EXIT_STOPPED, {}, False),
         ({}, 0, {}, False),
         ({}, 1, {}, False),
         ({}, 143, {}, False),

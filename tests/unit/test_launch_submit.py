@@ -11,7 +11,7 @@ import pytest
 from megatron_fipo import cli
 from megatron_fipo.config import ConfigError, load_config
 from megatron_fipo.launch.settings import Settings, SshSettings, load_settings
-from megatron_fipo.launch.submit import Request, job_of, run
+from megatron_fipo.launch.submit import Request, job_of, submit_or_show
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "examples/quickstart/fipo.yaml")
@@ -41,12 +41,12 @@ def test_every_package_of_nemo_runs_environment_is_pinned() -> None:
 
 def test_a_run_that_would_begin_anew_is_not_submitted() -> None:
     with pytest.raises(ConfigError, match=r"train\.resume=false: Slurm may start the job again .*train\.resume=true"):
-        run(Request(QUICKSTART, flags=TWO_NODES))
+        submit_or_show(Request(QUICKSTART, flags=TWO_NODES))
 
 
 def test_the_layout_is_checked_against_nodes_and_gpus() -> None:
-    with pytest.raises(ConfigError, match="3"):
-        run(Request(QUICKSTART, ["train.resume=true"], flags={"nodes": 3, "gpus_per_node": 1}))
+    with pytest.raises(ConfigError, match="3 processes cannot hold whole copies of the model: tp=1 x pp=1 x cp=2"):
+        submit_or_show(Request(QUICKSTART, ["train.resume=true"], flags={"nodes": 3, "gpus_per_node": 1}))
 
 
 def test_a_job_that_is_never_saved_on_the_way_is_warned_about(
@@ -63,7 +63,7 @@ def test_a_job_that_is_never_saved_on_the_way_is_warned_about(
 def submit_with_secret(overrides: list[str]) -> None:
     file = Path("cluster.yaml")
     file.write_text("{nodes: 2, gpus_per_node: 1, secrets: [NOT_THERE]}")
-    run(Request(QUICKSTART, overrides, cluster=file))
+    submit_or_show(Request(QUICKSTART, overrides, cluster=file))
 
 
 @pytest.fixture(autouse=True)

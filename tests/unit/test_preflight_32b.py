@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import load_config
-from megatron_fipo.preflight.command import Options, plan_of
 from megatron_fipo.preflight.hardware import GIB
 from megatron_fipo.preflight.plan import Plan
+from megatron_fipo.preflight.tables import Options, plan_of
 from megatron_fipo.preflight.work import Assumptions
 
 FOLDER = Path(__file__).parents[2] / "examples/qwen2_5_32b"

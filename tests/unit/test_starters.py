@@ -49,7 +49,7 @@ def test_an_example_is_valid_where_it_was_written(name: str, capsys: pytest.Capt
     assert ["megatron-fipo", "train", "my folder/fipo.yaml"] in commands
     for words in commands:
         if words[0] == "megatron-fipo":
-            cli._parser().parse_args(words[1:])
+            cli.parse(words[1:])
     assert {"samples", "evaluate", "chat"} <= {words[1] for words in commands}
 
 

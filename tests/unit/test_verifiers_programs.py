@@ -325,7 +325,7 @@ def test_references_as_data_sets_have_them(program: str, reference: Any, correct
         ({"inputs": [[1, 2]], "outputs": ["3"]}, "input 1 .* text or a list of lines.*fn_name"),
         ({"inputs": ["1"], "outputs": [[["6"]]]}, "output 1 .* text or a list of lines"),
         ({"inputs": ["1", "2"], "outputs": ["3"]}, "got 2 and 1"),
-        ({"inputs": ["1"], "outputs": ["1"], "func_name": "f"}, "no key 'func_name'; did you mean 'fn_name'"),
+        ({"inputs": ["1"], "outputs": ["1"], "func_name": "f"}, "no key 'func_name'. Did you mean 'fn_name'"),
         ({"inputs": ["1"], "outputs": ["1"], "timeout": 3}, "no key 'timeout'"),
         ({"tests": "assert f()", "fn_name": "f"}, "no use for 'fn_name'"),
         ({"tests": "assert f(", "prompt": ""}, "are no Python"),
