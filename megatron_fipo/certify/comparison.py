@@ -21,7 +21,7 @@ cancel to nearly nothing have no relative error to speak of."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a layout is compared by.
+    """Quantities by which a layout is compared.
 
     Attributes:
         layout, reference: what each computed.

@@ -86,7 +86,7 @@ class TokenRecord:
 
 @dataclass
 class Record:
-    """What a computation gave, whole: gathered over all ranks.
+    """Result of a computation, gathered over all ranks.
 
     Attributes:
         tokens: of the first update.

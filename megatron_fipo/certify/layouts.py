@@ -64,7 +64,7 @@ DEFAULT_LAYOUTS = (
     "recompute-selective",
     "small-microbatches",
 )
-"""What is certified where the user names no layouts."""
+"""Layouts that are certified if the user names none."""
 
 
 def parse_layout(name: str) -> Layout:
@@ -94,7 +94,7 @@ def parse_layout(name: str) -> Layout:
 
 
 def one_process() -> Layout:
-    """What all layouts are compared with: no parallelism, every minibatch one microbatch, nothing recomputed."""
+    """The layout that all others are compared with: no parallelism, one microbatch a minibatch, no recomputation."""
     return Layout(ONE_PROCESS, ParallelSection(), world_size=1, distributed_optimizer=False)
 
 

@@ -20,11 +20,11 @@ from megatron_fipo.convert.hf_config import ModelShape, model_shape
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 
 LEARNING_RATE = 1e-4
-"""Of the certified updates. The recipes' 1e-6 moves float32 weights by so few of their last bits that ||p - start||
-would measure rounding."""
+"""Learning rate of the certified updates. The recipes' 1e-6 moves float32 weights by so few of their last bits that
+||p - start|| would measure rounding."""
 _PRELOAD = ("megatron_fipo.certify.preload",)
 _SMALL_LOG_PROB_CHUNK_MIB = 3 / 64
-"""Of log-probs on the small model, so that there are several: 48 tokens over its 256 rows."""
+"""Memory for a chunk of log-probs on the small model: small enough for several chunks, 48 tokens over its 256 rows."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a layout gave.
+    """Result of one layout.
 
     Attributes:
         num_microbatches: of its first update, on each rank.

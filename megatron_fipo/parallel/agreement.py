@@ -1,4 +1,4 @@
-"""What may fail on one rank alone is raised on all of them, so that none waits for one that has left."""
+"""An error that one rank alone meets is raised on all ranks, so that none waits for one that has left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def on_every_rank(action: Callable[[], T], world: ProcessGroup) -> T:
-    """Do what one rank's disk or files may fail at. Collective.
+    """Do something at which one rank's disk or files may fail. Collective.
 
     Returns:
         What the action returned on this rank.
@@ -38,5 +38,5 @@ def on_every_rank(action: Callable[[], T], world: ProcessGroup) -> T:
 
 
 def on_leader(action: Callable[[], T], world: ProcessGroup) -> T | None:
-    """The same of an action that rank 0 alone takes; None on all others. Collective."""
+    """Do `on_every_rank` with an action that only rank 0 takes; other ranks get None. Collective."""
     return on_every_rank(action if world.rank() == 0 else lambda: None, world)

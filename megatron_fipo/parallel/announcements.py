@@ -43,7 +43,7 @@ class Announcements:
             self._set(_FAILED + reason)
 
     def wait(self, timeout_s: float) -> str:
-        """What was said.
+        """Return what was announced.
 
         Raises:
             OtherRankError: if it will not come, or has not come in time.

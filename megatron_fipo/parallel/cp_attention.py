@@ -295,7 +295,7 @@ class ContextParallelAttention(MegatronModule):
     def _build_layout(
         self, query: Tensor, cu_seqlens: Tensor, longest: int, on_device: Tensor | None = None
     ) -> AttentionLayout | VarlenLayout:
-        """From cumulative lengths on the CPU; `on_device` are the same ones where the queries are."""
+        """Make it from cumulative lengths on the CPU; `on_device` are the same lengths on the device of the queries."""
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         if kernel_for(query.is_cuda, query.dtype, query.shape[-1]) == "varlen":
             if cp_size == 1 and on_device is not None:  # as they lie: nothing is to be copied

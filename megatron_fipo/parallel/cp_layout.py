@@ -1,7 +1,7 @@
 """Where Megatron puts the tokens of packed sequences under context parallelism. Index arithmetic, no communication.
 
 Each sequence, padded to a multiple of 2*cp, is cut into C = 2*cp chunks of equal length; rank r holds chunk r and chunk
-C-1-r, the sequence's front and back part, one behind the other ("zigzag"), sequence after sequence. Under a causal mask
+C-1-r, the sequence's front and back part, one after the other ("zigzag"), sequence after sequence. Under a causal mask
 every rank then has the same work.
 
 Shapes: T packed tokens, T_local = T / cp, S sequences.
@@ -31,7 +31,7 @@ def num_chunks_of(cp_size: int) -> int:
 
 
 def segments_per_sequence(cp_size: int) -> int:
-    """Chunks of each sequence that a rank holds, one behind the other."""
+    """Chunks of each sequence that a rank holds, one after the other."""
     return num_chunks_of(cp_size) // cp_size
 
 
@@ -82,5 +82,5 @@ def local_sequence_ids(cu_seqlens_padded: Tensor, cp_size: int) -> Tensor:
 
 
 def gathered_positions(cu_seqlens_padded: Tensor, cp_size: int) -> Tensor:
-    """Row of the packed sequence at each row of the ranks' local rows laid one behind the other: int64 [T]."""
+    """Row of the packed sequence at each row of the ranks' local rows laid one after the other: int64 [T]."""
     return torch.cat([local_indices(cu_seqlens_padded, cp_size, rank) for rank in range(cp_size)])

@@ -102,7 +102,7 @@ def exchanged_bytes(num_sequences: int, cp_size: int) -> int:
 
 
 def exchange_metrics(minibatches: Sequence[Sequence[PackedBatch]], config: Config, ranks: ParallelGroups) -> Metrics:
-    """What this rank receives in a step's exchanges; merged over all ranks, what the busiest of them received.
+    """Return the bytes that this rank receives in a step's exchanges; merged over ranks, those of the busiest rank.
 
     Data-parallel ranks have different sequences, and only the last pipeline stage has a loss. The busiest rank is the
     one that the others wait for. No communication; empty without Future-KL.
@@ -115,7 +115,7 @@ def exchange_metrics(minibatches: Sequence[Sequence[PackedBatch]], config: Confi
 
 
 def carries_into_chunks(gathered_heads: Tensor, chunk_lengths: Tensor, half_life_tokens: float) -> Tensor:
-    """What the tokens after each chunk contribute at the chunk's end.
+    """Return what the tokens after each chunk contribute at the chunk's end.
 
     carry_{C-1} = 0, carry_c = head_{c+1} + gamma^length * carry_{c+1}, in float64.
 

@@ -32,7 +32,7 @@ def is_expandable(settings: str) -> bool:
 
 
 def with_expandable(settings: str, value: bool) -> str:
-    """The same settings with expandable segments on or off, every other entry as it is."""
+    """Return the settings with expandable segments on or off and every other entry unchanged."""
     entries = [entry.strip() for entry in settings.split(",") if entry.strip()]
     kept = [entry for entry in entries if _key_and_value(entry)[0] != _EXPANDABLE]
     return ",".join([*kept, f"{_EXPANDABLE}:{value}"])

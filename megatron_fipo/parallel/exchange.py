@@ -56,7 +56,7 @@ def merge_metrics(own: Metrics | None, group: ProcessGroup) -> Metrics:
 
 
 def _on_cpu(metrics: Metrics | None) -> Metrics | None:
-    """The same with every tensor on the CPU, 0-d ones as numbers. Waits for a device once for each dtype."""
+    """Return the metrics with every tensor on the CPU, 0-d ones as numbers. Waits for a device once for each dtype."""
     if metrics is None:
         return None
     tensors = {
@@ -85,6 +85,6 @@ def barrier(group: ProcessGroup) -> None:
 
 
 def _device(group: ProcessGroup) -> torch.device:
-    """Where small tensors go: the CPU if the group can, as with gloo, else this rank's GPU."""
+    """Return the device for small tensors: the CPU if the group can use it, as with gloo, else this rank's GPU."""
     backend = str(dist.get_backend_config(group))
     return torch.device("cpu") if "gloo" in backend else torch.device("cuda", torch.cuda.current_device())

@@ -153,13 +153,13 @@ class _Call(Generic[T]):
             time.sleep(_POLL_S)
 
     def result(self) -> T:
-        """What it returned, once it has ended; what it raised is raised here."""
+        """Wait for the function to end; return what it returned, or raise what it raised."""
         if self._error is not None:
             raise self._error
         return self._outcome[0]
 
     def result_within(self, seconds: float) -> T | None:
-        """What it returns if it does within this time, else None."""
+        """Return what the function returns if it ends within this time, else None."""
         self._thread.join(seconds)
         return next(iter(self._outcome), None)
 

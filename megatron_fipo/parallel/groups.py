@@ -45,7 +45,7 @@ class ParallelGroups:
 
     @property
     def reports_loss(self) -> bool:
-        """Whether this rank's loss metrics count: once for each data- and context-parallel rank."""
+        """Whether this rank's loss metrics count: true once for each data- and context-parallel rank."""
         return self.is_last_stage and self.tp.rank() == 0
 
 

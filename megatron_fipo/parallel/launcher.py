@@ -117,7 +117,7 @@ _REASONS = {
 
 
 def _environment(rank: int, num_processes: int, port: int, command: Sequence[str]) -> dict[str, str]:
-    """What torchrun would set on one machine, and who the launcher is."""
+    """Return the variables that torchrun would set on one machine, and the launcher's process id."""
     environment = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -22,16 +22,16 @@ import torch
 from torch.distributed import TCPStore
 
 _SETTLE_S = 0.5
-"""Once a rank has failed, others may fail of it, and be heard first: so long all are listened to."""
+"""After the first failure, collect failures for this long: a rank that failed as a consequence may report first."""
 
 
 class RankError(RuntimeError):
-    """A rank failed or did not end in time; the message holds the traceback of the one that failed first."""
+    """A rank failed or did not end in time; the message holds the traceback of the rank that failed first."""
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a rank says at its end."""
+    """A rank's result or failure."""
 
     result: Any
     failure: str | None

@@ -63,7 +63,7 @@ def logit_gradient(logits: Tensor, labels: Tensor, per_token: Tensor, temperatur
 
 
 def _divide(values: Tensor, temperature: float) -> None:
-    """In place; a temperature of 1 is not worth a pass, and changes no bit."""
+    """Divide in place. A temperature of 1 changes no bit and costs no pass."""
     if temperature != 1.0:
         values.div_(temperature)
 

@@ -37,7 +37,7 @@ class ShardedSequences:
     def of(
         cls, cu_seqlens: Tensor, cp_group: ProcessGroup, device: torch.device | str | None = None
     ) -> ShardedSequences:
-        """Of plain lengths.
+        """Make the sequences from their plain lengths.
 
         Args:
             cu_seqlens: [S + 1] integers, cumulative lengths of the whole sequences, padding included, each length

@@ -30,7 +30,7 @@ else:
 
 Kernel = Literal["varlen", "flash", "masked"]
 _CAUSAL = (-1, 0)
-"""As window: all keys to the left, none to the right."""
+"""Value of `window`: all keys to the left, none to the right."""
 _LARGEST_HEAD = 256
 
 
@@ -45,7 +45,7 @@ def kernel_for(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> Kernel:
 
 
 def kernel_in_words(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> str:
-    """The same for a line of a log."""
+    """Describe the choice in words for a log."""
     return {
         "varlen": "torch's flash kernel (varlen_attn)",
         "flash": "torch's scaled_dot_product_attention by flash, in blocks",

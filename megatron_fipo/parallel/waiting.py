@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT_S = 2.0
 SILENCE_S = 60.0
-"""A rank that has not beaten for so long is taken for dead."""
+"""A rank that has sent no heartbeat for this long is taken for dead."""
 _POLL_S = (0.01, 0.5)
 """First and longest time between two looks."""
 

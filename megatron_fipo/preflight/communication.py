@@ -15,7 +15,7 @@ from megatron_fipo.preflight.memory import WEIGHT_BYTES, recomputes_mlp
 
 @dataclass(frozen=True)
 class Links:
-    """What exchanges reach, bytes per second of each GPU and way.
+    """Bandwidths that exchanges reach, in bytes per second of each GPU and direction.
 
     Attributes:
         node: to GPUs of the same node. ring: to the neighbour in a context-parallel group.
@@ -50,7 +50,7 @@ class Waits:
 
 
 def layer_waits(config: Config, shape: ModelShape, links: Links, length: float) -> Waits:
-    """Of one layer, in sequences of `length` tokens.
+    """Return the bytes that one layer exchanges in sequences of `length` tokens.
 
     Tensor parallelism gathers the input of two pairs of matrices and scatters the sum of their outputs (or sums them,
     which moves the same): four exchanges of (tp - 1) / tp of the hidden states. Backward has as many; it also gathers

@@ -1,4 +1,4 @@
-"""What a plan's reader must know: what cannot work, what is missing, and what hardly means what it says."""
+"""Findings about a plan: faults, missing files, and settings that run but probably not as intended."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Finding:
 
 
 def batch_findings(config: Config, plan: BatchPlan) -> Iterator[Finding]:
-    """Where the batch does not fill the layout."""
+    """Find layouts that the batch does not fill."""
     parallel = config.parallel
     if plan.samples_per_update < plan.data_ranks:
         yield Finding(

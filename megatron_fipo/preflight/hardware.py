@@ -43,4 +43,4 @@ GPUS = {
         Gpu("b200", 178.4, 2250e12, 7.7e12, 900e9, 4500e12, (*_HOPPER, "mxfp8"), True),
     )
 }
-"""By the name that --gpu takes."""
+"""Hardware by the name that --gpu takes."""

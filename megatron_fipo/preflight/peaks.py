@@ -45,7 +45,7 @@ class Peak:
 def peaks(
     config: Config, shape: ModelShape, stages: Sequence[StageMemory], rollout: RolloutPlan, server: ServerMemory
 ) -> list[Peak]:
-    """Of the trainer's GPUs, and of a dedicated server's, in the order in which a run comes to them.
+    """Return the peaks of the trainer's GPUs and of a dedicated server's, in the order in which a run reaches them.
 
     Colocated servers start while the actor's memory is lent, and release theirs before it takes its own again.
     """
@@ -111,8 +111,11 @@ def _serving(moment: str, server: ServerMemory, trainer: float) -> Peak:
 
 
 def on_the_way_gib(config: Config, shape: ModelShape) -> float:
-    """Of a handover, on every rank, which packs for the server on its own GPU: the largest tensor, whole and in its
-    tensor-parallel parts, and two buckets, of which one holds nothing but that tensor where it is larger."""
+    """GiB on the way in a handover, on every rank, since each packs for the server on its own GPU.
+
+    They are the largest tensor, whole and in its tensor-parallel parts, and two buckets; one bucket holds only that
+    tensor if it is larger than a bucket.
+    """
     largest = shape.vocab_size * shape.hidden_size * WEIGHT_BYTES[config.model.dtype] / GIB
     bucket = config.servers.bucket_mib / 1024
     return bucket + max(bucket, largest) + 2 * largest

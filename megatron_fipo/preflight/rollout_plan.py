@@ -56,7 +56,7 @@ def rollout_plan(config: Config, world_size: int, gpus_per_node: int) -> Rollout
 
 
 def placement_problems(config: Config, plan: RolloutPlan, world_size: int, gpus_per_node: int) -> Iterator[str]:
-    """What of the placement cannot be."""
+    """Find what is impossible in the placement."""
     servers = config.servers
     if config.rollout.engine == "in_process" or servers.urls:
         return

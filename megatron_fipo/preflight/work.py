@@ -17,7 +17,7 @@ from megatron_fipo.preflight.server_memory import ServerMemory
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no configuration says; None takes the default that `resolve` gives.
+    """Assumptions that no configuration states; None takes the default of `resolve`.
 
     Attributes:
         training_efficiency: share of the GPU's peak that training's kernels reach while they wait for no other GPU:
@@ -120,14 +120,17 @@ def batch_plan(config: Config, world_size: int, assumptions: Assumptions) -> Bat
 
 
 def forward_flops(shape: ModelShape, length: float) -> float:
-    """Of one sequence: 2 a parameter and token, and causal attention's 2 * 2 * heads * width * length^2 / 2 a layer."""
+    """Operations of one sequence.
+
+    They are 2 for each parameter and token, and causal attention's 2 * 2 * heads * width * length^2 / 2 for each layer.
+    """
     attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * length * length
     return 2 * matmul_parameters(shape) * length + attention
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one step over all GPUs, and its time.
+    """Operations of one step over all GPUs, and its time.
 
     Attributes:
         tokens_generated, tokens_trained: prompts left out, and counted; the latter once for each epoch.
@@ -261,7 +264,7 @@ def _forward_parts(shape: ModelShape, length: float) -> _Parts:
 
 
 def _recomputed_parts(config: Config, shape: ModelShape, length: float) -> _Parts:
-    """What backward recomputes of forward. Logits always are, from the hidden states that are kept."""
+    """Operations of forward that backward repeats. Logits are always recomputed, from the kept hidden states."""
     logits = 2 * shape.vocab_size * shape.hidden_size * length
     if config.model.recompute == "full":
         return _forward_parts(shape, length)
@@ -291,7 +294,7 @@ def _decode_seconds(
     concurrency: float,
     context: float,
 ) -> float:
-    """Of one decoding step of a server: it reads all weights and all keys and values, and multiplies."""
+    """Return the seconds of one decoding step: a server reads all weights, keys and values, and multiplies."""
     size = WEIGHT_BYTES[config.model.dtype]
     read = whole_parameters(shape) * size / server_tp + concurrency * context * server.bytes_per_token
     operations = 2 * matmul_parameters(shape) * concurrency / server_tp

@@ -49,7 +49,7 @@ def is_correct(sample: Trajectory) -> bool:
 
 
 def overlong_penalty(length: int, max_response_tokens: int, buffer_tokens: int, penalty: float) -> float:
-    """What the length adds to the reward: 0 up to max_response - buffer, then falling linearly to -penalty at the end.
+    """Return what the length adds to the reward: 0 up to max_response - buffer, then a linear fall to -penalty.
 
     Args:
         length: response tokens.

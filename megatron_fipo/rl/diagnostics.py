@@ -67,12 +67,12 @@ def advantage_metrics(groups: Sequence[Group]) -> Metrics:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How the first update's own forward pass compares with the later ones."""
+    """Compares the first update's own forward pass with the later ones."""
 
     metrics: Metrics
     """noise_floor/<log_prob_shift or future_kl>/{std, absmax, share_of_later_std}."""
     warning: str
-    """What to tell the user where noise dominates; empty otherwise."""
+    """A warning for the user if noise dominates, else an empty string."""
 
 
 def noise_floor(first: Mapping[str, float], later: Mapping[str, float]) -> NoiseFloor:

@@ -34,7 +34,7 @@ class BatchNotFilledError(RuntimeError):
 
 @dataclass
 class _Counts:
-    """What became of this step's groups."""
+    """Counts of what happened to this step's groups."""
 
     rounds: int = 0
     generated: int = 0
@@ -136,7 +136,7 @@ class DynamicSampler:
         return taken
 
     def metrics(self) -> Metrics:
-        """What this step's sampling did; call after `take`. Every rank sees all groups, so the numbers are alike."""
+        """Return metrics of this step's sampling, the same on every rank; call it after `take`."""
         counts, generated = self._counts, max(self._counts.generated, 1)
         return {
             "rollout/generation_rounds": Last(counts.rounds),

@@ -10,7 +10,7 @@ from megatron_fipo.rl.trajectory import Group, Trajectory
 from megatron_fipo.verifiers.registry import shown_name
 
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
-"""What differs between errors of one kind: quoted text and numbers."""
+"""Parts that may differ between errors of one kind: quoted text and numbers."""
 
 
 @dataclass(frozen=True)

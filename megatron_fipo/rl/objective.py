@@ -34,14 +34,14 @@ SAFETY_RANGE = (0.8, 1.0)
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What one microbatch adds to an update, and what it was made of."""
+    """One microbatch's contribution to an update, with the values that it was computed from."""
 
     loss_sum: Tensor
     """0-d, differentiable. Divide by `normalizer` summed over all microbatches, data- and context-parallel ranks."""
     normalizer: Tensor
     """0-d int64: tokens (token_mean), sequences (sequence_mean) or sequences * sequence_sum_tokens (sequence_sum)."""
     metrics: Metrics
-    """By name, with their reductions; see `objective_metrics`."""
+    """Metrics by name, with their reductions; see `objective_metrics`."""
     token_loss: Tensor
     """[T] what was aggregated over `final_mask`, KL penalty and entropy bonus included; detached."""
     influence_weights: Tensor
@@ -153,7 +153,7 @@ def reference_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Influence:
-    """What Future-KL makes of a microbatch; detached."""
+    """The result of Future-KL for one microbatch; all tensors are detached."""
 
     weights: Tensor
     """[T] f."""

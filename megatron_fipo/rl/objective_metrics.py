@@ -115,7 +115,7 @@ def _bin_edges(device: torch.device) -> Tensor:
 
 
 def _fipo_metrics(weights: Tensor, future_kl: Tensor, mask: Tensor, count: Tensor, config: FipoConfig) -> Metrics:
-    """What Future-KL and the weights look like.
+    """Metrics of Future-KL and the influence weights.
 
     clipped_share is where the range changed exp(F). clipped_high_share and clipped_low_share are the public code's odd
     definitions, judged after the safety clip and at the very ends of the range: on-policy under [1.0, 1.2] every weight

@@ -34,7 +34,7 @@ class PackedBatch:
     sequence_ids: Tensor
     """int64 [T], the sequence of each token."""
     layout: PackedLayout
-    """Where the sequences lie, on the CPU."""
+    """Positions of the sequences, on the CPU."""
     cu_seqlens_padded: Tensor
     """int32 [S + 1], cumulative lengths with padding, on the batch's device: for attention's kernels."""
     response_token_counts: Tensor

@@ -57,7 +57,7 @@ class PackedLayout:
         return torch.tensor([0, *self.padded]).cumsum(0)
 
     def rows_of(self, sequence: int) -> slice:
-        """Those of this rank's rows that belong to a sequence: consecutive, and as many on every rank."""
+        """Return this rank's rows of a sequence: they are consecutive, and every rank has equally many."""
         return slice(self._bounds[sequence], self._bounds[sequence + 1])
 
     @cached_property

@@ -168,7 +168,7 @@ def pack_tokens(
 
 
 def _layout(lengths: Sequence[int], pad_multiple: int, total_tokens: int | None) -> PackedLayout:
-    """Of sequences padded to the multiple, with a filler behind them where they are none or fewer than total_tokens."""
+    """Lay out padded sequences; a filler follows if there are none, or fewer tokens than total_tokens."""
     padded = [round_up(length, pad_multiple) for length in lengths]
     filler = pad_multiple if not lengths else 0
     if total_tokens is not None:

@@ -52,7 +52,7 @@ BANDS = ((0.99, 1.01), (0.8, 1.25), (0.5, 2.0))
 
 @dataclass(frozen=True)
 class Correction:
-    """What a correction makes of a microbatch's loss; detached."""
+    """The result of a correction for one microbatch; all tensors are detached."""
 
     weights: Tensor
     """[T] factor of each token's policy loss."""
@@ -124,7 +124,7 @@ def _sequence_sums(difference: Tensor, mask: Tensor, sequences: Sequences) -> tu
 
 
 def mismatch_metrics(difference: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> Metrics:
-    """What the gap looks like over the response tokens of one microbatch.
+    """Metrics of the gap over the response tokens of one microbatch.
 
     The tokens were sampled from mu, so that both estimates are of KL(mu || pi_old): kl_k1 is the mean of -d, unbiased
     and of either sign; kl (k3) the mean of exp(d) - 1 - d, unbiased too, never negative and of less variance.

@@ -39,7 +39,7 @@ class Segments:
     cu: Tensor
     """int64 [N + 1] on the CPU, cumulative lengths: 0 = first <= … <= last = T."""
     cu_on_device: Tensor
-    """The same on the device of the tokens."""
+    """`cu` on the device of the tokens."""
     num_tokens: int
     """T."""
     longest: int

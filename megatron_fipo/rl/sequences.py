@@ -39,7 +39,7 @@ class Sequences(Protocol):
 
     @property
     def counts_here(self) -> bool:
-        """Whether this rank adds the sequences to counts of sequences: true on exactly one of those that share them."""
+        """Whether this rank counts the sequences: true on exactly one of the ranks that share them."""
         ...
 
     def suffix_sum(self, x: Tensor, flags: Tensor, half_life_tokens: float) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class WholeSequences:
         return segment_suffix_sum(x, self._segments, half_life_tokens), count_per_sequence(flags, self.ids, self.num)
 
     def total(self, per_sequence: Tensor) -> Tensor:
-        """What it was given: here they are sums over whole sequences already."""
+        """Return the argument: here sums are over whole sequences already."""
         return per_sequence
 
 

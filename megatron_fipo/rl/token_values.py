@@ -54,7 +54,7 @@ class TokenValues:
             raise ValueError(f"response_mask must be bool; it is {self.response_mask.dtype}.")
 
     def raised(self) -> TokenValues:
-        """The same with log-probs and advantages in one dtype, float32 at least; entropy stays as it is."""
+        """Return the values with log-probs and advantages in one dtype, at least float32; entropy keeps its dtype."""
         dtype = torch.promote_types(self.log_probs.dtype, torch.float32)
         names = ("log_probs", "old_log_probs", "advantages", "reference_log_probs", "rollout_log_probs")
         given = {name: getattr(self, name) for name in names}

@@ -75,7 +75,7 @@ class Segment:
 def policy_segments(
     token_ids: Tensor, log_probs: Tensor, policy_versions: Sequence[tuple[int, int, int]] = (), start: int = 0
 ) -> list[Segment]:
-    """What the policy wrote at one go, cut where its weights changed.
+    """Cut what the policy wrote in one go at the tokens where its weights changed.
 
     Args:
         token_ids: int64 [n].
@@ -104,7 +104,7 @@ def policy_segments(
 
 
 class OfSegments:
-    """What follows from the segments of a response, or of a part of one."""
+    """Properties that are derived from the segments of a response, or of a part of one."""
 
     segments: list[Segment]
 
@@ -155,7 +155,7 @@ class Trajectory(OfSegments):
     prompt_ids: Tensor
     """int64 [P]."""
     segments: list[Segment]
-    """In the order in which they were written."""
+    """The response's segments, in the order in which they were written."""
     finish_reason: str
     """stop, length or abort."""
     response_text: str = ""

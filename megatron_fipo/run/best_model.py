@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_fipo.system.disk import write_text_whole
 
 RECORD = "best.json"
-"""In the folder: which step's model it is, by which metric and value."""
+"""File in the folder that says which step's model it is, by which metric and value."""
 
 
 class BestModel:
@@ -29,7 +29,7 @@ class BestModel:
         self.step = 0
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run goes on comparing with."""
+        """Return the best value so far, with which a resumed run compares."""
         return {"value": self.value, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

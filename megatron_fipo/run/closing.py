@@ -58,7 +58,7 @@ def _push_and_say_where_things_lie(parts: RunParts) -> None:
 
 
 def command_that_resumes(config: Config, arguments: Sequence[str]) -> str:
-    """What to type to resume: the command that was typed, with train.resume=true where it says otherwise."""
+    """Return the command that resumes the run: the one that was typed, with train.resume=true if it said otherwise."""
     typed = os.environ.get(COMMAND)
     if typed is None:
         launcher = (
@@ -71,7 +71,7 @@ def command_that_resumes(config: Config, arguments: Sequence[str]) -> str:
 
 
 def _console_script() -> str:
-    """How this environment's `megatron-fipo` is called from here."""
+    """Return the command by which this environment's `megatron-fipo` is called from here."""
     script = Path(sys.executable).with_name("megatron-fipo")
     here = Path.cwd()
     return str(script.relative_to(here)) if script.is_relative_to(here) else "megatron-fipo"

@@ -45,7 +45,7 @@ from megatron_fipo.verifiers.registry import also_look_in
 
 
 class Loop(Protocol):
-    """What trains."""
+    """A training loop over a run's parts."""
 
     parts: RunParts
 

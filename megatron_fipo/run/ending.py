@@ -29,7 +29,7 @@ class Ending:
         self.ended_by = self._text if ended_by == self._text else ""
 
     def note_scores(self, scores: Mapping[str, float], num_steps: int) -> None:
-        """The same as `note_step` of an evaluation, which need not hold the rule's metric."""
+        """See whether an evaluation's scores meet the rule. They need not hold the rule's metric."""
         if self._rule is not None and self._rule.metric in scores:
             self.note_step(scores, num_steps)
 

@@ -21,7 +21,7 @@ from megatron_fipo.system.disk import deleted, disk_error, writing
 
 _LOCK = "run.lock"
 _BEFORE_A_RUN = {"evaluation", "jobs", "servers"}
-"""What commands that come before a run make in its folder."""
+"""Entries that commands make in a run's folder before the run."""
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ class NamedRun:
 
 
 _Problem: TypeAlias = tuple[type[HubError] | type[DiskError], str] | None
-"""What a rank cannot go on without: the error's kind and its words."""
+"""An error that stops a rank: its kind and its message."""
 
 
 @dataclass(frozen=True)
 class _Commit:
-    """What a name stands for in this run."""
+    """A name on the hub, with what it stands for in this run."""
 
     name: str
     asked: str | None
@@ -157,7 +157,7 @@ def _moved(repository: Repository, earlier: _Commit) -> list[str]:
 
 
 def _commits_of_earlier_run(config: Config) -> dict[str, _Commit]:
-    """What the run that this one goes on from has recorded."""
+    """Return what the run that is resumed has recorded."""
     file = Path(config.run.output_dir) / "provenance.json"
     if not config.train.resume or not file.is_file():
         return {}

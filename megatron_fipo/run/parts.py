@@ -1,4 +1,4 @@
-"""What a run consists of, built in the one order in which nothing is written for a run that cannot be."""
+"""The parts of a run, built in an order that writes nothing for a run that cannot be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run goes on from, as data: what the loop keeps at hand, and what of it a checkpoint holds."""
+"""The place from which a run resumes, as data, and its form in a checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ResumePoint:
     old_log_probs: Mapping[int, tuple[Tensor, Tensor]] | None = None
 
     def state(self, ranks: ParallelGroups) -> dict[str, Any]:
-        """As plain containers and tensors, the same on every rank. Collective over all ranks."""
+        """Return the point as plain containers and tensors, the same on every rank. Collective over all ranks."""
         state: dict[str, Any] = {"next_step": self.step, **self.rollouts, "best": self.best, "ended_by": self.ended_by}
         state |= {"evaluation_is_due": True} if self.evaluation_is_due else {}
         state |= {"finished": True} if self.finished else {}

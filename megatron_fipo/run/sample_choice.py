@@ -48,7 +48,7 @@ def samples_of_step(
 
 
 def _various(groups: Sequence[Group]) -> list[Group]:
-    """In their order, but the first of each source comes before the second of any."""
+    """Order samples so that the first one of each source comes before the second one of any."""
     seen: dict[str, int] = {}
     keyed = []
     for position, group in enumerate(groups):

@@ -101,7 +101,7 @@ def _files(folder: Path) -> dict[int, Path]:
 
 
 def read_samples(run: str | Path, step: int | None = None) -> list[TrainingSample]:
-    """What was kept of a step.
+    """Return the samples that were kept of a step.
 
     Args:
         run: the run's folder.
@@ -153,7 +153,7 @@ def _fits(value: object, kind: object) -> bool:
 
 
 def _spans(steps: Sequence[int]) -> str:
-    """Such as "steps 0 to 7 and 9"; of many stretches the last ones."""
+    """Name steps in words, such as "steps 0 to 7 and 9"; of many ranges only the last ones are named."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and step == spans[-1][1] + 1:

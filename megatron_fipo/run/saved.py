@@ -176,7 +176,7 @@ class SavedRun:
             self._console.info("changed since the checkpoint: " + "; ".join(check.shown))
 
     def _discard_foreign_rollouts(self, first_step: int) -> None:
-        """Those of steps that are done stay, for the older checkpoints that they belong to."""
+        """Discard rollouts of another configuration. Those of finished steps stay: older checkpoints need them."""
         discarded = self._ledger.discard_others(first_step) if self._is_leader else 0
         exchange.barrier(self._actor.ranks.world)
         if discarded:
