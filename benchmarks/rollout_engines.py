@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 import torch
@@ -27,8 +28,7 @@ from megatron_fipo.config import load_config
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.rl.trajectory import Trajectory
-from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, Turn
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.setup import build_server_engine
@@ -89,6 +89,9 @@ def _requests(arguments: argparse.Namespace, vocab_size: int) -> list[Generation
     return requests
 
 
+Engine: TypeAlias = InProcessEngine | ServerEngine
+
+
 def _measure(choice: str, arguments: argparse.Namespace, requests: list[GenerationRequest], actor: Actor) -> Result:
     name, _, python = choice.partition("=")
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +118,7 @@ def _measure(choice: str, arguments: argparse.Namespace, requests: list[Generati
     return Result(name, start_s, sync_s, seconds, num_tokens, difference, peak)
 
 
-def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path, ranks: ParallelGroups) -> RolloutEngine:
+def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path, ranks: ParallelGroups) -> Engine:
     if name == "in_process":
         # No token ends a response: one outside the vocabulary is refused, so none is named.
         return InProcessEngine(arguments.model, stop_token_ids=())
@@ -135,11 +138,11 @@ def _build(name: str, python: str, arguments: argparse.Namespace, folder: Path, 
     return engine
 
 
-async def _generate(engine: RolloutEngine, requests: list[GenerationRequest]) -> list[Trajectory]:
+async def _generate(engine: Engine, requests: list[GenerationRequest]) -> list[Turn]:
     return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
 
 
-def _difference(actor: Actor, samples: list[Trajectory]) -> float:
+def _difference(actor: Actor, samples: list[Turn]) -> float:
     """Largest |difference| of a sampled token's log-prob."""
     sequences = [[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()] for sample in samples]
     found = actor.score(sequences)
