@@ -62,7 +62,7 @@ class HeldOutEvaluation:
             groups = self._generate(prompts)
             self._solved += [group.prompt for group in groups if all(sample.accuracy == 1 for sample in group.samples)]
             problems = [ProblemResult.from_group(group) for group in groups]
-            metrics |= evaluate_problems(problems)[source].metrics
+            metrics |= evaluate_problems(problems)
             if self._folder is not None:
                 try:
                     write_problems(self._folder / f"{when}_{source}.jsonl", problems)
