@@ -214,7 +214,7 @@ def _engine(config: Config, tokenizer: Any, folder: Path) -> Iterator[RolloutEng
 
 
 def _fingerprint(config: Config) -> str:
-    """Of everything that decides the responses and their verdicts; the weights' files by name, size and time."""
+    """Digest of everything that decides responses and verdicts; files of weights count by name, size and time."""
     files = sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(config.model.path).glob("*")
     )

@@ -1,4 +1,4 @@
-"""Scores of a policy on held-out problems: avg@k, cons@k, pass@k, lengths. Pure: judged groups in, numbers out.
+"""Scores of a policy on held-out problems: avg@k, cons@k, pass@k, lengths; and the file of judged problems.
 
 A problem is a prompt with its k judged responses. A response counts as correct if its verifier accepted it in full
 (score 1). One that could not be judged counts as wrong, so that a fault never raises a score; it is also counted apart.
@@ -118,7 +118,7 @@ class ProblemResult:
     finish_reasons: tuple[str, ...]
     errors: tuple[str, ...]
     parts: tuple[dict[str, float], ...] = ()
-    """Of each verdict that has some: several verifiers' own scores, and other numbers."""
+    """The further numbers of each verdict, such as the scores of several verifiers; empty where no verdict has any."""
 
     @classmethod
     def from_group(cls, group: Group) -> ProblemResult:

@@ -22,7 +22,8 @@ import torch
 from torch.distributed import TCPStore
 
 _SETTLE_S = 0.5
-"""Once a rank has failed, others may fail of it, and be heard first: so long all are listened to."""
+"""After the first failure, failures are collected for this long: a rank that failed as a consequence may report before
+the one that caused it."""
 
 
 class RankError(RuntimeError):
@@ -31,12 +32,12 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a rank says at its end."""
+    """The result or the failure of a rank."""
 
     result: Any
     failure: str | None
     time_s: float
-    """CLOCK_MONOTONIC, which all processes of a machine share."""
+    """When it ended, by CLOCK_MONOTONIC, which all processes of a machine share."""
 
 
 def run_local_ranks(

@@ -47,7 +47,7 @@ MAX_BATCH_SIZE = 64
 """Most responses handed to a worker at a time."""
 
 MAX_START_ATTEMPTS = 8
-"""How often a worker that is killed or too slow is started, one try after the other, before the run is given up."""
+"""The run is given up after this many starts in a row of a worker that is killed or too slow."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
 """Pause before a worker is started again, doubled each time: memory and disks take a while to be free again."""
