@@ -69,8 +69,8 @@ def test_what_sets_the_grpo_family_apart(runs: dict[str, Any]) -> None:
     assert len({line["policy/response_tokens"] for line in family}) == 1, "none of them filters groups"
     assert all(line["rollout/generation_rounds"] == 1 for line in family)
     # Over a group of n that has right and wrong responses, squares of (R - mean) / std sum to n - 1. Without
-    # the division they sum to 4k(n-k)/n for k right ones: to 6, 7.5 and 7.5 here, so that only the 1e-6 beside std tells
-    # the two apart.
+    # the division they sum to 4k(n-k)/n for k right ones: to 6, 7.5 and 7.5 here, so that only the 1e-6 beside std
+    # tells the two apart.
     num_responses = grpo["rollout/batch_groups"] * NUM_SAMPLES
     assert math.isclose(grpo["advantages/std"] ** 2 * num_responses, 3 * (NUM_SAMPLES - 1), rel_tol=1e-5)
     assert grpo["advantages/std"] == sequence_mean["advantages/std"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_fipo.evaluation.chat import Chat, ChatOptions, TextPrinter, run
+from megatron_fipo.evaluation.chat import Chat, ChatOptions, TextPrinter, talk
 from tests.models import save_random_model
 
 
@@ -75,4 +75,4 @@ def test_a_text_that_is_no_text_is_refused() -> None:
 def test_without_a_standard_input_there_is_nothing_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(ValueError, match="give a text with --prompt"):
-        run("folder", None, ChatOptions())
+        talk("folder", None, ChatOptions())

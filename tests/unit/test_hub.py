@@ -19,8 +19,7 @@ from megatron_fipo.cli import main
 from megatron_fipo.config import Config, DataSourceConfig, is_hub_name, load_config, recorded_values, save_resolved
 from megatron_fipo.convert.offline.run_checkpoint import find_checkpoint
 from megatron_fipo.data.records import read_records
-from megatron_fipo.evaluation.chat import ChatOptions
-from megatron_fipo.evaluation.chat import run as run_chat
+from megatron_fipo.evaluation.chat import ChatOptions, talk
 from megatron_fipo.hub import client
 from megatron_fipo.hub.client import NoAccessError, UnreachableError
 from megatron_fipo.hub.datasets import choose_files, fetched_here
@@ -500,9 +499,9 @@ def test_preflight_fetches_the_sizes_alone(hub: StandInHub, tmp_path: Path, caps
 def test_chat_takes_a_name(hub: StandInHub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.repository(NAME).commit(MODEL)
     options = ChatOptions(temperature=0.0, max_tokens=16)
-    assert run_chat(NAME, "3+4=", options) == 0
+    talk(NAME, "3+4=", options)
     by_name = capsys.readouterr().out
-    assert run_chat(str(BASE), "3+4=", options) == 0
+    talk(str(BASE), "3+4=", options)
     assert capsys.readouterr().out == by_name != ""
     assert main(["chat", "Qwen/None", "--prompt", "3+4="]) == 2
     assert "megatron-fipo chat: model=Qwen/None: no folder" in capsys.readouterr().err
