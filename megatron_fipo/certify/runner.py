@@ -19,6 +19,8 @@ from megatron_fipo.config import Config, read_model_config
 from megatron_fipo.convert.hf_config import ModelShape, model_shape
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 
+LAYOUT_TIMEOUT_S = 900.0
+"""Longest time that a layout may take."""
 LEARNING_RATE = 1e-4
 """Learning rate of the certified updates. The recipes' 1e-6 moves float32 weights by so few of their last bits that
 ||p - start|| would measure rounding."""
@@ -38,7 +40,6 @@ class Options:
         num_steps, num_updates: steps, and optimizer updates in each.
         longest_response: tokens of the longest synthetic response.
         dtype: of the model, float32 or bfloat16; bounds differ.
-        timeout_s: for each layout.
     """
 
     layouts: tuple[str, ...] = ()
@@ -48,7 +49,6 @@ class Options:
     num_updates: int = 8
     longest_response: int = 120
     dtype: str = "float32"
-    timeout_s: float = 900.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Runner:
             output=output,
             control=control.name if control else None,
         )
-        run_local_ranks(run_rank, layout.world_size, job, preload=_PRELOAD, timeout_s=options.timeout_s)
+        run_local_ranks(run_rank, layout.world_size, job, preload=_PRELOAD, timeout_s=LAYOUT_TIMEOUT_S)
         record = torch.load(output, weights_only=False)
         output.unlink()
         assert isinstance(record, Record)

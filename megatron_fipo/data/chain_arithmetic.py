@@ -23,7 +23,7 @@ MAX_VALUE = 99
 """Running values lie in 0 … 99."""
 
 _SLIPS = (-10, -3, -2, -1, 1, 2, 3, 10)
-"""How far off a wrong result is: miscounting by a few, or a lost or extra carry."""
+"""The errors of a wrong result: miscounting by a few, or a lost or extra carry."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class CannotFetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written.
+    """A prepared file.
 
     Attributes:
         output: the file.
@@ -95,7 +95,7 @@ def prepare(
 
 
 def configuration_lines(name: str, prepared: Prepared, instruction: str) -> str:
-    """What to write into a configuration for a prepared file."""
+    """The line of a configuration that names a prepared file."""
     verifier = {"answer": "math_answer", "boxed": "math_boxed", "none": "math"}[instruction]
     return (
         f"{name}: {{kind: parquet, path: {prepared.output}, schema: dapo_math, chat_template: true, "

@@ -58,7 +58,7 @@ def _files_inside(folder: Path) -> str:
 
 
 def _misfit(start: bytes, kind: str) -> str:
-    """What a file that begins so is, where it is not of the kind; empty where it may be."""
+    """Name what a file with these first bytes really is; empty if it may be of its kind."""
     if not start:
         return "holds no prompts: it is empty (0 bytes), as after a download that broke off. Fetch it again."
     if start.startswith(_LFS_POINTER):
@@ -146,7 +146,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_hint(raw: bytes) -> str:
-    """What to do about files that are JSON, or tables, of another shape."""
+    """The remedy for files that are JSON or tables, but of another shape."""
     start = raw.lstrip()[:1]
     if start == b"[":
         return ". A file that is one list becomes lines by `jq -c '.[]'`"

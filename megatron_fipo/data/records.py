@@ -50,7 +50,7 @@ RecordGenerator: TypeAlias = Callable[[int, int], Record]
 
 @dataclass(frozen=True)
 class RecordFile:
-    """What a file holds.
+    """The records of a file.
 
     Attributes:
         records: its rows without repeated prompts, at most the source's num_prompts.
@@ -273,7 +273,7 @@ def _record(row: Mapping[str, Any], source: DataSourceConfig, place: str, with_r
 
 
 _PYTHON_CHAT = re.compile(r"""\s*\[\s*\{\s*'(?:role|content)'\s*:\s*['"]""")
-"""How a list of messages begins that was turned into text by str, as pandas does for CSV."""
+"""The beginning of a list of messages that `str` turned into text, as pandas does for CSV."""
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which reference answers a verifier can compare with anything: others are refused when the data is read.
+"""Checks, when data is read, that each reference answer is one that its verifier can compare with anything.
 
 A reference that no response can equal makes every response wrong without an error, and a run learns nothing for a
 reason that no log tells. The rules, by verifier:
@@ -27,7 +27,7 @@ MATHEMATICAL = ("math", "math_answer", "math_boxed")
 COMPARED = (*MATHEMATICAL, "chain_arithmetic", "exact")
 """Verifiers that compare the answer with the reference's text."""
 _MISSING_NUMBERS = ("nan", "<na>", "nat")
-"""As pandas writes them as text."""
+"""Missing values and truth values in the form in which pandas writes them as text."""
 PROGRAMS = ("code", "code_unprotected")
 
 

@@ -25,12 +25,12 @@ from megatron_fipo.system.event_loop import run_to_end
 from megatron_fipo.system.text_hygiene import clean_text
 
 MAX_LISTED_CHARACTERS = 100
-"""A tokenizer of no more characters than these is told in full where it does not know one."""
+"""If a tokenizer knows no more characters than this, they are all listed when somebody types another one."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What `megatron-fipo chat` takes besides the model."""
+    """The options of `megatron-fipo chat`, without the model."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -95,7 +95,7 @@ class Chat:
         folder = model_folder(str(folder), key="model")
         read_model_config(folder)  # transformers would look for a path that does not exist on the hub, code and all
         self.warning = check_weights(folder)
-        """Of files in the folder that are not read; empty where there are none."""
+        """A warning about files in the folder that are not read; empty where there are none."""
         self.options = options
         self.tokenizer = load_tokenizer(folder)
         on_gpu = torch.cuda.is_available()
@@ -165,7 +165,7 @@ class Chat:
 
 
 def _known_characters(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that a tokenizer of a few single characters knows; empty where its words are too many or longer."""
+    """Every character that the tokenizer knows; empty where it knows too many to list, or whole words."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: int(item[1]))
     known = [word for word, _ in words if word not in tokenizer.all_special_tokens]
     is_small = len(known) <= MAX_LISTED_CHARACTERS and all(len(word) == 1 for word in known)

@@ -1,4 +1,4 @@
-"""Evaluation of the policy in the course of a run: scored, shown, written down."""
+"""Evaluates the policy in the course of a run: scores its responses, shows them, and writes them down."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class HeldOutEvaluation:
             groups = self._generate(prompts)
             self._solved += [group.prompt for group in groups if all(sample.accuracy == 1 for sample in group.samples)]
             problems = [ProblemResult.from_group(group) for group in groups]
-            metrics |= evaluate_problems(problems)[source].metrics
+            metrics |= evaluate_problems(problems)
             if self._folder is not None:
                 try:
                     write_problems(self._folder / f"{when}_{source}.jsonl", problems)
@@ -99,7 +99,7 @@ class HeldOutEvaluation:
         return [typed[0], typed[-1]] if len(typed) > 1 else typed
 
     def scores_before(self) -> dict[str, float]:
-        """What training began with, as this run or the one that it goes on from wrote it; empty where nothing did."""
+        """The scores before training, as this run or the one that it resumes wrote them; empty if none were written."""
         if self._folder is None or not (path := self._folder / "before.json").is_file():
             return {}
         try:
@@ -148,7 +148,7 @@ def _no_scores(path: Path, reason: str) -> ValueError:
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What is shown of an evaluation; the rest is in the metrics."""
+    """The scores that are shown; the others are only in the metrics."""
     short = {name.removeprefix("evaluation/"): value for name, value in metrics.items()}
     return {
         name: value

@@ -31,7 +31,6 @@ from megatron_fipo.environments.single_turn import Decode, SingleTurn, decode_wi
 from megatron_fipo.environments.verifier_probes import VerifierProbes, first_held_out
 from megatron_fipo.evaluation.scores import (
     EVALUATION_STEP,
-    EvaluationResult,
     ProblemResult,
     evaluate_problems,
     write_problems,
@@ -62,7 +61,7 @@ class EvaluationStoppedError(Exception):
 
 def evaluate_folder(
     config: Config, model_path: str, console: Console, folder: Path
-) -> tuple[dict[str, EvaluationResult], list[ProblemResult]]:
+) -> tuple[dict[str, float], list[ProblemResult]]:
     """Generate and judge responses to every evaluation prompt of a configuration.
 
     Args:
@@ -72,7 +71,7 @@ def evaluate_folder(
         folder: where responses are recorded, and those of an interrupted evaluation are found.
 
     Returns:
-        Results by source, and the problems behind them.
+        Scores by flat name (`evaluate_problems`), and the problems behind them.
 
     Raises:
         ValueError: if the configuration has no evaluation data, or the folder no model.
@@ -215,7 +214,7 @@ def _engine(config: Config, tokenizer: Any, folder: Path) -> Iterator[RolloutEng
 
 
 def _fingerprint(config: Config) -> str:
-    """Of everything that decides the responses and their verdicts; the weights' files by name, size and time."""
+    """Digest of everything that decides responses and verdicts; files of weights count by name, size and time."""
     files = sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(config.model.path).glob("*")
     )
@@ -241,14 +240,13 @@ def evaluate_and_report(config: Config, model_path: str, folder: Path) -> int:
     """
     console = Console(config)
     try:
-        results, problems = evaluate_folder(config, model_path, console, folder)
+        metrics, problems = evaluate_folder(config, model_path, console, folder)
     except EvaluationStoppedError:
         console.info("stopped by a signal; the same command generates what is missing")
         return EXIT_STOPPED
     except DiskError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_STOPPED
-    metrics = {name: value for result in results.values() for name, value in result.metrics.items()}
     try:
         write_problems(folder / "problems.jsonl", problems)
         write_text_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

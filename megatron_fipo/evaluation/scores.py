@@ -1,4 +1,4 @@
-"""Scores of a policy on held-out problems: avg@k, cons@k, pass@k, lengths. Pure: judged groups in, numbers out.
+"""Scores of a policy on held-out problems: avg@k, cons@k, pass@k, lengths; and the file of judged problems.
 
 A problem is a prompt with its k judged responses. A response counts as correct if its verifier accepted it in full
 (score 1). One that could not be judged counts as wrong, so that a fault never raises a score; it is also counted apart.
@@ -118,7 +118,7 @@ class ProblemResult:
     finish_reasons: tuple[str, ...]
     errors: tuple[str, ...]
     parts: tuple[dict[str, float], ...] = ()
-    """Of each verdict that has some: several verifiers' own scores, and other numbers."""
+    """The further numbers of each verdict, such as the scores of several verifiers; empty where no verdict has any."""
 
     @classmethod
     def from_group(cls, group: Group) -> ProblemResult:
@@ -151,36 +151,8 @@ class ProblemResult:
         }
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Scores on one source.
-
-    Attributes:
-        source: name of the source.
-        num_problems: problems.
-        num_samples: k, responses to each.
-        avg, cons, pass_all: means over problems of avg@k, cons@k and pass@k.
-        avg_ci95: lower and upper end of the 95% confidence interval of avg; see `confidence_interval`.
-        metrics: everything as flat names, evaluation/<source>/….
-    """
-
-    source: str
-    num_problems: int
-    num_samples: int
-    avg: float
-    cons: float
-    pass_all: float
-    avg_ci95: tuple[float, float]
-    metrics: dict[str, float]
-
-
-def evaluate_samples(groups: Iterable[Group]) -> dict[str, EvaluationResult]:
-    """Scores of judged groups by source; see `evaluate_problems`."""
-    return evaluate_problems([ProblemResult.from_group(group) for group in groups])
-
-
-def evaluate_problems(problems: Sequence[ProblemResult]) -> dict[str, EvaluationResult]:
-    """Scores by source, sources in order of first appearance.
+def evaluate_problems(problems: Sequence[ProblemResult]) -> dict[str, float]:
+    """Scores under flat names, evaluation/<source>/…, sources in order of first appearance.
 
     Raises:
         ValueError: if a source's problems have different numbers of responses, or one has none.
@@ -188,10 +160,14 @@ def evaluate_problems(problems: Sequence[ProblemResult]) -> dict[str, Evaluation
     by_source: dict[str, list[ProblemResult]] = {}
     for problem in problems:
         by_source.setdefault(problem.source, []).append(problem)
-    return {source: _evaluate_source(source, members) for source, members in by_source.items()}
+    return {
+        f"evaluation/{source}/{name}": score
+        for source, members in by_source.items()
+        for name, score in _scores_of_source(source, members).items()
+    }
 
 
-def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationResult:
+def _scores_of_source(source: str, problems: list[ProblemResult]) -> dict[str, float]:
     counts = {len(problem.correct) for problem in problems}
     if len(counts) != 1:
         raise ValueError(
@@ -207,7 +183,7 @@ def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationRe
     }
     lengths = np.array([length for problem in problems for length in problem.response_tokens], dtype=np.float64)
     reasons = [reason for problem in problems for reason in problem.finish_reasons]
-    metrics = {
+    return {
         f"avg@{k}": avg,
         f"avg@{k}_ci95_low": ci95[0],
         f"avg@{k}_ci95_high": ci95[1],
@@ -225,16 +201,6 @@ def _evaluate_source(source: str, problems: list[ProblemResult]) -> EvaluationRe
         "problems/count": float(len(problems)),
         **_means_of_parts(problems),
     }
-    return EvaluationResult(
-        source=source,
-        num_problems=len(problems),
-        num_samples=k,
-        avg=avg,
-        cons=cons,
-        pass_all=passes[k],
-        avg_ci95=ci95,
-        metrics={f"evaluation/{source}/{name}": value for name, value in metrics.items()},
-    )
 
 
 def _means_of_parts(problems: Iterable[ProblemResult]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Requests to the hub through huggingface_hub, what came checked against the hub's checksums, errors in our words."""
+"""Requests to the hub through huggingface_hub. Checks what came against the hub's checksums; words errors our way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONGEST_RETRY_WAIT_S = 60.0
 LONGEST_SILENCE_S = 30.0
 """Time without a byte from the hub after which a request is given up; the client then asks again a few times."""
 LONGEST_SILENCE_OF_UPLOADS_S = 300.0
-"""The same for what is sent, which the hub may have to check first."""
+"""The same limit for uploads, which the hub may have to check before it answers."""
 _Answer = TypeVar("_Answer")
 
 
@@ -39,7 +39,7 @@ class NoAccessError(HubError):
 
 
 def current_commit(repository: Repository) -> str:
-    """The commit that a repository's revision stands at, asked of the hub.
+    """Ask the hub for the commit that a repository's revision stands at.
 
     Raises:
         HubError: if it does not say.
@@ -137,7 +137,7 @@ def cached_snapshot(
 
 
 def _answer(repository: Repository, request: Callable[[], _Answer]) -> _Answer:
-    """What the client gets, in our words where that is an error."""
+    """Call the hub's client, and turn its errors into ours."""
     from huggingface_hub.errors import HTTPError
 
     end_waits()
@@ -191,7 +191,7 @@ def retried(request: Callable[[], _Answer]) -> _Answer:
 
 
 def _reason(error: Exception) -> Exception:
-    """What lies behind the client's first words, which are of its cache."""
+    """The cause of an error whose own words only speak of the client's cache."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HTTPError, OSError)):
@@ -200,7 +200,7 @@ def _reason(error: Exception) -> Exception:
 
 
 def explained(repository: Repository, error: Exception) -> HubError | DiskError:
-    """What an error of huggingface_hub means for who named the repository, and what to do."""
+    """Say what an error of huggingface_hub means for those who named the repository, and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         OfflineModeIsEnabled,
@@ -255,7 +255,7 @@ def explained(repository: Repository, error: Exception) -> HubError | DiskError:
 
 
 def missing_in_cache(repository: Repository) -> str:
-    """Where a repository was looked for without the hub, and what fetches it."""
+    """Say where a repository was looked for without asking the hub, and which command fetches it."""
     return (
         f"{repository.key}={repository.name}: {_looked_here(repository)}and nothing was asked of the hub. "
         f"It is fetched by\n    {repository.download_command}"

@@ -144,7 +144,7 @@ def cached_source(key: str, source: DataSourceConfig) -> FetchedSource | None:
 
 
 def would_download(key: str, source: DataSourceConfig) -> str:
-    """What is said of a data set that is not in the cache, by a command that fetches nothing."""
+    """The message about a data set that is not in the cache, for commands that fetch nothing."""
     return f"{missing_in_cache(source_repository(key, source))}\nA run would fetch it from the hub."
 
 

@@ -32,7 +32,7 @@ MODEL_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-"""What is fetched of a model: configuration, weights, tokenizer, licence. Neither code nor pickles."""
+"""Files that are fetched of a model: configuration, weights, tokenizer, licence; neither code nor pickles."""
 LEFT_OUT = ("*/*", "consolidated*")
 """Folders (exports for other programs, original formats), and a second copy of the weights beside the first."""
 _FIRST_FILES = ("config.json",)
@@ -126,12 +126,12 @@ def revision_without_name(path: str, revision: str) -> str:
 
 
 def would_download(repository: Repository) -> str:
-    """What is said of a model that is not in the cache, by a command that fetches nothing."""
+    """The message about a model that is not in the cache, for commands that fetch nothing."""
     return f"{missing_in_cache(repository)}\nA run would fetch it from the hub."
 
 
 def _what_is_missing(folder: Path) -> str:
-    """What keeps a folder from being a whole model; empty where nothing does."""
+    """The reason why a folder is not a whole model; empty if it is one."""
     if not (folder / "config.json").is_file():
         return "there is no config.json"
     if not (folder / "tokenizer_config.json").is_file():

@@ -1,4 +1,4 @@
-"""A repository on the hub, as configurations name it, and the error of what it does not give."""
+"""A repository on the hub as configurations name it, and the error that is raised where the hub refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Repository:
 
     @property
     def download_command(self) -> str:
-        """What fetches all of it into the hub's cache."""
+        """The command that fetches all of it into the hub's cache."""
         kind = f" --repo-type {self.kind}" if self.kind != "model" else ""
         revision = f" --revision {self.revision}" if self.revision else ""
         return f"hf download {self.name}{kind}{revision}"

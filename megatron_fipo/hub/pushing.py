@@ -1,4 +1,4 @@
-"""A finished model to the hub: whether it may be written there, its card, and the upload."""
+"""Pushes a finished model to the hub: checks the right to write, makes the model's card, uploads."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def push(config: Config, folder: Path, evaluation: Path, origins: Mapping[str, A
 
 
 def upload_command(config: Config, folder: Path) -> str:
-    """What uploads the export by hand."""
+    """The command that uploads the export by hand."""
     private = " --private" if config.checkpoint.hub_private else ""
     return f"hf upload {config.checkpoint.push_to_hub} {folder}{private}"
 

@@ -48,7 +48,7 @@ trap queue_again EXIT
 
 
 def node_script(settings: Settings, project_dir: str, arguments: Sequence[str]) -> str:
-    """What each node runs: one torchrun, and what its processes need.
+    """The script that each node runs: it prepares the environment and starts one torchrun.
 
     Args:
         settings: validated.

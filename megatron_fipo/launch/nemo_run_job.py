@@ -36,7 +36,7 @@ class SubmissionError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be submitted.
+    """A job to submit.
 
     Attributes:
         name: of the run.
@@ -175,7 +175,7 @@ def _stopped_by_signals() -> Iterator[None]:
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # The first is what Slurm sends before its limit; a second is meant in earnest.
+        # The first signal stands for the one that Slurm sends before its limit; a second one ends the run at once.
         forwarded = signal.SIGTERM if received else signal.SIGUSR1
         received.append(number)
         for group in {os.getpgid(child) for child in children_of(os.getpid())} - {os.getpgrp()}:

@@ -19,7 +19,7 @@ from megatron_fipo.config.yaml_values import read_yaml
 
 EXECUTORS = ("slurm", "local")
 SLURM_LEAD_S = 60
-"""Slurm may send the signal before the time limit so much earlier than asked."""
+"""Slurm may deliver the signal up to this many seconds early."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SET_ELSEWHERE = {
     "account": "account",
@@ -40,7 +40,7 @@ _SET_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class SshSettings:
-    """The cluster's login node, for who submits from elsewhere. Authentication is ssh's: keys, agent, or a prompt."""
+    """The cluster's login node, for those who submit from elsewhere. ssh authenticates by keys, agent, or prompt."""
 
     host: str = ""
     """Empty: sbatch is called on this machine."""
@@ -64,7 +64,7 @@ class Settings:
     cpus_per_node: Optional[int] = None
     """Cores of each node; null leaves it to the cluster."""
     memory: Optional[str] = None
-    """Of each node, as sbatch's --mem: 900G, or 0 for all; null leaves it to the cluster."""
+    """Memory of each node in the form of sbatch's --mem: 900G, or 0 for all of it; null leaves it to the cluster."""
     exclusive: bool = True
     """No other job on the nodes."""
     account: Optional[str] = None
@@ -86,7 +86,7 @@ class Settings:
     """Where scripts and logs of submissions go, on a file system that all nodes share; null for outputs/jobs in
     project_dir."""
     container_image: Optional[str] = None
-    """For pyxis and enroot: an image's name or a .sqsh file; null runs without a container."""
+    """Image in which pyxis and enroot run the training: a name or a .sqsh file; null runs without a container."""
     container_mounts: List[str] = field(default_factory=list)
     """SOURCE:TARGET or SOURCE:TARGET:FLAGS, besides project_dir and job_dir, which are always there."""
     ssh: SshSettings = field(default_factory=SshSettings)
@@ -99,7 +99,7 @@ class Settings:
     setup: List[str] = field(default_factory=list)
     """Shell lines on each node before training, such as `module load cuda`."""
     rendezvous_port: Optional[int] = None
-    """On the first node; null derives one from the job's number."""
+    """Port on the first node at which the ranks meet; null derives one from the job's number."""
     sbatch: Dict[str, str] = field(default_factory=dict)
     """Further options of sbatch, such as {reservation: week12, gres: "gpu:8"}."""
 
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _problems(settings: Settings) -> list[str]:
-    """What is wrong with single settings and between them."""
+    """Problems of single settings, and of settings that contradict each other."""
     problems = []
     if settings.executor not in EXECUTORS:
         problems.append(str(choice_problem("executor", settings.executor, EXECUTORS)))

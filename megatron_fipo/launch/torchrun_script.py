@@ -50,7 +50,7 @@ Environment: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE, MODEL_P
 
 @dataclass(frozen=True)
 class Arguments:
-    """What stands behind the script's name."""
+    """The arguments that follow the script's name."""
 
     overrides: tuple[str, ...]
     dry_run: bool = False
@@ -60,7 +60,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Where the processes of a run are.
+    """The nodes and processes of a run.
 
     Attributes:
         number: of nodes. rank: of this one. processes: on each.
@@ -238,7 +238,7 @@ def environment_before_torchrun() -> dict[str, str]:
 
 
 def torchrun_options(nodes: Nodes) -> list[str]:
-    """How torchrun is to start the processes."""
+    """The options that make torchrun start the processes."""
     options = ["--nproc-per-node", str(nodes.processes)]
     if nodes.number == 1:
         return ["--standalone", *options]  # on a port that is free
@@ -250,7 +250,7 @@ def torchrun_options(nodes: Nodes) -> list[str]:
 
 
 def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what a torchrun has set for its process: another one is about to be started."""
+    """The environment less the variables that a torchrun has set: another torchrun is about to be started."""
     return {
         name: value
         for name, value in environment.items()

@@ -1,4 +1,4 @@
-"""What code a run ran: the git revision and the versions of what its numbers depend on."""
+"""The code that a run used: its git revision, and the versions of the packages that numbers depend on."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Distribution:
-    """All the values themselves, for exact quantiles of something of which there are thousands, not millions.
+    """All the values themselves, for exact quantiles where there are thousands of values, not millions.
 
     Attributes:
         values: [n] float32, in any order.
@@ -221,7 +221,7 @@ _KINDS = {kind.__name__: kind for kind in (Sum, Mean, Std, Max, Min, Last, Histo
 
 
 def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:
-    """The same as nothing but containers, numbers and CPU tensors, to be saved; not a bit is rounded."""
+    """The metrics as containers, numbers and CPU tensors only, to be saved. Nothing is rounded."""
     return {
         name: {
             "kind": type(metric).__name__,
@@ -236,7 +236,7 @@ def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:
 
 
 def from_plain(plain: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """What `to_plain` was given."""
+    """The metrics that `to_plain` made plain."""
     return {
         name: _KINDS[values["kind"]](**{key: value for key, value in values.items() if key != "kind"})
         for name, values in plain.items()

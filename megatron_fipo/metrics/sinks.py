@@ -1,4 +1,4 @@
-"""Where a step's metrics go besides the console: JSONL, TensorBoard, Weights & Biases.
+"""The sinks of a step's metrics besides the console: JSONL, TensorBoard, Weights & Biases.
 
 A sink takes the step and a flat dict of floats. A number that is not finite stands for "nothing to measure" (the mean
 over no tokens, the maximum of nothing): JSONL writes null, the trackers leave a gap.

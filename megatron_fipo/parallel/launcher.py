@@ -28,10 +28,10 @@ from megatron_fipo.system.exit_codes import EXIT_KILLED
 from megatron_fipo.system.parent_death import signal_when_parent_ends
 
 COMMAND = "MEGATRON_FIPO_COMMAND"
-"""Environment variable of the ranks: the command line that started them, to be told to whoever wants to go on."""
+"""Environment variable of the ranks: the command line that started them, which messages repeat to say how to resume."""
 
 LAUNCHER = "MEGATRON_FIPO_LAUNCHER"
-"""Environment variable of the ranks: process id of the launcher, with which they leave."""
+"""Environment variable of the ranks: process id of the launcher; when that process dies, they save and leave."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAKEN_BY_TORCH = (*_SIGNALS, signal.SIGQUIT)
@@ -86,7 +86,7 @@ def _store(num_processes: int) -> TCPStore:
 
 
 def _wait(context: SubprocessContext) -> int:
-    """Wait for the ranks to end; the exit code of the one that began the end."""
+    """Wait for the ranks to end. Returns the exit code of the one that failed first, or 0."""
     ended: dict[int, int] = {}
     result = None
     while result is None:
@@ -117,7 +117,7 @@ _REASONS = {
 
 
 def _environment(rank: int, num_processes: int, port: int, command: Sequence[str]) -> dict[str, str]:
-    """Return the variables that torchrun would set on one machine, and the launcher's process id."""
+    """The variables that torchrun would set on one machine, and those above."""
     environment = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -146,7 +146,7 @@ class _Signals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def pass_on_to(self, context: SubprocessContext) -> None:
-        """Name who gets the signals; one that came earlier is passed on now."""
+        """Send signals to these processes from now on, and a signal that came before as well."""
         self._context = context
         self._install()  # torch has put its own in their place
         if self.received:

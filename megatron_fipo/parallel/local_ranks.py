@@ -22,7 +22,8 @@ import torch
 from torch.distributed import TCPStore
 
 _SETTLE_S = 0.5
-"""After the first failure, collect failures for this long: a rank that failed as a consequence may report first."""
+"""After the first failure, failures are collected for this long: a rank that failed as a consequence may report before
+the one that caused it."""
 
 
 class RankError(RuntimeError):
@@ -31,12 +32,12 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Answer:
-    """A rank's result or failure."""
+    """The result or the failure of a rank."""
 
     result: Any
     failure: str | None
     time_s: float
-    """CLOCK_MONOTONIC, which all processes of a machine share."""
+    """When it ended, by CLOCK_MONOTONIC, which all processes of a machine share."""
 
 
 def run_local_ranks(

@@ -1,4 +1,4 @@
-"""Errors that every rank may come to, or one alone, told once."""
+"""Prints an error once, whether one rank met it or all of them."""
 
 from __future__ import annotations
 

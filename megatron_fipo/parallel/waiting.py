@@ -1,7 +1,8 @@
 """Waiting for work that takes anywhere from a second to hours: on a store, with heartbeats, never inside a collective.
 
-A collective gives up after its time-out however alive the others are, and one rank's error leaves the rest in it. Here
-every rank says when it is done, or what went wrong; those that still work beat; and who waits sees each of the three.
+A collective gives up after its time-out although the other ranks may be alive, and if one rank fails, the others stay
+in it. Here each rank posts "done" or its error on a store, and sends heartbeats while it works; a waiting rank reads
+all three.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT_S = 2.0
 SILENCE_S = 60.0
-"""A rank that has sent no heartbeat for this long is taken for dead."""
+"""A rank whose last heartbeat is older than this is taken for dead."""
 _POLL_S = (0.01, 0.5)
-"""First and longest time between two looks."""
+"""First and longest time between two looks at the store."""
 
 _numbers = itertools.count()
 
@@ -29,7 +30,7 @@ class OtherRankError(RuntimeError):
 
 
 class Work:
-    """One piece of work that ranks do at their own pace; used as a context manager on every rank alike.
+    """One piece of work that ranks do at their own pace. Every rank enters it, as a context manager.
 
         with Work(group, "rollout of step 3", on_failure_elsewhere=engine.abort):
             ...  # what this rank has to do, nothing where it has nothing to do

@@ -21,7 +21,7 @@ from megatron_fipo.system.disk import deleted, disk_error, writing
 
 _LOCK = "run.lock"
 _BEFORE_A_RUN = {"evaluation", "jobs", "servers"}
-"""Entries that commands make in a run's folder before the run."""
+"""Folders that commands make in a run's folder before the run itself begins."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RunFolder:
 
 
 class RunLock:
-    """Holds a run's folder for one run, as long as the process lives; one rank alone takes it.
+    """Holds a run's folder for one run, as long as the process lives. Only one rank may take it.
 
     A POSIX record lock: the kernel (on NFS the server) drops it when the process ends, however it ends, and child
     processes do not inherit it.
@@ -116,7 +116,7 @@ class RunLock:
 
 
 def prepare(config: Config) -> tuple[RunFolder, RunLock, str]:
-    """Make the run's folder, lock it, and write its provenance. One rank alone calls this.
+    """Make the run's folder and lock it. Only one rank may call this.
 
     With train.resume=false a folder of an earlier run is renamed, never overwritten; a folder of anything else is
     refused. The configuration is not written yet (`record_config` does that): a run that may not resume is to leave
@@ -179,10 +179,10 @@ def _check_is_a_runs(root: Path) -> None:
 
 
 def record_config(config: Config, folder: RunFolder, origins: Mapping[str, Any] | None = None) -> None:
-    """Write the run's configuration and provenance beside it. One rank alone calls this.
+    """Write the run's configuration and provenance into its folder. Only one rank may call this.
 
     Args:
-        origins: of what the configuration names on the hub.
+        origins: where models and data that the configuration names on the hub came from.
 
     Raises:
         DiskError: if they cannot be written.

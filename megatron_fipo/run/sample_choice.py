@@ -1,4 +1,4 @@
-"""Which responses of a training step are kept for people to read."""
+"""Chooses the responses of a training step that are kept for people to read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def samples_of_step(
 
 
 def _various(groups: Sequence[Group]) -> list[Group]:
-    """Order samples so that the first one of each source comes before the second one of any."""
+    """The groups in their order, except that the first of each source comes before the second of any."""
     seen: dict[str, int] = {}
     keyed = []
     for position, group in enumerate(groups):

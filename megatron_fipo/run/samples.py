@@ -1,4 +1,4 @@
-"""What the model wrote in training: a few responses of each step, kept in the run's folder and shown in the terminal.
+"""A few responses of each training step, kept in the run's folder and shown in the terminal.
 
 samples/step_000037.jsonl       one response a line
 megatron-fipo samples outputs/my_run --step 37 --wrong
@@ -101,7 +101,7 @@ def _files(folder: Path) -> dict[int, Path]:
 
 
 def read_samples(run: str | Path, step: int | None = None) -> list[TrainingSample]:
-    """Return the samples that were kept of a step.
+    """Read the responses that were kept of a step.
 
     Args:
         run: the run's folder.
@@ -153,7 +153,7 @@ def _fits(value: object, kind: object) -> bool:
 
 
 def _spans(steps: Sequence[int]) -> str:
-    """Name steps in words, such as "steps 0 to 7 and 9"; of many ranges only the last ones are named."""
+    """The steps in words, such as "steps 0 to 7 and 9"; where there are many stretches, only the last eight."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and step == spans[-1][1] + 1:

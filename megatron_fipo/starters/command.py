@@ -23,7 +23,7 @@ class Starter:
         about: one line.
         folder: where it is written unless the user names another.
         run: name of its run.
-        files: of its folder here.
+        files: names of the files in its folder here.
         has_base: whether the quick-start's base model goes with it.
         before: commands that fetch what it reads; {folder} is where it was written.
         prompt: something to ask the trained model.

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """What the coroutine returns or raises.
+    """Run a coroutine to its end; returns what it returns, raises what it raises.
 
     In a notebook the calling thread runs an event loop already, inside which no other can run: there the coroutine gets
     a thread of its own, and the caller waits for it. A KeyboardInterrupt of the waiting caller cancels the coroutine.
@@ -42,7 +42,7 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def _settle() -> None:
-    """Wait for what the coroutine left behind: tasks that it started, and itself where it was cancelled."""
+    """Cancel and await the tasks that the coroutine left behind, and the coroutine itself if it was cancelled."""
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in rest:
         task.cancel()

@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Notes the first SIGINT or SIGTERM instead of dying of it; the loop asks between updates.
+    """Takes note of the first SIGINT or SIGTERM, which would end the process otherwise; the loop asks between updates.
 
     torchrun sends SIGTERM to its processes and kills them 30 s later; a terminal sends SIGINT to all of them at once.
 

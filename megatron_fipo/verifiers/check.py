@@ -15,7 +15,7 @@ from megatron_fipo.verifiers.names import is_own_function
 
 @dataclass(frozen=True)
 class Findings:
-    """What a look at verifiers has shown.
+    """The findings of an inspection of verifiers.
 
     Attributes:
         problems: why the run cannot be, each a sentence or more; with the source's key.

@@ -27,7 +27,7 @@ MAX_PROGRAM_CHARACTERS = 50_000
 """Longer programs are wrong."""
 
 _OUTPUT_BYTES = 2**20
-"""What a program may write at least; twice the expected output where that is more."""
+"""Every program may write this much; twice the expected output where that is more."""
 
 
 class CodeVerifier(JobVerifier):
@@ -37,7 +37,10 @@ class CodeVerifier(JobVerifier):
         self._protected = protected
 
     def check_ready(self) -> None:
-        """Raises SandboxUnavailableError where programs cannot be protected against."""
+        """
+        Raises:
+            SandboxUnavailableError: where this machine cannot be protected from programs.
+        """
         if self._protected:
             check_available()
 

@@ -1,4 +1,4 @@
-"""Which part of a response is its program.
+"""Finds the part of a response that is its program.
 
 Blocks between fences, as CommonMark has them: three or more backticks or tildes, closed by as many of the same kind,
 indented as one likes; a block that a longer response did not close counts only where no other does. Two things differ
@@ -25,7 +25,7 @@ _MAX_CLOSINGS = 30
 """Fences that are tried as the end of one block."""
 
 _MAX_FENCES = 400
-"""Of a response's fences, so many of the last are looked at."""
+"""Only this many of a response's last fences are looked at."""
 
 _PARSING_BUDGET = 1_000_000
 """Characters that are parsed for one response, two seconds' worth; beyond, nothing counts as Python to look at."""
@@ -44,7 +44,7 @@ _BUILTINS = frozenset(dir(builtins))
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences.
+    """The text between two fences.
 
     Attributes:
         language: first word behind the opening fence, empty if there is none.

@@ -1,4 +1,4 @@
-"""What a program is judged by: the forms in which data sets publish it, read into one of three styles.
+"""References of programs: the forms in which data sets publish them, read into one of three styles.
 
 A reference is a mapping or a list, or its JSON text. Keys whose value is null count as absent.
 

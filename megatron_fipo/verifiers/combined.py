@@ -17,7 +17,7 @@ from megatron_fipo.verifiers.verdict import Verdict, VerifierJob, split_name
 
 
 class JudgingPool(Protocol):
-    """What judges one job with one verifier: a `VerifierPool`."""
+    """Judges one job with one verifier, as a `VerifierPool` does."""
 
     async def judge(self, job: VerifierJob) -> Verdict:
         """One verifier's verdict."""

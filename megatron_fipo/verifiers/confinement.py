@@ -36,7 +36,7 @@ def has_landlock() -> bool:
 
 
 def readable_folders(modules: Iterable[str], package_root: str) -> list[str]:
-    """What a confined worker may read: Python's installation, PYTHONPATH, and the folders of these modules.
+    """The folders that a confined worker may read: Python's installation, PYTHONPATH, and those of these modules.
 
     The current folder is not among them by itself, nor the one from which this project is imported, nor the
     configuration's: a run's outputs, data and notes lie there. A module of the user's that lies in one of them takes
@@ -60,7 +60,7 @@ def readable_folders(modules: Iterable[str], package_root: str) -> list[str]:
 
 
 def _folders_of(module_name: str) -> list[str]:
-    """Where a top-level module lies: a package's own folders, or the one that holds the file."""
+    """The folders of a top-level module: a package's own, or the one that holds the file."""
     module = sys.modules[module_name]
     if hasattr(module, "__path__"):
         return list(module.__path__)

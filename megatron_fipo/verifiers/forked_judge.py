@@ -40,7 +40,7 @@ from megatron_fipo.verifiers.wire import (
 )
 
 EXIT_PATIENCE_S = 1.0
-"""How long a process that closed its pipe without a verdict is waited for, to learn how it ended."""
+"""Longest wait for the end of a process that closed its pipe without a verdict, to learn how it ended."""
 
 _NOT_ALLOWED = re.compile(
     r"PermissionError|Operation not permitted|Permission denied|can't start new thread|gaierror|name resolution"
@@ -109,7 +109,7 @@ class ForkingJudge:
         return os.fork()
 
     def _judge_in_child(self, pickled: bytes, write_fd: int, nonce: str) -> None:
-        """All of a child's life; does not return."""
+        """Judge one response in the child process, and end it; does not return."""
         code = 1
         try:
             self._confine_child()

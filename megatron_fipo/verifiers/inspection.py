@@ -27,7 +27,7 @@ _MAX_SHOWN_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a look at a verifier shows.
+    """The findings about one verifier.
 
     Attributes:
         problem: why it cannot be used; empty if it can.

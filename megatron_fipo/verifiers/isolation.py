@@ -47,7 +47,7 @@ class Isolation(Enum):
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker is told before it starts.
+    """The settings of a worker.
 
     Attributes:
         verifiers: names to import.
@@ -79,7 +79,7 @@ _PASSED_ON = (
     "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONWARNINGS",
     FOLDERS_VARIABLE,
 )  # fmt: skip
-"""What a worker keeps of the trainer's environment: where Python and its packages are, and how text is read."""
+"""Variables of the trainer's environment that a worker keeps: where Python and its packages are, how text is read."""
 
 _PASSED_ON_TO_CLIENTS = (
     "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
@@ -123,7 +123,7 @@ def package_root() -> str:
 
 
 def isolation_warnings(verifiers: Iterable[str], trusted: Collection[str]) -> list[str]:
-    """What of the protection cannot be had on this machine, for these verifiers."""
+    """Warnings about protection that this machine cannot give these verifiers."""
     confined = sorted(name for name in verifiers if isolation_of(name, trusted).is_forked)
     if not confined or not sys.platform.startswith("linux") or has_landlock():
         return []

@@ -59,7 +59,7 @@ class OwnFunction(JobVerifier):
         self.wants_row = self._by_name is not None and "row" in self._by_name.values()
 
     def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
-        """What the function says; raises what it raises, and NoVerdictError for what is no verdict."""
+        """Call the function. Raises what it raises, and NoVerdictError if it returns no verdict."""
         if self._by_name is None:
             returned = self._function(job.response_text, job.reference, job.finish_reason)
         else:
@@ -108,14 +108,14 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
 
 
 def _positional_only(function: Callable[..., Any]) -> list[str]:
-    """Parameters before a "/" that are known by name, as far as one behind the other is."""
+    """The leading parameters before a "/" whose names are known, up to the first that is not."""
     parameters = inspect.signature(function).parameters.values()
     known = itertools.takewhile(lambda p: p.kind is Parameter.POSITIONAL_ONLY and p.name in _FIELD_OF, parameters)
     return [parameter.name for parameter in known]
 
 
 def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
-    """Whether it is of the form (response_text, reference, finish_reason), under whatever names.
+    """Whether the function takes (response_text, reference, finish_reason) by position, under whatever names.
 
     Three parameters are if none has a name that is known, or if those that have one stand at its place and the third
     is finish_reason. So (text, truth, reason) works, and (response, answer, difficulty) is never given the reason for

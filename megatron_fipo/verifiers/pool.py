@@ -47,8 +47,11 @@ from megatron_fipo.verifiers.worker_process import (
 MAX_BATCH_SIZE = 64
 """Most responses handed to a worker at a time."""
 
+MEMORY_GIB = 8.0
+"""Address space of each process, libraries included (about 1 GiB)."""
+
 MAX_START_ATTEMPTS = 8
-"""How often a worker that is killed or too slow is started, one try after the other, before the run is given up."""
+"""The run is given up after this many starts in a row of a worker that is killed or too slow."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
 """Pause before a worker is started again, doubled each time: memory and disks take a while to be free again."""
@@ -73,7 +76,6 @@ class VerifierPool:
         self,
         num_workers: int = 1,
         timeout_s: float = 10.0,
-        memory_gib: float = 8.0,
         verifiers: Sequence[str] = (),
         trusted: Sequence[str] = (),
     ) -> None:
@@ -82,15 +84,13 @@ class VerifierPool:
         Args:
             num_workers: processes that judge at a time; each kind of verifier has as many.
             timeout_s: longest time for one response.
-            memory_gib: address space of each process, libraries included (about 1 GiB).
             verifiers: names to import at the start; one that comes later has its workers started again.
             trusted: names of verifiers that run with the trainer's environment and rights.
 
         Raises:
             ValueError: for an unknown verifier, or a number that is not positive.
         """
-        numbers = {"verifier.num_workers": num_workers, "verifier.timeout_s": timeout_s, "memory_gib": memory_gib}
-        for name, value in numbers.items():
+        for name, value in {"verifier.num_workers": num_workers, "verifier.timeout_s": timeout_s}.items():
             if not value > 0:
                 raise ValueError(f"{name} is positive, got {value}")
         self._trusted = frozenset(trusted)
@@ -100,7 +100,6 @@ class VerifierPool:
             require_verifier_name(verifier)
             self._add_verifier(verifier)
         self._timeout_s = timeout_s
-        self._memory_gib = memory_gib
         self._num_workers = num_workers
         self._order = itertools.count()
         self._changed = threading.Condition()
@@ -256,7 +255,7 @@ class VerifierPool:
             with self._changed:
                 missing = {kind: names for kind, names in self._verifiers.items() if kind not in workers}
             for kind, names in missing.items():
-                setup = WorkerSetup(names, kind, self._timeout_s, self._memory_gib)
+                setup = WorkerSetup(names, kind, self._timeout_s, MEMORY_GIB)
                 workers[kind] = WorkerProcess(setup, self._wake_read_fd)
             failure = ""
             for kind in missing:

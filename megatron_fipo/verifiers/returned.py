@@ -1,4 +1,4 @@
-"""What a verifier returns, as people write them, to a verdict.
+"""Makes a verdict of what a verifier returns, in the forms in which people write verifiers.
 
 A number or a bool is the score. A dict holds it under "score", beside "answer", "error" and further numbers by name.
 """
@@ -21,7 +21,7 @@ _KEYS = ("score", "answer", "error")
 
 
 class NoVerdictError(ValueError):
-    """What came back from a verifier is no verdict; the message says what it is and what would be one."""
+    """A verifier returned something that is no verdict; the message says what it is and what would be one."""
 
 
 def as_verdict(returned: Any) -> Verdict:

@@ -54,7 +54,7 @@ _THREADS_EVERY_S = 0.02
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """The limits of one program.
 
     Attributes:
         wall_s: time; CPU time, of all threads together, has the next whole second but one as its limit.

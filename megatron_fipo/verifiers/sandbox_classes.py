@@ -1,4 +1,4 @@
-"""Which of the program's names the tests mean as classes, rather than as functions that happen to be classes there.
+"""Finds the names of the program that tests mean as classes, rather than as functions that happen to be classes there.
 
 An object of a class under test may be asked how it compares with values of the tests (`Money(3) == 3`). What stands in
 the place of a function may not: a program could answer a test of `add(1, 2) == 3` with a class `add` whose == is always

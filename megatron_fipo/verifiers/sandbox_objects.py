@@ -88,7 +88,7 @@ class _Server:
         return next(base.__name__ for base in cls.__mro__ if base.__module__ == "builtins")
 
     def _exception_arguments(self, error: BaseException) -> list[Any]:
-        """Of the plain kinds only; others are told as text."""
+        """The arguments of an exception; those of no plain kind are sent as text."""
         plain = (int, float, str, bool, type(None))
         return [argument if type(argument) in plain else str(argument) for argument in error.args]
 

@@ -154,7 +154,7 @@ _JUDGES_IMPORTS = [
 """Modules whose names a judge such as LiveCodeBench's puts in front of every program, in its order: later ones win."""
 
 _JUDGES_RECURSION_LIMIT = 50_000
-"""What LiveCodeBench's judge allows before a program asks for more; LeetCode's allows more still."""
+"""The limit that LiveCodeBench's judge sets, and that a program may raise; LeetCode's is higher still."""
 
 
 def provide_imports(module: ModuleType, text: str) -> None:

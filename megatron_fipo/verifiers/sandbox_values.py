@@ -34,7 +34,7 @@ SHARED_MODULES = frozenset(
 
 
 class ProtocolError(BaseException):
-    """What arrived is no message, or the other side has ended. No Exception, so that no test takes it for a result."""
+    """The other side sent no message, or has ended. This is no Exception, so that no test takes it for a result."""
 
 
 class Pipe:

@@ -78,7 +78,7 @@ _SOCKETS = {
         "recvmmsg": 243, "sendmmsg": 269,
     },
 }  # fmt: skip
-"""What a client of a server needs besides: to resolve a name, to connect, to send and to receive."""
+"""Further calls that a client of a server needs: to resolve a name, to connect, to send and to receive."""
 
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _AUDIT_NUMBER, _ARGUMENTS = 0, 4, 16

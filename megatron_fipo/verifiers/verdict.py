@@ -1,4 +1,4 @@
-"""What a verifier is asked and what it answers."""
+"""The question to a verifier, and its answer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def metric_part(name: str) -> str:
 
 
 def score_remedy(value: float) -> str:
-    """How a score outside [0, 1] comes into it."""
+    """Say how to bring a score into [0, 1]."""
     if value < 0.0:
         return "Only 1 is right; for rewards from -1 to 1 return (reward + 1) / 2."
     if value > 1.0:
@@ -136,4 +136,4 @@ VerifierFunction: TypeAlias = Callable[[str, Any, str], Verdict]
 verdict with an error. What a function of a user's own may look like is `own_function`'s business."""
 
 Verifier: TypeAlias = VerifierFunction | JobVerifier
-"""What judges: a function, or an object for what a function's arguments do not tell."""
+"""A verifier: a function, or an object that takes the whole job where a function's arguments do not tell enough."""

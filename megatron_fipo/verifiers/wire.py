@@ -1,4 +1,4 @@
-"""What travels from a worker to the pool: frames of JSON, bounded, and believed only field by field.
+"""Messages from a worker to the pool: frames of JSON, bounded in size, of which every field is checked.
 
 A frame is its length in four bytes, the most significant first, and so many bytes of JSON. Nothing that comes from a
 worker is unpickled: a worker judges what a model wrote, and the pool runs in the trainer. (Jobs travel the other way,
@@ -37,7 +37,7 @@ _READ_BYTES = 65536
 
 
 class MalformedMessageError(ValueError):
-    """What came is no message of the kind that was to come."""
+    """A message of another kind than was expected, or none at all."""
 
 
 def pack_frame(message: Mapping[str, Any]) -> bytes:

@@ -148,7 +148,7 @@ def _load(name: str) -> None:
 
 
 def _reason(name: str, error: BaseException) -> str:
-    """What went wrong with a verifier, where, and what to do."""
+    """Say what went wrong with a verifier, where, and what to do."""
     module, _, function = name.partition(":")
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, (SandboxUnavailableError, CannotLoadError)):

@@ -37,13 +37,13 @@ SEND_TIMEOUT_S = 60.0
 """Longest time that a worker may take to take a batch."""
 
 FORK_GRACE_S = 10.0
-"""How much longer than the time-out a worker that forks may take: it enforces the time-out itself."""
+"""Extra time beyond the time-out for a worker that forks, since it enforces the time-out itself."""
 
 MAX_PRINTED_CHARACTERS = 2_000
-"""How much of what a verifier prints over one response is passed on."""
+"""Most text that is passed on of what a verifier prints while it judges one response."""
 
 MAX_PRINTED_BYTES = 2**22
-"""How much a verifier may print over one response; one that prints more waits, and runs into its time-out."""
+"""Most text that a verifier may print while it judges one response; beyond, it waits and runs into its time-out."""
 
 
 class VerifierUnavailableError(ValueError, RuntimeError):

@@ -55,9 +55,12 @@ def test_only_fipo_weighs(runs: dict[str, Any]) -> None:
 
 def test_dapo_differs_from_fipo_in_nothing_else(runs: dict[str, Any]) -> None:
     fipo, dapo = runs["fipo"][0], runs["dapo"][0]
-    for name in ("reward/mean", "rollout/generated_groups", "advantages/std", "policy/response_tokens"):
-        assert fipo[name] == dapo[name]
-    assert fipo["policy/loss/mean"] != dapo["policy/loss/mean"]
+    # The first update weighs nothing, since the policy is the old one: both come to the second with the same weights.
+    of_the_policy = ("policy/entropy/mean", "policy/kl/mean", "policy/log_prob_shift/std", "policy/ratio_positive/max")
+    of_the_batch = ("reward/mean", "rollout/generated_groups", "advantages/std", "policy/response_tokens")
+    for name in (*of_the_batch, *of_the_policy):
+        assert fipo[name] == dapo[name], name
+    assert abs(fipo["policy/loss/mean"] - dapo["policy/loss/mean"]) > 1e-4  # far above the rounding of float32
 
 
 def test_what_sets_the_grpo_family_apart(runs: dict[str, Any]) -> None:
@@ -65,10 +68,19 @@ def test_what_sets_the_grpo_family_apart(runs: dict[str, Any]) -> None:
     family = (grpo, sequence_mean, dr_grpo, rloo)
     assert len({line["policy/response_tokens"] for line in family}) == 1, "none of them filters groups"
     assert all(line["rollout/generation_rounds"] == 1 for line in family)
-    assert grpo["advantages/std"] == sequence_mean["advantages/std"] != dr_grpo["advantages/std"]
+    # Over a group of n that has right and wrong responses, squares of (R - mean) / std sum to n - 1. Without
+    # the division they sum to 4k(n-k)/n for k right ones: to 6, 7.5 and 7.5 here, so that only the 1e-6 beside std
+    # tells the two apart.
+    num_responses = grpo["rollout/batch_groups"] * NUM_SAMPLES
+    assert math.isclose(grpo["advantages/std"] ** 2 * num_responses, 3 * (NUM_SAMPLES - 1), rel_tol=1e-5)
+    assert grpo["advantages/std"] == sequence_mean["advantages/std"]
+    assert 5e-7 < dr_grpo["advantages/std"] / grpo["advantages/std"] - 1 < 2e-6
     # R_i - mean of the others = n/(n-1) (R_i - mean of all).
     assert math.isclose(rloo["advantages/std"], dr_grpo["advantages/std"] * NUM_SAMPLES / (NUM_SAMPLES - 1))
-    assert len({line["policy/loss/mean"] for line in family}) == 4
+    assert abs(grpo["policy/loss/mean"] - sequence_mean["policy/loss/mean"]) > 1e-4  # far above rounding
+    # The same sum, with advantages n/(n-1) times as large, over its tokens instead of 96 for each of its responses.
+    ratio = NUM_SAMPLES / (NUM_SAMPLES - 1) * num_responses * 96 / rloo["policy/response_tokens"]
+    assert math.isclose(rloo["policy/loss/mean"], dr_grpo["policy/loss/mean"] * ratio, rel_tol=1e-3)
     assert "policy/dual_clip_fraction" in rloo
     assert "policy/dual_clip_fraction" not in grpo
 
@@ -79,8 +91,10 @@ def test_penalty_and_bonus_are_measured_and_felt(runs: dict[str, Any]) -> None:
     # Zero in the first update, where the policy is the reference; positive in the second.
     assert 0 < both["policy/reference_kl/mean"] < 1
     assert both["policy/response_tokens"] == plain["policy/response_tokens"]
-    assert both["policy/loss/mean"] != plain["policy/loss/mean"]
-    assert both["optim/grad_norm"] != plain["optim/grad_norm"]
+    # What is added, but for the little by which the second update's policies differ.
+    added = 0.1 * both["policy/reference_kl/mean"] - 0.01 * both["policy/entropy/mean"]
+    assert math.isclose(both["policy/loss/mean"] - plain["policy/loss/mean"], added, rel_tol=0.01)
+    assert both["policy/entropy/mean"] > plain["policy/entropy/mean"]  # the first update has raised it
 
 
 def test_one_update_per_step_is_called_inert(runs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.config import FipoConfig, RewardSection, SamplingSection
-from megatron_fipo.evaluation.scores import evaluate_samples
+from megatron_fipo.evaluation.scores import ProblemResult, evaluate_problems
 from megatron_fipo.metrics.reductions import Metrics, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
@@ -49,7 +49,7 @@ def measured_names() -> set[str]:
         metrics |= update
     numbers = scalars(updates[0])
     metrics |= noise_floor(numbers, numbers).metrics
-    evaluations = [name for result in evaluate_samples([groups[0]]).values() for name in result.metrics]
+    evaluations = evaluate_problems([ProblemResult.from_group(groups[0])])
     return {*scalars(metrics), *evaluations, f"{INFLUENCE_STD}_after_first_update"}
 
 

@@ -18,7 +18,6 @@ from megatron_fipo.evaluation.scores import (
     confidence_interval,
     cons_at_k,
     evaluate_problems,
-    evaluate_samples,
     pass_at_k,
     write_problems,
 )
@@ -122,6 +121,10 @@ def test_the_confidence_interval_holds_the_true_mean_where_the_normal_one_does_n
     assert np.mean(abs(averages.mean(axis=1) - 0.02) <= half_widths) < 0.9
 
 
+def scores_of(groups: list[Group]) -> dict[str, float]:
+    return evaluate_problems([ProblemResult.from_group(group) for group in groups])
+
+
 def test_metrics_of_two_sources() -> None:
     groups = [
         group(
@@ -135,16 +138,11 @@ def test_metrics_of_two_sources() -> None:
         group("aime", 1, [0.0, 0.0, 1.0, 0.5], answers=["1", "1", "2", "5"], lengths=[10, 10, 10, 70]),
         group("gsm", 0, [1.0], answers=["9"]),
     ]
-    results = evaluate_samples(groups)
-    assert list(results) == ["aime", "gsm"]
-    aime = results["aime"]
-    assert (aime.num_problems, aime.num_samples) == (2, 4)
-    # avg: (2/4 + 1/4)/2; cons: problem 0 votes 3 (right), problem 1 votes 1 (wrong).
-    assert (aime.avg, aime.cons, aime.pass_all) == (0.375, 0.5, 1.0)
-    assert aime.avg_ci95 == confidence_interval([0.5, 0.25], 4)
+    scores = scores_of(groups)
+    assert list(dict.fromkeys(name.split("/")[1] for name in scores)) == ["aime", "gsm"]
     expected = {
-        "avg@4": 0.375,
-        "cons@4": 0.5,
+        "avg@4": 0.375,  # (2/4 + 1/4)/2
+        "cons@4": 0.5,  # problem 0 votes 3 (right), problem 1 votes 1 (wrong)
         "pass@1": 0.375,
         "pass@2": (1 - 1 / 6 + 1 - 3 / 6) / 2,  # C(2,2)/C(4,2) = 1/6 and C(3,2)/C(4,2) = 3/6
         "pass@4": 1.0,
@@ -160,33 +158,35 @@ def test_metrics_of_two_sources() -> None:
         "errors/count": 0.0,
         "problems/count": 2.0,
     }
-    measured = {name.removeprefix("evaluation/aime/"): value for name, value in aime.metrics.items()}
-    assert (measured.pop("avg@4_ci95_low"), measured.pop("avg@4_ci95_high")) == aime.avg_ci95
+    measured = {
+        name.removeprefix("evaluation/aime/"): value for name, value in scores.items() if name.split("/")[1] == "aime"
+    }
+    interval = confidence_interval([0.5, 0.25], 4)
+    assert (measured.pop("avg@4_ci95_low"), measured.pop("avg@4_ci95_high")) == interval
     assert measured == pytest.approx(expected)
-    gsm = results["gsm"].metrics
-    assert gsm["evaluation/gsm/avg@1"] == gsm["evaluation/gsm/cons@1"] == gsm["evaluation/gsm/pass@1"] == 1.0
-    assert gsm["evaluation/gsm/avg@1_ci95_low"] == pytest.approx(1 / 4.8416)
+    assert scores["evaluation/gsm/avg@1"] == scores["evaluation/gsm/cons@1"] == scores["evaluation/gsm/pass@1"] == 1.0
+    assert scores["evaluation/gsm/avg@1_ci95_low"] == pytest.approx(1 / 4.8416)
 
 
 def test_what_could_not_be_judged_is_wrong_and_counted() -> None:
-    result = evaluate_samples([group("s", 0, [1.0, 1.0], errors=["", "timed out"])])["s"]
-    assert result.avg == 0.5
-    assert result.metrics["evaluation/s/errors/count"] == 1.0
+    scores = scores_of([group("s", 0, [1.0, 1.0], errors=["", "timed out"])])
+    assert scores["evaluation/s/avg@2"] == 0.5
+    assert scores["evaluation/s/errors/count"] == 1.0
 
 
 def test_partial_credit_is_not_correct() -> None:
-    result = evaluate_samples([group("s", 0, [0.9, 0.9])])["s"]
-    assert (result.avg, result.metrics["evaluation/s/score/mean"]) == (0.0, pytest.approx(0.9))
+    scores = scores_of([group("s", 0, [0.9, 0.9])])
+    assert (scores["evaluation/s/avg@2"], scores["evaluation/s/score/mean"]) == (0.0, pytest.approx(0.9))
 
 
 def test_problems_of_a_source_need_equally_many_responses() -> None:
     with pytest.raises(ValueError, match=r"source 's'.*got \[1, 2\]"):
-        evaluate_samples([group("s", 0, [1.0]), group("s", 1, [1.0, 0.0])])
+        scores_of([group("s", 0, [1.0]), group("s", 1, [1.0, 0.0])])
 
 
 def test_the_order_of_problems_does_not_matter() -> None:
     problems = [ProblemResult.from_group(group("s", i, [float(i % 2), 1.0])) for i in range(5)]
-    assert evaluate_problems(problems)["s"].metrics == evaluate_problems(problems[::-1])["s"].metrics
+    assert evaluate_problems(problems) == evaluate_problems(problems[::-1])
 
 
 def test_problems_are_written_one_a_line(tmp_path: Path) -> None:

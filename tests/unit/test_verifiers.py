@@ -16,6 +16,7 @@ import pytest
 
 from megatron_fipo.config import require_verifier_name
 from megatron_fipo.verifiers import chain_arithmetic, exact, mathematics
+from megatron_fipo.verifiers import pool as pool_module
 from megatron_fipo.verifiers.answer_markers import last_answer_line, last_boxed, last_marked_answer
 from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS
 from megatron_fipo.verifiers.pool import MAX_BATCH_SIZE, VerifierPool
@@ -305,9 +306,10 @@ def test_verdicts_come_in_order_over_several_workers_and_batches() -> None:
         ("score", "raised ValueError: a verdict's score lies in [0, 1], got 1.5"),
     ],
 )
-def test_misbehaviour_costs_one_verdict(text: str, error: str) -> None:
+def test_misbehaviour_costs_one_verdict(text: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MEMORY_GIB", 2.0)
     jobs = [job("right"), job("wrong"), job(text), job("right"), job("wrong")]
-    with VerifierPool(timeout_s=0.5, memory_gib=2.0, verifiers=[BEHAVE]) as pool:
+    with VerifierPool(timeout_s=0.5, verifiers=[BEHAVE]) as pool:
         # Queued at once, so that they share a batch with the one that fails.
         verdicts = pool.judge_all(jobs)
         assert pool.judge_all(jobs[:1])[0].correct

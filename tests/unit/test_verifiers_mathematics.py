@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.verifiers import mathematics
+from megatron_fipo.verifiers import pool as pool_module
 from megatron_fipo.verifiers.answer_markers import MAX_SEARCHED_CHARACTERS, last_answer_tag, last_boxed, last_line
 from megatron_fipo.verifiers.answers import algebra, units
 from megatron_fipo.verifiers.answers.size_limit import TooLargeError, size_limit
@@ -519,8 +520,9 @@ def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monk
         "verify = mathematics.verify\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pool_module, "MEMORY_GIB", 2.0)
     jobs = [VerifierJob("careless:verify", text, "7") for text in (HOSTILE["binomial"], "Answer: 7")]
-    with VerifierPool(timeout_s=3.0, memory_gib=2.0, verifiers=["careless:verify"]) as pool:
+    with VerifierPool(timeout_s=3.0, verifiers=["careless:verify"]) as pool:
         hostile, honest = pool.judge_all(jobs)
     assert "took longer than verifier.timeout_s=3" in hostile.error
     assert honest.correct
