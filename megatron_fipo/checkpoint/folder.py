@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron_fipo.system.disk import sync_folder, write_whole
+
 MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial"
@@ -75,14 +77,16 @@ def begin(root: Path, name: str) -> tuple[Path, Path]:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a whole checkpoint its name, then move `latest` to it. Only one rank may call this."""
+    """Give a whole checkpoint its name, then move `latest` to it. Only one rank may call this.
+
+    Both survive a loss of power from then on. It costs little: Megatron's writers have synced the large files.
+    """
     root = target.parent
     if target.exists():
         shutil.rmtree(target)
+    sync_folder(partial)
     partial.rename(target)
-    pointer = root / f"{_LATEST}{_PARTIAL}"
-    pointer.write_text(target.name + "\n", encoding="utf-8")
-    pointer.rename(root / _LATEST)
+    write_whole(root / _LATEST, f"{target.name}\n".encode())
     twin = target.name.removesuffix(".again") if target.suffix == ".again" else f"{target.name}.again"
     if (root / twin).exists():
         shutil.rmtree(root / twin)

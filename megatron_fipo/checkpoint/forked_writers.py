@@ -7,15 +7,14 @@ rank's other children learn that it is gone. On Linux the kernel is told to kill
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
+from megatron_fipo.system.parent_death import signal_when_parent_ends
+
 _is_tying = False
 _parent = 0
 
@@ -40,12 +39,8 @@ def _note_parent() -> None:
 
 
 def _tie() -> None:
-    if not _is_tying:
-        return
-    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG failed")
-    if os.getppid() != _parent:  # it was killed before the call
-        os.kill(os.getpid(), signal.SIGKILL)
+    if _is_tying:
+        signal_when_parent_ends(signal.SIGKILL, _parent)
 
 
 if sys.platform == "linux":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from megatron_fipo.config.environment import (
 from megatron_fipo.config.input_paths import same_place, with_absolute_paths
 from megatron_fipo.config.keys import declarations_along
 from megatron_fipo.config.sections import Config, DataSourceConfig
+from megatron_fipo.system.digests import fingerprint
 
 _FORMER_KEYS_WITHOUT_EFFECT = ("model.log_prob_chunk_tokens",)
 """Keys that only checkpoints of earlier versions have, and that never changed results."""
@@ -87,7 +87,7 @@ def numbers_fingerprint(config: Config) -> str:
     """The same for two configurations that come to the same rollouts and weights, up to rounding."""
     settled = _settled(values_for_comparison(config))
     decisive = {key: same_place(key, value) for key, value in settled.items() if _decides_numbers(key)}
-    return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return fingerprint(decisive)
 
 
 def _settled(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from megatron_fipo.hub.datasets import fetched_here
 from megatron_fipo.hub.models import model_folder
 from megatron_fipo.parallel import cpu
 from megatron_fipo.parallel import groups as parallel_groups
-from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
+from megatron_fipo.rl.trajectory import Group, Prompt
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import build_engine, in_process_engine
@@ -156,12 +156,6 @@ def _judged_groups(
         interrupt,
     ):
         progress.advance(len(finished))
-
-        def note(sample: Trajectory) -> None:
-            if sample.finish_reason != "abort":
-                ledger.append(0, sample)
-            progress.advance()
-
         groups = run_to_end(
             generate_groups(
                 engine,
@@ -171,7 +165,7 @@ def _judged_groups(
                 sampling=sampling,
                 run_seed=config.run.seed,
                 step=EVALUATION_STEP,
-                on_sample=note,
+                on_sample=ledger.recording(0, lambda sample: progress.advance()),
                 finished=finished,
             )
         )

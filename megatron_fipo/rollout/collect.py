@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
-from megatron_fipo.environments.environment import Environment
+from megatron_fipo.environments.environment import Environment, Speak
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, Turn, sample_seed
 
@@ -52,20 +52,7 @@ async def generate_groups(
         if known is not None:
             return known
 
-        async def speak(response_so_far: Sequence[int]) -> Turn:
-            return await engine.generate(
-                GenerationRequest(
-                    sample_id=f"{step}/{prompt.source}/{prompt.prompt_id}/{sample_index}",
-                    group_id=prompt.prompt_id,
-                    sample_index=sample_index,
-                    prompt_ids=prompt.token_ids,
-                    sampling=sampling,
-                    seed=sample_seed(run_seed, step, prompt.prompt_id, sample_index),
-                    prefix=tuple(response_so_far),
-                )
-            )
-
-        trajectory = await environment.play(prompt, key, speak)
+        trajectory = await environment.play(prompt, key, _speaker(engine, prompt, key, sampling, run_seed, step))
         if on_sample is not None:
             on_sample(trajectory)
         return trajectory
@@ -82,3 +69,24 @@ async def generate_groups(
         Group(prompt=prompt, samples=list(samples[i * num_samples : (i + 1) * num_samples]), created_at_step=step)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _speaker(
+    engine: RolloutEngine, prompt: Prompt, key: SampleKey, sampling: SamplingParams, run_seed: int, step: int
+) -> Speak:
+    """The policy's voice in one trajectory."""
+
+    async def speak(response_so_far: Sequence[int]) -> Turn:
+        return await engine.generate(
+            GenerationRequest(
+                sample_id=f"{step}/{key.source}/{key.prompt_id}/{key.sample_index}",
+                group_id=key.prompt_id,
+                sample_index=key.sample_index,
+                prompt_ids=prompt.token_ids,
+                sampling=sampling,
+                seed=sample_seed(run_seed, step, key.prompt_id, key.sample_index),
+                prefix=tuple(response_so_far),
+            )
+        )
+
+    return speak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.rl.trajectory import OfSegments, Prompt, Segment
+from megatron_fipo.system.digests import hashed_seed
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class GenerationRequest:
 
 def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
     """Seed of one sample: the same on every rank, machine and Python, in 0 … 2**63 - 1."""
-    key = f"{run_seed}/{step}/{prompt_id}/{sample_index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+    return hashed_seed(run_seed, step, prompt_id, sample_index)
 
 
 def check_request(request: GenerationRequest, vocab_size: int, stop_token_ids: Collection[int]) -> None:

@@ -83,12 +83,8 @@ class GroupGenerator:
             self._check_complete(step, len(own_prompts) * num_samples - len(finished))
         for sample in finished.values():
             on_sample(sample)
-
-        def note(sample: Trajectory) -> None:
-            if round_index is not None and sample.finish_reason != "abort":
-                self._ledger.append(round_index, sample)
-            on_sample(sample)
-
+        if round_index is not None:
+            on_sample = self._ledger.recording(round_index, on_sample)
         with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
             own = run_to_end(
                 generate_groups(
@@ -99,7 +95,7 @@ class GroupGenerator:
                     sampling=sampling,
                     run_seed=self._run_seed,
                     step=step,
-                    on_sample=note,
+                    on_sample=on_sample,
                     finished=finished,
                 )
             )

@@ -89,6 +89,16 @@ class RolloutLedger:
             }
         )
 
+    def recording(self, round_index: int, on_sample: Callable[[Trajectory], None]) -> Callable[[Trajectory], None]:
+        """Return a callback that records a judged response, unless it was aborted, and passes it on."""
+
+        def record(sample: Trajectory) -> None:
+            if sample.finish_reason != "abort":
+                self.append(round_index, sample)
+            on_sample(sample)
+
+        return record
+
     def secure(self) -> None:
         """Flush what was appended to the disk, so that it survives a crash of the machine."""
         if self._file is not None:

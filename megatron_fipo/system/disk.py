@@ -133,9 +133,7 @@ def put_folder_in_place(unfinished: Path, path: Path) -> None:
     Raises:
         OSError: if it cannot be done.
     """
-    for folder, _, files in os.walk(unfinished):
-        for name in (*files, "."):
-            sync(Path(folder, name))
+    sync_folder(unfinished)
     replaced = path.with_name(f"{path.name}.replaced")
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -143,6 +141,13 @@ def put_folder_in_place(unfinished: Path, path: Path) -> None:
     unfinished.rename(path)
     sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until all files in a folder and its subfolders are on the disk, with their names."""
+    for folder, _, files in os.walk(path):
+        for name in (*files, "."):
+            sync(Path(folder, name))
 
 
 def sync(path: Path) -> None:

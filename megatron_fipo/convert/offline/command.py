@@ -6,11 +6,14 @@ import argparse
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from megatron_fipo.system.exit_codes import EXIT_KILLED
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_fipo.convert.plan import Plan
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_STOPPED = 130
+_STOPPED = EXIT_KILLED + signal.SIGINT
 """Exit status that shells report for a program that Ctrl-C ended."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -13,7 +13,6 @@ vLLM differs from what `api` asks for in places that this module makes up for or
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.sealed import seal
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.transport import pack, pack_handle
 from megatron_fipo.rollout.servers.vllm.checksums import VllmExpectedChecksums
 from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
+from megatron_fipo.system.digests import hashed_seed
 
 _CONTROL_TIMEOUT_S = 60.0
 """Time-out of routes that only change a state."""
@@ -290,10 +290,7 @@ class VllmServer:
 
 def _continued_seed(seed: int, num_prefix_tokens: int) -> int:
     """Seed of a response that goes on after a prefix: vLLM's random numbers start anew there, and must not repeat."""
-    if not num_prefix_tokens:
-        return seed
-    key = f"{seed}/{num_prefix_tokens}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+    return hashed_seed(seed, num_prefix_tokens) if num_prefix_tokens else seed
 
 
 def _wire(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
