@@ -27,7 +27,7 @@ from megatron_fipo.convert.pickle_guard import UntrustedCheckpointError, check_p
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 _COMMON_STATE = "common_state/"
-"""Begins the name of an object between the tensors in which Megatron-Core 0.19 keeps what 0.16 writes into COMMON."""
+"""Prefix of the objects in which Megatron-Core 0.19 stores, among the tensors, what 0.16 writes into COMMON."""
 
 _EXTRA_STATE = "_extra_state"
 """Part of the names of states that modules keep beside their weights."""
@@ -42,7 +42,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     _check_format(folder / FORMAT)
     file = folder / METADATA
-    if file.exists() and not file.is_file():  # a pipe would be waited for
+    if file.exists() and not file.is_file():  # reading a pipe would block
         raise ValueError(f"{file} is no file.")
     try:
         data = file.read_bytes()

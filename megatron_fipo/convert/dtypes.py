@@ -9,7 +9,7 @@ import torch
 from megatron_fipo.config.text_files import read_json_object
 
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Values of `model.dtype`, and what the model is held in."""
+"""Values of `model.dtype`, and the torch dtypes that they mean."""
 
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,

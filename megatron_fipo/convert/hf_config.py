@@ -74,19 +74,19 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapters": ((), "adapters are not applied; merge them into the weights first"),
     "peft_config": ((), "adapters are not applied; merge them into the weights first"),
 }
-"""Key -> (values besides null, false and nothing at all that change nothing, why any other is refused)."""
+"""Key -> (values that change nothing, besides null, false and empty ones; why any other value is refused)."""
 
 _SPEAKS_OF_THE_COMPUTATION = re.compile(
     r"scal|drop|embd|multiplier|softcap|soft_cap|capping|expert|moe|rope|rotary|window|bias|norm|quant|attn|attention|mup"
     r"|alibi|residual|hidden|logit|embed|chunk|adapter|lora|mamba|ssm|conv|sparse|(^|_)mtp|nextn|layer|head|(^|_)act"
     r"|_act(_|$)|activation|router|gate|qkv|clip"
 )
-"""Names of keys that none of the families knows and that would not be harmless if an engine knew them."""
+"""Pattern of the names of unknown keys that could change the computation if an engine applied them."""
 
 _TELLS_ONLY = re.compile(
     r"_tokens?(_|$)|_token_id|tokenizer|version|_name|_path|date|note|^_commit|chunk_size_feed_forward"
 )
-"""Among them, names of what only describes the folder."""
+"""Pattern of names that match the pattern above, but only describe the folder."""
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:
@@ -172,8 +172,8 @@ def _check_switches(raw: dict[str, Any], place: str, family: Family) -> None:
             raise ValueError(f"{place}: sliding_window={value!r}: sliding windows are not supported.")
         elif key not in _APPLIED | _WITHOUT_EFFECT and _may_compute(key, value):
             raise ValueError(
-                f"{place}: {key}={_short(value)}: this key is none of a {family.name} model's, it is not applied in "
-                "training and an engine might apply it. Delete it from a copy of config.json if the model does not "
+                f"{place}: {key}={_short(value)}: a {family.name} model has no such key; it is not applied in "
+                "training, and an engine might apply it. Delete it from a copy of config.json if the model does not "
                 "need it."
             )
 
@@ -233,7 +233,7 @@ def _head_dim(raw: dict[str, Any], place: str, family: Family, heads: int) -> in
         return int(raw["hidden_size"]) // heads
     head_dim = _whole_number(raw, place, "head_dim")
     if head_dim % 2:
-        raise ValueError(f"{place}: head_dim={head_dim} should be even: RoPE turns pairs.")
+        raise ValueError(f"{place}: head_dim={head_dim} should be even: RoPE rotates pairs.")
     return head_dim
 
 

@@ -31,8 +31,8 @@ class CheckpointReader:
 
     Raises:
         ValueError: if the folder's tensors are not those that its config.json describes, naming the first that are
-            missing, unexpected or of another shape, if it does not tell which of its files are meant, if a file of it
-            cannot be read, or if the output layer is not the embedding that it is to be.
+            missing, unexpected or of another shape, if it does not say which of its files to read, if one of them
+            cannot be read, or if the output layer of a model with tied embeddings differs from the embedding.
     """
 
     def __init__(self, folder: str | Path, shape: ModelShape) -> None:
@@ -118,7 +118,7 @@ class CheckpointReader:
         return self._dtype_of[name]
 
     def place(self, name: str) -> str:
-        """The file that holds a tensor, behind the folder's name."""
+        """The file that holds a tensor, as `folder name/file name`."""
         return f"{self.folder.resolve().name}/{self._file_of[name].name}"
 
 

@@ -21,7 +21,7 @@ def rope_theta(raw: dict[str, Any], place: str) -> float:
     """RoPE's base.
 
     Raises:
-        ValueError: naming the key, where RoPE is scaled, is not of the whole head, differs between layers, or has
+        ValueError: naming the key, where RoPE is scaled, does not cover the whole head, differs between layers, or has
             several bases.
     """
     tables = {name: _table(raw, place, name) for name in _TABLES}
@@ -66,7 +66,7 @@ def _check_table(table: dict[str, Any], place: str) -> None:
             _check_factor(table, key, f"{place}.{key}")
         elif isinstance(value, dict):
             raise ValueError(
-                f"{place}.{key}={value!r}: RoPE of a kind of layer's own is not supported; only one for all is."
+                f"{place}.{key}={value!r}: RoPE per kind of layer is not supported; only one for all layers is."
             )
         elif key not in (*_KINDS, "rope_theta"):
             raise ValueError(f"{place}.{key}={value!r}: RoPE scaling is not supported; only plain RoPE is.")
@@ -81,7 +81,7 @@ def _check_factor(table: dict[str, Any], key: str, place: str) -> None:
     value = table.get(key)
     if value is not None and (isinstance(value, bool) or value != 1):
         raise ValueError(
-            f"{place}={value!r} is not supported, only 1: vLLM turns that part of each head, transformers all of it."
+            f"{place}={value!r} is not supported, only 1: vLLM rotates that part of each head, transformers all of it."
             if key != "factor"
             else f"{place}={value!r}: RoPE scaling is not supported; only plain RoPE is."
         )

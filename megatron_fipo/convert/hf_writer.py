@@ -1,6 +1,6 @@
 """Writes Hugging Face folders, one weight file at a time, and what belongs to a model besides its weights.
 
-A folder that is written goes by another name, `<name>.partial`, until it is whole.
+A folder has the name `<name>.partial` until it is whole.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _FINAL = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
 class ShardWriter:
     """Writes tensors into safetensors files of limited size, as they come.
 
-    A file appears under its name when it is whole and on the disk, so that what an earlier, killed writer left in the
-    same folder is kept.
+    A file appears under its name when it is whole and on the disk, so the whole files that an earlier, killed writer
+    left in the same folder are kept.
 
     Attributes:
         written: the names of the tensors that are in whole files.
@@ -67,7 +67,7 @@ class ShardWriter:
         self._held_bytes += tensor.nbytes
 
     def make_room(self, num_bytes: int) -> None:
-        """Write the file now if a tensor of so many bytes will not fit into it: before that tensor is read."""
+        """Write the file now if a tensor of `num_bytes` will not fit into it. Call it before reading that tensor."""
         if self._held and self._held_bytes + num_bytes > self._shard_bytes:
             self._flush()
 
@@ -96,7 +96,7 @@ class ShardWriter:
         unfinished = part.with_suffix(".unfinished")
         try:
             save_file(self._held, unfinished, metadata={"format": "pt"})
-        except SafetensorError as error:  # what its own writing meets, such as a full disk
+        except SafetensorError as error:  # raised for write errors, such as a full disk
             raise OSError(f"{unfinished} cannot be written: {error}") from error
         unfinished.chmod(_usual_mode())  # safetensors makes files that only their owner may read
         put_file_in_place(unfinished, part)

@@ -2,8 +2,8 @@
 
     3+9=12;12-5=7?7;#7
 
-A step "value operator operand = result" ends in ";". Behind a result, "?" may announce a second look at the same step,
-whose result counts from there on. "#" announces the answer. A model that was taught from solutions with mistakes in
+A step "value operator operand = result" ends in ";". After a result, "?" may announce a second look at the same step,
+whose result counts from then on. "#" announces the answer. A model that was taught from solutions with mistakes in
 them makes mistakes, and can learn by reinforcement to avoid them and to look twice where it pays.
 """
 
@@ -63,8 +63,8 @@ class ChainArithmetic:
 
     Attributes:
         num_terms: operands in a problem, at least 2; with min_terms, in the longest one.
-        min_terms: operands in the shortest problem, at least 2; each length from there on is equally likely. None: all
-            problems have num_terms.
+        min_terms: operands in the shortest problem, at least 2; all lengths up to num_terms are equally likely. None:
+            all problems have num_terms.
 
     Raises:
         ValueError: for fewer than 2 terms, or a shortest problem longer than the longest.
@@ -120,7 +120,7 @@ class WorkedSolutionNoise:
 def worked_solution(problem: ChainProblem, rng: Random, noise: WorkedSolutionNoise) -> str:
     """Work a problem out with mistakes; the answer is wrong where a mistake survives.
 
-    Each step computes on from the value that the solution believes in. Results stay within 0 … 99: after a mistake, a
+    Each step continues from the solution's own, perhaps wrong, value. Results stay within 0 … 99: after a mistake, a
     step that would leave that range stops at its end.
     """
     value = problem.operands[0]

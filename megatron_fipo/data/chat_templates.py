@@ -15,10 +15,10 @@ LIMIT_S = 10.0
 """CPU time that one prompt may take; templates take less than a millisecond."""
 
 _WAIT_FACTOR = 12
-"""Longest wait for a trial on the clock, on machines that are busy with something else, in limits of CPU time."""
+"""Longest wall-clock wait for a trial, in multiples of LIMIT_S: the machine may be busy with other work."""
 
 _SPARE_CHARACTERS = 1_000_000
-"""Beyond ten times what the messages hold: lists of tools and rules are shorter."""
+"""Characters that a template may add beyond ten times the messages' own: lists of tools and rules are shorter."""
 
 _REMEDY = (
     "Mend the template in the model's folder, or set chat_template=false and write the format into prompt_template"
@@ -38,7 +38,7 @@ def render(tokenizer: Any, messages: Messages, place: str) -> str:
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except CpuLimitError as error:
         raise ValueError(_endless(place)) from error
-    except Exception as error:  # whatever a template comes to: its own errors, jinja2's, and those of any expression
+    except Exception as error:  # a template can raise anything: its own errors, jinja2's, and any expression's
         told = f"{type(error).__name__}: {error}".replace("\n", " ")
         system = any(message["role"] == "system" for message in messages)
         hint = " Some templates take no system message: leave out system_prompt." if system else ""
@@ -81,11 +81,11 @@ def _endless(place: str) -> str:
 
 
 def _ends(action: Callable[[], object]) -> bool:
-    """Whether an action comes to an end, in whatever way, within its limit; it is done in a child process."""
+    """Whether an action ends, in whatever way, within its limit; it runs in a child process."""
     child = os.fork()
     if child == 0:
         try:
-            # The kernel ends it, whatever holds the interpreter; CPU time counts from the fork.
+            # The kernel ends the process even while the interpreter is blocked; CPU time counts from the fork.
             resource.setrlimit(resource.RLIMIT_CPU, (int(LIMIT_S), int(LIMIT_S) + 1))
             signal.signal(signal.SIGXCPU, signal.SIG_DFL)
             action()

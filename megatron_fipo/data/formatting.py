@@ -1,4 +1,4 @@
-"""From a question to prompt tokens: template, chat format, tokenizer."""
+"""Turns questions into prompt tokens: template, chat format, tokenizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class PromptFormatter:
         """Keep what formatting needs.
 
         Args:
-            source: its prompt_template, system_prompt and chat_template; `require_source` has passed it.
+            source: gives prompt_template, system_prompt and chat_template; already checked by `require_source`.
             tokenizer: a transformers tokenizer.
-            vocab_size: tokens that the model has; None leaves out what depends on it.
+            vocab_size: tokens that the model has; None skips the checks that need it.
 
         Raises:
             ValueError: for a tokenizer without a chat template where one is needed.
@@ -38,8 +38,8 @@ class PromptFormatter:
         """The text to tokenize. In a chat, the template goes around the last user message.
 
         Raises:
-            ValueError: for more than a single user message where chat_template is false, or without a user message at
-                the end.
+            ValueError: for more than a single user message where chat_template is false, or if the last message is not
+                the user's.
         """
         template = self._source.prompt_template
         if not self._source.chat_template:
@@ -74,8 +74,8 @@ class PromptFormatter:
     def check_known(self, token_ids: list[int], text: str, place: str) -> None:
         """Check that the tokenizer represents every character, and the model every token.
 
-        Tokenizers of the byte-level BPE kind with a small vocabulary leave out what they do not know without a trace,
-        so each visible character is tried by itself, once.
+        A byte-level BPE tokenizer with a small vocabulary silently drops characters that it does not know, so each
+        visible character is encoded by itself, once.
 
         Raises:
             ValueError: naming the place and the characters, if one is left out or the text gives the unknown token
@@ -106,8 +106,8 @@ class PromptFormatter:
 def raw_token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of raw texts, with the special tokens that the tokenizer adds by itself.
 
-    A text that begins with the beginning-of-sequence token has it once: who writes a chat format by hand writes that
-    token, too, and a model has never seen two.
+    A text that begins with the beginning-of-sequence token keeps a single one: a chat format written by hand includes
+    the token, and models are not trained on two.
     """
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
     bos = getattr(tokenizer, "bos_token_id", None)  # a tokenizer need not have the concept
@@ -120,7 +120,7 @@ def raw_token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _raw_text(record: Record) -> str:
-    """The prompt as text: a conversation of one user message is what that says, any other needs a chat template."""
+    """The prompt as text; of a conversation, the one user message's content: any other needs a chat template."""
     prompt = record.prompt
     if isinstance(prompt, str):
         return prompt

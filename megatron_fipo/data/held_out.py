@@ -2,7 +2,7 @@
 
 Every procedural source divides its questions by a hash of their text: training never draws a question of the held-out
 share and evaluation draws from no other, whatever the seeds, the sizes and the order. Different seeds alone would not
-do: small tasks repeat themselves, and some generators give seed s + 1 the questions of seed s, one place on.
+do: small tasks repeat themselves, and some generators give seed s + 1 the questions of seed s, shifted by one.
 """
 
 from __future__ import annotations

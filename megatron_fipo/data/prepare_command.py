@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fetch and write it, and say what goes into a configuration. Returns the exit status."""
+    """Fetch and write the data set, and print the configuration line for it. Returns the exit status."""
     from megatron_fipo.data.prepare import CannotFetchError, configuration_lines, prepare
 
     output = arguments.output or Path("data") / f"{arguments.name}.parquet"

@@ -1,4 +1,4 @@
-"""Opening a file of prompts, and saying what it is when it is not what it should be."""
+"""Opens files of prompts; names the real format of a file that is not of the stated kind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OTHER_FORMATS = {
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse what is no file of its kind, by its first bytes.
+    """Refuse a file whose first bytes are not those of its kind.
 
     Raises:
         ValueError: naming the file, what it is and what to do.
@@ -93,7 +93,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of every line of a JSON lines file that is not blank.
 
     Raises:
-        ValueError: naming file and line, for what is no UTF-8, no JSON, no object, or has a column twice.
+        ValueError: naming file and line, for a line that is not UTF-8, not JSON, no object, or has a column twice.
     """
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
@@ -172,7 +172,7 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
 def parquet_batches(
     file: parquet.ParquetFile, path: Path, columns: Sequence[str] | None, size: int
 ) -> Iterator[pa.RecordBatch]:
-    """Some columns of a parquet file (None: all), a batch of rows at a time, in types of which rows can be taken.
+    """Some columns of a parquet file (None: all), a batch of rows at a time, in types that pyarrow can take rows of.
 
     Raises:
         ValueError: naming the file, if it is damaged, or holds types that cannot be read.
@@ -191,7 +191,7 @@ def parquet_batches(
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type with views and dictionaries, of which pyarrow cannot take rows everywhere, made plain."""
+    """The type without views and dictionaries, which pyarrow cannot always take rows of."""
     if pa.types.is_string_view(kind):
         return pa.large_string()
     if pa.types.is_binary_view(kind):

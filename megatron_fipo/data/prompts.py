@@ -35,7 +35,7 @@ _TOKENIZER_BATCH = 1024
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """What a prompt may be.
+    """Limits that every prompt must keep.
 
     Attributes:
         max_prompt_tokens: longest prompt.
@@ -56,7 +56,7 @@ class PromptLimits:
 
 
 def verifier_of(source: DataSourceConfig) -> str:
-    """What judges a source as one name: its verifier's, or those of several with their weights."""
+    """One name for a source's judges: its verifier's, or those of several verifiers with their weights."""
     return combined_name(verifier_weights(source))
 
 
@@ -65,7 +65,7 @@ class PromptSource(ABC):
 
     Attributes:
         num_prompts: how many there are; None for an endless source.
-        num_skipped: over-long prompts left out, of a procedural source those that came up so far.
+        num_skipped: over-long prompts left out; for a procedural source, those drawn so far.
         num_duplicates: rows of a file left out because they repeat a prompt.
     """
 
@@ -94,7 +94,7 @@ class PromptSource(ABC):
 
 
 class FilePrompts(PromptSource):
-    """Rows of a jsonl or parquet file. All are tokenized once at the start, so that no error waits for hour ten."""
+    """Rows of a jsonl or parquet file. All are tokenized once at the start, so that errors show before training."""
 
     def __init__(
         self, name: str, config: DataSourceConfig, tokenizer: Any, limits: PromptLimits, with_rows: bool
@@ -219,7 +219,7 @@ class PromptStream:
             seed: run.seed, for the order and for sources without a seed of their own.
             max_prompt_tokens: longest prompt.
             overlong: "error" or "skip".
-            vocab_size: tokens that the model has; None leaves out what depends on it.
+            vocab_size: tokens that the model has; None skips the checks that need it.
             row_readers: verifiers that ask for rows; the prompts that they judge carry them.
 
         Raises:
@@ -275,7 +275,7 @@ class PromptStream:
 
     @property
     def num_skipped(self) -> dict[str, int]:
-        """Over-long prompts left out, by source; of procedural sources those that came up so far."""
+        """Over-long prompts left out, by source; for procedural sources, those drawn so far."""
         return {source.name: source.num_skipped for source in self._sources}
 
     @property
@@ -284,14 +284,14 @@ class PromptStream:
         return {source.name: source.num_duplicates for source in self._sources}
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, for the checkpoint, and the sizes of the sources, without which it would mean another prompt."""
+        """The cursor for the checkpoint, and the sizes of the sources, on which its meaning depends."""
         return {"next_prompt_id": self._next_prompt_id, "num_prompts": self._sizes()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, given the same sources, seed and tokenizer.
+        """Continue where `state_dict` was taken, given the same sources, seed and tokenizer.
 
         Raises:
-            ValueError: if a source has another number of prompts now: the order, and the place in it, would be another.
+            ValueError: if a source has another number of prompts now: the order, and the place in it, would change.
         """
         for name, size in self._sizes().items():
             before = state["num_prompts"].get(name)

@@ -18,7 +18,7 @@ INSTRUCTIONS = {
     "boxed": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
     "none": "{problem}",
 }
-"""Texts around a problem by name: DAPO's, which the verifier math_answer reads; the one of math_boxed; nothing."""
+"""Texts around a problem, by name: DAPO's, for the verifier math_answer; one for math_boxed; none."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class PublishedSet:
     """A data set on the Hugging Face hub.
 
     Attributes:
-        repository: of type dataset.
+        repository: owner/name of the data set.
         file: path in the repository.
-        schema: of that file (`row_forms.ROW_FORMS`).
+        schema: form of that file's rows, a key of `row_forms.ROW_FORMS`.
         num_problems: different problems, as far as known; for the reader, not checked.
         package: the same problems inside a package on PyPI, where there is one.
-        package_schema: of the packaged file.
+        package_schema: form of the packaged file's rows.
     """
 
     repository: str
@@ -70,11 +70,11 @@ PUBLISHED_SETS = {
         "gsm8k",
     ),
 }
-"""What `megatron-fipo prepare` knows, by name."""
+"""Data sets that `megatron-fipo prepare` knows, by name."""
 
 
 def bare_problem(prompt: str) -> str:
-    """A problem without DAPO's instruction, which some files are published with."""
+    """A problem without DAPO's instruction, which some published files include."""
     if prompt.startswith(_DAPO_BEFORE) and prompt.endswith(_DAPO_AFTER):
         return prompt[len(_DAPO_BEFORE) : -len(_DAPO_AFTER)]
     return prompt

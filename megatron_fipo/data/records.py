@@ -1,4 +1,4 @@
-"""Questions with their reference answers, out of files and out of generators, before any formatting."""
+"""Questions with their reference answers, from files and from generators, before any formatting."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class RecordFile:
 
 
 def read_records(source: DataSourceConfig, with_rows: bool = False) -> RecordFile:
-    """Read a jsonl or parquet source, or one of the hub, fetching it where it has not been.
+    """Read a jsonl or parquet source, or one of the hub, which is fetched if the cache lacks it.
 
     Args:
         with_rows: keep all columns of each row beside the question, for a verifier that asks for them.
 
     Raises:
-        ValueError: if the file does not exist, is none of its kind, holds no prompt or a malformed row, lacks a column,
+        ValueError: if the file does not exist, is not of its kind, holds no prompt or a malformed row, lacks a column,
             or has a reference that no answer can equal (`references`); the message names file and row.
     """
     if source.kind == "hub":
@@ -135,7 +135,7 @@ class _Repeats:
         self.num_conflicts = 0
 
     def is_new(self, record: Record) -> bool:
-        """Whether this prompt is the first of its kind, white space at its ends aside; counts it if it is not."""
+        """Whether this prompt has not come before, white space at its ends aside; counts it as a repeat if it has."""
         if not self._enabled:
             return True
         prompt = record.prompt.strip() if isinstance(record.prompt, str) else repr(record.prompt)
@@ -175,7 +175,7 @@ _PARQUET_BATCH = 4096
 
 
 class _ParquetRecords(Sequence[Record]):
-    """Rows of a parquet file, made when asked for: as Python objects, millions of them would fill the memory."""
+    """Rows of a parquet file, made on access: as Python objects, millions of them would fill the memory."""
 
     def __init__(self, path: Path, source: DataSourceConfig, repeats: _Repeats, with_rows: bool) -> None:
         self._source, self._with_rows = source, with_rows
@@ -368,7 +368,7 @@ def _reasoning_gym(task: str, params: Mapping[str, Any], seed: int) -> RecordGen
         raise ValueError(
             f"{reserved[0]!r} is not a parameter of task {task}: the data source sets it (seed, num_prompts)"
         )
-    # Item i of seed s is item 0 of seed s + i, so seeds are spread over a range that runs do not bridge.
+    # Item i of seed s is item 0 of seed s + i, so seeds are hashed far apart: the items of two runs do not overlap.
     first = int.from_bytes(hashlib.sha256(f"{task}/{seed}".encode()).digest()[:8], "big") % 2**31
 
     @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""Checks, when data is read, that each reference answer is one that its verifier can compare with anything.
+"""Checks, when data is read, that each reference answer is one that its verifier can compare responses with.
 
-A reference that no response can equal makes every response wrong without an error, and a run learns nothing for a
-reason that no log tells. The rules, by verifier:
+A reference that no response can equal makes every response wrong without an error: the run learns nothing, and no log
+says why. The rules, by verifier:
 
 - all: not null, not NaN or infinite (what a missing number becomes in a table), no half characters (lone surrogates).
 - the mathematical ones (math, math_answer, math_boxed), chain_arithmetic and exact: a text or a number; a list of one
@@ -27,7 +27,7 @@ MATHEMATICAL = ("math", "math_answer", "math_boxed")
 COMPARED = (*MATHEMATICAL, "chain_arithmetic", "exact")
 """Verifiers that compare the answer with the reference's text."""
 _MISSING_NUMBERS = ("nan", "<na>", "nat")
-"""Missing values and truth values in the form in which pandas writes them as text."""
+"""Missing values as pandas writes them as text, in lower case."""
 PROGRAMS = ("code", "code_unprotected")
 
 
@@ -35,9 +35,9 @@ def checked_reference(reference: Any, verifiers: Sequence[str], name: str) -> An
     """The reference that the verifiers get.
 
     Args:
-        reference: as the file has it.
-        verifiers: names of the source's; each must be able to compare with it.
-        name: of the reference, for messages: "column 'answer'".
+        reference: the value in the file.
+        verifiers: names of the source's verifiers; each must be able to compare with the reference.
+        name: the reference's name in messages: "column 'answer'".
 
     Raises:
         ValueError: if no response can be right, with the rule and the remedy; the caller adds the place.
@@ -63,10 +63,10 @@ def checked_reference(reference: Any, verifiers: Sequence[str], name: str) -> An
 
 
 def check_characters(text: str, name: str) -> None:
-    """Refuse half characters.
+    """Refuse a lone surrogate, which is half of a character.
 
     Raises:
-        ValueError: for a lone surrogate, which no tokenizer and no file takes.
+        ValueError: for a text with one, which no tokenizer and no file takes.
     """
     if text.isascii():
         return
@@ -80,7 +80,7 @@ def check_characters(text: str, name: str) -> None:
 
 
 def _compared(reference: Any, verifier: str, name: str) -> Any:
-    """A reference that is compared as text."""
+    """A reference that is compared as text; of a list of one, the one."""
     shown = f"{reference!r:.100}"
     if isinstance(reference, Mapping):
         fields = ", ".join(map(str, reference)) or "nothing"
@@ -112,7 +112,7 @@ def _from_text(reference: str, verifier: str, name: str) -> Any:
     Intervals and points ([1, 2]) hold no quotes, and stay texts.
 
     Raises:
-        ValueError: for what tables write for a number that is not there.
+        ValueError: for the text that tables write for a missing number.
     """
     text = reference.strip()
     if text.lower() in _MISSING_NUMBERS:

@@ -59,7 +59,7 @@ def _parsed(text: str, column: str, kind: type) -> Any:
     """A structure that is given as JSON text.
 
     Raises:
-        ValueError: if the text is none; the caller adds the place.
+        ValueError: if the text is not the JSON of such a structure; the caller adds the place.
     """
     try:
         structure = json.loads(text)
@@ -113,5 +113,5 @@ ROW_FORMS: dict[str, RowForm] = {
         (("text", "prompt"), ("test_list", "test"), ("test_setup_code", "test_imports")), ("test_setup_code",), _mbpp
     ),
 }
-"""Published forms by name: DAPO-Math-17k and DAPO's AIME-2024; AIME 2024 and 2025 as several publish them; GSM8K;
+"""Published forms by name: DAPO-Math-17k and DAPO's AIME-2024; AIME 2024 and 2025 in other repositories; GSM8K;
 HumanEval; MBPP, full and sanitized."""

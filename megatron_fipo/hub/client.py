@@ -31,18 +31,18 @@ _Answer = TypeVar("_Answer")
 
 
 class UnreachableError(HubError):
-    """The hub gave no answer, or said that it cannot serve now; what the cache holds may stand in for it."""
+    """The hub gave no answer, or said that it cannot serve now; the cache may stand in for it."""
 
 
 class NoAccessError(HubError):
-    """The hub answered, and does not let this token, or none, read; what the cache holds may stand in for it."""
+    """The hub answered, but refuses to let this machine read, with a token or without; the cache may stand in."""
 
 
 def current_commit(repository: Repository) -> str:
-    """Ask the hub for the commit that a repository's revision stands at.
+    """Ask the hub for the commit that a repository's revision points to.
 
     Raises:
-        HubError: if it does not say.
+        HubError: if the hub does not say.
     """
     from huggingface_hub import HfApi  # imported where it is needed: it takes half a second
 
@@ -57,8 +57,8 @@ def current_commit(repository: Repository) -> str:
 
 
 def note_commit(repository: Repository, first_files: Sequence[str]) -> str:
-    """`current_commit`, which the cache then knows under the revision's name, for days without a connection."""
-    current_commit(repository)  # whose errors are told apart; the download would fall back on the cache in silence
+    """Return `current_commit`, and record it in the cache under the revision's name for runs without a connection."""
+    current_commit(repository)  # tells errors apart; the download would silently fall back on the cache
     return download(repository, first_files).name
 
 
@@ -81,10 +81,10 @@ def list_files(repository: Repository, commit: str) -> list[str]:
 def download(
     repository: Repository, patterns: Sequence[str], *, commit: str | None = None, ignore: Sequence[str] = ()
 ) -> Path:
-    """Fetch files into the hub's cache, those that are not there yet, and check what came.
+    """Fetch the files that the hub's cache lacks, and check the new ones.
 
     Args:
-        patterns: of the files.
+        patterns: patterns of the files to fetch.
         commit: None takes the repository's revision.
         ignore: patterns of files to leave out.
 
@@ -92,7 +92,7 @@ def download(
         The snapshot's folder, whose name is the commit.
 
     Raises:
-        HubError: if a file cannot be fetched, or its bytes are not those that the hub's checksum is of.
+        HubError: if a file cannot be fetched, or its bytes do not match the hub's checksum.
         DiskError: if the cache cannot be written to.
     """
     from huggingface_hub import snapshot_download
@@ -110,7 +110,7 @@ def download(
             ),
         )
     finally:
-        # A file whose neighbour failed stays in the cache, and nobody would look at it again.
+        # After a failure the files that did arrive stay in the cache, and no later call would check them.
         _check_blobs(repository, sorted(_blobs(repository) - known))
     return Path(folder)
 
@@ -118,7 +118,7 @@ def download(
 def cached_snapshot(
     repository: Repository, patterns: Sequence[str], *, commit: str | None = None, ignore: Sequence[str] = ()
 ) -> Path | None:
-    """The snapshot's folder in the hub's cache, without a request; None where it is not, or is known to lack files."""
+    """The snapshot's folder in the hub's cache, without a request; None if it is absent or known to lack files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -147,9 +147,9 @@ def _answer(repository: Repository, request: Callable[[], _Answer]) -> _Answer:
         raise explained(repository, error) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a page of a login or a proxy, say
         raise UnreachableError(
-            f"{repository.key}={repository.name}: what answers at {_endpoint()} does not answer as the hub does "
+            f"{repository.key}={repository.name}: the server at {_endpoint()} does not answer like the hub "
             f"({error!r:.200}). Look at what lies between (a proxy, a login page, HF_ENDPOINT), or run\n"
-            f"    {repository.download_command}\nwhere there is a connection, and have its cache here."
+            f"    {repository.download_command}\nwhere there is a connection, and copy its cache here."
         ) from error
 
 
@@ -172,9 +172,9 @@ def _end_wait(request: Any) -> None:
 
 
 def retried(request: Callable[[], _Answer]) -> _Answer:
-    """Ask again where the hub answers that it cannot serve just now: one such answer must not end a run of many nodes.
+    """Repeat a request that the hub says it cannot serve just now: one such answer must not end a run of many nodes.
 
-    The client itself does so for some of its requests only. A hub that is not reached at all is not asked again.
+    The client itself repeats only some of its requests. A request that gets no answer at all is not repeated.
     """
     from huggingface_hub.errors import HTTPError
 
@@ -191,7 +191,7 @@ def retried(request: Callable[[], _Answer]) -> _Answer:
 
 
 def _reason(error: Exception) -> Exception:
-    """The cause of an error whose own words only speak of the client's cache."""
+    """The error, or its cause where its own message only mentions the client's cache."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HTTPError, OSError)):
@@ -250,7 +250,7 @@ def explained(repository: Repository, error: Exception) -> HubError | DiskError:
         return HubError(f"{where}the hub refuses: {reason} for {page}.")
     return UnreachableError(
         f"{where}{_looked_here(repository)}and the hub ({_endpoint()}) cannot be reached: {reason}. Where there is a "
-        f"connection, run\n    {repository.download_command}\nand have its cache here (HF_HOME names its folder)."
+        f"connection, run\n    {repository.download_command}\nand copy its cache here (HF_HOME names its folder)."
     )
 
 
@@ -258,7 +258,7 @@ def missing_in_cache(repository: Repository) -> str:
     """Say where a repository was looked for without asking the hub, and which command fetches it."""
     return (
         f"{repository.key}={repository.name}: {_looked_here(repository)}and nothing was asked of the hub. "
-        f"It is fetched by\n    {repository.download_command}"
+        f"Fetch it with\n    {repository.download_command}"
     )
 
 
@@ -268,7 +268,7 @@ def _looked_here(repository: Repository) -> str:
 
 
 def _endpoint() -> str:
-    """The hub's address, without a password that may stand in HF_ENDPOINT's."""
+    """The hub's address, without a password that HF_ENDPOINT may contain."""
     from huggingface_hub import constants
 
     parts = urlsplit(str(constants.ENDPOINT))
@@ -297,7 +297,7 @@ def _blobs(repository: Repository) -> set[str]:
 
 
 def _check_blobs(repository: Repository, names: Sequence[str]) -> None:
-    """Compare new files of the cache with their names, which are the hub's checksums: sha256, or git's of a blob."""
+    """Compare new files of the cache with their names, which are the hub's checksums: sha256, or git's blob hash."""
     for name in names:
         path = _blob_folder(repository) / name
         if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name) or not path.is_file():
@@ -310,8 +310,8 @@ def _check_blobs(repository: Repository, names: Sequence[str]) -> None:
         if digest.hexdigest() != name:
             path.unlink()
             raise HubError(
-                f"{repository.key}={repository.name}: a file of {size} bytes came with another content than the hub's "
-                f"checksum {name[:12]}… says, and was deleted from {path.parent}. Start the same command again; if it "
+                f"{repository.key}={repository.name}: a downloaded file of {size} bytes does not match the hub's "
+                f"checksum {name[:12]}…, and was deleted from {path.parent}. Start the same command again; if it "
                 "happens again, look at what lies between (a proxy, HF_ENDPOINT's mirror, the disk)."
             )
 

@@ -54,7 +54,7 @@ def source_repository(key: str, source: DataSourceConfig) -> Repository:
 
 
 def dataset_commit(repository: Repository, source: DataSourceConfig) -> tuple[str, str]:
-    """(the commit that a data set is taken at, a line about it for the user, or empty).
+    """Return (the commit to read a data set at, a line about it for the user or an empty string).
 
     Where its own files are neither parquet nor jsonl, that is a commit of the branch with the hub's conversion.
 
@@ -105,7 +105,7 @@ def fetch_source(key: str, source: DataSourceConfig, commit: str) -> FetchedSour
     """
     repository = source_repository(key, source)
     try:
-        current_commit(pinned(repository, commit))  # a hub that is not there says so at once; listing files tries on
+        current_commit(pinned(repository, commit))  # fails at once without a connection; listing would retry
         listed = list_files(repository, commit)
         folder = download(repository, (CARD,), commit=commit) if CARD in listed else None
         chosen = choose_files(repository, listed, _card(folder), source)
@@ -129,10 +129,10 @@ def fetched_here(source: DataSourceConfig, key: str = "data source") -> FetchedS
 
 
 def cached_source(key: str, source: DataSourceConfig) -> FetchedSource | None:
-    """The same from the cache alone; None where it is not there. Asks nothing of the hub.
+    """A source of kind hub with its files from the cache alone; None if the cache lacks it. Sends no request.
 
     Raises:
-        HubError: if what is there lacks the subset, the split or some of its files.
+        HubError: if the cached data set lacks the subset, the split or some of its files.
     """
     repository = source_repository(key, source)
     folder = _cached_with_files(repository)
@@ -159,9 +159,9 @@ def choose_files(
     """The files of a subset's split, in their order.
 
     Args:
-        files: of the repository.
-        card: its metadata, empty where it has none.
-        source: subset and split are its.
+        files: paths of the repository's files.
+        card: metadata of the data set's card; empty if it has none.
+        source: gives the subset and the split.
 
     Raises:
         HubError: if there is no such subset or split, saying which there are.
@@ -251,7 +251,7 @@ def _default_subset(subsets: Mapping[str, Any], card: Mapping[str, Any]) -> str 
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """A pattern of the card: * stays within a folder, ** does not."""
+    """Regular expression for a glob pattern of the card: * stays within a folder, ** does not."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern.removeprefix("./"))
     words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile(
@@ -289,8 +289,8 @@ def _select_cached(repository: Repository, folder: Path, source: DataSourceConfi
     """The files of a split in the cache.
 
     Raises:
-        HubError: if the subset, the split or some of its files are not there. The cache may hold a part of the data
-            set alone; where the card counts rows, they are counted.
+        HubError: if the subset, the split or some of its files are not there. The cache may hold only a part of the
+            data set; where the card states a number of rows, it is compared.
     """
     files = _files_below(folder)
     card = _card(folder)

@@ -1,4 +1,4 @@
-"""Models by name: which files are fetched, and when what the cache holds is a whole model."""
+"""Models by name: which files are fetched, and how a whole model in the cache is recognised."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ MODEL_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-"""Files that are fetched of a model: configuration, weights, tokenizer, licence; neither code nor pickles."""
+"""Files that are fetched for a model: configuration, weights, tokenizer, licence; neither code nor pickles."""
 LEFT_OUT = ("*/*", "consolidated*")
 """Folders (exports for other programs, original formats), and a second copy of the weights beside the first."""
 _FIRST_FILES = ("config.json",)
 
 
 def model_commit(repository: Repository) -> tuple[str, str]:
-    """(the commit that a model is taken at, a line about it for the user, or empty).
+    """Return (the commit to read a model at, a line about it for the user or an empty string).
 
     Where the hub does not answer, or does not let this machine read, a whole model in the cache stands in for it.
 
@@ -78,7 +78,7 @@ def fetch_model(repository: Repository, commit: str) -> Path:
 
 
 def cached_model(repository: Repository, commit: str | None = None) -> Path | None:
-    """The folder of a whole model in the cache; None where it is not. Asks nothing of the hub."""
+    """The folder of a whole model in the cache; None if there is none. Sends no request to the hub."""
     folder = cached_snapshot(repository, MODEL_FILES, commit=commit, ignore=LEFT_OUT)
     return None if folder is None or _what_is_missing(folder) else folder
 
@@ -110,7 +110,7 @@ def model_config_folder(path: str, revision: str | None) -> str:
 
 
 def cached_folder(path: str, revision: str | None) -> str | None:
-    """The folder of a model that is given by folder or by name, as far as it is here: nothing is asked of the hub."""
+    """The folder of a model given by folder or by name; None if it is not on this machine. Sends no request."""
     if not is_hub_name(path):
         return path if Path(path).is_dir() else None
     cached = cached_model(Repository("model.path", path, revision=revision))
@@ -118,7 +118,7 @@ def cached_folder(path: str, revision: str | None) -> str | None:
 
 
 def revision_without_name(path: str, revision: str) -> str:
-    """The problem of a revision beside a folder."""
+    """The message about a revision that is given together with a folder."""
     return (
         f"model.revision={revision}: model.path={path} is a folder or a path, and only a name on the hub has "
         "revisions. Remove model.revision, or give a name (owner/name) of which no part is a folder here."

@@ -17,7 +17,7 @@ class Repository:
     """A repository on the hub, as a configuration names it.
 
     Attributes:
-        key: that names it, for messages: "model.path".
+        key: configuration key that names it, for messages: "model.path".
         name: owner/name.
         kind: model or dataset.
         revision: branch, tag or commit; None is its main branch.

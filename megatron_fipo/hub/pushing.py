@@ -19,10 +19,10 @@ _SHOWN = ("avg@", "cons@", "pass@", "response_tokens/mean")
 
 
 def check_may_push(name: str, *, private: bool = True) -> None:
-    """Make sure, before anything is trained, that there is a token and that it may write where the model is to go.
+    """Check, before anything is trained, that there is a token and that it may write the target repository.
 
     Args:
-        private: as `checkpoint.hub_private` says.
+        private: the value of `checkpoint.hub_private`.
 
     Raises:
         HubError: if there is no token, it is not valid, it may only read, or it belongs to somebody else; or if the
@@ -42,7 +42,7 @@ def check_may_push(name: str, *, private: bool = True) -> None:
         if status in (401, 403):
             raise HubError(f"{_KEY}={name}: the hub does not accept this token ({status}). {_LOGIN}.") from error
         raise HubError(
-            f"{_KEY}={name}: whether the model may be pushed cannot be asked of the hub ({_reason(error)}). Leave the "
+            f"{_KEY}={name}: the hub cannot be asked whether the model may be pushed ({_reason(error)}). Leave the "
             "key empty where there is no connection, and upload the export afterwards."
         ) from error
     if problem := _what_forbids(account, owner, name):
@@ -56,7 +56,7 @@ def check_may_push(name: str, *, private: bool = True) -> None:
 
 
 def _refuse_public(name: str, private: bool) -> None:
-    """Refuse a repository that everybody may read, where the model should be private: making it says nothing then."""
+    """Refuse an existing public repository where the model should be private: `create_repo` would not complain."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -77,10 +77,10 @@ def push(config: Config, folder: Path, evaluation: Path, origins: Mapping[str, A
     """Write the model's card beside it and upload the folder. Returns the address.
 
     Args:
-        config: with names and commits, as it is recorded.
+        config: the recorded configuration, with names and commits.
         folder: the export.
         evaluation: the run's folder of scores before and after.
-        origins: as in provenance.json.
+        origins: where the model and the data came from, as in provenance.json.
 
     Raises:
         HubError: if it cannot be uploaded; the folder stays as it is.
@@ -189,7 +189,7 @@ def _what_forbids(account: Mapping[str, Any], owner: str, name: str) -> str:
     token = (account.get("auth") or {}).get("accessToken") or {}
     role, user = token.get("role"), account.get("name")
     if user is None:
-        return "what answers there names no account, and is perhaps no hub (HF_ENDPOINT)."
+        return "the answer names no account, and is perhaps not a hub's (HF_ENDPOINT)."
     if role == "read":
         return "this token may only read."
     if role == "fineGrained":

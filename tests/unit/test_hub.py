@@ -373,7 +373,7 @@ def test_a_data_set_without_rows_or_conversion_is_refused(hub: StandInHub) -> No
 def test_what_is_no_hub_is_named(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A login page, say, that answers 200 to everything."""
     hub.fails = {"/api/": [200, 200]}
-    with pytest.raises(UnreachableError, match="does not answer as the hub does"):
+    with pytest.raises(UnreachableError, match="does not answer like the hub"):
         model_folder(NAME)
     log_in(hub, monkeypatch)
     with pytest.raises(HubError, match=r"checkpoint\.push_to_hub=me/x"):
@@ -613,7 +613,7 @@ def test_no_token_a_wrong_one_and_no_hub_are_refused_before_training(
     with pytest.raises(HubError, match=r"the hub does not accept this token \(401\)"):
         check_may_push("me/mine")
     hub.down = 503
-    with pytest.raises(HubError, match="cannot be asked of the hub"):
+    with pytest.raises(HubError, match="cannot be asked whether"):
         check_may_push("me/mine")
 
 
