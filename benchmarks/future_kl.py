@@ -32,7 +32,7 @@ TIMES_AS_MANY = 8
 CALLS = 10
 """Calls between two events."""
 HEAD_START_CYCLES = 100_000_000
-"""For which the GPU idles at first, some 50 ms, so that the host has queued all calls and no launch is waited for."""
+"""Cycles for which the GPU idles at first, some 50 ms: the host then has queued all calls, and no launch is waited for."""
 
 
 def sum_over_pairs(x: Tensor, half_life: float, chunk: int) -> Tensor:
@@ -49,7 +49,7 @@ def sum_over_pairs(x: Tensor, half_life: float, chunk: int) -> Tensor:
 
 
 def product_alone(x: Tensor, half_life: float, chunk: int) -> Tensor:
-    """The same, the matrix of powers read from one table."""
+    """`sum_over_pairs`, but with the matrix of powers read from one table."""
     length = x.shape[1]
     distances = torch.arange(length, device=x.device, dtype=torch.float64)
     table = torch.cat([x.new_zeros(length - 1), torch.exp2(-distances / half_life).float()])

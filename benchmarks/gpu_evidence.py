@@ -37,7 +37,7 @@ from benchmarks.evidence.report import (  # noqa: E402
 from benchmarks.evidence.worker import EXIT_START_AGAIN, run_part  # noqa: E402
 
 GRACE_S = 40.0
-"""So long after the budget has been used up, the case that still runs is ended."""
+"""Time after the end of the budget at which a case that still runs is ended."""
 _PRELOAD = ("megatron_fipo.certify.preload", "benchmarks.evidence.models")
 
 
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def _set_environment(device: str) -> None:
-    """For this process and all that it starts."""
+    """Set environment variables for this process and all that it starts."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's advice, before CUDA starts
     os.environ["KINETO_LOG_LEVEL"] = "5"  # its remarks at each start and stop would hide the progress
@@ -96,7 +96,7 @@ def _set_environment(device: str) -> None:
 
 
 def _has_gpu() -> bool:
-    """Asked in a process that ends: this one must not start CUDA."""
+    """Whether there is a GPU; a process that ends is asked, since this one must not start CUDA."""
     command = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
     return subprocess.run(command, check=False).returncode == 0
 

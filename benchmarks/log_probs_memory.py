@@ -31,7 +31,7 @@ LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def ours(chunk_mib: float) -> LogProbs:
-    """This project's, on one process."""
+    """This project's computation, on one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None

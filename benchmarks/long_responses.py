@@ -2,7 +2,7 @@
 
     python benchmarks/long_responses.py --engine sglang --server-python PATH [--tokens 20480] [--cp 4]
 
-A small random model of which no response ends early answers one prompt four times. Everything else is the real thing:
+A small random model whose responses never end early answers one prompt four times. Everything else is the real thing:
 torchrun, a Megatron-Core actor under context parallelism, the server, weight sync, Future-KL over the whole length.
 """
 

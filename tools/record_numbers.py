@@ -1,11 +1,11 @@
-"""Records what small trainings come to, so that a change of the code can show that it changes no number.
+"""Records the results of small trainings, so that a change of the code can show that it changes no number.
 
     python tools/record_numbers.py write before.json
     python tools/record_numbers.py compare before.json
 
 Trains the quick-start for 3 steps with each of FIPO and DAPO, context parallelism 1 and 2, and 3 seeds. A record holds
 every metric that is no time, and hashes of the weights at the end and of the responses. Comparing is exact: a sum in
-another order shows. Records are of one machine and one set of packages; another processor rounds otherwise.
+another order shows. Records are of one machine and one set of packages; another processor rounds differently.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _TIMES = ("time_s/", "perf/tokens_per_s")
 _NUM_SHOWN = 8
 
 Record = dict[str, dict[str, Any]]
-"""Of each run, by its name, what it came to, by name."""
+"""Name of a run -> its results, by name."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write or compare; the exit status, 1 where anything differs."""
-    parser = argparse.ArgumentParser(description="Record what small trainings come to, or compare it with a record.")
+    """Write or compare. Returns the exit status, 1 where anything differs."""
+    parser = argparse.ArgumentParser(description="Record the results of small trainings, or compare with a record.")
     parser.add_argument("action", choices=("write", "compare"))
     parser.add_argument("file", type=Path, metavar="FILE", help="the record, JSON")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose names hold it, such as cp2_seed0")
@@ -73,7 +73,7 @@ def _name(algorithm: str, cp: int, seed: int) -> str:
 
 
 def train(folder: Path, algorithm: str, cp: int, seed: int) -> dict[str, Any]:
-    """What one training comes to, by name.
+    """The results of one training, by name.
 
     Raises:
         RuntimeError: if it fails.

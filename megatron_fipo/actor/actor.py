@@ -1,4 +1,4 @@
-"""The actor: the trained model as a policy, whose log-probs of given tokens training and rollouts ask for.
+"""The actor: the trained model as a policy, which gives log-probs of tokens to training and to rollouts.
 
 Shapes: T_local tokens of a microbatch on this context-parallel rank.
 """
@@ -43,7 +43,7 @@ class Actor(TrainedModel[PolicyOutputs]):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids lie below it."""
+        """Number of token ids, which are 0 … vocab_size - 1."""
         return self.shape.vocab_size
 
     def log_probs(
@@ -52,10 +52,10 @@ class Actor(TrainedModel[PolicyOutputs]):
         """Log-probs of the labels under the current weights, or the frozen starting ones.
 
         Args:
-            temperature: of the softmax; None takes rollout.temperature.
+            temperature: temperature of the softmax; None takes rollout.temperature.
 
         Returns:
-            float32 [T_local] for each microbatch; empty where this rank does not end the pipeline.
+            float32 [T_local] for each microbatch; empty except on the last pipeline stage.
         """
         head = self.head if temperature is None else replace(self.head, temperature=temperature)
         if not reference:

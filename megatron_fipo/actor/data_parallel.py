@@ -26,7 +26,7 @@ def overlaps_gradients(ranks: ParallelGroups) -> bool:
 
 
 def data_parallel_config(config: Config, ranks: ParallelGroups) -> DistributedDataParallelConfig:
-    """How gradients are summed: in float32.
+    """The wrapper's settings. Gradients are summed in float32.
 
     Weights are gathered in the optimizer's step and not in the next forward (overlap_param_gather): the wrapper waits
     for a weight where the module that holds it is called, and the output layer's weight is used without its module;
@@ -41,14 +41,14 @@ def data_parallel_config(config: Config, ranks: ParallelGroups) -> DistributedDa
 
 
 def wrap_chunks(chunks: Sequence[nn.Module], config: Config, ranks: ParallelGroups) -> list[nn.Module]:
-    """The chunks with buffers for gradients. Their TransformerConfig is the wrappers' too, and so the schedule's."""
+    """The chunks with buffers for gradients. Wrappers and schedule read the chunks' own TransformerConfig."""
     ddp_config, model_config = data_parallel_config(config, ranks), unwrap(chunks[0]).config
     wrapped = [
         DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
     if ddp_config.overlap_grad_reduce:
-        # By this the schedule says when the last microbatch begins; without it sums would start after every microbatch.
+        # With this the schedule holds the sums back until the last microbatch; without it each microbatch starts them.
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if uses_transformer_engine(config.model):
@@ -59,8 +59,8 @@ def wrap_chunks(chunks: Sequence[nn.Module], config: Config, ranks: ParallelGrou
 def fuse_weight_gradients(chunks: Sequence[nn.Module]) -> None:
     """Let Transformer Engine's products add weight gradients to the float32 buffers, without bfloat16 in between.
 
-    Megatron's own switch for it (gradient_accumulation_fusion) also asks for Apex, for the output layer's sake. Only
-    for chunks that have those buffers.
+    Megatron's own switch for it (gradient_accumulation_fusion) also asks for Apex, for the output layer's sake. The
+    chunks must have those buffers.
     """
     for module in (module for chunk in chunks for module in chunk.modules()):
         if hasattr(module, _FUSED):

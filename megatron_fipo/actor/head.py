@@ -1,8 +1,8 @@
-"""What a model ends in: what is computed from the hidden states that its last pipeline stage gives.
+"""The head of a model: it computes the model's outputs from the hidden states of the last pipeline stage.
 
 A policy's head gives log-probs of the tokens that follow. A head that gives something else, such as a value for each
 token, is a module of its own that keeps this protocol, and may bring parameters: they lie in the model's last chunk
-under the name `head`, where the optimizer and the checkpoints find them. They are no part of the weights that rollout
+under the name `head`, where the optimizer and the checkpoints find them. They are not part of the weights that rollout
 engines and exports get, because a Hugging Face model has no place for them.
 
 Shapes: T_local tokens of a microbatch on this context-parallel rank, H hidden size.
@@ -23,21 +23,21 @@ Outputs = TypeVar("Outputs", bound=NamedTuple, covariant=True)
 
 
 class Head(Protocol[Outputs]):
-    """What a trained model is built with."""
+    """The head that a trained model is built with."""
 
     @property
     def uses_output_layer(self) -> bool:
         """Whether the head reads the language model's output layer.
 
-        One that does not must say so, for the layer to be left out: a parameter without a gradient would decay, and a
-        sum of gradients that goes on during backward would wait for it.
+        A head that does not must return False, so that the layer is left out: a parameter without a gradient would
+        decay, and a sum of gradients that overlaps with backward would wait for it.
         """
         ...
 
     def own_module(self, config: TransformerConfig) -> nn.Module | None:
         """The head's parameters, in the model's dtype and with the same values on every rank; None if it has none.
 
-        It is called where the model ends, and what it returns becomes `model.head`. Under sequence parallelism each
+        It is called on the last pipeline stage, and its result becomes `model.head`. Under sequence parallelism each
         tensor-parallel rank has hidden states of its own rows: a parameter that is applied to them before they are
         gathered needs the attribute sequence_parallel=True, by which Megatron sums its gradient over the ranks.
         """

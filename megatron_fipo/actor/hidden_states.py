@@ -1,4 +1,4 @@
-"""Megatron's GPTModel, up to the hidden states from which a head computes what is wanted.
+"""Megatron's GPTModel, up to the hidden states from which a head computes its outputs.
 
 Shapes: T_local tokens of a microbatch on this context-parallel rank, H hidden size.
 """
@@ -25,7 +25,7 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
     def remove_output_layer(self) -> None:
-        """Remove it from a last stage whose head does not read it. The final norm stays."""
+        """Remove the output layer of a last stage whose head does not read it. The final norm stays."""
         assert not self.share_embeddings_and_output_weights, "what is tied to the embedding cannot be removed alone"
         del self.output_layer
         self.post_process = False  # where this is set, Megatron looks for an output layer to save

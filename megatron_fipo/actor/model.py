@@ -1,4 +1,4 @@
-"""A Megatron-Core model from the shape of a Hugging Face checkpoint.
+"""Builds a Megatron-Core model from the shape of a Hugging Face checkpoint.
 
 In bfloat16, with CUDA and Transformer Engine, the layers, the attention and its context parallelism are Transformer
 Engine's; otherwise they are Megatron's own modules with this project's attention. Written for Megatron-Core 0.16 and
@@ -39,7 +39,7 @@ LENGTH_MULTIPLE = 1024
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's RMSNorm, marked for the gradient all-reduce that sequence parallelism needs of it."""
+    """torch's RMSNorm, marked for the gradient all-reduce that sequence parallelism needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -58,7 +58,7 @@ def transformer_config(shape: ModelShape, model: ModelSection, parallel: Paralle
     """Megatron's configuration of the model. Gradients are normalised per token, once, over the whole minibatch."""
     part = recomputed_part(model, on_gpu=torch.cuda.is_available())
     with warnings.catch_warnings():
-        if part == "core_attn":  # Megatron warns of it for fused attention, where nothing here asks for it
+        if part == "core_attn":  # Megatron warns about fused attention, which is not used here
             warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
         return _transformer_config(shape, model, parallel, **_RECOMPUTE[part], **fp8_options(model.fp8))
 
@@ -116,7 +116,7 @@ def _transformer_config(
 
 
 def _with_bias(linear: type[nn.Module]) -> type[nn.Module]:
-    """The same linear layer, with a bias whatever it is built with.
+    """A subclass of a class of linear layers that always has a bias.
 
     Megatron has one switch for the biases of the attention's output and of the MLP; models have only the former.
     """
@@ -161,7 +161,7 @@ def build_model(
     They share one TransformerConfig.
 
     Args:
-        head: what the model ends in; None gives it the language model's output layer and nothing else.
+        head: the model's head; None gives the model the language model's output layer and nothing else.
     """
     config = transformer_config(shape, model, parallel)
     layer, norm = _layer_spec(shape, model)

@@ -1,4 +1,4 @@
-"""Lending a device's memory and taking it back, after which every tensor, view and alias is what it was.
+"""Lends a device's memory and takes it back; afterwards every tensor, view and alias is what it was.
 
 Moving tensors (`p.data = p.data.cpu()`) would tear views from the buffers that they lie in: Megatron's parameters are
 views of one buffer, and in float32 its main parameters are views of them. Here the storages themselves are emptied and

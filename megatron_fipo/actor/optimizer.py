@@ -35,7 +35,7 @@ def build_optimizer(config: Config, chunks: Sequence[nn.Module]) -> Any:
 
 
 def single_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers of a chained one, or the one itself."""
+    """The optimizers in a chained optimizer, or the optimizer itself."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
@@ -61,7 +61,7 @@ class LearningRate:
         )
 
     def set_for(self, step: int) -> None:
-        """Set what the given training step, counted from 0, is made with."""
+        """Set learning rate and weight decay of a training step, counted from 0."""
         self._scheduler.num_steps = step + 1
         self._scheduler.step(0)
 

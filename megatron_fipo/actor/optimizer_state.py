@@ -1,8 +1,8 @@
-"""What Megatron leaves open when it saves and restores an Adam: step counts, settings, and state that is not there yet.
+"""Completes how Megatron saves and restores Adam: step counts, settings, and state that does not exist yet.
 
 Transformer Engine's Adam, which Megatron takes wherever it is installed, counts an integer for each parameter group;
 torch's counts a floating-point tensor for each parameter, which Megatron saves as a float of the group. A checkpoint of
-either goes on with the other, on a machine with GPUs or without.
+either can be loaded into the other, on a machine with GPUs or without.
 """
 
 from __future__ import annotations

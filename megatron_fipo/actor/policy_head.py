@@ -18,12 +18,12 @@ from megatron_fipo.rl.packed_batch import PackedBatch
 
 
 class PolicyOutputs(NamedTuple):
-    """What the policy says of each token."""
+    """The policy's outputs for each token."""
 
     log_probs: Tensor
-    """float32 [T_local], of the labels."""
+    """float32 [T_local]: log-probs of the labels."""
     entropy: Tensor
-    """float32 [T_local], of the distribution over the vocabulary."""
+    """float32 [T_local]: entropy of the distribution over the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PolicyHead:
     """Log-probs and entropy from the language model's own output layer; a `Head`.
 
     Attributes:
-        vocab_size: without the padding rows.
+        vocab_size: size of the vocabulary, without the padding rows.
         temperature: what logits are divided by.
         chunk_mib: memory that the logits of one chunk of tokens may take on each rank.
         tp_group: the ranks that the output layer's rows are spread over.
@@ -57,11 +57,11 @@ class PolicyHead:
 
     @property
     def uses_output_layer(self) -> bool:
-        """It does."""
+        """True: the log-probs come from it."""
         return True
 
     def own_module(self, config: TransformerConfig) -> None:
-        """It has no parameters of its own."""
+        """Return None: this head has no parameters of its own."""
 
     def __call__(self, hidden: Tensor, batch: PackedBatch, model: HiddenStateModel) -> PolicyOutputs:
         """Log-probs of the batch's labels, and entropy. Collective over `tp_group`; differentiable."""

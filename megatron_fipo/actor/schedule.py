@@ -14,20 +14,20 @@ from megatron_fipo.actor.model import packed_sequence_params
 from megatron_fipo.rl.packed_batch import PackedBatch
 
 AtTheEnd = Callable[[Tensor, PackedBatch, HiddenStateModel], Any]
-"""(hidden states, microbatch, the chunk that gave them) -> what is made of them. It is called where the pipeline ends;
-for a backward pass it returns (sum of the loss, its normalizer as int32, what to collect)."""
+"""(hidden states, microbatch, the chunk that gave them) -> outputs. It is called on the last pipeline stage; for a
+backward pass it returns (sum of the loss, its normalizer as int32, what to collect)."""
 
 
 def run_schedule(
     chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch], at_the_end: AtTheEnd, *, forward_only: bool
 ) -> list[Any]:
-    """Run the microbatches through a model. Collective over all ranks, with as many microbatches on each.
+    """Run the microbatches through a model. Collective over all ranks, with the same number of microbatches on each.
 
     Returns:
-        What was collected of each microbatch; empty where this rank does not end the pipeline.
+        The outputs collected for each microbatch; empty except on the last pipeline stage.
     """
     for chunk in chunks:
-        chunk.train()  # for log-probs too: nothing in it is random, and so they are sure to be those of the update
+        chunk.train()  # for log-probs, too: they are then computed as in the update; nothing in the model is random
     iterators = [iter(microbatches) for _ in chunks]
     num_tokens = microbatches[0].layout.num_tokens
     collected: list[Any] = get_forward_backward_func()(

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained, and which weights it has in the eyes of everybody else.
+"""Decides which parameters of a model are trained, and which weights everybody else gets of it.
 
 Training all weights is one answer. Another, such as adapters beside frozen weights, is a module of its own that keeps
 this protocol: what it adds to the model is trained and saved with it, and what it streams are whole weights under
@@ -16,10 +16,10 @@ from megatron_fipo.actor.hidden_states import HiddenStateModel
 
 
 class Trainable(Protocol):
-    """What a trained model is built with."""
+    """The choice of trained parameters that a trained model is built with."""
 
     def prepare(self, model: HiddenStateModel) -> None:
-        """Say by requires_grad what is trained, and add what is to be trained beside it, in the model's dtype.
+        """Mark by requires_grad what is trained, and add further parameters to train, in the model's dtype.
 
         It is called on each chunk with its weights loaded and on its device, before gradients and the optimizer's state
         get their memory: what requires no gradient then has neither.
@@ -35,11 +35,11 @@ class AllWeights:
     """Every parameter is trained, the head's included; a `Trainable`."""
 
     def prepare(self, model: HiddenStateModel) -> None:
-        """Nothing is frozen, and nothing added."""
+        """Freeze nothing, and add nothing."""
         model.requires_grad_(True)
 
     def weights(self, model: HiddenStateModel) -> Iterator[tuple[str, Tensor]]:
-        """The parameters as they are."""
+        """All parameters, with their names."""
         yield from model.named_parameters()
 
 

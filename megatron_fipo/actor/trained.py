@@ -1,7 +1,7 @@
 """A Megatron model that is trained: built and loaded in a layout, updated by a loss, lent out, saved and streamed.
 
-Its head decides what is made of its hidden states (see `head`). With a `PolicyHead` it is the actor; nothing here knows
-of policies.
+Its head computes the outputs from its hidden states (see `head`). With a `PolicyHead` it is the actor; nothing here
+knows of policies.
 
 Shapes: T_local tokens of a microbatch on this context-parallel rank.
 """
@@ -60,9 +60,9 @@ class UpdateResult:
     """One optimizer step.
 
     Attributes:
-        metrics: of this rank's microbatches, merged; empty where this rank does not end the pipeline.
-        grad_norm: over all parameters, before clipping; the same on every rank.
-        learning_rate: that the step was taken with.
+        metrics: metrics of this rank's microbatches, merged; empty except on the last pipeline stage.
+        grad_norm: norm over all parameters, before clipping; the same on every rank.
+        learning_rate: learning rate of the step.
     """
 
     metrics: Metrics
@@ -88,8 +88,8 @@ class TrainedModel(Generic[Outputs]):
         """Build the model in the config's layout and load its weights.
 
         Args:
-            shape: of the checkpoint at model.path.
-            head: what the model ends in.
+            shape: shape of the model at model.path.
+            head: the model's head.
             trainable: which of its parameters are trained.
 
         Raises:
@@ -119,13 +119,13 @@ class TrainedModel(Generic[Outputs]):
         return sum(parameter.numel() for model in self.models for parameter in model.parameters())
 
     def forward(self, microbatches: Sequence[PackedBatch], head: Head[Outputs] | None = None) -> list[Outputs]:
-        """What a head gives for each microbatch under the current weights, without gradients.
+        """Compute a head's outputs for each microbatch under the current weights, without gradients.
 
         Args:
             head: one that needs no other parameters than the model's own head; None takes that one.
 
         Returns:
-            The outputs for each microbatch; empty where this rank does not end the pipeline.
+            The outputs for each microbatch; empty except on the last pipeline stage.
         """
         with torch.no_grad():
             return run_schedule(self._chunks, microbatches, self.head if head is None else head, forward_only=True)
@@ -136,7 +136,7 @@ class TrainedModel(Generic[Outputs]):
         """One optimizer step on one minibatch, normalised over all its microbatches and ranks.
 
         Args:
-            loss_function: called with the head's outputs, one by one, and the microbatch, where the pipeline ends.
+            loss_function: called with the head's outputs, one by one, and the microbatch, on the last stage.
             step: the training step, for the learning rate and error messages.
 
         Raises:
@@ -158,7 +158,7 @@ class TrainedModel(Generic[Outputs]):
     def _forward_and_backward(
         self, microbatches: Sequence[PackedBatch], loss_function: Callable[..., Loss]
     ) -> tuple[list[Metrics], list[ComputedLoss]]:
-        """Add up gradients; (metrics of each microbatch, its loss), both empty where the pipeline does not end."""
+        """Add up gradients; return (metrics, losses) by microbatch, both empty except on the last pipeline stage."""
         losses: list[ComputedLoss] = []
 
         def loss_of(hidden: Tensor, batch: PackedBatch, model: HiddenStateModel) -> tuple[Tensor, Tensor, Metrics]:
@@ -171,7 +171,7 @@ class TrainedModel(Generic[Outputs]):
         return run_schedule(self._chunks, microbatches, loss_of, forward_only=False), losses
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole weights under Hugging Face names, on every rank; a head's own parameters are none of them.
+        """Whole weights under Hugging Face names, on every rank; without a head's own parameters.
 
         Collective: every rank drains it.
         """
@@ -187,7 +187,7 @@ class TrainedModel(Generic[Outputs]):
         Learning rate and Adam's constants stay those of this model's configuration.
 
         Args:
-            read: fills the places of a sharded state from a checkpoint, and returns it with what else was saved.
+            read: fills a sharded state from a checkpoint, and returns it with everything else that was saved.
 
         Returns:
             What `read` returned.

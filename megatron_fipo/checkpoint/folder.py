@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, int]]:
         ValueError: if there is no manifest, it cannot be read, or it is not as it was written; the message says which.
     """
     path = folder / MANIFEST
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise ValueError(f"{path} is no file")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)

@@ -65,12 +65,12 @@ def begin_checkpoint(
     Args:
         folder: the run's checkpoint folder.
         step: steps that are done.
-        loop_state: what the loop needs to go on; the same on every rank, picklable.
+        loop_state: what the loop needs to continue; the same on every rank, picklable.
         keeping: which checkpoints stay once this one is whole.
         num_updates: updates of the next step that are done too.
         extras: called on every rank to write more into the checkpoint's folder.
         asynchronous: write in a process beside this one, while training goes on. Megatron-Core forks it: tensors on a
-            GPU are copied to the host first, those of a CPU are the fork's own.
+            GPU are copied to the host first, and the fork itself copies those on a CPU.
 
     Raises:
         CheckpointError: if something could not be written. What was written is left behind as .partial, and the next

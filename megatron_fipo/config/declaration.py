@@ -26,16 +26,16 @@ TextKind = Literal["path", "name", "prompt", "other"]
 environment variable; a text for the model, line breaks and all; anything else."""
 
 LARGEST_NUMBER = 2**53
-"""Beyond it a float, and with it JSON, does not hold every whole number."""
+"""Beyond it a float, and so JSON, does not hold every whole number."""
 LONGEST_WAIT_S = 2_000_000
-"""poll() counts milliseconds in 32 bits."""
+"""Longest waiting time in seconds: poll() counts milliseconds in 32 bits."""
 
 _METADATA = "megatron_fipo.key"
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a key's value must be, whatever the other keys are. Of a list each item must be so.
+    """Rules for a key's value by itself, whatever the other keys are; in a list they hold for each item.
 
     Attributes:
         least: smallest number allowed; -inf for any.
@@ -44,16 +44,16 @@ class Declaration:
         below: the number must be below this one.
         finite: whether a number without an upper bound must be finite. NaN is never allowed.
         choices: texts allowed.
-        forms: what else is allowed beside the choices: how a message writes it, and the test of it.
-        check: gives the rule that a value breaks, or nothing; asked before the rest.
-        null_means: what null does, to stand behind "or null".
-        because: why the bounds are what they are; stands behind them in messages.
+        forms: kinds of text allowed besides the choices: the name that messages give each, and its test.
+        check: returns the rule that a value breaks, or an empty text; called before the other rules.
+        null_means: what null does; messages put it after "or null".
+        because: why the bounds are what they are; messages put it after them.
         remedy: what to do, besides what follows from the bounds.
         text: what kind of text it is.
         changes_results: whether another value gives other numbers, apart from the rounding of sums taken in another
-            order. A checkpoint's run may go on with another value in any case; recorded rollouts may be used only where
-            no key that changes results was changed.
-        fixed_because: why a run that goes on from a checkpoint must keep the value; empty where it need not.
+            order. A checkpoint's run may continue with another value in any case; recorded rollouts may be used only
+            where no key that changes results was changed.
+        fixed_because: why a run that continues from a checkpoint must keep the value; empty where it need not.
     """
 
     least: float | None = None
@@ -73,7 +73,7 @@ class Declaration:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether a number has a lower bound, if only that it is finite."""
+        """Whether a number has a lower bound; -inf counts as one."""
         return self.least is not None or self.above is not None
 
     def bounds(self, annotation: Any) -> str:
@@ -107,7 +107,7 @@ def key(default: T, **declared: Any) -> T:
 
     Args:
         default: its value where nobody sets one; a list or dict is copied for each section.
-        declared: what `Declaration` has.
+        declared: attributes of `Declaration`.
     """
     metadata = {_METADATA: Declaration(**declared)}
     if isinstance(default, (list, dict)):
@@ -130,7 +130,7 @@ def section(kind: type[T], **declared: Any) -> T:
 
 
 def declaration_of(item: Field[Any]) -> Declaration:
-    """What a field was declared with."""
+    """The declaration of a field; one without rules where it has none."""
     declared: Declaration = item.metadata.get(_METADATA, _NOTHING_DECLARED)
     return declared
 
@@ -139,10 +139,10 @@ _NOTHING_DECLARED = Declaration()
 
 
 def problems_of(name: str, value: Any, annotation: Any, declared: Declaration) -> Iterator[Problem]:
-    """What a key's value breaks of its declaration.
+    """Rules of its declaration that a key's value breaks.
 
     Args:
-        name: of the key, dotted, for the problem.
+        name: the dotted key, for the problem.
         annotation: type of the key.
     """
     if value is None:

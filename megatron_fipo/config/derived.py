@@ -56,11 +56,12 @@ def microbatch_token_multiple(config: Config) -> int:
 def log_prob_chunk_tokens(chunk_mib: float, rows: int) -> int:
     """Tokens that go through the output layer together.
 
-    Those whose float32 logits fit into `chunk_mib`: a multiple of 128, or of 16, where that is not 0; at least 1.
+    As many as have float32 logits that fit into `chunk_mib`, rounded down to a multiple of 128, or of 16 below 128; at
+    least 1.
 
     Args:
         chunk_mib: model.log_prob_chunk_mib.
-        rows: of the output layer on one tensor-parallel rank, padding included, so that all ranks agree.
+        rows: rows of the output layer on one tensor-parallel rank, padding included, so that all ranks agree.
     """
     fitting = int(chunk_mib * 2**20 / (4 * rows))
     return next((fitting // tile * tile for tile in _TILES if fitting >= tile), max(fitting, 1))
@@ -69,10 +70,10 @@ def log_prob_chunk_tokens(chunk_mib: float, rows: int) -> int:
 def recomputed_part(model: ModelSection, *, on_gpu: bool) -> RecomputedPart:
     """The part of each layer that backward computes again; core_attn and mlp are Megatron's names.
 
-    One answer for the actor that does it and the plan that counts its memory and time. On GPUs in bfloat16 attention is
-    fused, by Transformer Engine or by torch: it keeps its output and one number a row, no scores. To compute it again
-    would cost the attention and give nothing back, so "selective" stands for the MLP there, whose
-    3 * ffn_hidden_size / tp numbers a token are the largest part of what a layer keeps.
+    The actor and the plan of its memory and time both ask here. On GPUs in bfloat16 attention is fused, by Transformer
+    Engine or by torch: it keeps its output and one number a row, no scores. Recomputing it would cost time and free
+    nothing, so "selective" stands for the MLP there, whose 3 * ffn_hidden_size / tp numbers a token are the largest
+    part of what a layer keeps.
     """
     if model.recompute == "none":
         return "nothing"

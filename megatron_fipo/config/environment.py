@@ -4,7 +4,7 @@
 checkpoints, trackers, logs, messages) holds the reference and never the value. Two things do it: `written_values` puts
 references back where the configuration had them, and `without_secrets` replaces values wherever they turn up in a text.
 
-What has been taken from the environment is remembered for the process, as the environment itself is the process's.
+The references are remembered for the process, to which the environment belongs, too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _SECRET_PARTS = frozenset(
         *("SECRETS", "SIGNATURE", "TOKEN", "TOKENS"),
     }
 )
-"""Parts of names between underscores and humps."""
+"""Parts of a variable's name, between underscores or capitals, that make it a secret's."""
 _SECRET_WORDS = re.compile(r"TOKEN(?!IZER|S\b|S_)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY")
-"""Words that say so inside a longer part, too: MYTOKEN, DBPASSWORD."""
+"""Words that do so inside a longer part, too: MYTOKEN, DBPASSWORD."""
 _NO_SECRETS = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK"})
 """Names that every shell sets, which look like a secret's."""
 _COUNTED = frozenset({"MAX", "MIN", "NUM", "BATCHED", "COUNT", "LIMIT"})
-"""Beside one of these parts, TOKENS are what a model reads."""
+"""Beside one of these parts, TOKENS are a model's tokens."""
 
 Path: TypeAlias = tuple[str | int, ...]
 """A key's parts; an index for an item of a list."""
@@ -48,13 +48,13 @@ _LEAST_CHARACTERS = 6
 """Shorter values are not looked for in texts: they would be found by chance."""
 
 _references: dict[tuple[Path, Any], str] = {}
-"""What the configuration says, by key (its parts) and by the value that this came to."""
+"""Text of the configuration with its references, by key (its parts) and resolved value."""
 _masked: dict[str, str] = {}
 """Reference by value, of values that no text may show; spellings of a value, such as in a URL, are entries too."""
 
 
 def looks_secret(variable: str) -> bool:
-    """Whether an environment variable is called like something that must not be written down."""
+    """Whether an environment variable's name suggests a value that must not be written down."""
     name = variable.upper()
     if name in _NO_SECRETS:
         return False
@@ -94,7 +94,7 @@ def remember_references(unresolved: DictConfig, config: Config) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """A text with references in place of what came from environment variables, unless it is a mere place or name."""
+    """A text with references in place of values from environment variables; values that are paths or names stay."""
     for value in sorted(_masked, key=len, reverse=True):  # a value may be part of another
         if value in text:
             text = text.replace(value, _masked[value])
@@ -139,7 +139,7 @@ def written_values(config: Config, literal: Callable[[str], str] = str) -> dict[
 
 
 def values_for_comparison(config: Config) -> dict[str, Any]:
-    """`asdict` in which secrets are references: the same before and after a key was changed for another one."""
+    """`asdict` with references in place of secrets: replacing one secret by another changes nothing."""
 
     def compared(path: Path, value: Any) -> Any:
         reference = reference_of(path, value)
@@ -150,7 +150,7 @@ def values_for_comparison(config: Config) -> dict[str, Any]:
 
 
 def reference_of(path: Path, value: Any) -> str | None:
-    """What the configuration says at a key where it names an environment variable; None where it does not."""
+    """The configuration's text at a key if it names an environment variable; None otherwise."""
     try:
         return _references.get((path, value))
     except TypeError:  # no such value can be a key
@@ -166,7 +166,7 @@ def recorded_values(config: Config) -> dict[str, Any]:
 def environment_digests(config: Config, salt: str | None = None) -> dict[str, Any]:
     """Salted digests of values that came from the environment and are no secrets, so that a change is noticed.
 
-    A secret has none: another one is the same run, and nothing that could be tried out is written down.
+    A secret has none: a run with another secret is the same run, and a digest could be attacked by guessing.
 
     Returns:
         {"salt": …, "digests": {"model.path": …}}.

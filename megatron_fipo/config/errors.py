@@ -32,7 +32,7 @@ class Problem:
     Attributes:
         key: dotted, as the user writes it.
         value: what it is; NOT_SHOWN leaves it out of the sentence.
-        rule: what the value breaks, to stand behind the colon; without a full stop at its end.
+        rule: the rule that the value breaks, to follow the colon; without a full stop at its end.
         remedy: what to do, a sentence or several; the last one's full stop may be left out.
     """
 
@@ -64,7 +64,7 @@ class ConfigError(ValueError):
 
     @classmethod
     def of(cls, problems: Sequence[Problem | str], where: str = "the configuration") -> ConfigError:
-        """One problem stands alone, several make a list."""
+        """An error whose message is the one problem, or a list of several."""
         texts = [str(problem) for problem in problems]
         error = cls(texts[0] if len(texts) == 1 else "\n  - ".join([f"{len(texts)} problems in {where}:", *texts]))
         error.problems = tuple(problem for problem in problems if isinstance(problem, Problem))
@@ -76,7 +76,7 @@ def shown_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):  # Cs: half characters
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):  # Cs: lone surrogates
         text = repr(text)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 

@@ -22,7 +22,7 @@ _INPUT_KEY = re.compile(r"model\.path|data\.(train|evaluation)\..+\.path|servers
 
 
 def find_inputs(config: Config, config_file: str | Path | None) -> Config:
-    """The configuration with relative paths led to the configuration file's folder, where only that has them."""
+    """The configuration; relative paths that only the configuration file's folder has start from there."""
     if config_file is None:
         return config
     folder = Path(config_file).parent
@@ -34,17 +34,17 @@ def find_inputs(config: Config, config_file: str | Path | None) -> Config:
         if os.path.exists(beside):
             return str(beside)
         if _is_model_on_hub(key, path) and (folder / path.split("/")[0]).is_dir():
-            return os.path.abspath(beside)  # a typing error, as where its first part is a folder here
+            return os.path.abspath(beside)  # a mistyped path rather than a name on the hub
         return path
 
     return _map_inputs(config, found)
 
 
 def require_inputs(config: Config, config_file: str | Path, unread: tuple[str, ...] = ()) -> None:
-    """Refuse relative paths that lead nowhere; what is wrong with absolute ones is said by those who read them.
+    """Refuse relative paths that lead nowhere; absolute paths are checked where they are read.
 
     Args:
-        unread: beginnings of keys whose files will not be read.
+        unread: prefixes of keys whose files will not be read.
 
     Raises:
         ConfigError: naming both places where each was looked for.
@@ -72,7 +72,7 @@ def places_of_relative_paths(config_file: str | Path) -> str:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """What is recorded of a configuration: the same files and the same output folder, wherever it is read from.
+    """The configuration to record: it names the same files and output folder wherever it is read from.
 
     A name that is no file or folder here stays as it is.
     """
@@ -84,7 +84,7 @@ def same_place(key: str, value: object) -> object:
     """One spelling for all paths that lead to the same file or folder; other keys' values as they are.
 
     Args:
-        key: dotted, of the value.
+        key: the value's dotted key.
     """
     if isinstance(value, str) and (key == "run.output_dir" or (_INPUT_KEY.fullmatch(key) and _exists(value))):
         return os.path.realpath(value)
@@ -94,7 +94,7 @@ def same_place(key: str, value: object) -> object:
 def is_hub_name(path: str) -> bool:
     """Whether a model's path is a name on the hub rather than a folder.
 
-    A folder here goes before the hub, and where its first part is a folder here ("outputs/typo") it is a path: a typing
+    A folder here goes before the hub, and a name whose first part is a folder here ("outputs/typo") is a path: a typing
     error must not fetch a stranger's model.
     """
     return bool(REPOSITORY_NAME.fullmatch(path)) and not Path(path).exists() and not Path(path.split("/")[0]).is_dir()
@@ -109,7 +109,7 @@ def _exists(path: str) -> bool:
 
 
 def _is_here(path: str) -> bool:
-    """Whether there is nothing to look for elsewhere."""
+    """Whether a path is empty, absolute, or exists from the current folder."""
     return not path or os.path.isabs(path) or os.path.exists(path)
 
 

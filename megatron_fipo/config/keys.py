@@ -15,7 +15,7 @@ from megatron_fipo.config.foreign_keys import foreign_hint
 from megatron_fipo.config.sections import Config
 
 _ALMOST_THE_SAME = 0.9
-"""From here on a key's likeness to one of its section says more than that another trainer has it."""
+"""Similarity from which a key counts as a misspelt key of its section, even if another trainer has it."""
 
 
 _MEANT = {
@@ -28,7 +28,7 @@ _MEANT = {
         for ending in ("", "_parallel", "_parallel_size", "_size")
     },
 }
-"""Names that nobody's table has and that many people guess, where likeness would lead them to another key."""
+"""Names that people guess and no other trainer has, for which the most similar key would be the wrong one."""
 
 
 def field_types(section: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def field_types(section: Any) -> dict[str, Any]:
 
 
 def entry_type(annotation: Any) -> type | None:
-    """DataSourceConfig for Dict[str, DataSourceConfig], else None."""
+    """The dataclass of a dictionary's entries (DataSourceConfig for Dict[str, DataSourceConfig]), else None."""
     if get_origin(annotation) is not dict:
         return None
     entry: type = get_args(annotation)[1]
@@ -63,7 +63,7 @@ def _declared_fields(section: type) -> dict[str, tuple[Declaration, Any]]:
 
 
 def declarations_along(parts: Sequence[str]) -> list[Declaration]:
-    """What the key with these parts, and each section that it is in, were declared with; as far as there are such.
+    """Declarations of the key with these parts and of each section that it is in, as far as there are any.
 
     The name of a data source is declared by what holds the sources; what is below a key (a source's params) is not.
     """
@@ -126,8 +126,8 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
 
 
 def _foreign_problems(dotted: str, value: Any, annotation: Any, place: str) -> Iterator[str]:
-    """A whole section of another trainer, where we have none: what to write in place of each of its keys; nothing if
-    it has no key that we know."""
+    """What to write in place of each key of a whole section that only another trainer has; nothing if none of its keys
+    is known."""
     if not isinstance(value, Mapping) or not (annotation is None or annotation in (str, int, float, bool)):
         return
     leaves = list(_leaves(value, f"{dotted}."))

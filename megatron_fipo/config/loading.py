@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a `Config`, and from a `Config` to the file beside the run."""
+"""Reads a `Config` from a YAML file and dotted overrides, and writes one to the file beside the run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Read a run's configuration.
 
     Precedence, lowest first: dataclass defaults, the algorithm's preset, the file, the overrides in their order.
-    `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. A
-    relative path of what is to be read (model.path, a source's path) starts from the current folder, or, where that
-    has no such file, from the configuration file's. Rules between values are `validate`'s business.
+    `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. A relative path of an
+    input (model.path, a source's path) starts from the current folder, or, where that has no such file, from the
+    configuration file's. `validate` checks the values.
 
     A key that takes text gets it as it is written, in the file and in overrides: 1.10, 1e3, true and 007 are texts
-    there. In an override it is all that stands behind the equals sign ("####" and brackets included), unless quotes
+    there. In an override it is all that follows the equals sign ("####" and brackets included), unless quotes
     stand around the whole of it. Null means null where the key may be null, and is refused where it may not; in quotes
     it is the word. In a file, YAML ends a text without quotes at " #"; anything but a comment there ("# " with a space)
     is refused.
@@ -76,7 +76,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _emptied(layer: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    """Keys, dotted, of sources and parameters that are {} there: nothing is meant, where merging would add nothing."""
+    """Dotted keys of sources and parameters that are {}: they are to be emptied, but merging {} would keep them."""
     for name, value in layer.items():
         parts = (*path, str(name))
         kind = annotation_at(parts)

@@ -16,7 +16,7 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     """The config.json of a Hugging Face folder, as a plain dict.
 
     Raises:
-        ConfigError: if the folder, the file or its content is not there.
+        ConfigError: if the file cannot be read, or holds no JSON object.
     """
     file = Path(path) / "config.json"
     expected = (

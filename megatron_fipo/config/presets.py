@@ -1,4 +1,4 @@
-"""The algorithms: what each sets of the other keys."""
+"""The algorithms, and the other keys that each sets."""
 
 from __future__ import annotations
 

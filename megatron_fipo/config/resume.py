@@ -1,4 +1,4 @@
-"""What a configuration may change between a checkpoint and the run that goes on from it."""
+"""What a configuration may change between a checkpoint and the run that continues from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ResumeCheck:
     Attributes:
         refused: differences that would corrupt the run, each a sentence.
         shown: all other differences, as `key: before -> now`.
-        same_numbers: whether recorded rollouts of later steps are those that this run would come to.
+        same_numbers: whether recorded rollouts of later steps are those that this run would generate.
     """
 
     refused: tuple[str, ...]
@@ -42,9 +42,9 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
     """Compare with a checkpoint's configuration.
 
     Args:
-        saved: `recorded_values` of the configuration that the checkpoint was saved under; of older checkpoints
-            `asdict`. A value that came from an environment variable counts as changed when it has changed, unless it is
-            a secret: another key to the same reward model is the same run.
+        saved: `recorded_values` of the configuration that the checkpoint was saved under; `asdict` in older
+            checkpoints. A value that came from an environment variable counts as changed when it has changed, unless
+            it is a secret: another key to the same reward model is the same run.
         is_mid_step: the checkpoint stands between the updates of a step; nothing that decides numbers may change then.
     """
     recorded = with_absolute_paths(config)
@@ -76,7 +76,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
             refused.append(f"{difference}: {reason}.")
         elif decides and is_mid_step:
             refused.append(
-                f"{difference}: the checkpoint was saved between the updates of a step, which is to end first."
+                f"{difference}: the checkpoint was saved between the updates of a step; finish that step first."
             )
         else:
             shown.append(difference)
@@ -84,7 +84,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, *, is_mid_step: bool)
 
 
 def numbers_fingerprint(config: Config) -> str:
-    """The same for two configurations that come to the same rollouts and weights, up to rounding."""
+    """A fingerprint that two configurations share if they give the same rollouts and weights, up to rounding."""
     settled = _settled(values_for_comparison(config))
     decisive = {key: same_place(key, value) for key, value in settled.items() if _decides_numbers(key)}
     return fingerprint(decisive)
@@ -93,7 +93,7 @@ def numbers_fingerprint(config: Config) -> str:
 def _settled(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by dotted key.
 
-    Where the end of a falling learning rate is left to train.num_steps, it is written in its place: it decides numbers.
+    For a falling learning rate, train.num_steps takes the place of a missing num_decay_steps: it decides numbers.
     """
     flat = dict(_flat(values))
     if flat.get("optimizer.schedule", "constant") != "constant" and flat["optimizer.num_decay_steps"] is None:
@@ -102,7 +102,7 @@ def _settled(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_default(key: str, value: Any) -> bool:
-    """Whether a key that a checkpoint of an earlier version lacks has the value that means what was done then."""
+    """Whether a key that a checkpoint of an earlier version lacks has its default, which means what was done then."""
     source = re.fullmatch(r"data\.(?:train|evaluation)\.[^.]+\.(\w+)", key)
     if source is not None:
         defaults, key = asdict(DataSourceConfig()), source[1]
@@ -119,7 +119,7 @@ def _decides_numbers(key: str) -> bool:
 
 
 def _reason_to_refuse(key: str) -> str:
-    """Why a run that goes on must keep a key's value; empty where it need not."""
+    """Why a resumed run must keep a key's value; empty where it need not."""
     along = declarations_along(key.split("."))
     if not all(declared.changes_results for declared in along):
         return ""

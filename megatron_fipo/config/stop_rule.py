@@ -43,6 +43,6 @@ class StopRule:
         return StopRule(match["metric"], match["comparison"] == ">=", bound)
 
     def is_met(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the metric is among these and beyond its bound; NaN never is."""
+        """Whether the metric is among these and at or beyond its bound; NaN never is."""
         value = metrics.get(self.metric, math.nan)
         return value >= self.bound if self.is_lower_bound else value <= self.bound

@@ -1,4 +1,4 @@
-"""Reading text files: whatever is wrong with one is said with its name, the line and what to do."""
+"""Reads text files; errors name the file, the line and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fipo.config.errors import ConfigError
 
 LARGEST_BYTES = 64 * 2**20
-"""Far beyond what a configuration needs; /dev/zero has no end."""
+"""Size of the largest file that is read, far beyond what a configuration needs; /dev/zero has no end."""
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -33,7 +33,7 @@ def decode_text(content: bytes, place: str) -> str:
 
 
 def encoding_problem(content: bytes, error: UnicodeDecodeError, first_line: int = 1) -> str:
-    """Line, byte and remedy of what is no UTF-8, to stand behind a file's name.
+    """Line, byte and remedy of a text that is not UTF-8, to follow a file's name.
 
     Args:
         content: what was to be decoded, from the beginning of line `first_line` of the file on.
@@ -54,7 +54,7 @@ def read_text(path: str | Path, what: str) -> str:
 
     Args:
         path: the file.
-        what: it is, for messages: "configuration file".
+        what: the kind of file, for messages: "configuration file".
 
     Raises:
         ConfigError: if it cannot be read or is no UTF-8.

@@ -13,7 +13,7 @@ REPOSITORY_NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za
 
 
 def text_problem(value: str, kind: str) -> tuple[str, str] | None:
-    """Rule and remedy of what no text of its kind may hold; None where nothing is wrong.
+    """The rule that a text of its kind breaks, and the remedy; None where nothing is wrong.
 
     Args:
         kind: a `declaration.TextKind`.
@@ -21,7 +21,7 @@ def text_problem(value: str, kind: str) -> tuple[str, str] | None:
     if kind != "prompt" and (control := control_character(value)):
         return f"holds the control character {control!r}, which no name or path needs", "Remove it"
     if half := lone_surrogate(value):
-        return half, "Write the whole one"
+        return half, "Write the whole character"
     if kind == "path" and any(len(part.encode()) > LONGEST_NAME for part in value.split("/")):
         return f"file systems take names of at most {LONGEST_NAME} bytes", "Shorten it"
     return None
@@ -33,7 +33,7 @@ def control_character(text: str) -> str:
 
 
 def lone_surrogate(text: str) -> str:
-    """What to say of the first half character of a text; empty where it has none."""
+    """A message about the first lone surrogate of a text; empty where it has none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -45,12 +45,12 @@ def lone_surrogate(text: str) -> str:
 
 
 def not_blank(value: str) -> str:
-    """Rule of a text that must say something."""
+    """The rule for a text that must not be blank; empty where it is kept."""
     return "" if value.strip() else "must not be blank"
 
 
 def one_folder_name(value: str) -> str:
-    """Rule of a name that becomes one folder's."""
+    """The rule for a name that becomes a folder's; empty where it is kept."""
     if value.strip() and value not in (".", "..") and not {*value} & {"/", "\\", "\0", "\n"}:
         return ""
     return (
@@ -60,19 +60,19 @@ def one_folder_name(value: str) -> str:
 
 
 def names_a_model(value: str) -> str:
-    """Rule of model.path."""
+    """The rule for model.path; empty where it is kept."""
     if value.strip():
         return ""
     return "must name a folder with a Hugging Face checkpoint, or a model on the hub (owner/name)"
 
 
 def repository_or_empty(value: str) -> str:
-    """Rule of checkpoint.push_to_hub."""
+    """The rule for checkpoint.push_to_hub; empty where it is kept."""
     if not value or REPOSITORY_NAME.fullmatch(value):
         return ""
     return "must be a repository on the Hugging Face hub, such as me/my-model, or empty"
 
 
 def holds_prompt(value: str) -> str:
-    """Rule of a template around prompts."""
+    """The rule for a template around prompts; empty where it is kept."""
     return "" if "{prompt}" in value else "must hold {prompt}, where the prompt goes"

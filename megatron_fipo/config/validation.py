@@ -1,4 +1,4 @@
-"""Whether a configuration can run."""
+"""Checks that a configuration can run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def validate(config: Config, world_size: int | None = None, *, is_for_training: 
 
     Args:
         config: as `load_config` returned it.
-        world_size: number of processes; None leaves out what depends on it.
-        is_for_training: false leaves out what only training needs: its data, batches, objective and layout.
+        world_size: number of processes; None skips the rules that need it.
+        is_for_training: false skips the rules for training alone: its data, batches, objective and layout.
 
     Raises:
         ConfigError: naming for every problem the key, its value, the rule and what to do.
@@ -46,7 +46,7 @@ def check_objective(objective: FipoConfig) -> None:
     """Refuse an objective that a run would refuse, for whoever builds one without a run's configuration.
 
     Raises:
-        ConfigError: as `validate`.
+        ConfigError: see `validate`.
     """
     problems = list(section_problems(objective, "objective."))
     if problems := problems or list(objective_problems(replace(Config(), objective=objective))):

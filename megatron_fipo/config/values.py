@@ -1,4 +1,4 @@
-"""What is wrong with each value by itself, read off the declarations."""
+"""Checks each value by itself against its declaration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_fipo.config.keys import field_types
 def section_problems(section: Any, prefix: str) -> Iterator[Problem]:
     """Values that break what their keys were declared with, in a section and the sections in it.
 
-    Sources by name are `cross_rules.sources`' business.
+    Data sources are checked by `cross_rules.sources`.
 
     Args:
-        prefix: of the section's keys in messages, such as "train."; empty for a whole configuration.
+        prefix: prefix of the section's keys in messages, such as "train."; empty for a whole configuration.
     """
     types = field_types(type(section))
     for item in fields(section):
@@ -29,5 +29,5 @@ def section_problems(section: Any, prefix: str) -> Iterator[Problem]:
 
 
 def choices_of(section: type, name: str) -> tuple[str, ...]:
-    """What a key may be, as it was declared."""
+    """The choices that a key was declared with."""
     return next(declaration_of(item).choices for item in fields(section) if item.name == name)

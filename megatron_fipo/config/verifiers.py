@@ -24,7 +24,7 @@ def verifier_weights(source: DataSourceConfig) -> dict[str, float]:
     """Weight of each of a source's verifiers, in the order in which it names them.
 
     Raises:
-        ValueError: if they cannot be read; `cross_rules.sources` tells in full.
+        ValueError: if they cannot be read; `cross_rules.sources` gives the full message.
     """
     assert _DECLARED.check is not None, "it has one"
     if rule := _DECLARED.check(source.verifier):

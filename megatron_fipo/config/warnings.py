@@ -1,4 +1,4 @@
-"""What runs, but probably not as intended: each is a function here, and only what is registered is asked.
+"""Warnings about configurations that run, but probably not as intended; each is a registered function.
 
 Warnings are full sentences for the console, each with an entry in docs/troubleshooting.md.
 """
@@ -30,11 +30,11 @@ def warns(warning: _Warning) -> _Warning:
 
 
 def warnings_for(config: Config, model_config: ModelConfig | None = None) -> list[str]:
-    """What runs, but probably not as intended; for the console, in full sentences.
+    """Warnings about what runs, but probably not as intended; for the console, in full sentences.
 
     Args:
         config: valid.
-        model_config: config.json of the model; None leaves out what depends on it.
+        model_config: config.json of the model; None skips the warnings that need it.
     """
     return [text for warning in _WARNINGS for text in warning(config, model_config or {})]
 

@@ -1,4 +1,4 @@
-"""From YAML text to values, where the kind of value that a key takes decides how its text is read.
+"""Reads YAML text into values; the kind of value that a key takes decides how its text is read.
 
 A key that takes text gets the text as it is written: `name: 1.10` is 1.10 and not the number 1.1. All else follows
 YAML 1.2 (`off` is a word, 1e-6 a number).
@@ -29,7 +29,7 @@ _MISSING = "???"
 _MERGE = "<<"
 _COMMENT = re.compile(r"[ \t]+#")
 _NOT_A_COMMENT = re.compile(r"[ \t]+(#(?![\s]|$)[^\n]*)")
-"""Behind a text without quotes: what YAML takes for a comment, and a reader perhaps for the text's end."""
+"""After a text without quotes: what YAML takes for a comment, and a reader perhaps for part of the text."""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -65,7 +65,7 @@ def read_yaml(text: str, annotation: Any, place: str, *, is_override: bool = Fal
     """The value of a YAML text.
 
     Args:
-        text: of a file, or behind an override's equals sign.
+        text: a file's content, or what follows an override's equals sign.
         annotation: type of the key that it is for: a dataclass, Dict[...], List[...], str, …
         place: for messages, such as "run.yaml" or "override 'run.name=x'".
         is_override: a single line, in which nothing is a comment.
@@ -116,7 +116,7 @@ def _checked_text(text: str, place: str) -> str:
     if text == _MISSING:
         raise ConfigError(f"{place}: {_MISSING} stands for a value that is still to be given. Give it.")
     if half := lone_surrogate(text):
-        raise ConfigError(f"{place}: {half}. Write the whole one.")
+        raise ConfigError(f"{place}: {half}. Write the whole character.")
     return text
 
 
@@ -200,7 +200,7 @@ class _Reader:
         return {**(merged or {}), **values}
 
     def _merged(self, node: Node, annotation: Any) -> dict[Hashable, Any]:
-        """What `<<` draws in: one section, or several of which the first that has a key counts."""
+        """What `<<` merges: one section, or several, where the first that has a key counts."""
         sections = node.value if isinstance(node, SequenceNode) else [node]
         values: dict[Hashable, Any] = {}
         for section in sections:

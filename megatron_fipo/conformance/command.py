@@ -1,4 +1,4 @@
-"""`megatron-fipo conformance`: another implementation of the loss against recordings of FIPO's public code."""
+"""`megatron-fipo conformance`: compares another implementation of the loss with recordings of FIPO's public code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether an implementation's results are those that were recorded.
+"""Compares an implementation's results with the recorded ones.
 
-Compared is where it counts: values per token at the tokens that are in the loss. What an implementation leaves in the
-padding, or in a response that the filter dropped, is its own affair.
+Values per token are compared at the tokens that are in the loss. In the padding, and in responses that the filter
+dropped, an implementation may leave anything.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_fipo.conformance.recording import Recording
 
 TOLERANCE = 2e-5
-"""For float32 against the recorded float64; of the gradient, relative to its largest entry."""
+"""Bound for float32 results against the recorded float64; for the gradient, relative to its largest entry."""
 QUANTITIES = ("loss", "gradient", "normalizer", "final_mask", "future_kl", "influence_weights", "token_loss")
-"""In the order of the table."""
+"""All that can be compared, in the order of the table."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Comparison:
     case: str
     quantity: str
     difference: float
-    """The largest: absolute, of the gradient relative; of the mask and the normalizer in tokens."""
+    """The largest difference: absolute; relative for the gradient; in tokens for the mask and the normalizer."""
     bound: float
 
     @property
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def compare(recording: Recording, found: Mapping[str, Tensor]) -> list[Comparison]:
-    """Everything that was found against what was recorded."""
+    """Compare everything that was found with what was recorded."""
     return [
         Comparison(recording.case, name, _difference(name, found[name], recording), _bound(name))
         for name in QUANTITIES

@@ -1,4 +1,4 @@
-"""Somebody's implementation of the loss: found by its name, called on a recording, and what it returned put in order.
+"""Loads an implementation of the loss by name, calls it on a recording, and checks and orders what it returned.
 
 Shapes: B responses, L their longest.
 """
@@ -55,7 +55,7 @@ def load(name: str) -> Implementation:
 
 
 def results(name: str, implementation: Implementation, recording: Recording) -> dict[str, Tensor]:
-    """What the implementation makes of a recording, detached: loss, gradient and what else it returns of KEYS.
+    """The implementation's results on a recording, detached: loss, gradient and the other KEYS that it returns.
 
     Raises:
         CannotUseError: if it raises, or returns what cannot be compared.
@@ -71,8 +71,8 @@ def results(name: str, implementation: Implementation, recording: Recording) -> 
     found = _ordered(returned, f"{name}: on the recording {recording.case} it returned", log_probs.shape)
     if not found["loss"].requires_grad:
         raise CannotUseError(
-            f"{name}: on the recording {recording.case} the loss does not hang on log_probs: it has no graph. Take "
-            "detach, item and no_grad out of its way."
+            f"{name}: on the recording {recording.case} the loss does not depend on log_probs: it has no graph. "
+            "Remove detach, item and no_grad from its computation."
         )
     (gradient,) = torch.autograd.grad(found["loss"], log_probs, allow_unused=True)
     if gradient is None:
@@ -90,7 +90,7 @@ def results(name: str, implementation: Implementation, recording: Recording) -> 
 
 
 def _ordered(returned: Any, what: str, shape: torch.Size) -> dict[str, Tensor]:
-    """By name: the loss as a mean, and what else was returned."""
+    """The returned tensors by name, with the loss as a mean."""
     if isinstance(returned, Tensor):
         returned = {"loss": returned}
     elif isinstance(returned, LossOutput):
@@ -136,7 +136,7 @@ def _import(name: str, module_name: str) -> ModuleType:
 
 
 def _told(error: BaseException) -> str:
-    """An exception of somebody's code, with the innermost line of that; none where it was not even entered."""
+    """An exception in words, with the innermost line of the implementation's code if that was entered."""
     on_the_way = (__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if frame.filename not in on_the_way and not frame.filename.startswith("<")]

@@ -36,7 +36,7 @@ class Recording:
     loss: float
     """Mean over the tokens of `final_mask`."""
     gradient: Tensor
-    """[B, L], of the loss by log_probs."""
+    """[B, L], derivative of the loss by log_probs."""
     future_kl: Tensor
     """[B, L] F."""
     influence_weights: Tensor

@@ -68,7 +68,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def files_of_weights(folder: str | Path) -> WeightFiles:
-    """The same as `find_weight_files`, but for a folder without weights, such as a config.json alone, no files."""
+    """Call `find_weight_files`; for a folder without weights, such as one with a config.json alone, give no files."""
     return find_weight_files(folder) if has_weights(Path(folder)) else WeightFiles((), None, ())
 
 
@@ -76,7 +76,7 @@ def check_weights(folder: str | Path) -> str:
     """Open a folder as training does, and look at every number in it.
 
     Returns:
-        A warning about files that are not read, or nothing.
+        A warning about files that are not read, or an empty text.
 
     Raises:
         ValueError: if it does not hold one whole model of finite numbers, saying what is wrong.
@@ -113,7 +113,7 @@ def _read_headers(weights: WeightFiles) -> tuple[dict[str, Entry], list[Problem]
 
 
 def _header(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], int]:
-    """({tensor: (dtype, shape, begin, end)} by a safetensors file's header, bytes of data behind it).
+    """({tensor: (dtype, shape, begin, end)} by a safetensors file's header, bytes of data after it).
 
     Raises:
         ValueError, struct.error, RecursionError: if it is damaged.
@@ -133,9 +133,9 @@ def _header_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int
     try:
         (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its entry of {name} has not the form of one ({error!r})") from error
+        raise ValueError(f"its entry for {name} is malformed ({error!r})") from error
     if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise ValueError(f"its entry of {name} has not the form of one")
+        raise ValueError(f"its entry for {name} is malformed")
     return dtype, shape, begin, end
 
 
@@ -220,7 +220,7 @@ def _check_tokenizer(root: Path, shape: ModelShape) -> Iterator[Problem]:
     try:
         numbers = _token_numbers(read_json_object(root / "tokenizer.json"))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        words = str(error) if isinstance(error, ConfigError) else f"it has not the form of one ({error!r})"
+        words = str(error) if isinstance(error, ConfigError) else f"it is malformed ({error!r})"
         yield Problem("unreadable", "no tensor", "tokenizer.json", words)
         return
     if not numbers:

@@ -45,7 +45,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same on every rank."""
+    """The whole parameter on every rank."""
 
     def to_shard(self, whole: Sequence[Tensor], shape: ModelShape, num_shards: int, shard: int) -> Tensor:
         return whole[0]
@@ -59,7 +59,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut along one dimension."""
+    """A parameter that is cut along one dimension."""
 
     dim: int
 
@@ -138,5 +138,5 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _rows_together(whole: Sequence[Size], num_shards: int) -> Size:
-    """Size of a rank's rows of several tensors, one after the other."""
+    """Size of a rank's rows of several tensors, concatenated."""
     return (sum(size[0] for size in whole) // num_shards, *whole[0][1:])

@@ -1,4 +1,4 @@
-"""The sizes and switches of one model, which all that is known of its family is a function of."""
+"""The sizes and switches of one model; with its family they decide all of its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ModelShape:
         qkv_bias: whether q, k and v have a bias.
         output_bias: whether o_proj has a bias.
         qk_norm: whether each head of q and k is normalised before RoPE.
-        num_experts: experts of a layer's MLP; 0 in a dense model, which every model of today's families is.
+        num_experts: experts of a layer's MLP; 0 in a dense model, and all present families are dense.
     """
 
     family: str

@@ -18,7 +18,7 @@ _CHECKPOINT = "torch.distributed.checkpoint"
 _WRITTEN_BY_TORCH = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),  # where it was written; from Python 3.13 on of another module
+    ("pathlib", "PosixPath"),  # the folder it was written to; another module since Python 3.13
     ("pathlib._local", "PosixPath"),
     ("torch.serialization", "_get_layout"),
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
@@ -75,7 +75,7 @@ _DAMAGE = (
 
 
 class UntrustedCheckpointError(ValueError):
-    """A checkpoint that would have code run when it is opened. Nothing of it has run."""
+    """A checkpoint that would run code when it is opened. None of that code has run."""
 
     def __init__(self, file: Path, what: str) -> None:
         super().__init__(
@@ -92,7 +92,7 @@ def unpickle(data: bytes, file: Path) -> Any:
         file: named in errors.
 
     Raises:
-        UntrustedCheckpointError: if it names anything else, a function of Python's or a class of somebody's own.
+        UntrustedCheckpointError: if it names anything else, such as a Python function or a foreign class.
         ValueError: if it is no whole pickle.
     """
     reader = _TorchsRecords(io.BytesIO(data), file)
@@ -106,23 +106,23 @@ def check_plain(data: bytes, file: Path) -> Any:
     """Read what torch saved, as plain values and tensors, and refuse anything else."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # also what torch makes of a class that is not on its list
+    except pickle.UnpicklingError as error:  # torch also raises it for a class that is not on its list
         name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
         if name:
             raise UntrustedCheckpointError(file, name) from error
-        # torch's own words are advice to trust the file.
-        raise ValueError(f"{file} cannot be read: torch has not saved it so. Restore it from a copy.") from error
+        # torch's own message advises to trust the file.
+        raise ValueError(f"{file} cannot be read: torch did not write it like this. Restore it from a copy.") from error
     except _DAMAGE as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def check_state(value: Any, file: Path, *, is_extra: bool) -> None:
-    """A module's extra state: Transformer Engine pickles its own into a tensor of bytes, and unpickles it as it is.
+    """Check a module's extra state: Transformer Engine pickles its own into a tensor and unpickles it unchecked.
 
-    It takes the bytes of a tensor whatever its dtype. (From 2.20 on it refuses by itself what it does not know.)
+    It unpickles the bytes of a tensor of any dtype. (From 2.20 on it refuses unknown classes itself.)
 
     Args:
-        is_extra: whether a module gets the value; of others only tensors of bytes are looked at.
+        is_extra: whether the value is a module's extra state; of other values only uint8 tensors are checked.
     """
     if isinstance(value, (list, tuple)):
         for item in value:
@@ -136,7 +136,7 @@ def check_state(value: Any, file: Path, *, is_extra: bool) -> None:
 def _bytes_of(tensor: torch.Tensor, file: Path) -> bytes:
     try:
         return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, quantized: nobody's state
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse or quantized, which no state is
         raise ValueError(f"{file} holds a state that is no plain tensor ({error}). Restore it from a copy.") from error
 
 
@@ -156,7 +156,7 @@ class _TorchsRecords(pickle.Unpickler):
         super().__init__(stream)
         self._file = file
         self._before: dict[str, tuple[Any, dict[str, Any]]] = {}
-        """For each class or function found, by its name: itself, and its attributes as they were before."""
+        """By name: each class or function found, and a copy of its attributes from before."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -167,10 +167,10 @@ class _TorchsRecords(pickle.Unpickler):
         raise UntrustedCheckpointError(self._file, f"{module}.{name}")
 
     def check_unchanged(self) -> None:
-        """A pickle can set attributes of what it names, the classes themselves: that is undone and refused.
+        """Undo and refuse changes of the named classes and functions: a pickle can set their attributes.
 
         Raises:
-            UntrustedCheckpointError: if it has.
+            UntrustedCheckpointError: if it has set any.
         """
         for name, (found, before) in self._before.items():
             now = dict(getattr(found, "__dict__", {}))
@@ -203,7 +203,7 @@ class _StateOfFp8(pickle.Unpickler):
 
 
 class _Inert:
-    """Stands for an object that is only looked at."""
+    """Stands in for an object of which nothing is used."""
 
     def __init__(self, *_: Any) -> None:
         pass

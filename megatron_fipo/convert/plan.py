@@ -71,7 +71,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """
     inside = source.resolve() in (target.resolve(), *target.resolve().parents)
     if inside or target.resolve() in source.resolve().parents:
-        raise ValueError(f"{target} and {source}: the result must not lie in what it is made from, nor around it.")
+        raise ValueError(f"{target} and {source}: the target must not lie inside the source, nor contain it.")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file. Name a folder that is to be made.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -90,13 +90,13 @@ def being_written(plan: Plan) -> Iterator[Path]:
     another conversion to the same target starts over.
 
     Raises:
-        ValueError: if another process is writing the folder, or it is no conversion's.
+        ValueError: if another process is writing the folder, or no conversion left it.
         OSError: if the folder cannot be made, or the disk has no room for the result.
     """
     partial = partial_of(plan.target)
     noted = partial / _IDENTITY
     if partial.exists() and not noted.is_file() and any(path.name != _LOCK for path in partial.iterdir()):
-        raise ValueError(f"{partial} is no conversion that could be gone on from. Delete it, or choose another folder.")
+        raise ValueError(f"{partial} is no unfinished conversion to resume. Delete it, or choose another folder.")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / _LOCK).open("w") as lock:
         try:
@@ -124,7 +124,7 @@ def _noted(file: Path) -> Any:
 
 
 def _fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Sizes and times of a folder's files: enough to notice that it is another, without reading it."""
+    """Sizes and times of a folder's files: enough to notice a change, without reading them."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 

@@ -47,7 +47,7 @@ class ProblemsError(ValueError):
 
 
 def placed(problems: Iterable[Problem], folder: Path) -> list[Problem]:
-    """The same problems, the folder before the file."""
+    """The problems with the folder's name put before the file's."""
     return [replace(problem, place=f"{folder.resolve().name}/{problem.place}") for problem in problems]
 
 
@@ -70,7 +70,7 @@ class NotFiniteError(ProblemsError):
 
     def __init__(self, folder: Path, problems: Sequence[Problem]) -> None:
         super().__init__(problems)
-        remedy = "Copy or download the model again; if it was trained so, take an earlier save of it."
+        remedy = "Copy or download the model again; if training made it so, take an earlier save of it."
         self.args = (
             f"{folder}: weights hold NaN or infinity, and nothing can be generated or trained from "
             f"them.\n{self}\n{remedy}",

@@ -47,13 +47,13 @@ class _Held:
 
 
 Named = Callable[[Any], Iterable[tuple[str, Tensor]]]
-"""A model chunk's tensors under the names of its parameters."""
+"""Gives a model chunk's tensors under the names of its parameters."""
 
 
 def _held_parameters(
     chunks: Sequence[nn.Module], shape: ModelShape, named: Named = nn.Module.named_parameters
 ) -> list[_Held]:
-    """The parameters that this rank holds, but for a tied output layer, which copies the embedding, and a head."""
+    """The parameters that this rank holds, except a tied output layer's (a copy of the embedding) and a head's."""
     found = []
     for chunk in chunks:
         layers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
@@ -92,7 +92,7 @@ def load_weights(
 def _fill_tied_output(
     chunks: Sequence[nn.Module], reader: CheckpointReader, shape: ModelShape, tp_size: int, tp_rank: int
 ) -> None:
-    """Under pipeline parallelism the last stage holds a copy of the embedding as its output layer."""
+    """Fill the copy of the embedding that the last pipeline stage holds as its output layer."""
     for chunk in chunks:
         for name, tensor in chunk.named_parameters():
             if name == "output_layer.weight":
@@ -124,7 +124,7 @@ def weight_stream(
     the model; copy what is kept.
 
     Args:
-        named: what is streamed of a chunk: its parameters, or other tensors of the same names and sizes.
+        named: gives the tensors of a chunk to stream: its parameters, or others of the same names and sizes.
 
     Yields:
         (Hugging Face name, tensor), each name once.

@@ -24,7 +24,7 @@ _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
     *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
 )
-"""Errors that torch raises where a file holds something else than its description says."""
+"""Errors that torch raises where a file holds something other than its description says."""
 
 
 def slice_of(shape: Sequence[int], layer: int | None) -> tuple[torch.Size, torch.Size]:
@@ -36,7 +36,7 @@ def slice_of(shape: Sequence[int], layer: int | None) -> tuple[torch.Size, torch
 
 
 class _OneTensor(DefaultLoadPlanner):
-    """Reads into one tensor, whatever torch's planner calls it."""
+    """Reads into one tensor, whatever name torch's planner asks for."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class TorchDistReader:
             self._reader.read_data(LoadPlan(items), _OneTensor(target)).wait()
         except _UNREADABLE as error:
             files = ", ".join(file.name for file in self.files(key, layer))
-            # What torch says of damaged pickles is advice to trust them.
+            # torch's message about a damaged pickle advises to trust it.
             is_pickle = isinstance(error, pickle.UnpicklingError)
             reason = "torch has not saved a tensor there" if is_pickle else " ".join(str(error).split())
             raise ValueError(

@@ -45,7 +45,7 @@ class Slice:
         layer: index along the stored tensor's first dimension; None for the whole tensor.
         num_layers: size of the stored tensor's first dimension, where there is a layer.
         shape: size of the slice, without the layers' dimension.
-        dtype: of the slice and of the stored tensor.
+        dtype: dtype of the slice and of the stored tensor.
         read: returns the slice; it is called when the slice is to be written.
     """
 
@@ -127,7 +127,7 @@ def write_checkpoint(
         folder: exists; the caller gives it its final name when the checkpoint is whole.
         files: see `plan_files`; the same as in the earlier call.
         extra_states: names of the states that are no tensors, `<key>._extra_state/shard_<layer>_<layers>`.
-        on_written: called with the bytes of each slice that is on its way into a file, or was there already.
+        on_written: called with the bytes of each slice that is being written, or was written earlier.
 
     Raises:
         OSError: if the disk is full or not writable.
@@ -135,7 +135,7 @@ def write_checkpoint(
     if is_torch_dist(folder) and not any(folder.glob("written-*")):
         for pieces in files:
             on_written(sum(piece.num_bytes for piece in pieces))
-        return  # an earlier call was killed after its last word
+        return  # an earlier call finished the checkpoint and was then killed
     plans = [SavePlan([_write_item(piece) for piece in pieces]) for pieces in files]
     plans[0].items.extend(WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in extra_states)
     # Nothing is read ahead: a tensor is asked for when the one before it is in the file, on hosts with CUDA too.
@@ -153,7 +153,7 @@ def write_checkpoint(
         try:
             result: list[WriteResult] = writer.write_data(plan, _Planner(pieces, on_written)).wait()
         except (OSError, RuntimeError) as error:
-            # torch's zip writer, closing in turn, turns the OSError of a failed write into a RuntimeError.
+            # After a failed write torch's zip writer raises a RuntimeError on closing; the OSError is its context.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise

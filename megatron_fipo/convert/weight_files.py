@@ -31,9 +31,8 @@ _BUFFER = re.compile(
 def is_buffer(name: str) -> bool:
     """Whether a tensor is no weight, but a buffer that early transformers stored beside the weights.
 
-    Buffers follow from config.json, so that nothing is lost without them.
-
-    Frequencies and tables of RoPE, masks (`attn.bias` holds one; projections are called `q_proj.bias`), positions.
+    They are frequencies and tables of RoPE, masks (`attn.bias` holds one; projections are called `q_proj.bias`) and
+    positions. They follow from config.json, so nothing is lost without them.
     """
     return _BUFFER.search(name) is not None
 
@@ -68,8 +67,8 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
     """The files that hold a folder's weights.
 
     Raises:
-        ValueError: if there are none, the index is damaged or names something else than files of the folder, or the
-            folder does not tell which of several are meant.
+        ValueError: if there are none, the index is damaged or names something other than files of the folder, or
+            the folder does not say which of several to read.
     """
     root = Path(folder)
     found = {path.name for path in root.glob("*.safetensors")}
@@ -100,7 +99,7 @@ def _read_index(file: Path) -> dict[str, str]:
     for name, owner in index.items():
         if not isinstance(owner, str) or Path(owner).name != owner or not owner.endswith(".safetensors"):
             raise ValueError(
-                f"{file}: tensor {name} is to be in {owner!r}, which is no *.safetensors file of this folder. Copy or "
+                f"{file}: tensor {name} is assigned to {owner!r}, which is no *.safetensors file of this folder. Copy or "
                 "download the index again."
             )
     if not index:

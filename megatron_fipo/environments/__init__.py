@@ -1,1 +1,1 @@
-"""Environments: where what the policy writes meets whoever answers and judges it."""
+"""Environments, which answer what the policy writes, and judge it."""

@@ -1,4 +1,4 @@
-"""What every environment offers: it plays one prompt to its end, whoever asks for it and whatever generates."""
+"""The interface of an environment: it plays one prompt to its end, whoever asks for it and whatever generates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Environment(Protocol):
     """Plays prompts. Training, evaluation in a run and evaluation of a folder all generate through one."""
 
     async def play(self, prompt: Prompt, key: SampleKey, speak: Speak) -> Trajectory:
-        """Let the policy speak, answer it, and so on to the end; then judge the whole.
+        """Let the policy write and answer it, in turns to the end; then judge the whole.
 
         Returns:
             The judged trajectory; its reward and advantage are not set yet. One that the engine aborted has the error

@@ -18,7 +18,7 @@ Judge: TypeAlias = Callable[[Prompt, str, str], Awaitable[Verdict]]
 """(prompt, response_text, finish_reason) -> Verdict; what cannot be judged comes back as a verdict with an error."""
 
 Decode: TypeAlias = Callable[[list[int]], str]
-"""Response tokens to the text that is judged, special tokens left out."""
+"""Turns response tokens into the text that is judged, without special tokens."""
 
 
 class SingleTurn:
@@ -26,7 +26,7 @@ class SingleTurn:
 
     Args:
         judge: asynchronous; it is not asked about aborted responses.
-        decode: response tokens to text.
+        decode: turns response tokens into text.
     """
 
     def __init__(self, judge: Judge, decode: Decode) -> None:
@@ -57,7 +57,7 @@ def judge_in(verifiers: VerifierPool) -> Judge:
 
 
 def decode_with(tokenizer: Any) -> Decode:
-    """Decodes with a Hugging Face tokenizer."""
+    """A `Decode` that uses a Hugging Face tokenizer."""
 
     def decode(token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Each source's verifiers called on its first row, in the pool, before anything is generated.
+"""Calls each source's verifiers on its first row, in the pool, before anything is generated.
 
 What can only be a mistake stops the run: a returned value that is no verdict, an exception whatever the response. What
 may be the response's fault is a warning.
@@ -23,14 +23,14 @@ def first_held_out(held_out: Mapping[str, Sequence[Prompt]]) -> dict[str, Prompt
 
 
 class VerifierProbes:
-    """Each source's verifier, asked in the pool about the source's first row: with an empty response, and with the
-    reference as the response."""
+    """Calls of each source's verifiers, in the pool, with the source's first row: once with an empty response, once
+    with the reference as the response."""
 
     def __init__(self, pool: VerifierPool, prompts: Mapping[str, Prompt]) -> None:
-        """Ask; the answers come while the caller does something else.
+        """Start the calls; they run while the caller does something else.
 
         Args:
-            prompts: first one of each source, by the source's key.
+            prompts: first prompt of each source, by the source's key.
         """
         self._asked: list[tuple[str, dict[str, Future[Verdict]]]] = []
         for key, prompt in prompts.items():
@@ -69,8 +69,8 @@ def _judged(place: str, verdicts: Mapping[str, Verdict]) -> tuple[list[str], lis
         responses = " as well as ".join(map(_response, verdicts))
         return [f"{place}: {verdict.error}. {called}, and raised with {responses}."], []
     return [], [
-        f"{place}: {verdict.error}. {called} and {_response(text)}. A response of which this comes in the run makes no "
-        "wrong answer: its group is dropped."
+        f"{place}: {verdict.error}. {called} and {_response(text)}. A response that causes this in the run does not "
+        "count as wrong: its group is dropped."
     ]
 
 

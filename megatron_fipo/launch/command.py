@@ -15,15 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="YAML file of settings, see docs/slurm.md")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script; submit nothing")
     parser.add_argument("--executor", choices=("slurm", "local"), help="local: torchrun on this machine")
-    for flag, of_what in (("nodes", "nodes"), ("gpus-per-node", "GPUs of each")):
+    for flag, of_what in (("nodes", "number of nodes"), ("gpus-per-node", "GPUs of each node")):
         parser.add_argument(f"--{flag}", type=int, metavar="N", help=of_what)
     for flag in ("account", "partition", "qos"):
         parser.add_argument(f"--{flag}", metavar="NAME")
-    parser.add_argument("--time", metavar="LIMIT", help="of one allocation, such as 04:00:00")
+    parser.add_argument("--time", metavar="LIMIT", help="limit of one allocation, such as 04:00:00")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Submit it, or print what would be submitted. Returns the exit status."""
+    """Submit the run, or print what would be submitted. Returns the exit status."""
     from megatron_fipo.launch.submit import FLAGS, Request, submit_or_show
 
     flags = {name: getattr(arguments, name) for name in FLAGS}

@@ -14,7 +14,7 @@ from megatron_fipo.launch.settings import Settings
 from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED
 
 DEFAULT_FIRST_PORT = 20000
-"""Rendezvous ports are this and the ten thousand above."""
+"""The first of ten thousand rendezvous ports; the job's number picks one of them."""
 
 _RUN = """\
 exec {python} -m megatron_fipo.launch.node_process \\
@@ -53,7 +53,7 @@ def node_script(settings: Settings, project_dir: str, arguments: Sequence[str]) 
     Args:
         settings: validated.
         project_dir: where the run starts.
-        arguments: of `megatron_fipo.train`: the configuration file and overrides.
+        arguments: those of `megatron_fipo.train`: the configuration file and overrides.
     """
     parts = ["trap '' USR1 # until there is a run to save", f"cd {shlex.quote(project_dir)} || exit {EXIT_BAD_INPUT}"]
     parts += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]

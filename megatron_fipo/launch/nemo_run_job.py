@@ -1,6 +1,7 @@
 """A job as NeMo-Run knows it: executor, tunnel, script; printed or submitted.
 
-NeMo-Run pins packages that the trainer has in other versions, so it is imported here only, when a job is submitted.
+NeMo-Run pins packages that the trainer has in other versions, so it is imported only here, when a job is submitted or
+printed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Job:
     """A job to submit.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         settings: validated.
         project_dir, job_dir: as the nodes see them.
         node_script: what each node runs, see `job_script.node_script`.
@@ -57,9 +58,9 @@ class Submitted:
     """A job that was handed over.
 
     Attributes:
-        job_id: Slurm's number of it; empty for a local one.
-        log_dir: where its logs are, on the cluster.
-        succeeded: for a local job, which has ended.
+        job_id: Slurm's number of the job; empty for a local one.
+        log_dir: folder of its logs, on the cluster.
+        succeeded: whether a local job, which has ended, succeeded; True for a job of Slurm's.
     """
 
     job_id: str
@@ -117,7 +118,7 @@ def executor(job: Job) -> Any:
         ssh = settings.ssh
         where = f"{job.job_dir}/experiments"
         tunnel = nemo_run.SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port, identity=ssh.identity, job_dir=where)
-    srun_args = ["--cpu-bind=none"]  # one task a node, whose ranks are to have all its cores
+    srun_args = ["--cpu-bind=none"]  # one task a node, whose ranks share all its cores
     if settings.cpus_per_node:
         srun_args.append(f"--cpus-per-task={settings.cpus_per_node}")  # srun does not take it over from sbatch
     return nemo_run.SlurmExecutor(
@@ -170,7 +171,7 @@ def _experiment(job: Job) -> Iterator[Any]:
 def _stopped_by_signals() -> Iterator[None]:
     """Have Ctrl-C and SIGTERM make a local run save and leave.
 
-    NeMo-Run starts it in a session of its own, where a terminal's Ctrl-C does not reach it, and would wait on.
+    NeMo-Run starts the run in a session of its own, where a terminal's Ctrl-C does not reach it, and keeps waiting.
     """
     received: list[int] = []
 

@@ -1,10 +1,10 @@
-"""Runs torchrun on one node of a job, and keeps apart the signals that are torchrun's from the one that is not.
+"""Runs torchrun on one node of a job, and keeps Slurm's signal before the time limit away from torchrun.
 
     python -m megatron_fipo.launch.node_process python -m torch.distributed.run … -m megatron_fipo.train CONFIG
 
-Slurm sends SIGUSR1 to every process of the job some time before its limit. torchrun and all below it ignore it, because
-this process has them inherit that; it takes the signal itself and sends SIGTERM to the ranks alone. They save and
-leave, and have until the limit: torchrun, had it got the SIGTERM, would kill them after 30 s.
+Slurm sends SIGUSR1 to every process of the job some time before its limit. torchrun and its children ignore it: they
+inherit that from this process, which handles the signal itself and sends SIGTERM to the ranks alone. They save and
+leave, and have until the limit; torchrun, if it received the SIGTERM, would kill them after 30 s.
 
 scancel, preemption and requeueing send SIGTERM to every process. torchrun and ranks then act on their own, and this
 process waits for them.
@@ -30,7 +30,7 @@ def run(command: Sequence[str]) -> int:
         Its exit status, 128 + N if signal N ended it; EXIT_STOPPED if the run was told of its time limit and left
         before its end, so that the job is to be queued again.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # torchrun inherits this
     torchrun = subprocess.Popen(command)
     was_told = False
 
@@ -66,7 +66,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def _leave_it_to_torchrun(number: int, frame: FrameType | None) -> None:
-    """It has got the signal, too."""
+    """Do nothing: torchrun has received the signal, too."""
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _SET_ELSEWHERE = {
     "signal": "signal_before_end_s",
     "time": "time",
 }
-"""sbatch's options that are not to be given below `sbatch`, with what says them here."""
+"""Options of sbatch that may not be given below `sbatch`, each with the setting to use instead."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Settings:
     secrets: List[str] = field(default_factory=list)
     """Names of environment variables that the run needs; their values are never written anywhere."""
     secrets_file: Optional[str] = None
-    """Shell file on the nodes that sets them, for those that sbatch does not pass on (it does, on this machine)."""
+    """Shell file on the nodes that sets them, for a cluster where sbatch does not pass this machine's variables on."""
     setup: List[str] = field(default_factory=list)
     """Shell lines on each node before training, such as `module load cuda`."""
     rendezvous_port: Optional[int] = None
@@ -104,7 +104,7 @@ class Settings:
     """Further options of sbatch, such as {reservation: week12, gres: "gpu:8"}."""
 
     def interpreter(self, project_dir: str) -> str:
-        """`python`, or what stands for it: the environment that `make install` puts into the project's folder.
+        """`python`; where that is null, the environment of `make install` in the project's folder, if it is there.
 
         Args:
             project_dir: the project's folder, as the nodes see it; a folder of this machine without ssh.host.
@@ -174,7 +174,7 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's content; what takes text gets it as it stands there: 12:00:00 and `on` are what they look like."""
+    """The file's content; a setting that takes text gets it as it is written: 12:00:00 and `on` stay texts."""
     content = read_yaml(read_text(path, "settings file"), Settings, str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys such as nodes and partition.")
@@ -212,7 +212,7 @@ def _slurm_problems(settings: Settings) -> list[str]:
     limit_s, before_s = seconds_of(settings.time), settings.signal_before_end_s
     if not limit_s:
         problems.append(
-            f"time={settings.time}: no time limit of Slurm's, such as 30 (minutes), 04:00:00 or 2-12:00:00."
+            f"time={settings.time}: not a time limit in Slurm's format, such as 30 (minutes), 04:00:00 or 2-12:00:00."
         )
     elif not 0 < before_s <= 65535:
         problems.append(f"signal_before_end_s={before_s}: Slurm takes 1 to 65535.")
@@ -235,12 +235,12 @@ def _slurm_problems(settings: Settings) -> list[str]:
         problems.append("container_mounts without container_image: there is nothing to mount into.")
     for option in settings.sbatch:
         if said := _SET_ELSEWHERE.get(option.replace("-", "_")):
-            problems.append(f"sbatch.{option}: say it by {said}.")
+            problems.append(f"sbatch.{option}: set {said} instead.")
     return problems
 
 
 def _environment_problems(settings: Settings) -> list[str]:
-    problems = [  # what stands there may be a secret: it is not repeated
+    problems = [  # an entry may be a secret: it is not repeated
         f"{key}: entry {number} is no name of an environment variable. Only names belong here."
         for key, names in (("env", settings.env), ("secrets", settings.secrets))
         for number, name in enumerate(names, 1)

@@ -24,8 +24,10 @@ class Request:
     """The command line of a submission.
 
     Attributes:
-        config: the run's YAML file. overrides: of it, section.key=value.
-        cluster: the settings' YAML file, or None. flags: settings by key that overrule it.
+        config: the run's YAML file.
+        overrides: section.key=value, for that file.
+        cluster: the settings' YAML file, or None.
+        flags: settings by key that overrule it.
         dry_run: print the scripts instead of submitting.
     """
 
@@ -62,7 +64,7 @@ def submit_or_show(request: Request) -> int:
 
 
 def job_of(request: Request, config: Config, settings: Settings) -> nemo_run_job.Job:
-    """The job that a request comes to.
+    """The job that a request describes.
 
     Raises:
         ConfigError: if the nodes would not find the configuration file.
@@ -89,7 +91,7 @@ def job_of(request: Request, config: Config, settings: Settings) -> nemo_run_job
 
 
 def _check_resume(config: Config, settings: Settings) -> None:
-    """A job that is queued again must go on, not begin anew."""
+    """Refuse settings under which a job that is queued again would begin anew instead of continuing."""
     if settings.is_local:
         return
     if not config.train.resume:
@@ -106,9 +108,9 @@ def _check_resume(config: Config, settings: Settings) -> None:
 
 
 def _check_secrets(settings: Settings) -> None:
-    """Slurm takes the environment over from here, so what is missing here is missing there."""
+    """Refuse missing secrets: Slurm passes this environment on, so what is missing here is missing in the job."""
     if missing := [name for name in settings.secrets if not os.environ.get(name)]:
         raise ConfigError(
-            f"secrets: {', '.join(missing)} not set in this environment, from which Slurm hands it to the job. Set it, "
-            "or name a file on the nodes that does, by secrets_file."
+            f"secrets: {', '.join(missing)} not set in this environment, which Slurm passes on to the job. Set it, or "
+            "set secrets_file to a file on the nodes that sets it."
         )

@@ -1,14 +1,14 @@
 """What a recipe's run script does, however it was started: `bash run_fipo.sh`, `torchrun run_fipo.sh`, or as Python.
 
-torchrun starts Python on a script, one process unless told more, and every process of a run is one GPU's. So:
+torchrun runs a script with Python, in one process unless told otherwise; a run needs one process for each GPU. So:
 
     bash run.sh                              starts torchrun with one process for each GPU of this node
     torchrun run.sh                          one process: it starts torchrun again, likewise
     torchrun --nproc-per-node 8 run.sh       each process is a rank already and becomes the trainer
 
-Environment, all optional: NNODES (1), NODE_RANK (0), MASTER_ADDR, MASTER_PORT (29501), GPUS_PER_NODE (those that there
-are), and what the recipe's file reads itself: MODEL_PATH, TRAIN_FILE, TEST_FILE. A process becomes the next program by
-exec, so that signals and exit statuses need no forwarding.
+Environment, all optional: NNODES (1), NODE_RANK (0), MASTER_ADDR, MASTER_PORT (29501), GPUS_PER_NODE (all visible
+ones), and those that the recipe's file reads itself: MODEL_PATH, TRAIN_FILE, TEST_FILE. A process becomes the next
+program by exec, so that signals and exit statuses need no forwarding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SET_BY_TORCHRUN = (
 )
 USAGE = """usage: {script} [--dry-run] [--gpu NAME] [model=tiny] [section.key=value ...]
   --dry-run    print the resolved configuration and the preflight verdict; builds and starts nothing
-  --gpu NAME   plan for these in a dry run (default: h100-80gb)
+  --gpu NAME   GPU to plan for in a dry run (default: h100-80gb)
   model=tiny   the same script on this machine's CPU: two processes, the quick-start's model and task
 Environment: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE, MODEL_PATH, TRAIN_FILE, TEST_FILE."""
 
@@ -63,7 +63,9 @@ class Nodes:
     """The nodes and processes of a run.
 
     Attributes:
-        number: of nodes. rank: of this one. processes: on each.
+        number: number of nodes.
+        rank: rank of this node.
+        processes: processes on each node.
         address, port: where the first node waits for the others.
     """
 
@@ -79,7 +81,7 @@ def main(config_file: Path, argv: Sequence[str], *, planned_nodes: int = 1) -> i
 
     Args:
         config_file: the recipe's YAML file.
-        argv: behind the script's name.
+        argv: arguments after the script's name.
         planned_nodes: nodes of eight GPUs that the recipe is meant for; a dry run plans for them unless NNODES is set.
     """
     try:
@@ -108,7 +110,7 @@ def parse(argv: Sequence[str], script: str = "run.sh") -> Arguments:
     """Read the command line.
 
     Raises:
-        ValueError: the usage, or an option that does not exist.
+        ValueError: with the usage, for --help or an option that does not exist.
     """
     overrides: list[str] = []
     dry_run, is_tiny, gpu = False, False, Arguments.gpu
@@ -129,7 +131,7 @@ def parse(argv: Sequence[str], script: str = "run.sh") -> Arguments:
 
 
 def dry_run(config: Config, config_file: Path, arguments: Arguments, planned_nodes: int) -> int:
-    """Print configuration and plan; of several processes, one speaks. Returns preflight's exit status."""
+    """Print configuration and plan, on rank 0 only. Returns preflight's exit status."""
     from megatron_fipo.preflight.tables import Options, report
 
     if os.environ.get("RANK", "0") != "0":
@@ -250,7 +252,7 @@ def torchrun_options(nodes: Nodes) -> list[str]:
 
 
 def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment less the variables that a torchrun has set: another torchrun is about to be started."""
+    """The environment without the variables that a torchrun has set: another torchrun is about to be started."""
     return {
         name: value
         for name, value in environment.items()

@@ -57,7 +57,7 @@ def _git_state(folder: Path) -> dict[str, Any]:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
     try:
-        # An installed copy may lie in somebody's repository (.venv/lib/...), whose revision says nothing of us.
+        # An installed copy may lie in a user's repository (.venv/lib/...), whose revision says nothing about this code.
         git("ls-files", "--error-unmatch", "__init__.py")
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain")), "reason": None}
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Metrics that know how they add up.
+"""Metrics that carry the way in which they are reduced.
 
 A metric is a value with its reduction as a type. Two of the same kind merge with `+`, so the parts of a metric, from
 microbatches and from data- and context-parallel ranks, give the same number as one process that saw everything.
@@ -20,7 +20,7 @@ Number: TypeAlias = float | int | Tensor
 
 @dataclass(frozen=True)
 class Sum:
-    """Adds up."""
+    """The total over all parts."""
 
     total: Number
 
@@ -67,7 +67,7 @@ class Std:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest; -inf where there was nothing."""
+    """The largest value; -inf where there was none."""
 
     maximum: Number
 
@@ -80,7 +80,7 @@ class Max:
 
 @dataclass(frozen=True)
 class Min:
-    """The smallest; +inf where there was nothing."""
+    """The smallest value; +inf where there was none."""
 
     minimum: Number
 
@@ -93,14 +93,14 @@ class Min:
 
 @dataclass(frozen=True)
 class Last:
-    """A number that every contributor knows alike (a learning rate, a gradient norm); a difference is a bug."""
+    """A number that is the same for every contributor (a learning rate, a gradient norm); a difference is a bug."""
 
     last: Number
 
     def __add__(self, other: Last) -> Last:
         mine, theirs = float(self.last), float(other.last)
         if mine != theirs and not (math.isnan(mine) and math.isnan(theirs)):
-            raise ValueError(f"a metric that should be alike everywhere is {mine} here and {theirs} there")
+            raise ValueError(f"a metric that should be the same everywhere is {mine} here and {theirs} there")
         return self
 
     def value(self) -> float:
@@ -176,7 +176,7 @@ class Distribution:
 
 
 def _larger(mine: Number, other: Number) -> Number:
-    """`max` of both, which stays on their device if they share one: a host that asked for it would wait."""
+    """`max` of both, on their device if they share one, so that the host need not wait for it."""
     if isinstance(mine, Tensor) and isinstance(other, Tensor) and mine.device == other.device:
         return torch.where(other > mine, other, mine)
     return max(float(mine), float(other))
@@ -236,7 +236,7 @@ def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:
 
 
 def from_plain(plain: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """The metrics that `to_plain` made plain."""
+    """The inverse of `to_plain`."""
     return {
         name: _KINDS[values["kind"]](**{key: value for key, value in values.items() if key != "kind"})
         for name, values in plain.items()

@@ -18,14 +18,14 @@ from megatron_fipo.system.disk import append_whole, write_text_whole, write_whol
 
 
 class Sink(Protocol):
-    """Takes metrics, one call or more for each step, steps never descending."""
+    """Takes metrics in one call or more for each step; steps never descend."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """Flush and release; the sink takes nothing after it."""
+        """Flush and release; the sink takes no metrics afterwards."""
         ...
 
 
@@ -97,7 +97,7 @@ class TensorBoardSink:
             self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        with writing(self._folder):  # its thread's errors come up here, a step later
+        with writing(self._folder):  # errors of its thread are raised here, a step later
             for name, value in metrics.items():
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, global_step=step)
@@ -108,7 +108,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run on Weights & Biases, online or offline. A resumed run goes on under the same id.
+    """A run on Weights & Biases, online or offline. A resumed run continues under the same id.
 
     Charts take `step` as their axis instead of W&B's own counter, which refuses to go back; steps that a resumed run
     repeats appear twice there.
@@ -171,7 +171,7 @@ def open_sinks(config: Config, folder: str | Path, resumed_step: int, enabled: b
     Args:
         config: `config.metrics` says which.
         folder: the run's folder; made if need be. metrics.jsonl, tensorboard/ and wandb/ lie in it.
-        resumed_step: first step that will be recorded; what an earlier run recorded from there on gives way.
+        resumed_step: first step that will be recorded; see each sink for an earlier run's records from there on.
         enabled: false on all ranks but the first; the group is then empty and nothing is touched.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From prompts to judged groups: many trajectories at once, over any engine and environment."""
+"""Turns prompts into judged groups: many trajectories at once, over any engine and environment."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def generate_groups(
 def _speaker(
     engine: RolloutEngine, prompt: Prompt, key: SampleKey, sampling: SamplingParams, run_seed: int, step: int
 ) -> Speak:
-    """The policy's voice in one trajectory."""
+    """The function by which the policy writes its turns of one trajectory."""
 
     async def speak(response_so_far: Sequence[int]) -> Turn:
         return await engine.generate(

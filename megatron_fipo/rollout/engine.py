@@ -56,7 +56,7 @@ def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> 
 
 
 def check_request(request: GenerationRequest, vocab_size: int, stop_token_ids: Collection[int]) -> None:
-    """Refuse what no engine could generate; a server might die of it.
+    """Refuse a request that no engine could serve; a server might crash on it.
 
     Raises:
         ValueError: naming the sample and the rule.
@@ -96,12 +96,12 @@ class Turn(OfSegments):
 
     @property
     def start(self) -> int:
-        """Position of the first token in the response, behind the request's prefix."""
+        """Position of the first token in the response, after the request's prefix."""
         return len(self.request.prefix)
 
     @property
     def prompt_ids(self) -> Tensor:
-        """int64 [P], the request's."""
+        """The request's prompt tokens, int64 [P]."""
         return torch.tensor(self.request.prompt_ids, dtype=torch.int64)
 
     @property
@@ -111,7 +111,7 @@ class Turn(OfSegments):
 
     @property
     def sample_index(self) -> int:
-        """The request's."""
+        """The request's sample_index."""
         return self.request.sample_index
 
 
@@ -135,7 +135,7 @@ class Policy(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids lie below it."""
+        """Number of token ids, which are 0 … vocab_size - 1."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +170,7 @@ class RolloutEngine(Protocol):
         """Make everything ready but the weights. Collective over all ranks.
 
         Args:
-            policy: that is trained beside it; None where nothing is.
+            policy: the policy that is trained beside the engine; None if none is.
 
         Raises:
             ServerError: on every rank, in a server's words, if one does not come up.
@@ -183,7 +183,7 @@ class RolloutEngine(Protocol):
         The engine can generate when this returns. It may have the policy's memory then, until `take_back`.
 
         Args:
-            version: of the policy; written into segments.
+            version: version of the policy; written into segments.
 
         Raises:
             ServerError: on every rank, if weights did not arrive, or not these.
@@ -193,7 +193,7 @@ class RolloutEngine(Protocol):
     def take_back(self, policy: Policy) -> None:
         """Give the policy the memory back that it lent; it can compute and be saved then. Collective over all ranks.
 
-        Nothing is in flight. What the engine generates with next has to be given anew if it lent anything.
+        No request may be in flight. If the policy had lent memory, `give` must come before the next generation.
         """
         ...
 

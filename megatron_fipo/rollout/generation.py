@@ -111,14 +111,14 @@ class GroupGenerator:
         """
         if num_missing := sum(exchange.all_gather_objects(own_missing, self._ranks.world)):
             raise ValueError(
-                f"step {step}: the checkpoint was saved between this step's updates, and of the rollouts that they are "
-                f"made on {num_missing} are not recorded any more. Bring the run's folder rollouts/ back, or delete "
-                "the checkpoint to go on from the one before."
+                f"step {step}: the checkpoint was saved between this step's updates, and {num_missing} of the rollouts "
+                "that they train on are not recorded any more. Bring the run's folder rollouts/ back, or delete the "
+                "checkpoint to go on from the one before."
             )
 
     def _of_all_ranks(self, own: Sequence[Group], prompts: Sequence[Prompt], *, with_text: bool) -> list[Group]:
         """The groups of all ranks in the order of `prompts`. Collective."""
-        for group in own:  # a row was there to be judged by: it goes neither to other ranks nor into checkpoints
+        for group in own:  # rows are for judging only: they go neither to other ranks nor into checkpoints
             group.prompt = replace(group.prompt, row=None)
         for sample in (sample for group in own for sample in group.samples):
             _make_compact(sample, with_text)
@@ -136,8 +136,8 @@ class GroupGenerator:
     ) -> Mapping[SampleKey, Trajectory]:
         """This rank's trajectories that a run before this one has generated and judged.
 
-        An engine that repeats itself bit for bit is given an unfinished share whole: with fewer requests beside them,
-        the missing ones would round otherwise.
+        A repeatable engine generates an unfinished share again from the start: in a smaller batch the missing responses
+        would be rounded differently.
         """
         if round_index is None:
             return {}
@@ -166,7 +166,7 @@ def in_process_engine(config: Config, tokenizer: Any, share: Share = ALL_PROMPTS
     """The engine of rollout.engine=in_process, on this process's device.
 
     Args:
-        share: of the prompts, this process's.
+        share: this process's share of the prompts.
     """
     return InProcessEngine(
         config.model.path,
@@ -182,7 +182,7 @@ def build_engine(config: Config, ranks: ParallelGroups, tokenizer: Any, folder: 
     """The run's rollout engine, not started yet. Collective over all ranks.
 
     Args:
-        folder: for what servers log and keep.
+        folder: folder for the servers' logs and snapshots.
 
     Raises:
         ValueError: if the model, the devices or the configuration do not fit together.

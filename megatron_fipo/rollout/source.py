@@ -1,4 +1,4 @@
-"""Where the trainer's batches come from: what owns prompts, dynamic sampling, engine and environments."""
+"""The source of the trainer's batches, which owns prompts, dynamic sampling, engine and environments."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class StepRollouts:
     """What one step trains on. The same on every rank.
 
     Attributes:
-        groups: to train on, in prompt order, rewards assigned.
-        generated: all that were generated for it, those that were dropped or kept for later included.
+        groups: the groups to train on, in prompt order, with rewards.
+        generated: all groups that were generated for the step, including those dropped or kept for later.
     """
 
     groups: list[Group]
@@ -28,8 +28,8 @@ class StepRollouts:
 class RolloutSource(Protocol):
     """Gives the trainer its batches. Every method but `abort` and `close` is collective over all ranks.
 
-    A step is `give`, `batch`, `take_back`, in this order; `state_dict` before it is what a run goes on from that was
-    stopped anywhere in it.
+    A step is `give`, `batch`, `take_back`, in this order. A run that was stopped anywhere in a step continues from the
+    `state_dict` of before the step.
     """
 
     def start(self, policy: Policy) -> None:
@@ -44,7 +44,7 @@ class RolloutSource(Protocol):
         """The rollouts of a step.
 
         Args:
-            only_recorded: take every response from what was recorded of it: the policy that wrote them is gone.
+            only_recorded: take every response from the records: the policy that wrote them is gone.
 
         Raises:
             BatchNotFilledError: if too few groups carry a signal.
@@ -61,11 +61,11 @@ class RolloutSource(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next batch follows from, as plain containers and tensors. The same on every rank; no collective."""
+        """The state that decides the next batch, as plain containers and tensors. The same on every rank; local."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, which may hold more."""
+        """Continue from a `state_dict`, which may hold further entries."""
         ...
 
     def abort(self) -> None:
@@ -73,7 +73,7 @@ class RolloutSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release what the source holds."""
         ...
 
 
@@ -81,15 +81,15 @@ class PromptOrder(Protocol):
     """An endless, deterministic order of prompts."""
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ones."""
+        """The next `count` prompts."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands."""
+        """The position in the order."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a position."""
         ...
 
 
@@ -97,17 +97,17 @@ class Progress(Protocol):
     """A progress display."""
 
     def advance(self, count: int = 1) -> None:
-        """So many responses more are there."""
+        """Show that `count` further responses are done."""
         ...
 
 
 class Listener(Protocol):
-    """Who hears what a user should know of rollouts."""
+    """Shows the user the progress of rollouts, and warnings about them."""
 
     def rollout_progress(self, step: int, total: int) -> AbstractContextManager[Progress]:
         """A display for this rank's responses of one round."""
         ...
 
     def warning(self, text: str, kind: str = "") -> None:
-        """Something in full sentences; of one kind the first, tenth, hundredth … is told."""
+        """Show a warning, in full sentences; of each kind only the first, tenth, hundredth … is shown."""
         ...

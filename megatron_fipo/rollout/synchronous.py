@@ -22,9 +22,9 @@ class SynchronousSource:
     """A `RolloutSource` that generates in rounds until dynamic sampling has a batch.
 
     Args:
-        prompts: of training.
-        generator: over `engine`.
-        listener: hears of progress and of groups that could not be judged.
+        prompts: the order of training prompts.
+        generator: generates groups with `engine`.
+        listener: shows progress and failures to judge.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class Starter:
     """An example.
 
     Attributes:
-        about: one line.
+        about: one line about it.
         folder: where it is written unless the user names another.
         run: name of its run.
         files: names of the files in its folder here.
@@ -90,7 +90,7 @@ def write_starter(name: str, folder: str | None) -> None:
     """Write an example, and say what was written and what to type next.
 
     Args:
-        name: of `STARTERS`.
+        name: a key of `STARTERS`.
         folder: where to write it; None takes the example's own name, in the current folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Writing to disks that may be full, go away or be emptied under a run: whole or not at all, and errors in words."""
+"""Writes to disks that may be full, go away or be emptied during a run: whole or not at all, with errors in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 
 
 class DiskError(RuntimeError):
-    """Something could not be written. What was written before is as it was, and can be gone on from."""
+    """Something could not be written. What was written before is as it was, and a run can continue from it."""
 
 
 GOES_ON = "it goes on from the newest checkpoint and the recorded rollouts"
@@ -20,7 +20,7 @@ GOES_ON = "it goes on from the newest checkpoint and the recorded rollouts"
 def disk_error(
     path: str | Path, error: OSError, what_then: str = GOES_ON, place: str | Path | None = None
 ) -> DiskError:
-    """What happened to which file, how much room there is, and what to do.
+    """An error that says what happened to which file, how much room there is, and what to do.
 
     Args:
         path: the file, or words that name it.
@@ -59,11 +59,11 @@ def append_whole(file: IO[bytes], data: bytes, path: Path) -> None:
 
     Args:
         file: opened for appending without a buffer, by this process alone.
-        path: under which it was opened.
+        path: the path under which it was opened.
 
     Raises:
-        DiskError: if there is no room, or the file was deleted since it was opened. What was written of it is taken
-            back.
+        DiskError: if there is no room, or the file was deleted since it was opened. A part that was written is
+            removed again.
     """
     descriptor = file.fileno()
     try:

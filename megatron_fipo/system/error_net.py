@@ -1,7 +1,7 @@
-"""How a command ends when something went wrong: in words, with an exit code that says whose turn it is.
+"""How a command ends when something went wrong: with a message, and an exit code that says who has to act.
 
 0: done. 2: something that it was given cannot be used. 3: it stopped, and what was saved is whole: a signal, a full
-disk, a dead machine; the same command goes on. 1: a fault of this program, with the traceback that finding it takes.
+disk, a dead machine; the same command continues. 1: a fault of this program, with the traceback that finding it takes.
 `preflight`, `certify` and `conformance` also end with 1 when their answer is no.
 """
 
@@ -31,7 +31,7 @@ _OTHER_RANK_LEFT = re.compile(
 
 
 def report(error: Exception, say: Callable[[str], None], prefix: str = "error") -> int:
-    """Tell an error that ended a command, once. Returns the command's exit code.
+    """Print an error that ended a command. Returns the command's exit code.
 
     Args:
         say: writes the words where the user sees them.
@@ -106,7 +106,7 @@ def _is_of_another_rank(error: Exception) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """Where an error came up in this package, as module and line."""
+    """Where an error was raised in this package, as module and line."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "megatron_fipo" in frame.filename] or frames
     if not own:

@@ -11,12 +11,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Takes note of the first SIGINT or SIGTERM, which would end the process otherwise; the loop asks between updates.
+    """Takes note of the first SIGINT or SIGTERM, which would end the process otherwise; training asks between updates.
 
     torchrun sends SIGTERM to its processes and kills them 30 s later; a terminal sends SIGINT to all of them at once.
 
     Args:
-        on_signal: called in the signal handler, to cut short what waits long.
+        on_signal: called in the signal handler, to end long waits.
     """
 
     def __init__(self, on_signal: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What somebody who mistyped a name probably meant."""
+"""Suggests the name that a mistyped one probably stands for."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def test_a_step_that_was_stopped_half_way_needs_its_recorded_rollouts(tmp_path: 
     shutil.rmtree(folder / "rollouts")
     outcomes = train(folder, *RUN, "train.num_steps=1", expected=train_module.EXIT_BAD_INPUT)
     output = " ".join(" ".join(outcome.output.split()) for outcome in outcomes)
-    assert "made on 32 are not recorded any more" in output
+    assert "32 of the rollouts that they train on are not recorded any more" in output
     assert "delete the checkpoint to go on from the one before" in output
 
 

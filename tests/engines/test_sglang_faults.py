@@ -308,7 +308,7 @@ def test_a_taken_port(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", **SIZES)
     spec = launch_spec("sglang", model)
     with socket.create_server(("127.0.0.1", spec.port)):
-        assert f"port {spec.port} of 127.0.0.1, where sglang-0 was to listen, is taken" in failing_start(spec, tmp_path)
+        assert f"port {spec.port} of 127.0.0.1, where sglang-0 should listen, is taken" in failing_start(spec, tmp_path)
 
 
 def test_a_wrong_model(tmp_path: Path) -> None:

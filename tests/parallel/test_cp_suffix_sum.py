@@ -287,7 +287,7 @@ def _measure_exchange() -> dict[str, Any]:
         found[name] = own["perf/suffix_sum_exchange_bytes"].value(), merged
         if parallel.pp == 1:
             found["received"] = _received_by_the_loss(minibatches, Objective(config.objective, ranks.cp))
-            with mock.patch.object(cp_suffix_sum, "Max", Last), pytest.raises(ValueError, match="should be alike"):
+            with mock.patch.object(cp_suffix_sum, "Max", Last), pytest.raises(ValueError, match="should be the same"):
                 _own_and_merged(config, ranks)
             dapo = replace(config, objective=FipoConfig(future_kl=False))
             assert cp_suffix_sum.exchange_metrics(minibatches, dapo, ranks) == {}

@@ -177,7 +177,7 @@ def test_a_write_that_fails_is_explained_and_gone_on_from(
         assert lines[0].startswith("error: ")
         assert "File too large" in lines[0]
         assert arguments[1] in lines[0]
-        assert lines[1].startswith(f"Nothing is at {arguments[1]} that was not there before.")
+        assert lines[1].startswith(f"{arguments[1]} is as it was before.")
         assert not Path(arguments[1]).exists()
         assert run(command, arguments) == 0
     assert run(add_verify, [str(model), str(megatron), str(back)]) == 0

@@ -383,14 +383,14 @@ def test_what_no_conversion_wrote_is_left_alone(model: Path, tmp_path: Path) -> 
         (tmp_path / name / "thesis.txt").write_text("kept")
     with pytest.raises(ValueError, match=r"mine holds no model \(no config\.json\), so --overwrite leaves it alone"):
         plan_to_megatron(model, tmp_path / "mine", overwrite=True)
-    with pytest.raises(ValueError, match=r"other\.partial is no conversion that could be gone on from"):
+    with pytest.raises(ValueError, match=r"other\.partial is no unfinished conversion to resume"):
         to_megatron(model, tmp_path / "other")
     assert len(list(tmp_path.glob("*/thesis.txt"))) == 2
 
 
 @pytest.mark.parametrize("place", [".", "inside", ".."])
 def test_the_result_must_not_lie_in_its_source(model: Path, place: str) -> None:
-    with pytest.raises(ValueError, match="the result must not lie in what it is made from"):
+    with pytest.raises(ValueError, match="the target must not lie inside the source"):
         plan_to_megatron(model, model / place, overwrite=True)
 
 

@@ -200,7 +200,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub: StandInHub) -> None:
 def test_wrong_bytes_of_the_right_number_are_noticed_and_fetched_anew(hub: StandInHub, file: str) -> None:
     hub.repository(NAME).commit(MODEL)
     hub.spoilt.add(file)
-    with pytest.raises(HubError, match=r"with another content than the hub's checksum .* was deleted"):
+    with pytest.raises(HubError, match=r"does not match the hub's checksum .* was deleted"):
         model_folder(NAME)
     hub.spoilt.clear()
     assert Path(model_folder(NAME), file).read_bytes() == MODEL[file]

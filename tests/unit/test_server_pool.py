@@ -109,7 +109,7 @@ def test_a_server_that_does_not_come_up_ends_the_start_and_all_others(world: Wor
 def test_a_port_that_is_taken_is_named_and_nothing_is_left(world: World) -> None:
     pool = world.pool()
     with socket.create_server((world.host, world.ports[1])):  # noqa: SIM117
-        with pytest.raises(ServerError, match=rf"port {world.ports[1]} .*fake-1 was to listen, is taken"):
+        with pytest.raises(ServerError, match=rf"port {world.ports[1]} .*fake-1 should listen, is taken"):
             world.run(pool.start())
     world.expect_sound()
 

@@ -586,7 +586,7 @@ def test_servers_of_a_run_have_a_random_key_and_others_that_of_their_owner(monke
     urls = ["http://127.0.0.1:3000"]
     assert launch_specs(config_with(f"servers.urls={urls}"), "cpu", urls)[0].key == ""
     config = config_with(f"servers.urls={urls}", "servers.api_key_env=THEIR_KEY")
-    for value, words in ((None, "is not set or empty"), ("", "is not set or empty"), ("a b\n", "something else than")):
+    for value, words in ((None, "is not set or empty"), ("", "is not set or empty"), ("a b\n", "something other than")):
         monkeypatch.delenv("THEIR_KEY", raising=False)
         if value is not None:
             monkeypatch.setenv("THEIR_KEY", value)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a Megatron checkpoint. See README.md, and --help."""
+"""Converts a Hugging Face folder into a Megatron checkpoint. See README.md, and --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint as a Hugging Face folder. See README.md, and --help."""
+"""Converts a Megatron checkpoint into a Hugging Face folder. See README.md, and --help."""
 
 import sys
 

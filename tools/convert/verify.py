@@ -1,4 +1,4 @@
-"""Whether converted weights are the same weights. See README.md, and --help."""
+"""Checks that converted weights are the same weights. See README.md, and --help."""
 
 import sys
 

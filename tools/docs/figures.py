@@ -25,7 +25,7 @@ from megatron_fipo.rl.objective import clipped_token_loss, influence_weights, pa
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "figures"
 OBJECTIVE = FipoConfig(half_life_tokens=32.0, influence_min=0.8, influence_max=1.2, safety_ratio=3.0)
-"""Of the paper's 7B recipe: its range shows both ends of the weights."""
+"""Settings of the paper's 7B recipe: their range shows both ends of the weights."""
 
 NUM_TOKENS = 256
 RAISED, LOWERED = range(104, 116), range(196, 206)
@@ -80,10 +80,10 @@ class ShardedSum:
     own: Tensor
     """Each chunk's own sum."""
     behind: Tensor
-    """What lies behind the chunk adds."""
+    """What the tokens after the chunk add."""
     chunk_tokens: int
     ranks: tuple[int, ...]
-    """Of each chunk."""
+    """Rank of each chunk."""
 
 
 def sharded_sum(response: Response) -> ShardedSum:

@@ -1,4 +1,4 @@
-"""What mkdocs is to do besides: long keys in tables may break behind a dot or an underscore, and nowhere else."""
+"""A hook of mkdocs: long keys in tables may break after a dot, an underscore, a slash or an equals sign only."""
 
 from __future__ import annotations
 

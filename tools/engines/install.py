@@ -27,7 +27,7 @@ from pathlib import Path
 REQUIREMENTS = Path(__file__).resolve().parent
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
 GPU_PYTHONS = ((3, 12),)
-"""Those that resolve.py pins the environments for GPUs for."""
+"""Python versions for which resolve.py pins the environments for GPUs."""
 MARK = ".installed"
 """Written last: a folder without it is half built and is built anew."""
 
@@ -38,7 +38,7 @@ DISTRIBUTIONS = {
     "vllm-gpu": "vllm",
     "nemo-run": "nemo-run",
 }
-"""Name under which it is published."""
+"""Name under which each engine is published."""
 _CUDA_TORCH = "import torch; assert torch.version.cuda, f'torch {torch.__version__} is a build for the CPU'"
 CHECKS = {
     "sglang": "import torch, transformers, xgrammar, sglang_router",
@@ -47,7 +47,7 @@ CHECKS = {
     "vllm-gpu": f"import transformers; {_CUDA_TORCH}",
     "nemo-run": "import nemo_run",
 }
-"""What the finished environment must run, on a machine that may have no GPU. SGLang itself imports without one only
+"""Code that the finished environment must run, on a machine that may have no GPU. SGLang itself imports without one only
 behind the rollout engine's launcher."""
 TORCH_FROM_INDEX = ("sglang", "vllm")
 """Engines whose files leave out what torch draws in: the machine's index decides between CPU and CUDA builds."""

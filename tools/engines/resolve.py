@@ -9,7 +9,7 @@
 | tools/engines/sglang-gpu.txt | SGLang servers, complete |
 | tools/engines/vllm-gpu.txt | vLLM servers, complete |
 
-Resolved is for CPython 3.12 on Linux, x86-64, glibc 2.34 or later (Ubuntu 22.04, RHEL 9), from the metadata of what is
+It resolves for CPython 3.12 on Linux, x86-64, glibc 2.34 or later (Ubuntu 22.04, RHEL 9), from the metadata of what is
 published: no package is downloaded whole. uv evaluates the requirements' conditions for that platform, not for the
 machine it runs on, which pip does not.
 """
@@ -96,7 +96,7 @@ def read_pins(file: Path) -> dict[str, str]:
 
 
 def resolve(environment: Environment, constraints: list[Path]) -> dict[str, str]:
-    """All that the environment comes to.
+    """Versions of all packages of the environment, by canonical name.
 
     Raises:
         SystemExit: where the requirements and constraints have no solution, with uv's explanation.

@@ -7,7 +7,7 @@
 Versions are those of constraints.txt and constraints-gpu.txt. Transformer Engine's torch part is published as source
 only and is compiled here, by a C++ compiler; nvcc is not needed. It must be compiled against the torch that it will run
 with, which pip's isolated builds do not do: they compile against the newest torch, and the result then lacks symbols
-or fails in training. Where the headers of CUDA, cuDNN and NCCL lie, pip has just put them.
+or fails in training. The headers of CUDA, cuDNN and NCCL are those that pip has just installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADERS = {
     "cudnn.h": "nvidia-cudnn-cu13",
     "nccl.h": "nvidia-nccl-cu13",
 }
-"""What the torch part includes, and the package that has it. torch draws in all but crt and cccl."""
+"""Headers that the torch part includes, and the package that has each. torch requires all but crt and cccl."""
 GIB_A_COMPILER = 4
 """Memory that one compiler process is granted: torch's headers are large."""
 
@@ -72,8 +72,8 @@ def project_step() -> Step:
 def transformer_engine_steps(offline: Path | None, num_jobs: int) -> list[Step]:
     """Transformer Engine, compiled against the torch of this environment.
 
-    Offline, its torch part becomes a wheel beside the carried files first: brought back and carried to the next machine
-    of this kind, it is taken as it is.
+    Offline, its torch part is first built as a wheel beside the carried files; carried to another machine of this kind,
+    the wheel is installed as it is.
     """
     variables, purpose = build_variables(num_jobs), "Transformer Engine, compiled for this torch"
     if offline is None:

@@ -1,6 +1,6 @@
-"""What keys demand of each other: every rule that takes the values of two keys or more, and no other.
+"""Rules between keys: every rule that takes the values of two keys or more, and no other.
 
-Each module has one part of the configuration; `cross_problems` asks them all. What a value must be by itself is said
+Each module has one part of the configuration; `cross_problems` asks them all. The rules for a value by itself stand
 where its key is declared.
 """
 
@@ -19,8 +19,8 @@ def cross_problems(config: Config, world_size: int | None, *, is_for_training: b
     """Rules between keys that are broken, sources apart (`sources`). Each value must be sound by itself.
 
     Args:
-        world_size: number of processes; None leaves out what depends on it.
-        is_for_training: false leaves out what only training needs.
+        world_size: number of processes; None skips the rules that need it.
+        is_for_training: false skips the rules for training alone.
     """
     yield from server_problems(config)
     if is_for_training:

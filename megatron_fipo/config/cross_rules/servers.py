@@ -1,4 +1,4 @@
-"""Rules between the keys of inference servers: who they are, where they run, how weights reach them, who may speak."""
+"""Rules between the keys of inference servers: which they are, where they run, how weights reach them, their keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEY_OPTIONS = {"--api-key", "--admin-api-key"}
 _SECRET_OPTION = re.compile(
     r"passw(or)?d|passphrase|secret|credential|(api|access|private|auth|admin)[-_]?key|(hf|api|auth|access|bearer)[-_]?token"
 )
-"""Options of servers that take a secret. Most that speak of tokens mean those that a model reads."""
+"""Options of servers that take a secret. In most other options, "token" means a model's tokens."""
 
 
 def server_problems(config: Config) -> Iterator[Problem]:
@@ -48,7 +48,7 @@ def server_problems(config: Config) -> Iterator[Problem]:
 
 
 def _placement_problems(config: Config) -> Iterator[Problem]:
-    """Which GPUs and ports servers take."""
+    """What is wrong with the servers' GPUs and ports."""
     servers = config.servers
     if servers.weight_sync == "distributed" and servers.placement == "colocated":
         yield Problem(
@@ -81,9 +81,9 @@ def _placement_problems(config: Config) -> Iterator[Problem]:
 
 
 def server_device_problems(config: Config, device: str) -> Iterator[str]:
-    """What servers.* demand of each other once the servers' device is known, in sentences.
+    """Broken rules between keys of servers.* that depend on the servers' device, as sentences.
 
-    Validation asks for it where the configuration names the device, and a run where it has seen which it is.
+    Validation checks them if the configuration names the device; a run checks them once it knows the device.
 
     Args:
         device: cpu, cuda, or auto where nothing can be said yet.
@@ -114,7 +114,7 @@ def _device_problems(config: Config, device: str) -> Iterator[Problem]:
 
 
 def _key_problems(config: Config) -> Iterator[Problem]:
-    """Who may speak to servers. No value is repeated here: what stands in the wrong place may be the key."""
+    """What is wrong with the servers' keys. No value is repeated: one in the wrong place may be a key itself."""
     servers = config.servers
     if servers.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", servers.api_key_env):
         yield Problem(
@@ -151,7 +151,7 @@ def _key_problems(config: Config) -> Iterator[Problem]:
 
 
 def _secret_argument_problems(arguments: Sequence[str]) -> Iterator[Problem]:
-    """Everybody on a host reads the command lines of its processes, and a log may repeat them."""
+    """Secrets in arguments: everybody on a host can read its processes' command lines, and a log may hold them."""
     for index, argument in enumerate(arguments):
         option = argument.partition("=")[0]
         source = reference_of(("servers", "extra_args", index), argument) or without_secrets(argument)
@@ -171,7 +171,7 @@ def _secret_argument_problems(arguments: Sequence[str]) -> Iterator[Problem]:
 
 
 def _vllm_problems(config: Config) -> Iterator[Problem]:
-    """Sampling that vLLM changes or rejects; it would say so at the first request, or not at all."""
+    """Sampling that vLLM changes or rejects; vLLM itself would say so at the first request, or not at all."""
     if config.rollout.top_p < 1:
         yield Problem(
             "rollout.top_p",

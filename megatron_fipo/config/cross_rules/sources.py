@@ -1,6 +1,6 @@
 """Rules between the keys of a data source: all that can be known of one without reading a file.
 
-What needs the files, the tokenizer or the verifier's module is said where those are opened.
+Rules that need the files, the tokenizer or the verifier's module are checked where those are opened.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def source_problems(prefix: str, source: DataSourceConfig) -> Iterator[Problem]:
     """What is wrong with a source, whatever it is for.
 
     Args:
-        prefix: of its keys in messages, such as "data.train.sums."; empty for a source that stands by itself.
+        prefix: prefix of its keys in messages, such as "data.train.sums."; empty for a source that stands by itself.
     """
     by_itself = list(section_problems(source, prefix))
     yield from by_itself
-    unsound = {problem.key for problem in by_itself}  # what is wrong by itself is not held against other keys
+    unsound = {problem.key for problem in by_itself}  # a value that is wrong by itself gets no further problem
     yield from (problem for problem in _combination_problems(prefix, source) if problem.key not in unsound)
 
 
@@ -127,7 +127,7 @@ def _file_problems(prefix: str, source: DataSourceConfig) -> Iterator[Problem]:
 
 
 def _kind_problems(prefix: str, source: DataSourceConfig) -> Iterator[Problem]:
-    """What one kind alone reads, and who can judge it."""
+    """What is wrong with keys that only one kind reads, and with the kind's verifier."""
     if source.kind != "hub":
         for name in ("subset", "split", "revision"):
             if value := getattr(source, name):

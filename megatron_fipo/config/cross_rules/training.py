@@ -15,11 +15,11 @@ from megatron_fipo.config.presets import ALGORITHMS
 from megatron_fipo.config.sections import Config
 
 _DEFINING_KEYS = ("objective.future_kl", "objective.loss_aggregation", "advantages.estimator")
-"""Keys without which an algorithm would not be what its name says, where its preset sets them."""
+"""Keys that define an algorithm, where its preset sets them."""
 
 
 def training_problems(config: Config) -> Iterator[Problem]:
-    """What does not go together, whatever the layout."""
+    """Broken rules of training that do not depend on the layout."""
     yield from _algorithm_problems(config)
     yield from _batch_problems(config)
     yield from objective_problems(config)
@@ -126,7 +126,7 @@ def precision_problems(config: Config) -> Iterator[Problem]:
 
 
 def layout_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Processes, padding and the token budget; what depends on the model is `model_layout`'s business."""
+    """Processes, padding and the token budget; `model_layout` has the rules that depend on the model."""
     parallel, rollout, batch = config.parallel, config.rollout, config.batch
     if parallel.sequence_parallel and parallel.tp == 1:
         yield Problem("parallel.sequence_parallel", True, "needs parallel.tp above 1", "Set it to false")

@@ -1,4 +1,4 @@
-"""What other trainers call our configuration keys: docs/migration.md is made of it, and so are hints at typos.
+"""Names that other trainers have for our configuration keys; docs/migration.md and hints at unknown keys show them.
 
 The names are those of TRL 1.16 (with transformers 5), verl 0.9, slime and NeMo-RL of August 2026 and ms-swift 4.6, read
 in their public sources.
@@ -39,7 +39,7 @@ def foreign_hint(dotted_key: str) -> str | None:
     if in_its_section := [match for match in matches if any(ours.startswith(f"{parts[0]}.") for ours in match[1].keys)]:
         matches = in_its_section
     targets = list(dict.fromkeys(ours for _, entry in matches for ours in entry.keys))
-    first = dict(reversed([(trainer, entry.name) for trainer, entry in matches]))  # one name of each says enough
+    first = dict(reversed([(trainer, entry.name) for trainer, entry in matches]))  # one name for each trainer
     names = ", ".join(f"{trainer}'s {first[trainer]}" for trainer in FRAMEWORKS if trainer in first)
     if not matches or len(targets) > 4:
         return None
@@ -60,7 +60,7 @@ def _best_matches(parts: list[str]) -> list[tuple[str, ForeignKey]]:
 
 
 def _common(parts: list[str], foreign: list[str]) -> int:
-    """How many last parts two keys share; 0 if that says too little. Of "critic.*" the first parts count."""
+    """Number of last parts that two keys share; 0 for too weak a match. For "critic.*" the first parts count."""
     if foreign[-1] == "*":
         head = foreign[:-1]
         starts = (head[skipped:] for skipped in range(len(head)))

@@ -12,7 +12,7 @@ class ForeignKey:
     name: str
     """As it is written there; "critic.*" stands for all below it."""
     keys: tuple[str, ...]
-    """Ours, dotted, <name> standing for a data source's; empty where nothing corresponds."""
+    """Our keys, dotted; <name> stands for a data source's name. Empty where nothing corresponds."""
     note: str
     """Where the meaning differs, or what there is instead; a sentence, or empty."""
 

@@ -43,7 +43,7 @@ SLIME: Topics = {
     "Model and layout": (
         key("--hf-checkpoint", "model.path", "Weights, configuration and tokenizer are all read from there."),
         key("--ref-load", "model.path", "The reference is the model that the run starts from."),
-        key("--ref-update-interval", "", "The reference stays what it is."),
+        key("--ref-update-interval", "", "The reference never changes."),
         key("--tensor-model-parallel-size", "parallel.tp"),
         key("--pipeline-model-parallel-size", "parallel.pp"),
         key(

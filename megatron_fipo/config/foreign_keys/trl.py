@@ -28,7 +28,7 @@ TRL: Topics = {
             "train.num_minibatches",
             "There is none to set: an update has as many microbatches as its minibatch needs.",
         ),
-        key("num_iterations", "train.num_epochs", "Times that each batch of rollouts is gone through."),
+        key("num_iterations", "train.num_epochs", "Passes over each batch of rollouts."),
         key(
             "max_steps",
             "train.num_steps",
@@ -44,9 +44,9 @@ TRL: Topics = {
         key("auto_find_batch_size", "", "`megatron-fipo preflight` says beforehand what fits."),
     ),
     "Model and precision": (
-        key("model_init_kwargs", "model.dtype", "Of these there is the dtype alone."),
+        key("model_init_kwargs", "model.dtype", "Only the dtype can be set."),
         key("model_name_or_path", "model.path", "A folder, or a name on the hub, as there."),
-        key("model_revision", "model.revision", "The commit that it stands at is recorded and kept."),
+        key("model_revision", "model.revision", "The commit that it points to is recorded and kept."),
         key("processing_class", "model.path", "The tokenizer is the one in the model's folder."),
         key("bf16", "model.dtype", "model.dtype=bfloat16; the main weights stay float32."),
         key("fp16", "model.dtype", "float32 or bfloat16; there is no float16."),
@@ -93,7 +93,9 @@ TRL: Topics = {
     ),
     "Rollouts": (
         key("max_completion_length", "rollout.max_response_tokens"),
-        key("temperature", "rollout.temperature evaluation.temperature", "TRL evaluates with the one of training."),
+        key(
+            "temperature", "rollout.temperature evaluation.temperature", "TRL evaluates at the temperature of training."
+        ),
         key("top_p", "rollout.top_p evaluation.top_p"),
         key("top_k", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
         key("min_p", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
@@ -110,7 +112,7 @@ TRL: Topics = {
         key("vllm_tensor_parallel_size", "servers.tp"),
         key("vllm_enable_sleep_mode", "servers.placement", "Colocated servers always give their memory back."),
         key("vllm_max_model_length", "rollout.max_prompt_tokens rollout.max_response_tokens", "Their sum."),
-        key("use_transformers_continuous_batching", "rollout.engine", "rollout.engine=in_process batches so anyway."),
+        key("use_transformers_continuous_batching", "rollout.engine", "rollout.engine=in_process does that anyway."),
     ),
     "Objective": (
         key("epsilon", "objective.clip_ratio_low", "TRL clips by it above too, unless epsilon_high is set."),
@@ -130,11 +132,11 @@ TRL: Topics = {
         ),
         key("scale_rewards", "advantages.estimator", "group is group_std, none is group_mean; there is no batch."),
         key("entropy_coef", "objective.entropy_coefficient"),
-        key("use_adaptive_entropy", "objective.entropy_coefficient", "It stays what it is set to."),
+        key("use_adaptive_entropy", "objective.entropy_coefficient", "It is constant."),
         key("importance_sampling_level", "", "Ratios are those of tokens; GSPO's of sequences do not exist here."),
         key("top_entropy_quantile", "", "All response tokens are trained on."),
         key("off_policy_mask_threshold", "", "FIPO drops responses by objective.max_dual_clipped_tokens."),
-        key("sync_ref_model", "", "The reference is the model that the run starts from, and stays it."),
+        key("sync_ref_model", "", "The reference is the model that the run starts from, and never changes."),
         key(
             "vllm_importance_sampling_correction",
             "objective.rollout_correction",

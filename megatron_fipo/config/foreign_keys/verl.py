@@ -29,7 +29,7 @@ VERL: Topics = {
             "batch.max_tokens_per_microbatch",
             "Over all context-parallel ranks of a microbatch: verl's times parallel.cp.",
         ),
-        key(f"{_ACTOR}.ppo_epochs", "train.num_epochs", "Times that each batch of rollouts is gone through."),
+        key(f"{_ACTOR}.ppo_epochs", "train.num_epochs", "Passes over each batch of rollouts."),
         key(f"{_ACTOR}.shuffle", "", "Minibatches are cut by prompt in the order of the batch."),
         key(
             "trainer.total_epochs",

@@ -13,13 +13,13 @@ from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS, OTHER_FORMS
 # OmegaConf resolves these annotations at run time, hence Optional, Dict and List rather than the newer spellings.
 
 FILE_KINDS = ("jsonl", "parquet", "hub")
-"""Kinds of source that read files: one that is here, or a data set's on the Hugging Face hub."""
+"""Kinds of source that read files: local ones, or those of a data set on the Hugging Face hub."""
 PROCEDURAL_KINDS = ("chain_arithmetic", "reasoning_gym")
-"""Kinds of source that make their prompts, without end."""
+"""Kinds of source that generate prompts without end."""
 
 
 def _names_verifiers(value: Any) -> str:
-    """Rule of one verifier's name, or of a list of several."""
+    """The rule for one verifier's name, or a list of several; empty where it is kept."""
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and names and all(isinstance(name, str) and (name or name is value) for name in names):
         return ""
@@ -43,18 +43,18 @@ class DataSourceConfig:
     split: str = key("", text="name")
     """Split of a data set on the hub, such as train or test."""
     revision: Optional[str] = key(None, check=not_blank, text="name")
-    """Branch, tag or commit of a data set on the hub; null takes main. The commit it stands at is recorded and kept."""
+    """Branch, tag or commit of a data set on the hub; null takes main. The commit it points to is recorded and kept."""
     task: str = key("", fixed_because=ORDER_OF_PROMPTS)
     """Name of the reasoning-gym data set."""
     params: Dict[str, Any] = key({}, fixed_because=ORDER_OF_PROMPTS)
     """Parameters of a procedural source, passed on by name."""
     num_prompts: Optional[int] = key(None, least=1, fixed_because=ORDER_OF_PROMPTS)
-    """Use only the first so many prompts; required for a procedural source used for evaluation."""
+    """Use only this many prompts, from the first on; required for a procedural source used for evaluation."""
     seed: Optional[int] = key(None, least=0, most=2**32 - 1, fixed_because=ORDER_OF_PROMPTS)
     """Seed of a procedural source; null takes run.seed. Give held-out data a fixed seed of its own."""
     schema: str = key("columns", choices=("columns", "dapo_math", "aime", "gsm8k", "humaneval", "mbpp"))
     """How a file's rows are read: columns (prompt_field and answer_field), or as published: dapo_math (DAPO-Math-17k
-    and its AIME 2024), aime (problem, answer), gsm8k (question, answer behind ####), humaneval, mbpp."""
+    and its AIME 2024), aime (problem, answer), gsm8k (question, answer after ####), humaneval, mbpp."""
     deduplicate: bool = True
     """Keep the first of a file's rows with the same prompt; DAPO-Math-17k as published has each a hundred times."""
     prompt_field: str = key("prompt", check=not_blank)
@@ -77,7 +77,7 @@ class DataSourceConfig:
     """Judge of its responses: math (last \\boxed{} or "Answer:"), math_answer (DAPO's "Answer:" line), math_boxed,
     exact, code (Python against tests), code_unprotected (the same without a sandbox), reasoning_gym, chain_arithmetic,
     a reward model as http://host:port/path, or your own as package.module:function. A list names several; a response is
-    right if each that counts gives 1."""
+    right if each with a weight above 0 gives 1."""
     verifier_weights: List[float] = key([], least=0, because="0 shows a verifier's score without counting it")
     """Weights of several verifiers in the mean that is the score; empty weighs them alike. With 0 a verifier's score is
     shown in the metrics and does not count."""
@@ -95,8 +95,8 @@ class DataSection:
     """Evaluation sources by name; each must be finite."""
     overlong_prompts: str = key("error", choices=("error", "skip"))
     """What happens to a prompt longer than rollout.max_prompt_tokens: error stops the run before it begins, or when a
-    procedural source makes such a prompt; skip leaves it out, a file's with their number in the log, a procedural
-    source's for another question."""
+    procedural source makes such a prompt; skip leaves it out: a file's are counted in the log, a procedural source
+    makes another question instead."""
 
 
 @dataclass(frozen=True)

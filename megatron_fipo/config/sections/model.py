@@ -12,7 +12,7 @@ from megatron_fipo.config.text_rules import names_a_model, not_blank
 # OmegaConf resolves these annotations at run time, hence Optional, Dict and List rather than the newer spellings.
 
 FP8_ALIGNMENT = {"none": 1, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""What model.fp8 may be, and of what both sizes of a rank's matrices must be multiples: Transformer Engine's blocks."""
+"""Value of model.fp8 -> number that must divide both sizes of a rank's matrices (Transformer Engine's blocks)."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelSection:
     folder, or, where that has none, from the configuration file's. Or a model's name on the Hugging Face hub, such as
     Qwen/Qwen2.5-0.5B, which each node fetches once."""
     revision: Optional[str] = key(None, check=not_blank, text="name")
-    """Branch, tag or commit of a name on the hub; null takes main. The commit it stands at is recorded and kept."""
+    """Branch, tag or commit of a name on the hub; null takes main. The commit it points to is recorded and kept."""
     dtype: str = key("float32", choices=("float32", "bfloat16"), fixed_because=OPTIMIZER_STATE)
     """Arithmetic of the actor's forward and backward: float32 or bfloat16 (bfloat16 keeps float32 main weights)."""
     fp8: str = key("none", choices=tuple(FP8_ALIGNMENT))
@@ -39,7 +39,7 @@ class ModelSection:
     MLP (about a quarter more arithmetic in an update; attention is fused there and keeps no scores), elsewhere core
     attention; full, every layer (a third more)."""
     log_prob_chunk_mib: float = key(512.0, above=0, changes_results=False)
-    """MiB of float32 logits when log-probs are computed: so many tokens as this holds go through the output layer at a
+    """MiB of float32 logits when log-probs are computed: as many tokens as it holds go through the output layer at a
     time. Beside it an update holds their gradient: on a GPU half as much in bfloat16 and nothing in float32, on a CPU
     as much again."""
 
@@ -55,9 +55,9 @@ class OptimizerSection:
     schedule: str = key("constant", choices=("constant", "linear", "cosine"))
     """After the warm-up: constant, or down to min_learning_rate in a straight line (linear) or half a wave (cosine)."""
     min_learning_rate: float = key(0.0, least=0)
-    """Where a linear or cosine schedule arrives one step after its end, and then stays."""
+    """Rate that a linear or cosine schedule reaches one step after its end, and then keeps."""
     num_decay_steps: Optional[int] = key(None, least=1)
-    """Steps, warm-up included, at whose end a linear or cosine schedule has arrived; null takes train.num_steps."""
+    """Steps, warm-up included, after which a linear or cosine schedule ends; null takes train.num_steps."""
     weight_decay: float = key(0.1, least=0)
     """Decoupled weight decay; norms and biases are exempt."""
     adam_beta1: float = key(0.9, least=0, below=1)
@@ -74,7 +74,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """Megatron's layout. What the product leaves of the world size is data parallel."""
+    """Megatron's layout. The world size divided by tp * pp * cp is the data-parallel size."""
 
     tp: int = key(1, least=1)
     """Tensor-parallel size."""
@@ -92,7 +92,7 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class BatchSection:
-    """Packing."""
+    """Packing of sequences into microbatches."""
 
     max_tokens_per_microbatch: int = key(16384, least=1)
     """Token budget of a microbatch over all its context-parallel ranks, padding included."""

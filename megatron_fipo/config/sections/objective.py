@@ -18,7 +18,7 @@ class RewardSection:
     correct: float = key(1.0, least=-math.inf)
     """Reward of an accepted answer."""
     incorrect: float = key(-1.0, least=-math.inf)
-    """Reward of any other."""
+    """Reward of any other answer."""
     overlong_buffer_tokens: int = key(0, least=0)
     """Length at the end of max_response_tokens over which the overlong penalty grows; 0 turns it off."""
     overlong_penalty: float = key(1.0, least=0)
@@ -72,8 +72,8 @@ class FipoConfig:
     rollout_correction: str = key(
         "none", choices=("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
     )
-    """For the engine's numerical differences: none, token_truncated (truncated importance sampling), token_masked,
-    sequence_masked (masked importance sampling) or geometric_masked; see rl/rollout_correction.py."""
+    """Correction of the engine's numerical differences: none, token_truncated (truncated importance sampling),
+    token_masked, sequence_masked (masked importance sampling) or geometric_masked; see rl/rollout_correction.py."""
     rollout_ratio_min: float = key(0.5, above=0, below=1)
     """Least accepted ratio of the actor's to the engine's probability; of a token, or of a whole response."""
     rollout_ratio_max: float = key(2.0, above=1)

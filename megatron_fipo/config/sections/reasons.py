@@ -1,7 +1,7 @@
 """Reasons that several keys have in common."""
 
 ORDER_OF_PROMPTS = "it decides the order of the prompts, in which the checkpoint holds a place"
-"""Why a run that goes on from a checkpoint keeps a key's value."""
+"""Why a run that continues from a checkpoint keeps the value of a data source's key."""
 OPTIMIZER_STATE = "the optimizer's state is laid out for the other"
-"""The same, of keys of the model and the optimizer."""
+"""Why it keeps the value of a key of the model or the optimizer."""
 WHOLE_DISTRIBUTION = "1 samples from the whole distribution"

@@ -12,7 +12,7 @@ from megatron_fipo.config.sections.reasons import WHOLE_DISTRIBUTION
 
 
 def _all_different(value: List[int]) -> str:
-    """Rule of a list of GPUs."""
+    """The rule for a list of GPUs; empty where it is kept."""
     return "" if len({*value}) == len(value) else "must be different numbers from 0 on"
 
 
@@ -44,7 +44,7 @@ class RolloutSection:
 
 @dataclass(frozen=True)
 class ServersSection:
-    """Inference servers of rollout.engine=sglang and vllm. Each node's first rank owns its node's."""
+    """Inference servers of rollout.engine=sglang and vllm. Each node's first rank owns the node's servers."""
 
     urls: List[str] = key([])
     """Running servers to attach to (http://host:port), dealt out to the nodes; empty starts servers."""
@@ -59,7 +59,8 @@ class ServersSection:
     device: str = key("auto", choices=("auto", "cpu", "cuda"))
     """cpu, cuda, or auto: the trainer's."""
     placement: str = key("dedicated", choices=("dedicated", "colocated"))
-    """dedicated: servers have devices of their own; colocated: they share the actor's, memory goes to and fro."""
+    """dedicated: servers have devices of their own; colocated: they share the actor's and take turns with the
+    memory."""
     gpus: List[int] = key([], least=0, check=_all_different)
     """Each node's GPUs for servers, in order; empty takes the trainer's (colocated). For attached servers: where they
     run, which weight_sync=tensor must know."""
@@ -72,7 +73,8 @@ class ServersSection:
     base_port: Optional[int] = key(None, least=1024, most=65535)
     """Port of each node's first server, others following; null takes free ones."""
     router: bool = False
-    """Put sglang-router before each node's servers; without it each group goes where least is in flight."""
+    """Put sglang-router before each node's servers; without it each group goes to the server with the fewest requests
+    in flight."""
     reproducible: bool = False
     """Draw tokens from each sample's seed where that costs speed (SGLang on GPUs); vLLM does so anyway."""
     extra_args: List[str] = key([])
@@ -81,7 +83,7 @@ class ServersSection:
     """How weights get in: tensor (on GPUs by CUDA IPC, each server's rank from the trainer's rank on its own GPU; by
     value on a CPU), distributed (NCCL, gloo) or disk."""
     bucket_mib: int = key(512, least=1)
-    """Weights are sent in buckets of so many MiB; two are held at a time, with tensor on every GPU."""
+    """Weights are sent in buckets of this many MiB; two are held at a time, with weight_sync=tensor on every GPU."""
     keep_snapshot: bool = True
     """Keep the newest weights on disk, so that a server that died comes back with them; disk needs it. One process of
     the run writes them, for all nodes."""
@@ -96,7 +98,7 @@ class ServersSection:
     health_interval_s: float = seconds(10.0)
     """Time between two looks at a server's health."""
     health_timeout_s: float = seconds(60.0)
-    """A server that does not answer for so long hangs; it is killed and restarted."""
+    """A server that does not answer for this long counts as hung; it is killed and restarted."""
     max_restarts: int = key(3, least=0)
     """Restarts of each server in a run; the next death stops the run, unless others are left."""
     canary_sequences: int = key(4, least=0)

@@ -42,12 +42,12 @@ class TrainSection:
     num_minibatches: int = key(4, least=1)
     """Minibatches that a step's groups are cut into, by prompt; each is one update."""
     num_epochs: int = key(1, least=1)
-    """Times that each step's minibatches are gone through."""
+    """Passes over each step's minibatches."""
     stop_when: str = key("", changes_results=False)
     """End the run before num_steps once a metric of a step or an evaluation is beyond a bound, such as
     evaluation/held_out/avg@32 >= 0.9 or policy/entropy/mean <= 0.05; empty: never."""
     resume: bool = key(True, changes_results=False)
-    """Go on from the newest checkpoint in the run's folder where there is one."""
+    """Continue from the newest checkpoint in the run's folder if there is one."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EvaluationSection:
     """Evaluation during the run."""
 
     every_num_steps: int = key(0, least=0)
-    """Evaluate after every so many steps; 0 only before and after training."""
+    """Steps between evaluations; 0 evaluates only before and after training."""
     num_samples_per_prompt: int = key(32, least=1)
     """Responses to each evaluation prompt: k of avg@k, cons@k, pass@k."""
     temperature: float = key(1.0, least=0)
@@ -90,11 +90,11 @@ class CheckpointSection:
     """What is saved, and when."""
 
     every_num_steps: int = key(0, least=0)
-    """Save after every so many steps; 0 only at the end and when the run is interrupted."""
+    """Steps between saves; 0 saves only at the end and when the run is interrupted."""
     keep_last: int = key(2, least=1)
     """Checkpoints kept; older ones are deleted."""
     keep_every_num_steps: int = key(0, least=0)
-    """Checkpoints after every so many steps are never deleted; 0 deletes all beyond keep_last."""
+    """Checkpoints at multiples of this many steps are never deleted; 0 deletes all beyond keep_last."""
     keep_best: str = ""
     """Score of the evaluations, such as evaluation/held_out/avg@32: the model of the best one so far is kept in best/,
     in Hugging Face format; empty keeps none."""
@@ -104,8 +104,8 @@ class CheckpointSection:
     """Write the trained model as a Hugging Face folder at the end."""
     push_to_hub: str = key("", check=repository_or_empty, text="name")
     """Repository on the Hugging Face hub (me/my-model) that gets this folder and a model card; empty: none. The token
-    is that of `hf auth login` or HF_TOKEN, and is looked at before training."""
+    is that of `hf auth login` or HF_TOKEN, and is checked before training."""
     hub_private: bool = True
     """Make that repository private; one that exists and is public is refused."""
     export_with_checkpoints: bool = False
-    """Also write one into each periodic checkpoint, as its subfolder huggingface."""
+    """Also write a Hugging Face folder into each periodic checkpoint, as its subfolder huggingface."""

@@ -16,7 +16,7 @@ from megatron_fipo.convert.mapping import Size
 from megatron_fipo.convert.model_shape import ModelShape
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY)}
-"""By config.json's model_type."""
+"""All families, by config.json's model_type."""
 
 
 @cache
@@ -58,14 +58,14 @@ def stored_rows(shape: ModelShape) -> tuple[Parameter, ...]:
 
 
 def _depth(parameter: Parameter) -> float:
-    """How far from the model's input a parameter comes into play, in layers."""
+    """Depth of a parameter in the model, in layers, to sort by."""
     if parameter.layer is not None:
         return parameter.layer
     return -1 if is_before_layers(parameter) else float("inf")
 
 
 def is_before_layers(parameter: Parameter) -> bool:
-    """Whether the first stage of a pipeline has it, among the parameters outside the layers; else the last has it."""
+    """Whether a parameter outside the layers belongs to the first pipeline stage; otherwise it is the last one's."""
     return parameter.megatron.startswith("embedding.")
 
 

@@ -66,7 +66,7 @@ SEPARATE_NORMS = (
 """A layer's norms under the names that Megatron's own layers give them."""
 
 ATTENTION_INPUT = (
-    # Transformer Engine fuses each norm into the linear layer behind it, under that layer's name.
+    # Transformer Engine fuses each norm into the linear layer after it, under that layer's name.
     Row(f"{_LAYER}self_attention.linear_qkv.layer_norm_weight", _INPUT_NORM, Replicated(), axis=None),
     Row(f"{_LAYER}self_attention.linear_qkv.weight", _QKV_WEIGHTS, GroupedQkv(), axis="tp"),
     Row(

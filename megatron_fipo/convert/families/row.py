@@ -1,8 +1,8 @@
-"""What a family's table is made of, and what it becomes for a model whose sizes are known.
+"""The rows of a family's table, and the parameters that they become for a model of known sizes.
 
 A `Row` speaks of one kind of parameter in all layers: `{layer}` and `{expert}` in its names stand for numbers, and its
-sizes are functions of the model's. A `Parameter` is one parameter of one model, with every number filled in. Whatever
-is to be known about shapes, names and ranks is derived from the parameters, by whoever needs it.
+sizes are functions of the model's. A `Parameter` is one parameter of one model, with every number filled in. Shapes,
+names and ranks are derived from the parameters where they are needed.
 
 Nothing here needs torch: preflight counts with these tables, and imports no torch.
 """
@@ -26,7 +26,7 @@ expert once more, over its "expert tensor parallelism"; that would be cut by the
 
 
 def always(shape: ModelShape) -> bool:
-    """Every model of the family has the row's parameters."""
+    """Return True: every model of the family has the row's parameters."""
     return True
 
 
@@ -36,7 +36,7 @@ class HfTensor:
 
     Attributes:
         name: with `{layer}` for the global layer number from 0, and `{expert}` for the expert's.
-        size: of the whole tensor, in a model of a shape.
+        size: function from a model's shape to the whole tensor's size.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Row:
         megatron: the parameter's name, with `{layer}` and `{expert}` as in the tensors' names.
         tensors: the Hugging Face tensors that it is made of.
         layout: how parameter and tensors correspond.
-        axis: what spreads it over ranks; None where every rank has all of it.
+        axis: parallelism that spreads it over ranks; None where every rank has all of it.
         exists: whether a model of a shape has it.
-        is_stored: whether checkpoints call it so. A norm outside the linear layer behind it is stored under the name
+        is_stored: whether checkpoints use this name. A norm outside the linear layer after it is stored under the name
             that Transformer Engine's fused layer gives it, so that either kind of layers loads the other's checkpoint.
     """
 
@@ -106,10 +106,10 @@ class Parameter:
             stored tensor, [num_layers, …] or [num_layers, num_experts, …].
         tensors: name and size of the Hugging Face tensors that it is made of, in the layout's order.
         layout: how the two correspond.
-        axis: what spreads it over ranks; see `Axis`.
+        axis: parallelism that spreads it over ranks; see `Axis`.
         is_stored: see `Row`.
-        layer: from 0, of the whole model; None outside the layers.
-        expert: from 0, of the whole layer; None for what is no expert's.
+        layer: number of its layer in the whole model, from 0; None outside the layers.
+        expert: number of its expert in the whole layer, from 0; None for a parameter of no expert.
     """
 
     megatron: str
@@ -127,11 +127,11 @@ class Parameter:
         return tuple(self.tensors)
 
     def num_shards(self, tp: int) -> int:
-        """Into how many shards the layout cuts it with `tp` tensor-parallel ranks."""
+        """Number of shards into which the layout cuts it with `tp` tensor-parallel ranks."""
         return tp if self.axis == "tp" else 1
 
     def shard_size(self, shape: ModelShape, tp: int) -> Size:
-        """What a rank that holds the parameter has of it."""
+        """Size of the part that a rank that holds the parameter has of it."""
         return self.layout.shard_size(list(self.tensors.values()), shape, self.num_shards(tp))
 
     def is_on_expert_rank(self, shape: ModelShape, ep: int, rank: int) -> bool:

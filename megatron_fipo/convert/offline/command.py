@@ -35,10 +35,11 @@ def run(add_arguments: Callable[[argparse.ArgumentParser], None], argv: Sequence
 
 
 def run_conversion(args: argparse.Namespace) -> int:
-    """Run what was parsed; errors that the message explains go to stderr.
+    """Run the parsed command; errors whose message explains them go to stderr.
 
     Returns:
-        0; 1 where what was verified is not right; 2 where what was given cannot be used, 3 where the disk gave out.
+        0; 1 if a verification or a rank failed; 2 for unusable input; 3 if the disk or the machine failed; 130 after
+        Ctrl-C.
     """
     from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
     from megatron_fipo.parallel.local_ranks import RankError
@@ -50,11 +51,11 @@ def run_conversion(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         if hasattr(args, "target") and os.path.isdir(f"{args.target}.partial"):
             print(
-                f"Nothing is at {args.target} that was not there before. What is written so far stays in "
-                f"{args.target}.partial: when the cause is gone, the same command goes on from there.",
+                f"{args.target} is as it was before. The part written so far stays in {args.target}.partial: when the "
+                "cause is gone, the same command continues from there.",
                 file=sys.stderr,
             )
-        is_failed_write = error.errno is None  # safetensors tells them in words alone
+        is_failed_write = error.errno is None  # safetensors gives no errno
         return EXIT_STOPPED if is_failed_write or is_of_the_machine(error) else EXIT_BAD_INPUT
     except (ValueError, RankError) as error:
         for line in str(error).splitlines():
@@ -62,7 +63,7 @@ def run_conversion(args: argparse.Namespace) -> int:
         is_the_answer = args.conversion is _verify or isinstance(error, RankError)
         return EXIT_FAULT if is_the_answer else EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is whole", file=sys.stderr)
+        print("stopped; the same command continues from the files that are whole", file=sys.stderr)
         return _STOPPED
     return status
 
@@ -74,7 +75,7 @@ def add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
         "source", metavar="HF_FOLDER", help="Hugging Face folder with *.safetensors, or a name on the hub"
     )
     _add_common(parser)
-    parser.add_argument("--file-size", type=_size, default="2GB", metavar="SIZE", help="of a file (default: 2GB)")
+    parser.add_argument("--file-size", type=_size, default="2GB", metavar="SIZE", help="size of a file (default: 2GB)")
     parser.set_defaults(conversion=_hf_to_megatron)
 
 
@@ -92,7 +93,7 @@ def add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="take config, tokenizer and generation config from here (default: MEGATRON, or the run's model.path)",
     )
-    parser.add_argument("--shard-size", type=_size, default="2GB", metavar="SIZE", help="of a file (default: 2GB)")
+    parser.add_argument("--shard-size", type=_size, default="2GB", metavar="SIZE", help="size of a file (default: 2GB)")
     parser.set_defaults(conversion=_megatron_to_hf)
 
 
@@ -103,11 +104,11 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         "the same logits from them."
     )
     parser.add_argument(
-        "source", metavar="HF_FOLDER", help="what is right by definition, if it is whole; or a name on the hub"
+        "source", metavar="HF_FOLDER", help="the reference that others must equal; or a name on the hub"
     )
     parser.add_argument("others", metavar="OTHER", nargs="*", help="Megatron checkpoints and Hugging Face folders")
     parser.add_argument("--base", metavar="FOLDER", help="config of a Megatron checkpoint that has none of its own")
-    parser.add_argument("--dtype", choices=_DTYPES, help="that the others were converted to (default: the source's)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the others (default: the source's)")
     parser.add_argument("--write-checksums", metavar="FILE", help="write a checksum of each tensor of HF_FOLDER")
     parser.add_argument("--checksums", metavar="FILE", help="compare HF_FOLDER with such a file")
     parser.add_argument(
@@ -119,7 +120,10 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism of --logits (default: 1)")
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline parallelism of --logits (default: 1)")
     parser.add_argument(
-        "--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)"
+        "--logits-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype to compute in (default: float32)",
     )
     parser.add_argument("--text", metavar="FILE", help="passages for --logits, by blank lines (default: some built in)")
     parser.set_defaults(conversion=_verify)
@@ -130,12 +134,12 @@ CONVERSIONS = {
     "megatron-to-hf": add_megatron_to_hf,
     "verify": add_verify,
 }
-"""Name of a subcommand -> what adds its arguments to a parser."""
+"""Name of a subcommand -> function that adds its arguments to a parser."""
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="OUT", help="folder to write; made whole or not at all")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the source's)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is whole")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
 

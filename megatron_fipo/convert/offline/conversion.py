@@ -13,7 +13,7 @@ from megatron_fipo.convert.hf_writer import copy_model_files
 from megatron_fipo.convert.plan import Plan, being_written
 
 OnWritten = Callable[[int], None]
-"""Is called with the bytes of each tensor that is done."""
+"""Called with the number of bytes of each tensor that is done."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Conversion:
     Attributes:
         plan: what will be written.
         base: the Hugging Face folder whose config, tokenizer and generation config go into the target.
-        dtype: of the written weights, which the target's config.json will state; None leaves what it says.
+        dtype: dtype of the written weights, which the target's config.json will state; None leaves what it says.
         write_weights: writes the weights into a folder; None where there was only a config.json to plan from.
     """
 

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversions = parser.add_subparsers(required=True, metavar="CONVERSION")
     for name, add_arguments_of_conversion in CONVERSIONS.items():
         described = argparse.ArgumentParser()
-        add_arguments_of_conversion(described)  # what it says of itself is also its line in the list
+        add_arguments_of_conversion(described)  # its description is also its line in the list
         add_arguments_of_conversion(conversions.add_parser(name, help=described.description))
 
 

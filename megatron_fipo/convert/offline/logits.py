@@ -109,7 +109,7 @@ def compare_logits(
         hugging_face: folder with weights and tokenizer.
         megatron: checkpoint that the actor's model is loaded from; None: the Hugging Face folder, as in training.
         tp, pp: the actor's layout; tp * pp processes are started on this machine.
-        dtype: that both compute in, float32 or bfloat16.
+        dtype: dtype that both compute in, float32 or bfloat16.
 
     Raises:
         ValueError: if there is no tokenizer, or the model does not divide into the layout.
@@ -124,7 +124,7 @@ def compare_logits(
         "intermediate_size": shape.ffn_hidden_size,
         "num_hidden_layers": shape.num_layers,
     }
-    if problems := division_problems(sizes, parallel):  # which name keys of a run; here they were options
+    if problems := division_problems(sizes, parallel):  # they name configuration keys; here these are options
         raise ValueError("\n".join(re.sub(r"parallel\.(\w+)=", r"--\1 ", str(problem)) for problem in problems))
     sequences = _tokenize(folder, passages)
     with tempfile.TemporaryDirectory() as scratch:
@@ -204,7 +204,7 @@ def _compare_on_rank(
     difference = (logits - own).abs_()
     best, token = F.pad(logits, (0, 1), value=-torch.inf).max(dim=1)
     return _Part(
-        # Not finite is not equal: a comparison with NaN would be False.
+        # NaN counts as an infinite difference: a comparison with NaN would be False.
         float(difference.nan_to_num_(nan=torch.inf).max()) if difference.numel() else 0.0,
         float(reference.abs().max()),
         best,
@@ -234,7 +234,7 @@ def load_torch_dist(models: Sequence[nn.Module], checkpoint: str | Path, ranks: 
 
 
 def _last_hidden_states(chunk: nn.Module, sequences: list[list[int]], dtype: str) -> Tensor:
-    """[T, 1, H] where the pipeline ends; empty elsewhere."""
+    """The hidden states [T, 1, H] before the output layer on the last pipeline stage; empty elsewhere."""
     device = parallel_groups.device()
     cu_seqlens_on_host = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0)
     cu_seqlens = cu_seqlens_on_host.to(device, torch.int32)

@@ -18,7 +18,7 @@ from megatron_fipo.convert.problems import Problem, ProblemsError, placed
 from megatron_fipo.convert.torch_dist import TorchDistReader
 
 _OPTIMIZER = "optimizer."
-"""Begins the names of what a training checkpoint stores besides the model."""
+"""Prefix of the names of what a training checkpoint stores besides the model."""
 
 
 class MegatronSource:
@@ -27,7 +27,7 @@ class MegatronSource:
     Attributes:
         folder: the checkpoint.
         shape: the model's shape.
-        rows: all that there is to read, in the order in which it lies in a converted checkpoint.
+        rows: every parameter to read, in the order of a converted checkpoint.
     """
 
     def __init__(self, folder: str | Path, shape: ModelShape) -> None:
@@ -63,7 +63,7 @@ class MegatronSource:
         yield from zip(row.names, row.layout.to_whole([parameter], self.shape), strict=True)
 
     def file(self, row: Parameter) -> str:
-        """The files that hold a row, behind the checkpoint's name."""
+        """The files that hold a row, after the checkpoint's name."""
         return f"{self.folder.resolve().name}/{self._files(row)}"
 
     def _files(self, row: Parameter) -> str:

@@ -1,4 +1,4 @@
-"""A run's newest checkpoint, and the model's folder that it began with."""
+"""Finds a run's newest checkpoint, and the folder of the model that the run began with."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
 
     Args:
         source: a checkpoint, a run's folder or the run's checkpoints/, which stand for the newest whole checkpoint.
-        base: as it was given; None takes the folder, or the name on the hub, that the run's config.yaml has, where the
-            checkpoint has no config.json.
+        base: folder that the user gave; None takes model.path of the run's config.yaml, a folder or a name on the hub,
+            if the checkpoint has no config.json.
 
     Raises:
         ValueError: if a run's folder has no whole checkpoint, or its configuration names a model that is not here.
@@ -29,7 +29,7 @@ def find_checkpoint(source: str | Path, base: str | Path | None) -> tuple[Path, 
         return checkpoint, None if base is None else Path(base)
     run_config = checkpoint.resolve().parent.parent / "config.yaml"
     if checkpoint.resolve().parent.name != "checkpoints" or not run_config.is_file():
-        return checkpoint, None  # no run's; the conversion says what is missing
+        return checkpoint, None  # not a run's; the conversion says what is missing
     model = load_config(run_config, []).model
     try:
         named = Path(model_folder(model.path, model.revision))
@@ -54,7 +54,7 @@ def _newest(folder: Path) -> Path:
             problems = [str(error)]
         if not problems:
             for words in damaged:
-                print(f"warning: {root}/{words}. It is passed over.", file=sys.stderr)
+                print(f"warning: {root}/{words}. It is skipped.", file=sys.stderr)
             return candidate
         damaged.append(f"{candidate.name}: {problems[0]}")
     if damaged:

@@ -36,7 +36,7 @@ def plan_to_hugging_face(
     Args:
         source: a converted checkpoint, or a run's checkpoints/step_NNNNNN.
         base: the folder that config, tokenizer and generation config are taken from; None: `source`.
-        dtype: of the result; None keeps the source's.
+        dtype: dtype of the result; None keeps the source's.
         shard_bytes: a file of the result ends before the tensor that would make it larger.
         overwrite: whether `target` may exist; it is replaced when the conversion is done.
         needs_weights: False plans from config.json where there is no checkpoint.
@@ -74,14 +74,14 @@ def _write(weights: MegatronSource, dtype: torch.dtype, shard_bytes: int, folder
                 continue
             converted = _compact(tensor.to(dtype))
             if problems := not_finite(name, weights.file(row), converted):
-                raise ProblemsError(problems)  # from the start, or too large for the dtype
+                raise ProblemsError(problems)  # not finite in the source, or too large for the dtype
             writer.add(name, converted)
             on_written(sizes[name])
     writer.finish()
 
 
 def _peak_bytes(rows: Sequence[Parameter], stored_dtype: torch.dtype, dtype: torch.dtype, shard_bytes: int) -> int:
-    """An estimate of the memory at its highest.
+    """An estimate of the peak memory, in bytes.
 
     The tensors of a file are held until it is full, and beside them one parameter, as it is stored and as it is taken
     apart.

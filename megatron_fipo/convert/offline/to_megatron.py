@@ -23,11 +23,11 @@ from megatron_fipo.convert.problems import ProblemsError, not_finite
 from megatron_fipo.convert.torch_dist_writer import EXTRA_STATE, Slice, plan_files, write_checkpoint
 
 DEFAULT_FILE_BYTES = 2 * 1000**3
-"""Size of one file of the checkpoint, which is what a conversion that was killed has to do again at most."""
+"""Size of one file of the checkpoint: a conversion that was killed repeats at most one file."""
 
 _LINEAR_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 _FUSED_ATTENTION = "self_attention.core_attention"
-"""Transformer Engine's attention asks for an extra state too; Megatron's own does not mind that there is one."""
+"""Transformer Engine's attention asks for an extra state too; Megatron's own ignores it."""
 
 
 def plan_to_megatron(
@@ -42,7 +42,7 @@ def plan_to_megatron(
     """Check a Hugging Face folder and plan its conversion, without reading weights.
 
     Args:
-        dtype: of the result; None keeps the source's.
+        dtype: dtype of the result; None keeps the source's.
         file_bytes: a file of the result ends before the tensor that would make it larger.
         overwrite: whether `target` may exist; it is replaced when the conversion is done.
         needs_weights: False plans from config.json where there are no weights.
@@ -88,7 +88,8 @@ def _read(row: Parameter, shape: ModelShape, dtype: torch.dtype, reader: Checkpo
     whole = []
     for name in row.names:
         tensor = reader.read(name).to(dtype)
-        if problems := not_finite(name, reader.place(name), tensor):  # from the start, or too large for the dtype
+        # Not finite in the source, or too large for the dtype.
+        if problems := not_finite(name, reader.place(name), tensor):
             raise ProblemsError(problems)
         whole.append(tensor)
     return row.layout.to_shard(whole, shape, 1, 0).contiguous()

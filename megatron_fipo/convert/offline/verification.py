@@ -52,7 +52,7 @@ class _Weights(Protocol):
         ...
 
     def file(self, row: Parameter) -> str:
-        """The file or files that hold a row, behind the folder's name."""
+        """The file or files that hold a row, after the folder's name."""
         ...
 
 
@@ -83,8 +83,8 @@ def verify_weights(
 
     Args:
         others: Hugging Face folders and Megatron checkpoints.
-        base: where a Megatron checkpoint without config.json has it from; None: `source`.
-        dtype: that the others were converted to; None: the source's.
+        base: folder whose config.json counts for a Megatron checkpoint without one; None: `source`.
+        dtype: dtype that the others were converted to; None: the source's.
         expected: checksums that the source must have; see `read_checksums`.
         on_done: called with the bytes of each of the source's tensors.
 
@@ -157,7 +157,7 @@ def _open(folder: Path, source: Path, shape: ModelShape, base: Path | None) -> t
 
 
 def _compare_files(source: Path, folder: Path, shape: ModelShape) -> list[Problem]:
-    """Config, tokenizer and the like. Of config.json the model counts: dtype and spelling may differ."""
+    """Compare config, tokenizer and the like. In config.json only the model counts: dtype and spelling may differ."""
     problems = []
     if read_model_shape(folder) != shape:
         detail = f"it describes {read_model_shape(folder)}; {source} describes {shape}"
@@ -199,7 +199,7 @@ def _differences(name: str, place: str, expected: Tensor, found: Tensor) -> Iter
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor as integers of its element size, of which NaN equals itself and 0 is not -0."""
+    """The tensor as integers of its element size, so that NaN equals itself and 0 differs from -0."""
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
 
 

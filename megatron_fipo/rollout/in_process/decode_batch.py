@@ -4,7 +4,7 @@ A row caches all of its tokens but the last, which is the next step's input. So 
 prefill (whose logits nobody needs), the first response token comes out of the same step as all others, and a partial
 response is continued like a longer prompt.
 
-Shapes: N rows, B most rows, V vocabulary, W longest row, R response tokens.
+Shapes: N rows, B largest number of rows, V vocabulary, W longest row, R response tokens.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class DecodeBatch(Generic[RowT]):
         """Decode one token for every row. Returns the rows that ended, by a stop token or at their limit.
 
         Raises:
-            RuntimeError: if the model gives NaN, or log-prob -inf for what was drawn.
+            NotFiniteError: if the model gives NaN, or log-prob -inf for the drawn token.
         """
         assert self.rows
         assert self._cache is not None
@@ -155,7 +155,7 @@ class DecodeBatch(Generic[RowT]):
                     f"the model gave log-prob {float(log_probs[row])} at response token {int(num_new[row]) - 1} of "
                     f"sample {self.rows[row].request.sample_id!r}: its weights or activations are not finite. If that "
                     "is so from the start, the files in model.path hold such numbers; if later, lower "
-                    "optimizer.learning_rate and go on from a checkpoint before."
+                    "optimizer.learning_rate and go on from an earlier checkpoint."
                 )
         return ended
 
@@ -208,7 +208,7 @@ class DecodeBatch(Generic[RowT]):
         )
 
     def _rows_changed(self) -> None:
-        """Recompute what depends on which rows there are; every step takes it as given."""
+        """Recompute the values that depend on the rows; steps only read them."""
         self._uses_top_p = any(row.request.sampling.top_p < 1 for row in self.rows)
         self._longest_offset = max((len(row.context) - 1 - row.joined_at for row in self.rows), default=0)
 
@@ -242,7 +242,7 @@ class DecodeBatch(Generic[RowT]):
         assert self._cache is not None
         device = self._lengths.device
         width = max(len(context) for context in contexts) - 1
-        # Padding comes behind, where causal attention hides it from every real token; decoding masks its columns.
+        # Padding comes last, where causal attention hides it from every real token; decoding masks its columns.
         input_ids = torch.tensor(
             [context[:-1] + (0,) * (width + 1 - len(context)) for context in contexts], device=device
         )
@@ -253,12 +253,12 @@ class DecodeBatch(Generic[RowT]):
 
 
 def _cache_argument(model: Any) -> str:
-    """What the model's `forward` calls its cache: transformers 5.24 renamed it, and warns about the old name."""
+    """Name of the cache argument of the model's `forward`: transformers 5.24 renamed it, and warns of the old name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _prefill_chunks(contexts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Contexts by falling length, cut so that a chunk, padded to its longest, holds PREFILL_TOKENS or one context."""
+    """Contexts by decreasing length, in chunks that hold, padded to their longest, PREFILL_TOKENS or one context."""
     chunks: list[list[tuple[int, ...]]] = []
     for context in sorted(contexts, key=len, reverse=True):
         if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0]) <= PREFILL_TOKENS:

@@ -25,7 +25,7 @@ from megatron_fipo.rollout.engine import ALL_PROMPTS, GenerationRequest, Policy,
 from megatron_fipo.rollout.in_process.decode_batch import DecodeBatch, Row
 
 _ADMIT_SHARE = 8
-"""Requests wait until one in so many slots is free, so that a prefill serves several."""
+"""Requests wait until one in this many slots is free, so that a prefill serves several."""
 
 
 @dataclass(eq=False)
@@ -51,8 +51,8 @@ class InProcessEngine:
         device: where the model lives.
         tokenizer: whose end-of-sequence token also ends a response.
         stop_token_ids: tokens that end a response; None takes those that the folder and the tokenizer name.
-        policy_version: of the weights in the folder.
-        share: of the prompts, this process's.
+        policy_version: version of the weights in the folder.
+        share: this process's share of the prompts.
 
     Raises:
         ValueError: if the model attends through a sliding window, or nothing names a token that ends a response.
@@ -134,7 +134,7 @@ class InProcessEngine:
         """See `RolloutEngine`; there is nothing to start."""
 
     def give(self, policy: Policy, version: int) -> None:
-        """See `RolloutEngine`. Not collective but in what `policy.weights()` is."""
+        """See `RolloutEngine`. Collective only in so far as `policy.weights()` is."""
         if self._given != version:
             self.update_weights(policy.weights(), version)
             self._given = version
@@ -143,7 +143,7 @@ class InProcessEngine:
         """See `RolloutEngine`; nothing was lent."""
 
     def metrics(self) -> Metrics:
-        """See `RolloutEngine`; there is nothing to tell."""
+        """See `RolloutEngine`; there are none."""
         return {}
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -187,7 +187,7 @@ class InProcessEngine:
             raise RuntimeError(f"the in-process rollout engine cannot generate: {self._failure}")
 
     async def _decode(self) -> None:
-        """Run while anything is in flight. Between two tokens everyone else has a turn."""
+        """Run while anything is in flight. Other tasks have their turn between two tokens."""
         while self._pending or self._batch.rows:
             if self._sweep_due:
                 self._drop_cancelled_and_aborted()
@@ -206,7 +206,7 @@ class InProcessEngine:
         for call in new:
             call.policy_version = self.policy_version
         self._batch.admit(new)
-        for _ in new:  # not before: what a failing prefill leaves pending is failed, and nobody waits for ever
+        for _ in new:  # only now: a failing prefill leaves them pending, and they fail with it
             self._pending.popleft()
 
     def _step(self) -> None:
@@ -266,7 +266,7 @@ def _read_config(model_path: str | Path) -> Any:
     """config.json as transformers reads it.
 
     Raises:
-        ValueError: if it takes none of a key's value: it has rules of its own, even for keys that change nothing.
+        ValueError: if transformers refuses a key's value: it has rules of its own, even for keys that change nothing.
     """
     try:
         return AutoConfig.from_pretrained(model_path)
@@ -353,7 +353,7 @@ def copy_weights(model: torch.nn.Module, tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def _refuse_windows(config: Any, model_path: str | Path) -> None:
-    """The slot cache shows every row all of its tokens."""
+    """Refuse sliding windows: the slot cache shows every row all of its tokens."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         raise ValueError(

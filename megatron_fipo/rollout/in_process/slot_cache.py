@@ -90,7 +90,7 @@ class SlotCache(Cache):
 
         Args:
             rows: int64 [N], 0 … N - 1.
-            lengths: int64 [N], tokens that each row has cached; the new one goes behind them.
+            lengths: int64 [N], tokens that each row has cached; the new one goes after them.
             max_length: the largest of them.
         """
         self.reserve(max_length + 1)

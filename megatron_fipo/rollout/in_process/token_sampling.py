@@ -16,7 +16,7 @@ from torch import Tensor
 MAX_SEED = 2**63 - 1
 
 _NUCLEUS_TOKENS = 256
-"""Tokens that are put in order at first; eight times as many while some row's nucleus goes beyond."""
+"""Tokens that are sorted at first; eight times as many again while some row's nucleus is larger."""
 
 
 def request_uniforms(seed: int, start: int, stop: int) -> np.ndarray:

@@ -33,7 +33,7 @@ class LaunchSpec:
         tp: tensor-parallel size.
         device: cpu or cuda.
         gpus: CUDA devices that it may see, in order, tp of them, by number or UUID as CUDA_VISIBLE_DEVICES takes them;
-            empty on the CPU, and for a server attached to whose GPUs are not known.
+            empty on the CPU, and for an attached server whose GPUs are not known.
         cpu_cores: on the CPU, the cores of each tensor-parallel rank; empty on CUDA.
         memory_fraction: share of the device's memory for weights and cache, in (0, 1).
         max_total_tokens: size of the key-value cache in tokens; None lets the engine choose from memory_fraction.
@@ -42,10 +42,10 @@ class LaunchSpec:
         releases_memory: whether release_memory will be called (colocated placement).
         reproducible: whether tokens must be drawn from their request's seed, at whatever it costs in speed. Engines
             that do so anyway ignore it.
-        seed: the engine's own random numbers begin with it.
+        seed: seed of the engine's own random numbers.
         extra_args: what the user appends to the command line.
-        key: shown with every request; the server answers nobody else. It is random for a server that the run starts; a
-            server attached to has its owner's, or "" if it asks for none. No text about the specification holds it.
+        key: shown with every request; the server answers nobody else. It is random for a server that the run starts; an
+            attached server has its owner's, or "" if it asks for none. No text about the specification holds it.
     """
 
     python: str
@@ -87,7 +87,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself."""
+    """What a server says about itself."""
 
     model_path: str
     weight_version: str
@@ -115,7 +115,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class GroupAddress:
-    """A process group of the trainer's sending process (rank 0) and every server's tensor-parallel ranks behind it.
+    """A process group of the trainer's sending process (rank 0) and, after it, every server's tensor-parallel ranks.
 
     Members meet as `torch.distributed.rendezvous("tcp://host:port", rank, world_size)` does (a TCPStore whose clients
     wait for all), and make the group over PrefixStore(name, store).
@@ -210,7 +210,7 @@ class InferenceServer(Protocol):
         ...
 
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         ...
 
     # --- weights: begin_update, then buckets one way or the other or a folder, then end_update -----------------------
@@ -286,7 +286,7 @@ class ServerAdapter(Protocol):
         """The client of a server at `connection`. Sends nothing yet.
 
         Args:
-            spec: as it was started, or, attached to, as the config describes it (dtype, tp, device count).
+            spec: what it was started with; for an attached server what the config says (dtype, tp, device count).
         """
         ...
 

@@ -1,4 +1,4 @@
-"""From the parts of a server's answer to a response, and on to a turn; what does not fit together is refused."""
+"""Makes a response, and from it a turn, of the parts of a server's answer; parts that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def join_completion(
     """One response, whole and consistent.
 
     Args:
-        url: the server's, for the message.
+        url: the server's address, for the message.
         token_ids: the response.
         scored: (token id, log-prob) as the server lists them beside the response.
-        finish_reason: in the server's word.
+        finish_reason: the server's word for it.
         version_spans: (weight version, first token, one past the last); empty ones are left out.
         num_cached_tokens: see `Completion`.
 

@@ -21,7 +21,7 @@ class CudaHandle:
     torch counts how often memory is opened, so each handle is to be opened once, by one process.
 
     Attributes:
-        device_uuid: the GPU's. Processes that see different GPUs number them differently.
+        device_uuid: the GPU's UUID. Processes that see different GPUs number them differently.
         arguments: what torch's rebuild_cuda_tensor takes, picklable, with None in the device's place.
     """
 

@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass
 class OwnedServers:
-    """What a rank has that owns servers."""
+    """The parts of an engine on a rank that owns servers."""
 
     pool: ServerPool
     """The servers."""
     loop: EventLoopThread
-    """Where the pool lives."""
+    """The event loop on which the pool runs."""
     sender: Sender
     """Shares requests out over them."""
     sync: WeightSync
@@ -45,7 +45,7 @@ class EngineSettings:
     """How a `ServerEngine` behaves, the same on every rank."""
 
     vocab_size: int
-    """Token ids lie below it. Servers die of others, so they are refused here."""
+    """Number of token ids. Servers crash on larger ids, so they are refused here."""
     stop_token_ids: frozenset[int]
     """Tokens that end a response."""
     score_timeout_s: float
@@ -67,11 +67,11 @@ class ServerEngine:
     On a rank that owns no servers the engine takes part in what is collective, and generates nothing.
 
     Args:
-        owned: what a rank has that owns servers, not started yet; None on the others.
-        settings: how it behaves.
+        owned: the servers that this rank owns, not started yet; None where it owns none.
+        settings: how the engine behaves.
         agree: exchanges a problem ("" for none) with all ranks and returns everyone's, so that a failure on one stops
             all of them, with the same words. Collective.
-        share: of the prompts, this rank's; None where it owns no servers.
+        share: this rank's share of the prompts; None where it owns no servers.
         packers: on a rank that owns no servers, packs the weights for those on its GPU; None where there are none.
         check_before_start: raises ServerError if servers must not be started, such as with another NCCL than ours.
     """
@@ -101,11 +101,11 @@ class ServerEngine:
     def start(self, policy: Policy | None = None) -> None:
         """Start the servers, or attach to them. Collective.
 
-        They take for their caches what memory is free when they start. So colocated ones start while the policy's is
-        lent, as it is whenever they generate, and give theirs back before the policy takes its own again.
+        Servers size their caches by the memory that is free when they start. So colocated servers start while the
+        policy's memory is lent, as it is whenever they generate, and give it back before the policy takes it again.
 
         Args:
-            policy: that is trained on the servers' GPUs; None where they are their own.
+            policy: the policy that is trained on the servers' GPUs; None if the servers have GPUs of their own.
 
         Raises:
             ServerError: on every rank, with what the server itself reported, if one does not come up.
@@ -122,7 +122,7 @@ class ServerEngine:
             lender.onload()
 
     def close(self) -> None:
-        """End the servers that were started here. Not collective: also a rank that fails alone ends its own."""
+        """End the servers that were started here. Not collective: a rank that fails alone ends its own, too."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -229,8 +229,8 @@ class ServerEngine:
     def release_memory(self) -> None:
         """Give the servers' memory, weights and caches, to the actor beside them. Nothing is in flight. Collective.
 
-        Generation is paused first: a request that came in meanwhile, if only a question after a server's health, would
-        be computed in memory that is gone, and SGLang's scheduler dies of being asked for its memory while it works.
+        Generation is paused first: a request that came in meanwhile, even a health probe, would be computed in memory
+        that is gone, and SGLang's scheduler crashes if it is asked for its memory while it works.
         """
         with self.collectively():
             if self.owned is not None:
@@ -268,11 +268,11 @@ class ServerEngine:
 
     @contextmanager
     def collectively(self) -> Iterator[None]:
-        """Let an error on one rank be raised on all of them, and nobody go on before all are done. Collective."""
+        """Raise an error of one rank on all of them, and let no rank continue before all are done. Collective."""
         problem = ""
         try:
             yield
-        # A server's error, another rank's and a GPU out of memory are all of the last kind.
+        # A server's error, another rank's and a GPU out of memory are RuntimeErrors.
         except (CanaryError, ValueError, OSError, RuntimeError) as error:
             problem = str(error) or type(error).__name__
             cause: BaseException | None = error

@@ -18,7 +18,7 @@ _FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""From a linear layer of the server to those of Hugging Face that it consists of, in the order of its rows."""
+"""Linear layer of the server -> the Hugging Face layers that it consists of, in the order of its rows."""
 _PART_OF = {part: fused for fused, parts in _FUSED.items() for part in parts}
 _SPLIT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 _VOCABULARY = ("embed_tokens", "lm_head")
@@ -45,7 +45,7 @@ class FusedLayout:
     """Follows the weights of one update on their way into a server's parameters.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         tp: tensor-parallel size of the server.
     """
 
@@ -57,7 +57,7 @@ class FusedLayout:
         self._missing: dict[str, set[str]] = {}
 
     def place(self, name: str, tensor: Tensor) -> tuple[str, list[Piece]]:
-        """Where a tensor goes.
+        """Find where in the server's parameters a tensor goes.
 
         Args:
             name: its Hugging Face name.
@@ -122,7 +122,7 @@ class FusedLayout:
 
 
 def _padded_vocabulary(rows: int, tp: int) -> int:
-    """How many rows SGLang shares out. vLLM shares out as many, or does not start: they must be divisible by tp."""
+    """Number of rows that SGLang shares out. vLLM shares out as many, or does not start: tp must divide them."""
     padded = -(-rows // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     if padded % tp:
         multiple = _VOCABULARY_MULTIPLE * tp

@@ -16,12 +16,12 @@ from megatron_fipo.system.text_hygiene import clean_text
 ANSWER_BYTES = 32 * 2**20
 """Limit on an answer where the caller knows no better one: more than the checksums of the largest model take."""
 _ERROR_BYTES = 2**16
-"""So much is read of an answer that says no."""
+"""Bytes that are read of an error's answer."""
 _WORDS_LIMIT = 2000
-"""An error quotes so many characters of a server's own words."""
+"""Characters of a server's own words that an error quotes."""
 _NESTED_WORDS = 8
-"""An error within errors is looked for down to this depth."""
-_KEY_REMEDY = "Of a server in servers.urls, servers.api_key_env must name the variable that holds its key."
+"""Depth to which a message nested within an error's answer is looked for."""
+_KEY_REMEDY = "For a server in servers.urls, servers.api_key_env must name the variable that holds its key."
 
 
 class ServerError(RuntimeError):
@@ -47,7 +47,7 @@ class ServerRefusedError(ServerError):
 
 
 class ServerConnection:
-    """A server's address and the session over which it is spoken to.
+    """A server's address and the session over which requests to it are sent.
 
     Args:
         session: shared by all servers; made on the event loop that awaits the calls.
@@ -107,10 +107,10 @@ class ServerConnection:
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Within this context an answer is refused that lacks what is read of it, or has it in another form.
+    """Refuse an answer that lacks what is read from it in this context, or has it in another form.
 
     Args:
-        place: whose answer it is, for the message.
+        place: names the server that answered, for the message.
 
     Raises:
         ServerRefusedError: naming what was missing.

@@ -1,4 +1,4 @@
-"""Whether trainer and servers have the same NCCL. With different ones the first broadcast fails or hangs.
+"""Checks that trainer and servers have the same NCCL. With different ones the first broadcast fails or hangs.
 
 The library that is loaded is asked for its version. `torch.cuda.nccl.version()` is that of the headers that torch was
 built with, and stays the same whatever is installed.

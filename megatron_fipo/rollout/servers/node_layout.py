@@ -1,4 +1,4 @@
-"""Which ranks of a node pack weights for which ranks of servers: those that are on the same GPU."""
+"""Decides which ranks of a node pack weights for which ranks of servers: those on the same GPU."""
 
 from __future__ import annotations
 

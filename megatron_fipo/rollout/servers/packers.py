@@ -25,7 +25,7 @@ from megatron_fipo.rollout.servers.weight_buckets import pack
 
 @dataclass(frozen=True)
 class _Word:
-    """What one packer says in a round."""
+    """One packer's message in an exchange."""
 
     gpu: str
     handle: CudaHandle | None = None
@@ -69,7 +69,7 @@ class Packers:
         self._is_under_way = False
 
     def begin(self) -> None:
-        """Call this before anything can fail: from here on the others wait for this rank's word."""
+        """Call this before anything can fail: from here on the others wait for this rank's message."""
         self._is_under_way = True
 
     def buckets(self, stream: Iterable[tuple[str, Tensor]], settle: Callable[[], None]) -> Iterator[Bucket]:
@@ -93,7 +93,7 @@ class Packers:
         """Pack along on a rank that owns no servers. Collective over the node's packers.
 
         Raises:
-            ServerError: as `buckets` does.
+            ServerError: see `buckets`.
         """
         self.begin()
         try:
@@ -104,7 +104,7 @@ class Packers:
             raise
 
     def fail(self, problem: str) -> None:
-        """Tell the others that this rank's part has failed, where they still wait for its word."""
+        """Tell the others that this rank's part has failed, if they still wait for its message."""
         if self._is_under_way and self._node is not None:
             self._is_under_way = False
             words = _Word(self._node.gpu, problem=problem or "it failed")

@@ -1,11 +1,11 @@
-"""The inference servers of one process: which of them may generate, and who keeps them from it meanwhile.
+"""The inference servers of one process: which of them may generate, and which are held back.
 
-A server that may generate is READY; whoever changes weights or memory HOLDs it meanwhile. One that died or hangs is
-brought back by `revival` with the weights that were last proven to have arrived, while the others go on. What is STALE
-needs a whole update before it may generate again; what is LOST stays away.
+A server that may generate is READY; it is HELD while its weights or its memory change. One that died or hangs is
+brought back by `revival` with the weights that were last proven to have arrived, while the others go on. A STALE server
+needs a whole update before it may generate again; a LOST one stays away.
 
-Everything here runs on one event loop; `ServerEngine` and `WeightSync`, which live in other threads, go there with each
-call.
+Everything here runs on one event loop; `ServerEngine` and `WeightSync`, which run in other threads, call it through
+that loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_fipo.rollout.servers.starting import Starter, StartProcess
 logger = logging.getLogger(__name__)
 
 _MOST_GROUPS = 4096
-"""Groups whose server is remembered."""
+"""Largest number of groups whose server is remembered."""
 
 
 class ServerPool:
@@ -43,7 +43,7 @@ class ServerPool:
         settings: time-outs and restarts.
         log_folder: where their logs go; None attaches to running servers at the specs' hosts and ports.
         router: how to start a router before them; None for none.
-        start_process: starts a process of a plan, given where its log goes.
+        start_process: starts a process from a launch plan and the path of its log.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ServerPool:
         return self.router.connection if self.router is not None and all_ready else None
 
     def choose(self, group_id: int) -> Server | None:
-        """The server for a request: where its group is, or where least is in flight; None while none may generate.
+        """The server for a request: its group's, or the one with the least in flight; None while none may generate.
 
         Ask it before the next await: until then nobody else sees that it has one request more, and it may be held.
         """
@@ -181,11 +181,10 @@ class ServerPool:
     async def hold(self) -> list[Server]:
         """Take all servers that live out of use, after pending restarts have ended, and return them.
 
-        Nothing asks after their health any more when this returns: SGLang dies of a request that meets the release of
-        its memory.
+        No health probe is under way when this returns: SGLang crashes on a request during the release of its memory.
 
         Raises:
-            ServerError: if none lives.
+            ServerError: if none is alive.
         """
         await self.roster.wait_until(lambda: not self.roster.in_state(State.RESTARTING))
         for server in self.roster.in_state(State.READY):  # all at once, before one of them can be suspected
@@ -238,12 +237,12 @@ class ServerPool:
         *,
         keep_held: bool = False,
     ) -> None:
-        """An update has succeeded.
+        """Take note that an update has succeeded.
 
         Args:
-            arrived: what servers hold now, and what whoever comes back must hold.
-            servers: those that proved it; also what was stale is sound now.
-            died: those that did not live through it, and why; they are brought back.
+            arrived: the weights that servers hold now, and that a server that comes back must hold.
+            servers: those that proved it; stale ones among them are sound now.
+            died: those that did not survive it, and why; they are brought back.
             keep_held: leave the servers out of use until `let_go_all`: the actor has the memory of their caches.
         """
         assert self._revival is not None, "start() made it"
@@ -257,7 +256,7 @@ class ServerPool:
         """Bring a server back that has died or does not answer, but not before `let_go_all`.
 
         It sizes its cache by the memory that is free when it starts, and until then the actor has that. So one that
-        still holds some is killed; nor would it live through a question after its health with half its memory gone.
+        still holds some is killed; nor would it survive a health probe with half its memory gone.
         """
         server.drop_requests()
         await self.roster.set_state(server, State.AWAITING_MEMORY, reason)

@@ -53,7 +53,7 @@ class ServerProcess:
 
     def __init__(self, plan: LaunchPlan, log: Path, grace_s: float = 2.0) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        # A server is a world of its own: torchrun's variables would let it join the trainer's.
+        # With torchrun's variables a server would try to join the trainer's process group.
         environment = {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
         for name, value in plan.environment.items():
             environment.pop(name, None)
@@ -82,7 +82,7 @@ class ServerProcess:
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs; 128 + n after signal n."""
+        """The exit status, 128 + n after signal n; None while it runs."""
         return self._guard.poll()
 
     def log_tail(self) -> str:

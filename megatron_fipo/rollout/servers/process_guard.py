@@ -1,4 +1,4 @@
-"""Runs a command and takes care that nothing of it outlives whoever started this.
+"""Runs a command, and makes sure that nothing of it outlives the process that started this one.
 
     python process_guard.py GRACE_S COMMAND ...
 
@@ -33,10 +33,10 @@ _POLL_S = 0.5
 _TRACKERS_S = 5.0
 """Longest that resource trackers may take to give back what the dead held."""
 _LEAST_UNIQUE = 32
-"""Characters of a name that nobody else uses: it holds a UUID."""
+"""A name of more characters than this is used by nobody else: it holds a UUID."""
 _LONGEST_BASE = 40
-"""Bytes of a folder's path in which a folder for sockets may be made: a socket's path is at most 107 bytes, and engines
-name theirs by UUIDs."""
+"""Longest path, in bytes, of a folder in which a folder for sockets may be made: a socket's path is at most 107 bytes,
+and engines name theirs by UUIDs."""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -46,7 +46,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _die_with_guard() -> None:
-    """In the child before exec: should even this process be killed, the command goes with it."""
+    """Called in the child before exec: the kernel kills the command if this process is killed."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -100,7 +100,7 @@ def _own_folder() -> Iterator[dict[str, str]]:
     usual = tempfile.gettempdir()
     base = usual if len(os.fsencode(usual)) <= _LONGEST_BASE else "/tmp"
     folder = tempfile.mkdtemp(prefix="fipo-server-", dir=base)
-    # Behind what was there: a server that changes the first variable of all can no longer name its processes.
+    # After the variables that were there: a server whose first variable changes can no longer name its processes.
     environment = {**os.environ, "TMPDIR": folder}
     # What torch compiles is kept among temporary files, and the next server is to find it.
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(usual, f"torchinductor_{os.getuid()}"))

@@ -17,9 +17,9 @@ from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.server import State
 
 _SHOWN = 5
-"""An error names so many tensors of each kind."""
+"""An error names this many tensors of each kind."""
 _MAX_UNANSWERED = 5
-"""Give up after so many questions for log-probs that no server has answered: they may be what kills the servers."""
+"""Give up after this many unanswered requests for log-probs: they may be what kills the servers."""
 
 DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 1e-1}
 """Largest mean |log-prob difference| between server and actor, by the arithmetic of both."""
@@ -63,7 +63,7 @@ class LogProbDifference:
     """Largest |difference| of a token."""
 
     def metrics(self) -> Metrics:
-        """The same as metrics, to be merged over ranks."""
+        """The difference as metrics, to be merged over ranks."""
         return {
             "canary/log_prob_difference/mean": Max(self.mean),
             "canary/log_prob_difference/max": Max(self.max),
@@ -90,7 +90,7 @@ def compare_log_probs(
     Args:
         server: its name, for the message.
         actor: log-probs of each sequence's tokens from the second on, at temperature 1.
-        found: the server's.
+        found: the server's log-probs of the same tokens.
         tolerance: largest mean absolute difference.
 
     Raises:

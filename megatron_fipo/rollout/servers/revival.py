@@ -18,7 +18,7 @@ from megatron_fipo.rollout.servers.starting import POLL_S, PROBE_TIMEOUT_S, Star
 logger = logging.getLogger(__name__)
 
 _NO_VERSION = "never synced"
-"""What a server reports that was started anew with the starting model, although training has moved on."""
+"""Version that a server reports if it was started anew with the starting model although training has moved on."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Revival:
         self._spawn(self._look_after(server))
 
     async def stop(self) -> None:
-        """Look after nobody any more; what is under way is given up."""
+        """Stop watching; revivals that are under way are given up."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,7 +183,7 @@ class Revival:
         return ""
 
     def _obstacle(self, server: Server) -> str:
-        """What stands against starting a living server anew with the weights that arrived last; "" for nothing."""
+        """The reason not to start a living server anew with the weights that arrived last; "" if there is none."""
         if server.process is None:
             return "it is one of servers.urls, which are not started here"
         if self.arrived is None or self.arrived.folder is None:

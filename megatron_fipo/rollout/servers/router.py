@@ -17,14 +17,14 @@ _REPORT_CHARACTERS = 2000
 
 
 class Router:
-    """One router. Who is sent a request again, and who is started anew, is not its business but the pool's.
+    """One router. Sending requests again and starting servers anew is left to the pool.
 
     Args:
         plan: its command line.
-        urls: the servers'.
-        key: the servers'; the router asks for it, and shows it to them.
+        urls: the servers' addresses.
+        key: the servers' key; the router asks for it, and shows it to the servers.
         log: the file that its output goes to.
-        starter: starts its process, and has the connections.
+        starter: starts its process, and holds the connections.
     """
 
     def __init__(self, plan: RouterPlan, urls: Sequence[str], key: str, log: Path, starter: Starter) -> None:
@@ -35,7 +35,7 @@ class Router:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         return self.connection.url
 
     async def wait_until_up(self, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Sends requests to servers until each is answered: none is lost, and of none are two answers used."""
+"""Sends requests to servers until each is answered: none is lost, and only one answer to each is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.server import Server
 
 _ABORT_AGAIN_S = 0.5
-"""Pause between two rounds in which requests are ended that were on their way when all were."""
+"""Pause before each attempt to end requests that were still on their way when servers ended all that they knew."""
 _TAIL_SHARE = 0.9
 """The tail is the time after this share of a step's responses has arrived."""
 _MAX_SENDS = 5
@@ -33,7 +33,7 @@ class _Load:
     durations: list[float] = field(default_factory=list)
     """Seconds that each response took, waiting for its turn included."""
     ends: list[float] = field(default_factory=list)
-    """When each response was there."""
+    """Time at which each response arrived."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sender:
 
     Args:
         pool: the servers.
-        max_concurrent_requests: in flight at a time, over all servers.
+        max_concurrent_requests: most requests in flight at a time, over all servers.
         timeout_s: longest wait for one response.
     """
 
@@ -148,7 +148,7 @@ class Sender:
         sent: _Sent,
         stop_token_ids: Sequence[int],
     ) -> Completion:
-        """Send a request once. Whoever may be working on it is told to stop where nobody waits for it any more."""
+        """Send a request once. Servers that may work on it are told to stop if nobody waits for it any more."""
         answering = server.client.generate(request, sent.request_id, stop_token_ids, self._timeout_s, router)
         self._in_flight[number] = sent
         try:

@@ -45,10 +45,10 @@ class Server:
         self.reason = "it has not been started"
         """Why it is not READY."""
         self.incarnation = 0
-        """Counts its lives. A process group that an earlier life had joined is gone."""
+        """Counts its starts and returns. A process group that an earlier incarnation had joined is gone."""
         self.num_restarts = 0
         self.probe: asyncio.Task[None] | None = None
-        """A question after its health that is under way. The engine may treat it as a real request."""
+        """The health probe that is under way. The engine may treat it as a real request."""
         self._asked: set[asyncio.Task[Any]] = set()
 
     @property

@@ -1,4 +1,4 @@
-"""The servers of one update: what is done with all of them at the same time, and who does not live through it."""
+"""The servers of one update: what is done with all of them at the same time, and which of them do not survive it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UpdateSession:
         self.died: list[tuple[Server, str]] = []
         """Those that did not answer, and why."""
         self.refusals: list[ServerError | CanaryError] = []
-        """What servers refused with. Like `died` it is known at once, while other servers still work on the same."""
+        """Errors with which servers refused. Like `died`, filled at once, while other servers are still at work."""
 
     def each(self, action: Callable[[Server], Awaitable[object]]) -> None:
         """Do something with every server at the same time, and wait for all of them.
@@ -47,10 +47,10 @@ class UpdateSession:
         return self._loop.submit(self._each(action))
 
     def expect_whole(self) -> None:
-        """Every server must still take part, as in a process group, where each needs all others.
+        """Require that every server still takes part: in a process group each needs all others.
 
         Raises:
-            ServerError: with what the server said that does not.
+            ServerError: with the reason of a server that does not.
         """
         if self.refusals:
             raise self.refusals[0]

@@ -36,7 +36,7 @@ from megatron_fipo.rollout.servers.transfers import Method, make_transfer
 from megatron_fipo.rollout.servers.vllm.launch import VllmAdapter
 
 ADAPTERS: dict[str, type[ServerAdapter]] = {"sglang": SglangAdapter, "vllm": VllmAdapter}
-"""By rollout.engine."""
+"""Adapters by the value of rollout.engine."""
 
 _MIB = 2**20
 _CANARY_TOKENS = 64
@@ -47,9 +47,9 @@ class _Ownership:
     """Who owns servers, as one rank sees it.
 
     Attributes:
-        rank: this one.
+        rank: this rank.
         owners: all ranks that own servers, ascending.
-        specs: of this rank's servers; none where it owns none.
+        specs: specifications of this rank's servers; none where it owns none.
         node: the ranks that pack weights for this rank's node, where it is one of them.
     """
 
@@ -82,12 +82,12 @@ def build_server_engine(
     Args:
         config: validated.
         stop_token_ids: tokens that end a response.
-        folder: for the servers' logs, and for snapshots where servers.snapshot_dir does not say otherwise.
-        gpu: that this rank trains on; None looks.
+        folder: folder of the servers' logs, and of snapshots where servers.snapshot_dir does not say otherwise.
+        gpu: the GPU that this rank trains on; None looks.
 
     Raises:
-        ValueError: on every rank, if the model is shorter than the responses, the devices do not suffice, or no rank is
-            on a GPU that a server is to be handed weights on.
+        ValueError: on every rank, if the model is too short for the responses, the devices do not suffice, or a server
+            is to be handed weights on a GPU that no rank is on.
     """
     section, device = config.servers, device_of(config)
     vocab_size = read_vocab_size(config)
@@ -158,7 +158,7 @@ def _node_group(
 
 
 def _own(config: Config, ownership: _Ownership, packers: Packers, folder: Path) -> OwnedServers:
-    """What this rank has that owns servers."""
+    """Make the parts of the engine on a rank that owns servers."""
     section, specs = config.servers, ownership.specs
     loop = EventLoopThread()
     pool = ServerPool(

@@ -50,7 +50,7 @@ class Snapshots(Protocol):
         ...
 
     def keep_only(self, snapshot: Path) -> None:
-        """Delete every other one, where this process writes."""
+        """Delete every other snapshot, if this process writes them."""
         ...
 
 
@@ -112,12 +112,12 @@ class SnapshotWriter:
         return target
 
     def abandon(self, reason: str) -> None:
-        """Let the other nodes' processes know that there will be none."""
+        """Let the other nodes' processes know that there will be no snapshot."""
         if self._announcements is not None:
             self._announcements.fail(reason)
 
     def keep_only(self, snapshot: Path) -> None:
-        """Delete every other one."""
+        """Delete every other snapshot."""
         for folder in self._folder.iterdir():
             if folder != snapshot:
                 shutil.rmtree(folder)

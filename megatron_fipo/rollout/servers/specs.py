@@ -1,4 +1,4 @@
-"""From the configuration to the specification of each server: its device, its port, its key, how large it is."""
+"""Makes each server's specification from the configuration: its device, its port, its key, how large it is."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _CPU_CACHE_TOKENS = 2**18
 
 
 def device_of(config: Config) -> Device:
-    """Where the servers run."""
+    """The device that the servers run on."""
     if config.servers.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return "cpu" if config.servers.device == "cpu" else "cuda"
 
 
 def read_vocab_size(config: Config) -> int:
-    """The model's, from its config.json.
+    """The model's vocab_size, from its config.json.
 
     Raises:
-        ValueError: if the model is shorter than prompts with responses can be.
+        ValueError: if a prompt with its response can reach the model's max_position_embeddings.
     """
     rollout = config.rollout
     model = read_model_config(config.model.path)
@@ -52,10 +52,10 @@ def read_vocab_size(config: Config) -> int:
 
 
 def launch_specs(config: Config, device: Device, urls: Sequence[str]) -> list[LaunchSpec]:
-    """One for each server that this rank owns.
+    """The specification of each server that this rank owns.
 
     Args:
-        urls: of the running servers that it is to attach to; none where it starts servers.
+        urls: addresses of the running servers to attach to; none where the rank starts servers.
 
     Raises:
         ValueError: if there are too few GPUs, or the key of running servers is not there.
@@ -103,7 +103,7 @@ def _common_spec(config: Config, device: Device) -> LaunchSpec:
 
 
 def _address(config: Config, urls: Sequence[str], index: int) -> tuple[str, int]:
-    """(host, port) of this rank's server with a number."""
+    """(host, port) of this rank's server number `index`."""
     host, base_port = "127.0.0.1", config.servers.base_port
     if urls:
         address = urlsplit(urls[index])
@@ -124,7 +124,7 @@ def _key(config: Config) -> str:
         return ""
     key = os.environ.get(name, "")
     if not re.fullmatch(r"[!-~]+", key):
-        what = "holds something else than printable ASCII without spaces" if key else "is not set or empty"
+        what = "holds something other than printable ASCII without spaces" if key else "is not set or empty"
         raise ValueError(
             f"servers.api_key_env={name}: that environment variable {what}, on host {socket.gethostname()}. It must "
             "hold the key of the servers in servers.urls, for every rank with LOCAL_RANK 0."

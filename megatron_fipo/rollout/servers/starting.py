@@ -20,12 +20,12 @@ from megatron_fipo.rollout.servers.server import Server
 T = TypeVar("T")
 
 StartProcess = Callable[[LaunchPlan, Path], ServerProcess]
-"""Starts a process of a plan; its output goes to the file."""
+"""Starts a process from a plan; its output goes to the file."""
 
 POLL_S = 0.25
-"""Pause between two questions to something that is coming up."""
+"""Pause between two probes of something that is starting."""
 PROBE_TIMEOUT_S = 10.0
-"""Time-out of one such question, and of one question after the health of a server that is up."""
+"""Time-out of one such probe, and of one health probe of a server that is up."""
 
 
 class Starter:
@@ -35,7 +35,7 @@ class Starter:
         adapter: the kind of server.
         settings: how long a start may take.
         session: the connections to all servers.
-        start_process: replaced where processes are played.
+        start_process: starts a process; tests replace it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Starter:
         spec = server.spec
         if not is_free(spec.host, spec.port):
             raise ServerError(
-                f"port {spec.port} of {spec.host}, where {server.name} was to listen, is taken. End what listens "
+                f"port {spec.port} of {spec.host}, where {server.name} should listen, is taken. End what listens "
                 "there, or set servers.base_port to another one (null takes ports that are free)."
             )
         await self.launch(server, spec)
@@ -145,8 +145,8 @@ async def wait_until_up(
     """Ask something that is coming up until it answers, and return the answer.
 
     Args:
-        name: of what is coming up, for the message.
-        ask: one question, with a time-out of its own.
+        name: name of what is starting, for the message.
+        ask: one probe, with a time-out of its own.
         exit_report: how its process ended; "" while it runs.
         timeout_s: longest wait; servers.start_timeout_s.
         place: where to look for more, for the message.
@@ -175,7 +175,7 @@ async def wait_until_up(
 
 
 def _expect_same_shape(server: Server, folder: str) -> None:
-    """Refuse a server of another model before anything is written to it: SGLang dies of weights of other sizes.
+    """Refuse a server of another model before anything is written to it: SGLang crashes on other sizes.
 
     Where the folder cannot be read from here (another host's, or gone), the checksums of the first update decide.
 

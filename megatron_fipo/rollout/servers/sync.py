@@ -45,7 +45,7 @@ class SyncReport:
         return self.num_bytes / self.transfer_s / 1e9
 
     def metrics(self) -> Metrics:
-        """The same as metrics, to be merged over ranks."""
+        """The report as metrics, to be merged over ranks."""
         return {
             "weight_sync/transfer_s": Max(self.transfer_s),
             "weight_sync/check_s": Max(self.check_s),
@@ -60,7 +60,7 @@ class WeightSync:
     """Updates a pool of servers. Its methods are called by the thread that trains; `loop` is where the pool lives.
 
     Args:
-        transfer: the way.
+        transfer: sends the weights.
         packers: makes the buckets, in step with the node's other ranks where servers open them on their own GPUs.
         timeout_s: longest wait for a server's checksums.
         snapshots: keeps the newest weights on disk, for servers that have to start anew; `DiskTransfer` needs it.
@@ -118,13 +118,13 @@ class WeightSync:
                 pass
 
     def forget_older_snapshots(self) -> None:
-        """Delete all snapshots but the newest. No rank is in an update: servers could start from an older one there."""
+        """Delete all snapshots but the newest. Call it only while no rank is in an update, which may need an older one."""
         arrived = self._loop.call(lambda: self._pool.arrived)
         if self._snapshots is not None and arrived is not None and arrived.folder is not None:
             self._snapshots.keep_only(arrived.folder)
 
     def close(self) -> None:
-        """Give up what is kept from one update to the next."""
+        """Release what is kept from one update to the next."""
         self._transfer.close()
 
     def _run(self, stream: Iterator[tuple[str, Tensor]], version: str, keep_held: bool) -> SyncReport:

@@ -1,4 +1,4 @@
-"""Three ways for weights into servers.
+"""Three ways to bring weights into servers.
 
 tensor: by value over HTTP, or on a GPU of this host by a CUDA IPC handle. distributed: by broadcast in a process group.
 disk: over a folder that both sides see.
@@ -48,7 +48,7 @@ class Transfer(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what is kept from one update to the next."""
+        """Release what is kept from one update to the next."""
         ...
 
 
@@ -127,7 +127,7 @@ class DistributedTransfer:
     Args:
         timeout_s: longest wait for the members, and for one bucket.
         host: address of this process that servers can reach.
-        make_group: replaced where groups are played.
+        make_group: makes the process group; tests replace it.
     """
 
     def __init__(self, timeout_s: float, host: str, make_group: MakeGroup = ExternalGroup) -> None:

@@ -44,8 +44,8 @@ class Bucket:
         """For each tensor-parallel rank of a server the handle on its own GPU, or None where it gets the values.
 
         Args:
-            gpus: the server's, in the order of its ranks.
-            tp: its number of ranks.
+            gpus: the server's GPUs, in the order of its ranks.
+            tp: the server's number of ranks.
         """
         if not self.handles:
             assert not self.flat.is_cuda, "a server is handed memory of its own GPU"

@@ -4,7 +4,7 @@ from megatron_fipo.verifiers.verdict import Verdict
 
 
 def verify(response_text: str, reference: object, finish_reason: str) -> Verdict:
-    """Right if what stands behind the last "#" is the row's answer.
+    """Judge a response as right if the text after its last "#" is the row's answer.
 
     Args:
         response_text: what the model wrote, such as "3+9=12;12-5=7;#7".

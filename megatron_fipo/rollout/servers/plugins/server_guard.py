@@ -1,4 +1,4 @@
-"""Lets those speak to a server that show the run's key, and no web page. It stands before every route of both engines.
+"""Lets only requests with the run's key reach a server, and none of web pages. It guards every route of both engines.
 
 SGLang unpickles what is posted to some of its routes, and vLLM, as a trainer needs it, runs any method of its workers.
 So whoever can post there has the server's account. Their own API keys leave routes open.
@@ -54,7 +54,7 @@ def refusal(headers: Mapping[str, str], address: str, key: str) -> tuple[int, st
     Args:
         headers: the request's, with names in lower case.
         address: the address of this host at which the request arrived.
-        key: this server's.
+        key: this server's key.
     """
     if "origin" in headers:
         return 403, "requests from web pages are refused (this one has an Origin header)"
@@ -83,10 +83,10 @@ def _is_loopback(name: str) -> bool:
 
 
 class ServerGuard:
-    """ASGI middleware that answers what is to be refused, before its body is read.
+    """ASGI middleware that answers requests that are refused, before their bodies are read.
 
     Raises:
-        RuntimeError: as it is made, where the server has no key.
+        RuntimeError: when it is made, if the server has no key.
     """
 
     def __init__(self, app: _App) -> None:

@@ -1,8 +1,8 @@
 """Starts an SGLang server, or its router, on a host without CUDA and without AMX, from its published wheels.
 
-Run by path with the interpreter that has SGLang installed; all but the stand-ins is `sglang_launcher`'s. What stands
-at module level is needed before SGLang is imported, and again in the processes that it spawns, which import this file
-anew.
+Run by path with the interpreter that has SGLang installed; everything but the stand-ins is in `sglang_launcher`. The
+code at module level is needed before SGLang is imported, and again in the processes that it spawns, which import this
+file anew.
 """
 
 from __future__ import annotations

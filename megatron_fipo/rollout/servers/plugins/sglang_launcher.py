@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 def _guard_uvicorn() -> None:
     """Put the guard before whatever is served: SGLang's own key leaves the routes after its health open, one of which
-    generates, and its server dies of that while its memory is being released."""
+    generates, which crashes the server while its memory is being released."""
     config: Any = importlib.import_module("uvicorn").Config  # by name: not installed where this file is type-checked
     load = config.load
 

@@ -19,7 +19,7 @@ class SglangExpectedChecksums:
     """`ExpectedChecksums` of dense decoders without quantization.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         tp: tensor-parallel size of the server.
         hashes_on_gpu: whether the server holds its weights on a GPU, where it uses another hash.
     """

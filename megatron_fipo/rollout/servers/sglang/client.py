@@ -210,10 +210,11 @@ class SglangServer:
 
 
 def _completion(answer: Any, url: str) -> Completion:
-    """From the answer to /generate.
+    """The response in an answer to /generate.
 
     Raises:
-        ServerRefusedError: if it is not a whole, consistent answer.
+        ServerUnreachableError: if the answer holds no response.
+        ServerRefusedError: if the response's parts do not fit together.
     """
     meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
     if not isinstance(meta, Mapping) or "output_ids" not in answer:

@@ -80,8 +80,8 @@ def router_plan(spec: LaunchSpec, urls: Sequence[str], port: int) -> LaunchPlan:
     """How to start sglang-router before servers; it keeps requests with a common beginning together.
 
     Args:
-        spec: of one of the servers; the router is installed beside it.
-        urls: the servers'.
+        spec: specification of one of the servers; the router is installed beside it.
+        urls: the servers' addresses.
         port: where the router listens.
     """
     arguments = ["--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware"]

@@ -18,7 +18,7 @@ class VllmExpectedChecksums:
     """`ExpectedChecksums` of dense decoders without quantization.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         tp: tensor-parallel size of the server.
     """
 

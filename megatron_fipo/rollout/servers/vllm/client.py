@@ -225,7 +225,7 @@ class VllmServer:
             raise
 
     def _completion(self, answer: Any) -> Completion:
-        """From the answer to a request for one response.
+        """The response in the answer to a request for one.
 
         Raises:
             ServerRefusedError: if it is not whole, or its parts disagree.
@@ -289,7 +289,7 @@ class VllmServer:
 
 
 def _continued_seed(seed: int, num_prefix_tokens: int) -> int:
-    """Seed of a response that goes on after a prefix: vLLM's random numbers start anew there, and must not repeat."""
+    """Seed of a response that continues a prefix: vLLM's random numbers start anew there, and must not repeat."""
     return hashed_seed(seed, num_prefix_tokens) if num_prefix_tokens else seed
 
 

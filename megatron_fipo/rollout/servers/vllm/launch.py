@@ -68,7 +68,7 @@ class VllmAdapter:
                 raise ValueError(
                     "servers.placement=colocated: vLLM cannot release its memory on the CPU. Take dedicated servers."
                 )
-            # With prefill in chunks, vLLM's workers on the CPU die of requests with a seed.
+            # With prefill in chunks, vLLM's workers on the CPU crash on requests with a seed.
             arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
             cores = "|".join(",".join(map(str, rank)) for rank in spec.cpu_cores) or "nobind"
             # Without Dynamo the first request does not wait for a C++ compiler.
@@ -100,7 +100,7 @@ class VllmAdapter:
 
 
 def _cache_bytes(shape: ModelShape, spec: LaunchSpec, tokens: int) -> int:
-    """Memory that each tensor-parallel rank needs for the keys and values of so many tokens."""
+    """Memory that each tensor-parallel rank needs for the keys and values of this many tokens."""
     heads = max(1, shape.num_query_groups // spec.tp)
     element = torch.empty((), dtype=getattr(torch, spec.dtype)).element_size()
     blocks = -(-tokens // _BLOCK_TOKENS) + 1  # vLLM keeps one empty

@@ -2,8 +2,8 @@
 
 The guard before the HTTP routes wants the key already. This one holds for the worker whichever way a call reaches it,
 for a server too that was started without the guard; and the key itself is not among the arguments, which vLLM passes
-on between processes and may log. There is no number against sending a call again: whoever can read a call on its way
-has read the key in its header.
+on between processes and may log. Nothing protects against a repeated call: whoever can read a call on its way has
+read the key in its header.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def seal(key: str, method: str, arguments: Sequence[Any]) -> list[str]:
-    """What a call of `method` with these arguments is sent as: [JSON text, code]."""
+    """The sealed form of a call of `method` with these arguments: [JSON text, code]."""
     text = json.dumps(list(arguments))
     return [text, _code(key, method, text)]
 

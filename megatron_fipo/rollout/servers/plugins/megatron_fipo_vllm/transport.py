@@ -39,7 +39,7 @@ def pack_handle(device_uuid: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
     """A handle to a buffer on the worker's GPU; the buffer must live until that worker has answered.
 
     Args:
-        arguments: of torch's rebuild_cuda_tensor, None in the device's place.
+        arguments: those of torch's rebuild_cuda_tensor, None in the device's place.
 
     Raises:
         ValueError: if they are not those of a contiguous buffer of bytes, as torch names it.

@@ -50,9 +50,9 @@ def _answered(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
 
 def _plain_cpu_linear(layer: Any, remove_weight: bool) -> None:
-    """In place of vLLM's choice of a CPU kernel, which repacks the weight into a private copy and drops it.
+    """Replaces vLLM's choice of a CPU kernel, which repacks the weight into a private copy and drops it.
 
-    Checksums are to cover what the server computes with, so it computes with the weight itself.
+    Checksums must cover what the server computes with, so it computes with the weight itself.
     """
     layer.cpu_linear = nn.functional.linear
 
