@@ -32,7 +32,7 @@ TIMES_AS_MANY = 8
 CALLS = 10
 """Calls between two events."""
 HEAD_START_CYCLES = 100_000_000
-"""Cycles for which the GPU idles at first, some 50 ms: the host then has queued all calls, and no launch is waited for."""
+"""Cycles for which the GPU idles at first, some 50 ms: by then the host has queued all calls."""
 
 
 def sum_over_pairs(x: Tensor, half_life: float, chunk: int) -> Tensor:

@@ -34,8 +34,8 @@ TRANSFORMER_ENGINE_NEEDS = (
     *("einops", "onnxscript", "onnx", "onnx-ir", "ml-dtypes", "protobuf"),
     *("nvdlfw-inspect", "pyyaml", "packaging", "nvidia-cuda-crt", "nvidia-cuda-cccl"),
 )
-"""What it imports and is compiled with. cuDNN's frontend, which it names too, serves Blackwell GPUs alone, and draws in
-half a gigabyte."""
+"""Packages that Transformer Engine imports and is compiled with. cuDNN's frontend, which it requires too, serves
+Blackwell GPUs alone, and brings half a gigabyte."""
 TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-cu13")
 TRANSFORMER_ENGINE_SOURCE = "transformer-engine-torch"
 PLATFORMS = ("manylinux2014_x86_64", "manylinux1_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(5, 35)))
@@ -67,7 +67,7 @@ def pinned_versions() -> dict[str, str]:
 
 
 def download_wheels(names: Iterable[str], folder: Path) -> None:
-    """The pinned wheels for CPython 3.12 on Linux x86-64, without what they depend on.
+    """Download the pinned wheels for CPython 3.12 on Linux x86-64, without their dependencies.
 
     Raises:
         ValueError: for a package that is pinned nowhere.
@@ -84,10 +84,10 @@ def download_wheels(names: Iterable[str], folder: Path) -> None:
 
 
 def download_source(name: str, folder: Path) -> None:
-    """The pinned source of a package. pip would run its setup to learn its requirements, which needs CUDA's torch.
+    """Download the pinned source of a package. pip would run its setup for its requirements, which needs CUDA's torch.
 
     Raises:
-        ValueError: where the index has no such file, or what came is not the file that it describes.
+        ValueError: if the index has no such file, or the download does not match the index's checksum.
     """
     index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
     request = urllib.request.Request(

@@ -1,4 +1,4 @@
-"""The reports of gpu_evidence.py as the tables of benchmarks/RESULTS.md.
+"""Renders the reports of gpu_evidence.py as the tables of benchmarks/RESULTS.md.
 
     python benchmarks/render_evidence.py DIR [DIR ...] [--into benchmarks/RESULTS.md]
 
@@ -62,7 +62,7 @@ def read_reports(folders: list[Path]) -> list[dict]:
 
 
 def replaced(page: str, text: str) -> str:
-    """The page with other text between its markers.
+    """The page with its text between the markers replaced.
 
     Raises:
         ValueError: if it does not hold each marker once, in order.

@@ -36,7 +36,7 @@ from megatron_fipo.rollout.servers.setup import build_server_engine
 
 @dataclass
 class Result:
-    """What one engine did."""
+    """The measurements of one engine."""
 
     name: str
     start_s: float

@@ -4,7 +4,7 @@
 
 Two loads. "equal": nothing stops early, every response has max_tokens, the best case for a plain batch. "uneven":
 response lengths are drawn from 1 … max_tokens with a heavy tail, as a policy's are; `generate` decodes each batch until
-its longest response ends, and the tokens that it writes behind a row's end count for neither side. Both sides run in
+its longest response ends, and the tokens that it writes after a row's end count for neither side. Both sides run in
 the same process, in turns; the fastest of the repeats counts.
 """
 

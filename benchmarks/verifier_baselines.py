@@ -9,7 +9,7 @@ r"""Other judges of mathematics, for comparison: each is a function (response, r
   comparison of answers is measured apart from the place where it looks for them.
 - `last_box_as_text`: the last \boxed equals the reference as text, spaces aside.
 
-A reference that is a worked solution ("… #### 5,600") counts by what stands behind its sign, as in prepared data.
+Of a reference that is a worked solution ("… #### 5,600"), the text after its sign counts, as in prepared data.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _DAPO_PATTERNS = tuple(
         (r"sqrt([^{])", r"sqrt{\1}"),
     )
 )
-"""Mathematics out of its dollar signs and commands out of their braces; then fractions and roots with braces."""
+"""Rewrites that take off dollar signs and commands around text, and then put braces around fractions and roots."""
 
 Judge = Callable[[str, str], bool]
 
 
 def math_verify_alone(response: str, reference: str) -> bool:
-    """An exception or a time-out, which math-verify itself catches, is an answer refused."""
+    """Whether math-verify accepts the response; an exception or a time-out, which it catches itself, is a refusal."""
     gold = math_verify.parse(f"${_final(reference)}$")
     return bool(math_verify.verify(gold, math_verify.parse(response)))
 

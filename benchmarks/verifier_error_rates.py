@@ -50,7 +50,7 @@ BY_KIND = (OURS, "math-verify alone", "DAPO's scorer, answer restated")
 
 @dataclass
 class Rates:
-    """How one judge's verdicts lie beside the labels."""
+    """Counts of one judge's verdicts against the labels."""
 
     num_different: int = 0
     num_wrongly_accepted: int = 0
@@ -78,7 +78,7 @@ def judged_by_ours(pairs: Sequence[Pair]) -> list[Verdict]:
 
 
 def judged_by_all(pairs: Sequence[Pair], ours: Sequence[bool]) -> dict[str, list[bool]]:
-    """Whether each judge accepts each pair; ours is told, the others are asked."""
+    """Whether each judge accepts each pair; ours is given, the others are called."""
     accepted = {OURS: list(ours)}
     for name, judge in BASELINES.items():
         accepted[name] = [judge(pair["response"], str(pair["reference"])) for pair in pairs]
@@ -156,7 +156,7 @@ def _share(count: int, of: int) -> str:
 
 
 def in_page(page: str) -> str:
-    """What a page has between its markers."""
+    """The text between a page's markers."""
     return _parts(page)[1].strip()
 
 

@@ -6,7 +6,7 @@ Responses have the lengths of a long chain of thought (up to 20,000 tokens) and 
 competitions have: three quarters whole numbers, as in DAPO-Math-17k, the rest fractions, roots, sets, intervals,
 polynomials; half of them right, in the reference's spelling or another. The pool is the one of a training rank: worker
 processes, batches, a time-out for every response. The clock starts with the first response handed in, its workers
-ready, and stops with the last verdict; what every verifier makes of each kind alone comes after.
+ready, and stops with the last verdict; after that, each verifier and each kind is measured alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each rank of the part `cluster` does: collectives over every group, and a layout's actor."""
+"""The code that each rank of the part `cluster` runs: collectives over every group, and a layout's actor."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _begin(parallel: ParallelSection, settings: Settings) -> ParallelGroups:
 
 
 def _in_step(settings: Settings) -> Settings:
-    """Measurements that no rank ends before another."""
+    """Settings without a time limit for one measurement, so that no rank ends before another."""
     return replace(settings, measurement_s=math.inf)
 
 
 def collectives(parallel: ParallelSection, settings: Settings) -> list[dict[str, Any]]:
-    """Rates of the collectives of every group of a layout, and whether they add up. Collective over all ranks."""
+    """Rates of the collectives of every group of a layout, and whether sums are right. Collective over all ranks."""
     ranks = _begin(parallel, settings)
     try:
         names = ("tp", "cp", "dp", "dp_cp", "world")
@@ -82,7 +82,7 @@ def _reduce_scatter(part: Tensor, whole: Tensor, group: ProcessGroup) -> None:
 
 
 def layout(parallel: ParallelSection, folder: Path, settings: Settings) -> dict[str, Any]:
-    """An actor of the 32B's width in this layout. Collective over all ranks."""
+    """Measure an actor of the 32B's width in this layout. Collective over all ranks."""
     ranks = _begin(parallel, settings)
     try:
         size, packing = models.size_of("32b", settings.tiny), models.even_packings(settings.tiny)[1]

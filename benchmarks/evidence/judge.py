@@ -1,4 +1,4 @@
-"""A verdict that needs no answer: so that a training run of a random model has something to learn."""
+"""A verifier that needs no answer, so that a training run of a random model has something to learn."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from megatron_fipo.verifiers.verdict import Verdict
 
 
 def by_length(response: str, reference: object, finish_reason: str) -> Verdict:
-    """Responses of an odd number of characters are right."""
+    """Judge responses of an odd number of characters as right."""
     return Verdict(float(len(response) % 2))

@@ -1,4 +1,4 @@
-"""What ran where: hardware, versions, clocks, and the layers and attention that an actor really has."""
+"""Describes the machine: hardware, versions, clocks, and the layers and attention that an actor really has."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def backends(actor: Actor) -> dict[str, str]:
 
 
 def _engine_choice() -> str:
-    """What Transformer Engine's last call of attention took, by its own note of it."""
+    """The backend that Transformer Engine's last attention call took, by its own record."""
     try:
         from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as module
     except ImportError:

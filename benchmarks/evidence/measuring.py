@@ -66,7 +66,7 @@ def _one_call_ms(function: Callable[[], object], device: str) -> float:
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """Of one call, by the wall clock, the device idle before and after."""
+    """Seconds of one call by the wall clock, with the device idle before and after."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -82,12 +82,12 @@ def synchronize() -> None:
 
 @dataclass
 class PeakMemory:
-    """What was in use at most. On a GPU the allocator's count, on a CPU the process's resident memory.
+    """Peak memory: on a GPU the allocator's count, on a CPU the process's resident memory.
 
     Attributes:
-        before_bytes: in use when the measurement began.
-        peak_bytes: at most, all in all.
-        reserved_bytes: that the allocator held at most; None on a CPU.
+        before_bytes: memory in use when the measurement began.
+        peak_bytes: most memory in use, all in all.
+        reserved_bytes: most memory that the allocator held; None on a CPU.
     """
 
     before_bytes: int = 0
@@ -96,13 +96,13 @@ class PeakMemory:
 
     @property
     def extra_bytes(self) -> int:
-        """Beyond what there was before."""
+        """Peak memory beyond what was in use before."""
         return max(self.peak_bytes - self.before_bytes, 0)
 
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[PeakMemory]:
-    """Measure what is in use at most inside; the result is filled in at the end."""
+    """Measure the peak memory inside the context; the result is filled in at the end."""
     found = PeakMemory()
     synchronize()
     if device == "cuda":
@@ -136,7 +136,7 @@ class Profile:
 
     Attributes:
         top_kernels: [{name, calls, ms}], the longest first: kernels on a GPU, operators on a CPU.
-        kernels_ms: of all kernels together; None on a CPU.
+        kernels_ms: time of all kernels together; None on a CPU.
         stream_synchronizes: calls of cudaStreamSynchronize.
         device_to_host_copies: copies from the device to the host.
         scalar_reads: aten::_local_scalar_dense: `.item()`, `int(tensor)` and the like, counted on a CPU too.
@@ -154,12 +154,12 @@ class Profile:
         return dict(vars(self))
 
     def kernel_ms(self, pattern: str) -> float:
-        """Of the kernels among the top whose names match."""
+        """Time of those of the top kernels whose names match."""
         return sum(kernel["ms"] for kernel in self.top_kernels if re.search(pattern, kernel["name"]))
 
 
 def profile(function: Callable[[], object], device: str) -> Profile:
-    """Run once under torch.profiler; its time is not to be compared with anything."""
+    """Run once under torch.profiler, which makes its times incomparable with others."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

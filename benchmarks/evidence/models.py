@@ -45,12 +45,14 @@ from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 
 PAD_TOKEN = 0
 LOGIT_STD = 4.0
-"""Of random logits: the largest of 152,064 is then about 18, as a trained model's, where bfloat16 steps by 0.125."""
+"""Standard deviation of random logits: the largest of 152,064 is then about 18, as in a trained model, where bfloat16
+steps by 0.125."""
 _GAIN, _RESIDUAL_GAIN = 0.6, 6.0
-"""Of matrices, as multiples of 1 / sqrt(inputs): Qwen2.5's own 0.02, and more for those that write into the residual.
-With tied embeddings a token would otherwise predict itself, for certain, and no other number would mean a thing."""
+"""Standard deviations of matrices, as multiples of 1 / sqrt(inputs): Qwen2.5's own 0.02, and more for those that write
+into the residual. With tied embeddings a token would otherwise predict itself with certainty."""
 _DRIFT = 0.02
-"""Of a token's log-prob between old and current policy, so that Future-KL and clipping have something to do."""
+"""Standard deviation of a token's log-prob shift between old and current policy, so that Future-KL and clipping have
+something to do."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Size:
     built: tuple[int, ...]
 
     def raw(self, layers: int, longest: int) -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         return {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
@@ -107,7 +109,7 @@ _PUBLISHED = {
 
 
 def size_of(name: str, tiny: bool) -> Size:
-    """A size by its name; tiny keeps what makes its code another than its neighbours'."""
+    """A size by its name; tiny shrinks it, but keeps tied embeddings and the number of cuts."""
     size = _PUBLISHED[name]
     if not tiny:
         return size
@@ -125,7 +127,7 @@ class Packing:
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """Number of tokens without padding."""
         return sum(self.lengths)
 
     @property
@@ -184,7 +186,7 @@ def config_for(
 
 
 def layer_choice() -> dict[str, str]:
-    """Where Transformer Engine is not, Megatron's layers have to be asked for before they take long sequences."""
+    """Keys that ask for Megatron's layers where Transformer Engine is missing: long sequences are refused otherwise."""
     has_key = "transformer_engine" in {field.name for field in fields(ModelSection)}
     return {"transformer_engine": "off"} if has_key and not HAVE_TE else {}
 
@@ -208,7 +210,7 @@ def random_weights_in_place(seed: int = 0) -> Iterator[None]:
 
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, name: str, seed: int, tp_rank: int) -> None:
-    # Shards of a matrix must differ from rank to rank, and what each rank holds whole must not.
+    # Shards of a matrix must differ from rank to rank; parameters that each rank holds whole must be equal.
     rank = tp_rank if getattr(parameter, "tensor_model_parallel", False) else 0
     generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name} {rank}".encode()))
     if parameter.dim() == 1:
@@ -274,7 +276,7 @@ def predicted_parts(config: Config, shape: ModelShape, world_size: int = 1) -> d
 
 
 def fitting_recompute(folder: str, packing: Packing, device: str) -> str:
-    """none where preflight says that it fits on this GPU with room to spare, else full."""
+    """ "none" if preflight says that training fits on this GPU, else "full"; "none" on a CPU."""
     if device != "cuda":
         return "none"
     config, shape = config_for(folder, packing), read_model_shape(folder)
@@ -283,18 +285,18 @@ def fitting_recompute(folder: str, packing: Packing, device: str) -> str:
 
 
 def training_flops(shape: ModelShape, packing: Packing) -> float:
-    """Of forward and backward over the packing: three forward passes by preflight's count; no recompute."""
+    """FLOPs of forward and backward over the packing: three forward passes by preflight's count; no recompute."""
     return 3 * sum(forward_flops(shape, length) for length in packing.lengths)
 
 
 @dataclass
 class Measured:
-    """An actor's case.
+    """The measurements of an actor.
 
     Attributes:
-        values: what the schema promises of an actor.
-        log_probs: float32, of all rows, under the weights that it was built with, on the CPU.
-        microbatches: of the update that was measured.
+        values: the values that the schema promises for an actor.
+        log_probs: float32 log-probs of all rows, under the weights that it was built with, on the CPU.
+        microbatches: microbatches of the update that was measured.
     """
 
     values: dict[str, Any]

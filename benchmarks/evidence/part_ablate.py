@@ -1,4 +1,4 @@
-"""What each switch is worth: the same update with one thing changed, beside the update as the project makes it.
+"""Measures what each switch is worth: an update with one thing changed, beside the update as the project makes it.
 
 Variants are patches of this process, made from outside. One that changes nothing here, because the code or the machine
 lacks what it would change, is skipped with the reason.
@@ -38,9 +38,9 @@ class Variant:
     Attributes:
         recompute: model.recompute.
         during: entered around building and measuring, given the packing.
-        change: of the actor once it is built; raises SkipCase where there is nothing to change.
+        change: changes the actor once it is built; raises SkipCase where there is nothing to change.
         model: further keys of the configuration's section model.
-        needs_engine: whether it means something with Transformer Engine alone.
+        needs_engine: whether it has a meaning only with Transformer Engine.
     """
 
     recompute: str = "none"
@@ -56,7 +56,7 @@ def _recomputes(*modules: str) -> Callable[[Packing], AbstractContextManager[Any
 
 
 def _lengths(packing: Packing, *, padded: bool) -> AbstractContextManager[None]:
-    """Attention is told each sequence's length with its padding, or without."""
+    """Give attention each sequence's length with its padding, or without."""
     original = schedule.packed_sequence_params
 
     def changed(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ def _set_fused(actor: Actor, is_fused: bool) -> None:
 
 
 def _logits_in(dtype: torch.dtype, packing: Packing) -> AbstractContextManager[None]:
-    """The output layer's products end in bfloat16, or stay the float32 that they were summed up in."""
+    """Round the output layer's products to bfloat16, or keep the float32 that they are summed up in."""
 
     def logits(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> Tensor:
         if dtype == torch.bfloat16:
@@ -94,7 +94,7 @@ def _logits_in(dtype: torch.dtype, packing: Packing) -> AbstractContextManager[N
 
 
 def _plain_rows(packing: Packing) -> AbstractContextManager[None]:
-    """A chunk's logits go through PyTorch's own kernels and not through the project's."""
+    """Send a chunk's logits through PyTorch's own kernels instead of the project's."""
     if not hasattr(log_probs_module, "_row_functions"):
         raise SkipCase("this revision has no kernels of its own for a chunk's logits")
     from megatron_fipo.parallel import logit_rows  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def run_case(name: str, bench: Workbench, settings: Settings) -> dict[str, Any]:
 
 
 def _base(size: Size, packing: Packing, bench: Workbench, settings: Settings) -> Measured:
-    """What variants are compared with, measured once by each process."""
+    """The base that variants are compared with, measured once by each process."""
     if size.name not in bench.kept:
         bench.kept[size.name] = _measure(VARIANTS[BASE], size, packing, bench, settings)
         bench.note(bench.kept[size.name].values)
@@ -170,9 +170,9 @@ def _measure(variant: Variant, size: Size, packing: Packing, bench: Workbench, s
 
 
 def same_mode(size: Size, packing: Packing, bench: Workbench) -> dict[str, Any]:
-    """Whether old log-probs are the update's own, bit for bit, so that a step's first ratio is 1.
+    """Measure whether old log-probs equal the update's own bit for bit, so that a step's first ratio is 1.
 
-    Also with the model put into evaluation and into training mode for them: kernels may differ between the two.
+    They are also computed in evaluation and in training mode: kernels may differ between the two.
     """
     config = bench.config(size, size.built[-1], packing)
     actor = bench.build(config)

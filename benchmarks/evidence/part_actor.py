@@ -60,7 +60,7 @@ def run_case(name: str, bench: Workbench, settings: Settings) -> dict[str, Any]:
 
 
 def _scaled(size: Size, packing: Packing, bench: Workbench, settings: Settings) -> dict[str, Any]:
-    """All layers' time from that of two cuts, as if the GPU's memory held them."""
+    """Time of all layers, extrapolated from two cuts as if they fitted into the GPU's memory."""
     parts = [bench.kept.get(f"{size.name} {packing.name} {layers}") for layers in size.built]
     few, many = parts[0], parts[-1]
     if few is None or many is None:

@@ -97,7 +97,7 @@ def _layout(name: str, folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _certify(settings: Settings) -> dict[str, Any]:
-    """megatron-fipo certify: training in each layout against one process, on small random models."""
+    """Run megatron-fipo certify: training in each layout against one process, on small random models."""
     if settings.device == "cuda":
         layouts, choices = "tp2,cp2,tp2+sp+cp2,dp2", ["--dtype", "bfloat16", "--steps", "1", "--updates", "2"]
     else:
@@ -117,7 +117,7 @@ def _certify(settings: Settings) -> dict[str, Any]:
 
 
 def _training(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Two steps by torchrun: servers, handover of memory and weights, updates, and the way back."""
+    """Train two steps by torchrun: servers, handover of memory and weights, updates, and the way back."""
     on_gpu = settings.device == "cuda"
     world_size = _world_size(settings)
     if on_gpu and not settings.server_python:
@@ -182,7 +182,7 @@ def _training_config(model: Path, folder: Path, settings: Settings) -> dict[str,
 
 
 def write_model(folder: Path, name: str, layers: int, device: str) -> None:
-    """A whole Hugging Face folder of random weights, for servers, which read files; the quick-start's tokenizer."""
+    """Write a whole Hugging Face folder with random weights and the quick-start's tokenizer, for servers to read."""
     size = models.size_of(name, tiny=False)
     models.write_folder(folder, size, layers, longest=4096)
     writer = ShardWriter(folder, DEFAULT_SHARD_BYTES)

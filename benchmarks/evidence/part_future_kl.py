@@ -16,9 +16,9 @@ from megatron_fipo.rl.future_kl import future_kl, future_kl_reference
 
 HALF_LIFE = 32.0
 ERROR_BOUND = 2e-6
-"""The project's, relative to the sum of gamma^(k-t) |x_k|."""
+"""The project's bound on errors, relative to the sum of gamma^(k-t) |x_k|."""
 _BYTES_PER_TOKEN = 12
-"""Read twice and written once, float32."""
+"""Each float32 is read twice and written once."""
 _KERNELS = r"_head_kernel|_scan_kernel"
 _SIZES = {"1.3 M tokens": (64, 20480), "10.5 M tokens": (512, 20480)}
 _TINY = {"1.3 M tokens": (4, 320), "10.5 M tokens": (16, 320)}

@@ -76,7 +76,7 @@ def prepared(settings: Settings) -> Iterator[ProcessGroup]:
 
 
 def ours(group: ProcessGroup, chunk_tokens: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
-    """This project's. A chunk is told in whatever unit the function takes."""
+    """Call this project's function, with the chunk's size in the unit that this revision takes."""
     parameters = inspect.signature(vocab_log_probs).parameters
     chunk: dict[str, Any] = {}
     if "chunk_tokens" in parameters:
@@ -98,7 +98,7 @@ def ours(group: ProcessGroup, chunk_tokens: int, hidden: Tensor, weight: Tensor,
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """By way of all logits at once, in float32."""
+    """Log-probs and entropy by way of all logits at once, in float32."""
     log_p = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
     return log_p.gather(-1, labels[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
@@ -111,7 +111,7 @@ def _verl() -> LogProbs:
 
 
 def _cut_cross_entropy() -> LogProbs:
-    """Apple's; no entropy, no tensor parallelism."""
+    """Apple's kernels, without entropy and without tensor parallelism."""
     from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
     return lambda hidden, weight, labels: (-linear_cross_entropy(hidden, weight, labels, reduction="none"), None)
@@ -191,7 +191,7 @@ def run_case(name: str, group: ProcessGroup, settings: Settings) -> dict[str, An
 
 
 def _errors(function: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Against float64, at tokens spread over the whole."""
+    """Errors against float64, at tokens spread over the whole batch."""
     step = max(len(hidden) // _CHECKED_TOKENS, 1)
     chosen, chosen_labels = hidden.detach()[::step].clone().requires_grad_(), labels[::step]
     log_probs, entropy = function(chosen, weight, chosen_labels)

@@ -19,7 +19,7 @@ from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.offload import StorageOffload
 
 _ROUNDS = 3
-"""The first takes host memory, the second has it; the third says how much the second's time means."""
+"""Rounds: the first allocates host memory, the second has it; the third shows how much the second's time varies."""
 
 
 def case_names(settings: Settings) -> list[str]:
@@ -80,7 +80,7 @@ def _storages(actor: Actor) -> StorageOffload:
 
 
 def _empty_cache() -> dict[str, float]:
-    """What the allocator holds after an update, and after giving back what nobody uses."""
+    """GiB that the allocator holds after an update, and after giving back unused memory; seconds of giving it back."""
     gc.collect()
     before = torch.cuda.memory_reserved()
     spent = seconds_of(torch.cuda.empty_cache)
@@ -88,7 +88,7 @@ def _empty_cache() -> dict[str, float]:
 
 
 def _left_on_device() -> dict[str, float | None]:
-    """Used by tensors, held by the allocator, and taken on the whole device, by contexts and other processes too."""
+    """GiB used by tensors, held by the allocator, and taken on the whole device, by contexts and others as well."""
     free, total = torch.cuda.mem_get_info()
     numbers = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), total - free)
     return {name: gib(number) for name, number in zip(_LEFT, numbers, strict=True)}
@@ -99,7 +99,7 @@ def _resident_gib() -> float:
 
 
 def _pinned_gib() -> float | None:
-    """Host memory that torch's allocator has pinned, in use or kept for the next who asks."""
+    """GiB of host memory that torch's allocator has pinned, in use or kept for reuse."""
     if not torch.cuda.is_available():
         return None
     return gib(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))

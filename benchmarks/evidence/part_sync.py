@@ -1,4 +1,4 @@
-"""Weights from the trainer to a server's process on the same GPU: stream, buckets, CUDA IPC, copy.
+"""Measures weights on their way to a server's process on the same GPU: stream, buckets, CUDA IPC, copy.
 
 The other process does what a server's worker does, by the worker's own code, and no engine is needed. On a CPU tensors
 go over by value.
@@ -33,7 +33,7 @@ from megatron_fipo.rollout.servers.weight_buckets import Bucket
 _GPU = "0"
 _ANSWER_S = 120.0
 _ROUNDS = 3
-"""The first opens handles and maps memory; the median of all counts."""
+"""Rounds: the first opens handles and maps memory; the median of all counts."""
 CHECKSUMS = "checksums"
 
 
@@ -83,7 +83,7 @@ def run_case(name: str, bench: Workbench, settings: Settings) -> dict[str, Any]:
 
 
 class _Sent:
-    """What one handover took."""
+    """The measurements of one handover."""
 
     def __init__(self) -> None:
         self.seconds = self.snapshot_s = 0.0
@@ -94,7 +94,7 @@ class _Sent:
 def _send(
     actor: Actor, pipe: Connection, bucket_bytes: int, snapshots: SnapshotWriter | None, *, checks: bool
 ) -> _Sent:
-    """One handover as WeightSync makes it: while one bucket travels the next is packed."""
+    """Hand weights over as WeightSync does: while one bucket travels, the next is packed."""
     sent, under_way = _Sent(), False
     own_digests: list[int] = []
 
@@ -145,7 +145,7 @@ def _message(bucket: Bucket) -> dict[str, str]:
 
 
 def _pack_alone(actor: Actor, bucket_bytes: int) -> None:
-    """The stream packed into buckets that nobody takes."""
+    """Pack the stream into buckets that nobody takes."""
     packers = Packers(bucket_bytes, torch.bfloat16, None, None)
     packers.begin()
     for _ in packers.buckets(actor.weights(), lambda: None):
@@ -175,7 +175,7 @@ def _receiver(device: str) -> Iterator[Connection]:
 
 
 def _checksums(actor: Actor, settings: Settings) -> dict[str, Any]:
-    """What proving the arrival costs the trainer, for both kinds of server."""
+    """Cost of the expected checksums for the trainer, for both kinds of server."""
     num_bytes = sum(tensor.nbytes for _, tensor in actor.weights())
     ledgers = {
         "sglang": lambda: SglangExpectedChecksums(actor.shape, 1, hashes_on_gpu=settings.device == "cuda"),

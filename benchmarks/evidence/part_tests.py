@@ -1,4 +1,4 @@
-"""The tests that need a GPU, one file at a time, so that a time-out loses one file's results."""
+"""Runs the tests that need a GPU, one file at a time, so that a time-out loses one file's results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ALL = "tests/gpu"
 
 
 def case_names(settings: Settings) -> list[str]:
-    """One for each file; on a CPU, where every test is skipped, one for all."""
+    """One case for each file; on a CPU, where every test is skipped, one for all files."""
     if settings.device == "cpu":
         return [_ALL]
     return [str(path.relative_to(ROOT)) for path in sorted(_FOLDER.glob("test_*.py"))]

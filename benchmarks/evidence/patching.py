@@ -1,4 +1,4 @@
-"""Attributes of the project's modules changed for a while, in this process: how a variant is made from outside."""
+"""Changes attributes of the project's modules for a while, in this process, to make a variant from outside."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def megatron_fields(**changes: Any) -> Iterator[None]:
-    """Actors that are built inside have these fields of Megatron's TransformerConfig changed, after its own checks."""
+    """Change fields of Megatron's TransformerConfig, after its own checks, for actors that are built inside."""
     original = model_module.transformer_config
 
     def changed(*args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import dige
 
 
 def receive(pipe: Connection, device: str) -> None:
-    """Take each bucket over into memory of its own, and say so, or say what it holds by its digest."""
+    """Copy each bucket into this process's own memory, and answer with True, or with its digest."""
     place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     torch.zeros(1, device=place)
     pipe.send("ready")

@@ -1,4 +1,4 @@
-"""From reports to Markdown: a section for each, a table for each kind of case, and what was skipped or failed."""
+"""Turns reports into Markdown: a section for each, a table for each kind of case, and what was skipped or failed."""
 
 from __future__ import annotations
 

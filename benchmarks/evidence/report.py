@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("tests", "future_kl", "log_probs", "actor", "fp8", "ablate", "memory", "sync", "cluster")
-"""All parts, by the module `part_NAME` that holds each."""
+"""All parts; the module `part_NAME` holds each."""
 
 SIZES = ("0.5b", "1.5b", "7b")
 WITH_SIZES = ("actor", "fp8", "ablate", "memory", "sync")
@@ -24,19 +24,19 @@ PENDING, RUNNING, DONE, SKIPPED, FAILED = "pending", "running", "done", "skipped
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The settings from the command line.
 
     Attributes:
         part: one of PARTS.
-        sizes: of models, for the parts that have a choice; empty takes the part's own.
+        sizes: sizes of models, for the parts that have a choice; empty takes the part's own.
         device: cuda or cpu.
         tiny: shapes of a few tokens and channels, to see that the script works; its numbers are no evidence.
         out: folder of the reports.
-        budget_s: no case begins after so many seconds.
+        budget_s: no case begins after this many seconds.
         started_at: when the part began, by time.time().
         command: as typed.
         warmup, repeats: calls before those that count, and those that count.
-        measurement_s: after so long a measurement takes what repeats it has.
+        measurement_s: a measurement ends after this time, with the repeats that it has.
         server_python: interpreter that has SGLang, for the case `colocated` of `cluster`.
         world_size: ranks of `cluster`; 0 takes all GPUs, or two on a CPU.
     """
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Of the report's file."""
+        """Name of the report's file, without its ending."""
         return "-".join((self.part, *self.sizes))
 
     @property
@@ -67,7 +67,7 @@ class Settings:
 
     @property
     def left_s(self) -> float:
-        """Of the budget."""
+        """Seconds left of the budget."""
         return self.budget_s - (time.time() - self.started_at)
 
 
@@ -108,7 +108,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """What a file holds."""
+        """Read the report from a file."""
         return cls(path, json.loads(path.read_text(encoding="utf-8")))
 
     @property

@@ -1,6 +1,6 @@
-"""What each part's JSON promises, and what of it a file lacks.
+"""The values that each part's JSON must hold, and a check of a file for them.
 
-A case has a `kind`, by which its values are known: a part may hold cases of several kinds.
+A case's `kind` decides which values it has: a part may hold cases of several kinds.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ _WITH_BACKENDS = {"actor", "fp8", "ablate", "memory", "sync"}
 
 
 def lacks(content: dict[str, Any]) -> list[str]:
-    """What of its promise a report does not keep, one sentence each; empty if it is whole."""
+    """What a report lacks, one sentence for each value; empty if it is whole."""
     found = [text for key, rule in _HEAD.items() if (text := _breach(content, key, rule, content))]
     if found:
         return found

@@ -1,4 +1,4 @@
-"""What every part with an actor starts from: process groups of one rank, a temporary folder, what was seen so far."""
+"""The setting of every part with an actor: process groups of one rank, a temporary folder, and earlier results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_fipo.parallel.groups import ParallelGroups
 
 @dataclass
 class Workbench:
-    """Of one process.
+    """The setting of one process.
 
     Attributes:
         backends: layers and attention of the last actor; goes into the report.
@@ -32,18 +32,18 @@ class Workbench:
     kept: dict[str, Any] = field(default_factory=dict)
 
     def config(self, size: Size, layers: int, packing: Packing, **choices: Any) -> Config:
-        """An actor's configuration, its folder written."""
+        """Write an actor's folder, and return its configuration."""
         folder = models.write_folder(self.folder / f"{size.name}-{layers}", size, layers, max(packing.lengths))
         return models.config_for(folder, packing, **choices)
 
     def build(self, config: Config) -> Actor:
-        """An actor, its layers noted."""
+        """Build an actor, and note its layers."""
         actor = models.build_actor(config, self.ranks)
         self.backends = machine.backends(actor)
         return actor
 
     def note(self, values: dict[str, Any]) -> None:
-        """Take over what a measured actor said of its attention, which is known after a forward pass only."""
+        """Note a measured actor's layers and attention, of which the latter is known only after a forward pass."""
         self.backends = {"layers": values["layers"], "attention": values["attention"]}
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from benchmarks.evidence.report import DONE, FAILED, PENDING, RUNNING, SKIPPED, Report, Settings, SkipCase
 
 EXIT_START_AGAIN = 75
-"""This process can go on with nothing, but another could: a CUDA error has spoilt its context."""
+"""Exit code of a process that can run no further case, since a CUDA error has spoilt its context; a new one could."""
 _REASON_CHARACTERS = 3000
 
 
 def run_part(settings: Settings) -> None:
-    """Run the cases that are pending. Ends the process with EXIT_START_AGAIN where another one has to go on."""
+    """Run the cases that are pending. Ends the process with EXIT_START_AGAIN where another one has to continue."""
     from megatron_fipo import (
         cuda_start,  # noqa: F401 - before the packages that start CUDA
         quiet,  # noqa: F401 - before the packages that it silences

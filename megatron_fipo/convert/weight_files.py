@@ -99,8 +99,8 @@ def _read_index(file: Path) -> dict[str, str]:
     for name, owner in index.items():
         if not isinstance(owner, str) or Path(owner).name != owner or not owner.endswith(".safetensors"):
             raise ValueError(
-                f"{file}: tensor {name} is assigned to {owner!r}, which is no *.safetensors file of this folder. Copy or "
-                "download the index again."
+                f"{file}: tensor {name} is assigned to {owner!r}, which is no *.safetensors file of this folder. "
+                "Copy or download the index again."
             )
     if not index:
         raise ValueError(f"{file} names no tensor. Copy or download it again.")

@@ -157,8 +157,12 @@ def test_the_command_fails_a_mistake_by_case_and_quantity(
             "def loss(x, *of): return {'loss': x.sum(), 'token_loss': 1.5}",
             "token_loss as a fl",
         ),
-        ("their_trainer:loss", "def loss(x, *of): return x.sum().detach()", "does not hang on log_probs: it has no"),
-        ("their_trainer:loss", "def loss(x, *of): return {'loss': 0.5}", "does not hang on log_probs: it has no graph"),
+        ("their_trainer:loss", "def loss(x, *of): return x.sum().detach()", "does not depend on log_probs: it has no"),
+        (
+            "their_trainer:loss",
+            "def loss(x, *of): return {'loss': 0.5}",
+            "does not depend on log_probs: it has no graph",
+        ),
         (
             "their_trainer:loss",
             "import torch\ndef loss(*of): return torch.ones((), requires_grad=True) * 2",

@@ -348,7 +348,7 @@ def test_redirections_are_not_followed(url: str, route: str, answering: Any) -> 
         ("packed", "/packed answered in 'gzip', which it was not asked for"),
         ("long-error", "/long-error answered 400: x{2000}$"),
         ("coloured", r"/coloured answered 400: \\x1b\]52;c;aGk=\\x07 \\ud800$"),
-        ("keyless", r"/keyless answered 401: Unauthorized\. Of a server in servers\.urls, servers\.api_key_env must"),
+        ("keyless", r"/keyless answered 401: Unauthorized\. For a server in servers\.urls, servers\.api_key_env must"),
     ],
 )
 def test_answers_that_would_do_harm(url: str, route: str, words: str) -> None:

@@ -29,9 +29,9 @@ A run is one YAML file with dotted overrides after it (`train.num_steps=5`). Lat
 `megatron-fipo validate CONFIG` shows the whole of it. `${section.key}` stands for another value, `${oc.env:NAME}` for
 an environment variable, `\\${` for those two characters.
 
-Relative paths start from the current folder. An input (`model.path`, a source's `path`) that is not there is looked
-for in the folder of the configuration file, so a configuration with its model and data beside it works from
-anywhere. A run writes below the current folder, and records absolute paths: its `config.yaml` works from anywhere, too.
+Relative paths start from the current folder. An input (`model.path`, a source's `path`) that is not there is looked for
+in the folder of the configuration file, so a configuration with its model and data beside it works from anywhere. A run
+writes below the current folder, and records absolute paths: its `config.yaml` works from anywhere, too.
 
 **Text.** A key that takes text (names, paths, templates, URLs) gets it as it is written: `1.10`, `1e3`, `true` and
 `007` stay what they are. In an override it is all that follows the first `=`, with `#`, brackets and spaces,
@@ -45,8 +45,8 @@ What a source's `params` hold is plain YAML.
 **Secrets.** A value that comes from `${oc.env:NAME}` is used, and written down as that reference: in config.yaml,
 checkpoints, W&B, the ledger, on the console and in messages (there, paths and names are shown as they are unless
 the variable is called like a secret: KEY, TOKEN, PASS, PWD, PAT, AUTH, SECRET, CRED …). A run that continues
-with another secret is the same run; one whose paths have changed by the environment says so. Values that stand in the file
-or the override themselves are no secrets to the program.
+with another secret is the same run; one whose paths have changed by the environment says so. Values that stand in the
+file or the override themselves are no secrets to the program.
 
 `model.path` and sources of `kind: hub` may be names on the Hugging Face hub ([tutorial](tutorial.md#names-on-the-hub)).
 What is fetched lies in the hub's own cache (`HF_HOME`); `config.yaml` beside the run has the names, and as their

@@ -47,8 +47,8 @@ CHECKS = {
     "vllm-gpu": f"import transformers; {_CUDA_TORCH}",
     "nemo-run": "import nemo_run",
 }
-"""Code that the finished environment must run, on a machine that may have no GPU. SGLang itself imports without one only
-behind the rollout engine's launcher."""
+"""Code that the finished environment must run, on a machine that may have no GPU. SGLang itself imports without one
+only behind the rollout engine's launcher."""
 TORCH_FROM_INDEX = ("sglang", "vllm")
 """Engines whose files leave out what torch draws in: the machine's index decides between CPU and CUDA builds."""
 

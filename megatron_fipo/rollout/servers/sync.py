@@ -118,7 +118,7 @@ class WeightSync:
                 pass
 
     def forget_older_snapshots(self) -> None:
-        """Delete all snapshots but the newest. Call it only while no rank is in an update, which may need an older one."""
+        """Delete all snapshots but the newest. Call it while no rank is in an update, which may need an older one."""
         arrived = self._loop.call(lambda: self._pool.arrived)
         if self._snapshots is not None and arrived is not None and arrived.folder is not None:
             self._snapshots.keep_only(arrived.folder)
