@@ -28,7 +28,7 @@ from megatron_fipo.rl.future_kl import future_kl
 
 @dataclass(frozen=True)
 class Load:
-    """What is summed up, and how often."""
+    """The sequences that are summed up, and the number of repeats."""
 
     num_sequences: int
     length: int

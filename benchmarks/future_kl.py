@@ -92,7 +92,7 @@ def milliseconds_on_gpu(function: Callable[[], Tensor], repeats: int) -> float:
 
 
 def print_gpu_times(num_sequences: int, length: int, half_life: float, repeats: int, device: torch.device) -> None:
-    """What ours takes of the GPU, beside a copy of the same bytes."""
+    """Print the GPU's time of our scan, beside a copy of the same bytes."""
     x = 0.1 * torch.randn(num_sequences * length, device=device)
     cu_seqlens = torch.arange(num_sequences + 1) * length
     segments = segments_of(cu_seqlens, len(x), device)

@@ -1,4 +1,4 @@
-"""What the isolation of verifiers costs: the same responses judged confined, and by trusted workers, in turn.
+"""Measures what the isolation of verifiers costs: confined and trusted workers judge the same responses in turn.
 
     python benchmarks/verifiers_isolation.py [--responses 512] [--workers 2] [--rounds 3]
 

@@ -276,7 +276,7 @@ def predicted_parts(config: Config, shape: ModelShape, world_size: int = 1) -> d
 
 
 def fitting_recompute(folder: str, packing: Packing, device: str) -> str:
-    """ "none" if preflight says that training fits on this GPU, else "full"; "none" on a CPU."""
+    """Return "none" if preflight says that training fits on this GPU, else "full"; "none" on a CPU."""
     if device != "cuda":
         return "none"
     config, shape = config_for(folder, packing), read_model_shape(folder)

@@ -245,7 +245,7 @@ def load_loop_state(checkpoint: str | Path) -> dict[str, Any]:
     state = common.get("loop") if isinstance(common, dict) else None
     if not isinstance(state, dict) or type(state.get("next_step")) is not int:
         raise ValueError(
-            f"{checkpoint} holds weights but not the state of a run, so that none can go on from it. Restore it from "
+            f"{checkpoint} holds weights but not the state of a run, so that no run can go on from it. Restore it from "
             "a copy, or set train.resume=false to start over (the old run is renamed)."
         )
     return state

@@ -22,7 +22,7 @@ from megatron_fipo.config.text_rules import text_problem
 T = TypeVar("T")
 
 TextKind = Literal["path", "name", "prompt", "other"]
-"""What a text is: a path or a file's name; another name, which messages show as it is even where it comes from an
+"""Kinds of text: a path or a file's name; another name, which messages show as it is even where it comes from an
 environment variable; a text for the model, line breaks and all; anything else."""
 
 LARGEST_NUMBER = 2**53

@@ -22,7 +22,7 @@ class _NotShown:
 
 
 NOT_SHOWN: Final = _NotShown()
-"""In place of a value that a message must not repeat, or that the rule names itself."""
+"""Stands in for a value that a message must not repeat, or that the rule names itself."""
 
 
 @dataclass(frozen=True)

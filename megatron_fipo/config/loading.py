@@ -76,7 +76,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _emptied(layer: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    """Dotted keys of sources and parameters that are {}: they are to be emptied, but merging {} would keep them."""
+    """Dotted keys of sources and parameters that are {}: they mean empty, but merging {} would keep the entries."""
     for name, value in layer.items():
         parts = (*path, str(name))
         kind = annotation_at(parts)

@@ -225,11 +225,11 @@ class _Reader:
             return self._loader.construct_object(node, deep=True)
         if node.value in _NULLS:
             return None  # refused where the key cannot be null, with its name
-        behind = _NOT_A_COMMENT.match(self._text, node.end_mark.index)
-        if behind:
+        dropped = _NOT_A_COMMENT.match(self._text, node.end_mark.index)
+        if dropped:
             raise ConfigError(
-                f"{self._where(node)}: {behind[1]!r} behind {node.value!r} would be left out as a comment. Put the "
-                "text into quotes if it is part of it; if it is a comment, put a space behind the #."
+                f"{self._where(node)}: {dropped[1]!r} after {node.value!r} would be left out as a comment. Put the "
+                "text into quotes if it is part of it; if it is a comment, put a space after the #."
             )
         return node.value
 

@@ -1,4 +1,4 @@
-"""How one Megatron parameter and the Hugging Face tensors behind it lay the same numbers out.
+"""How one Megatron parameter and its Hugging Face tensors lay the same numbers out.
 
 A layout primitive is a pair of inverse functions: `to_shard` takes the whole Hugging Face tensors and gives one
 rank's parameter, `to_whole` takes every rank's parameter and gives the Hugging Face tensors back. `shard_size` says

@@ -46,7 +46,7 @@ class Slice:
         num_layers: size of the stored tensor's first dimension, where there is a layer.
         shape: size of the slice, without the layers' dimension.
         dtype: dtype of the slice and of the stored tensor.
-        read: returns the slice; it is called when the slice is to be written.
+        read: returns the slice; called when the slice is written.
     """
 
     key: str

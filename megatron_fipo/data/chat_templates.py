@@ -59,8 +59,8 @@ def _text_problem(text: str, messages: Messages) -> str:
         return f"leaves out or changes the last message ({last[:60]!r}): the model would answer another question"
     if last and not behind.strip():
         return (
-            "writes nothing behind the last message, neither its end nor the beginning of an answer: the model would "
-            "go on with the question"
+            "writes nothing after the last message, neither its end nor the beginning of an answer: the model would "
+            "continue the question"
         )
     return ""
 

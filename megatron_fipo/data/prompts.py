@@ -268,7 +268,7 @@ class PromptStream:
         return source.prompt(item, prompt_id)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; moves the cursor behind them."""
+        """The next `count` prompts; moves the cursor past them."""
         prompts = [self.prompt(self._next_prompt_id + offset) for offset in range(count)]
         self._next_prompt_id += count
         return prompts

@@ -26,7 +26,7 @@ LONGEST_RETRY_WAIT_S = 60.0
 LONGEST_SILENCE_S = 30.0
 """Time without a byte from the hub after which a request is given up; the client then asks again a few times."""
 LONGEST_SILENCE_OF_UPLOADS_S = 300.0
-"""The same limit for uploads, which the hub may have to check before it answers."""
+"""Limit on silence during uploads, which the hub may have to check before it answers."""
 _Answer = TypeVar("_Answer")
 
 

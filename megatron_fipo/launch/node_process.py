@@ -28,7 +28,7 @@ def run(command: Sequence[str]) -> int:
 
     Returns:
         Its exit status, 128 + N if signal N ended it; EXIT_STOPPED if the run was told of its time limit and left
-        before its end, so that the job is to be queued again.
+        before its end, so that the job should be queued again.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # torchrun inherits this
     torchrun = subprocess.Popen(command)

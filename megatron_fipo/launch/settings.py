@@ -58,7 +58,7 @@ class Settings:
     """slurm, or local: torchrun on this machine."""
     nodes: int = 1
     gpus_per_node: Optional[int] = 8
-    """Asked of Slurm; null asks for none (nodes without GPUs, and clusters that hand out whole nodes)."""
+    """GPUs of each node to ask of Slurm; null asks for none (nodes without GPUs, clusters that give whole nodes)."""
     processes_per_node: Optional[int] = None
     """Ranks on each node; null for gpus_per_node."""
     cpus_per_node: Optional[int] = None
@@ -75,7 +75,7 @@ class Settings:
     signal_before_end_s: int = 600
     """How long before the limit the run is told to save and leave. The longest update and a save must fit in."""
     requeue: bool = True
-    """Queue the job again after it has saved before its limit; it goes on from there."""
+    """Queue the job again after it has saved before its limit; it continues from there."""
     max_requeues: int = 100
     python: Optional[str] = None
     """Interpreter of the training environment as the nodes see it, inside the container where there is one; null takes

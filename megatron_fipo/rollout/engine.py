@@ -1,4 +1,4 @@
-"""What every rollout engine offers, whatever generates behind it."""
+"""The interface of rollout engines, and the requests and answers that pass through it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class NotFiniteError(RuntimeError):
 
 @dataclass
 class Turn(OfSegments):
-    """What the policy wrote on one request: one segment for each version of its weights that wrote on it."""
+    """The policy's answer to one request: one segment for each version of its weights that wrote on it."""
 
     request: GenerationRequest
     segments: list[Segment]

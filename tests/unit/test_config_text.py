@@ -114,7 +114,7 @@ def test_a_file_keeps_text_as_it_is_written(tmp_path: Path, text: str) -> None:
         ),
         (
             "data: {train: {a: {\n  prompt_template: 'x {prompt}', system_prompt: Use #### it\n}}}",
-            "'#### it' behind 'Use' would be left out as a comment. Put the text into quotes",
+            "'#### it' after 'Use' would be left out as a comment. Put the text into quotes",
         ),
         ("data:\n  train:\n    a:\n      prompt_template: {prompt}\n", "text was expected. Put it into quotes."),
         ("run: {name: null}", "run.name=null in"),

@@ -167,7 +167,7 @@ def test_half_characters_in_a_template_are_refused(source: DataSourceConfig) -> 
     ("template", "problem"),
     [
         ("{{ messages[0]['content'] }}<|assistant|>", r"leaves out or changes the last message \('and 2\+2="),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing behind the last message"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing after the last message"),
         ("{{ 'x' * 2000000 }}", "makes 2,000,000 characters of a chat of 13"),
     ],
 )

@@ -10,7 +10,7 @@ class ForeignKey:
     """A key of another trainer."""
 
     name: str
-    """As it is written there; "critic.*" stands for all below it."""
+    """The key as that trainer writes it; "critic.*" stands for all keys below critic."""
     keys: tuple[str, ...]
     """Our keys, dotted; <name> stands for a data source's name. Empty where nothing corresponds."""
     note: str

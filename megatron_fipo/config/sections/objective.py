@@ -1,4 +1,4 @@
-"""From verdicts to the loss: rewards, advantages, the objective."""
+"""Rewards, advantages and the objective, which lead from verdicts to the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_fipo.config.declaration import key
 
 @dataclass(frozen=True)
 class RewardSection:
-    """From verdicts to rewards."""
+    """Rewards that verdicts are turned into."""
 
     correct: float = key(1.0, least=-math.inf)
     """Reward of an accepted answer."""

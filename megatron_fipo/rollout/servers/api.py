@@ -38,7 +38,7 @@ class LaunchSpec:
         memory_fraction: share of the device's memory for weights and cache, in (0, 1).
         max_total_tokens: size of the key-value cache in tokens; None lets the engine choose from memory_fraction.
         max_running_requests: sequences decoded at a time.
-        weight_version: version of the weights in model_path, as the server is to report it.
+        weight_version: version of the weights in model_path, which the server reports.
         releases_memory: whether release_memory will be called (colocated placement).
         reproducible: whether tokens must be drawn from their request's seed, at whatever it costs in speed. Engines
             that do so anyway ignore it.
@@ -206,7 +206,7 @@ class InferenceServer(Protocol):
         ...
 
     async def pause(self) -> None:
-        """Hold generation where it is, so that weights can change; requests in flight go on after `resume`."""
+        """Hold generation where it is, so that weights can change; requests in flight continue after `resume`."""
         ...
 
     async def resume(self) -> None:

@@ -18,7 +18,7 @@ DEVICE_ARGUMENT = 6
 class CudaHandle:
     """A tensor on one GPU, as another process on this host can open it.
 
-    torch counts how often memory is opened, so each handle is to be opened once, by one process.
+    torch counts how often memory is opened, so each handle must be opened once, by one process.
 
     Attributes:
         device_uuid: the GPU's UUID. Processes that see different GPUs number them differently.

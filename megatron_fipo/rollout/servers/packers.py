@@ -24,7 +24,7 @@ from megatron_fipo.rollout.servers.weight_buckets import pack
 
 
 @dataclass(frozen=True)
-class _Word:
+class _Report:
     """One packer's message in an exchange."""
 
     gpu: str
@@ -84,9 +84,9 @@ class Packers:
         assert self._is_under_way, "begin() comes first"
         for bucket in pack(stream, self._bucket_bytes, self._dtype, self._device):
             settle()
-            yield replace(bucket, handles=self._exchange(self._own_word(bucket.flat)))
+            yield replace(bucket, handles=self._exchange(self._own_report(bucket.flat)))
         if self._node is not None:
-            self._exchange(_Word(self._node.gpu, is_done=True))
+            self._exchange(_Report(self._node.gpu, is_done=True))
         self._is_under_way = False
 
     def follow(self, stream: Iterable[tuple[str, Tensor]]) -> None:
@@ -107,18 +107,18 @@ class Packers:
         """Tell the others that this rank's part has failed, if they still wait for its message."""
         if self._is_under_way and self._node is not None:
             self._is_under_way = False
-            words = _Word(self._node.gpu, problem=problem or "it failed")
+            words = _Report(self._node.gpu, problem=problem or "it failed")
             exchange.all_gather_objects(words, self._node.group)
         self._is_under_way = False
 
-    def _own_word(self, flat: Tensor) -> _Word:
+    def _own_report(self, flat: Tensor) -> _Report:
         if self._node is None:
-            return _Word("")
+            return _Report("")
         # A handle that nobody opens would keep torch from reusing the buffer.
         handle = self._node.make_handle(flat) if self._node.gpu else None
-        return _Word(self._node.gpu, handle)
+        return _Report(self._node.gpu, handle)
 
-    def _exchange(self, own: _Word) -> dict[str, CudaHandle]:
+    def _exchange(self, own: _Report) -> dict[str, CudaHandle]:
         """The handles of all packers, by GPU."""
         if self._node is None:
             return {}

@@ -58,7 +58,7 @@ class ServerPool:
     ) -> None:
         self.specs, self.settings = specs, settings
         self.router: Router | None = None
-        """None before the start, without a router, and after it has ended."""
+        """The router; None before the start, without one, and after it has ended."""
         self.roster = Roster()
         self._adapter, self._start_process = adapter, start_process
         self._log_folder, self._router_plan = log_folder, router
@@ -79,7 +79,7 @@ class ServerPool:
 
     @property
     def arrived(self) -> ArrivedWeights | None:
-        """What servers hold, proven to be there; None until the first update has succeeded."""
+        """The weights that servers are proven to hold; None until the first update has succeeded."""
         return None if self._revival is None else self._revival.arrived
 
     async def start(self) -> None:

@@ -48,7 +48,7 @@ class Revival:
     def __init__(self, roster: Roster, starter: Starter, settings: ServersSection) -> None:
         self._roster, self._starter, self._settings = roster, starter, settings
         self.arrived: ArrivedWeights | None = None
-        """None until the first update has succeeded: servers hold the starting model until then."""
+        """The weights that arrived last. None until an update has succeeded: the servers hold the starting model."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin_to_watch(self) -> None:

@@ -11,7 +11,7 @@ from megatron_fipo.rollout.servers.process import ServerProcess, free_port
 from megatron_fipo.rollout.servers.starting import PROBE_TIMEOUT_S, Starter, wait_until_up
 
 RouterPlan = Callable[[Sequence[str], int], LaunchPlan]
-"""The command line of a router, given the servers' URLs and the port where it is to listen."""
+"""The command line of a router, given the servers' URLs and the port where it should listen."""
 
 _REPORT_CHARACTERS = 2000
 

@@ -40,7 +40,7 @@ class Server:
         self.log = log
         """The file that its output goes to; None for a server that somebody else started."""
         self.process: ServerProcess | None = None
-        """None for a server that somebody else started, and before the start."""
+        """Its process; None for a server that somebody else started, and before the start."""
         self.state = State.RESTARTING
         self.reason = "it has not been started"
         """Why it is not READY."""

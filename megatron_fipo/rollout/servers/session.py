@@ -27,9 +27,9 @@ class UpdateSession:
         self._loop = loop
         self.all = tuple(servers)
         self.servers = list(servers)
-        """Those that are left."""
+        """The servers that are left."""
         self.died: list[tuple[Server, str]] = []
-        """Those that did not answer, and why."""
+        """The servers that did not answer, and why."""
         self.refusals: list[ServerError | CanaryError] = []
         """Errors with which servers refused. Like `died`, filled at once, while other servers are still at work."""
 

@@ -41,7 +41,7 @@ class Bucket:
             yield spec.name, self.flat[spec.start : spec.stop].view(spec.dtype).view(spec.shape)
 
     def handles_on(self, gpus: Sequence[str], tp: int) -> list[CudaHandle | None]:
-        """For each tensor-parallel rank of a server the handle on its own GPU, or None where it gets the values.
+        """The handle for each tensor-parallel rank of a server, on that rank's own GPU; None where it gets the values.
 
         Args:
             gpus: the server's GPUs, in the order of its ranks.

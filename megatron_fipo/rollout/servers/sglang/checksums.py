@@ -31,7 +31,7 @@ class SglangExpectedChecksums:
         self._sums: dict[str, Tensor] = {}
         """Hashes that still lie on the device: reading each by itself would wait for it thousands of times."""
         self._parts: dict[tuple[str, int], dict[int, Tensor]] = {}
-        """For each rank's parameters that are not whole yet, their rows by the place of the first one."""
+        """Rows of each rank's parameters that are not whole yet, by the place of the first row."""
 
     @staticmethod
     def key(name: str, rank: int, tp: int) -> str:

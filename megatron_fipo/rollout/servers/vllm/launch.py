@@ -36,7 +36,7 @@ class VllmAdapter:
         """Command and environment of a server.
 
         Raises:
-            ValueError: if memory is to be released on the CPU, or the model in spec.model_path is not supported.
+            ValueError: if memory should be released on the CPU, or the model in spec.model_path is not supported.
         """
         arguments = [
             *("--model", str(spec.model_path), "--host", spec.host, "--port", str(spec.port)),
