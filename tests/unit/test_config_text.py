@@ -110,7 +110,7 @@ def test_a_file_keeps_text_as_it_is_written(tmp_path: Path, text: str) -> None:
     [
         (
             "run: {name: 5}\nmodel:\n  path: /data/set #2/model",
-            "line 3: '#2/model' behind '/data/set' would be left out",
+            "line 3: '#2/model' after '/data/set' would be left out",
         ),
         (
             "data: {train: {a: {\n  prompt_template: 'x {prompt}', system_prompt: Use #### it\n}}}",
