@@ -26,7 +26,7 @@ class Comparison:
     Attributes:
         layout, reference: what each computed.
         start: weights before the first update, by Hugging Face name.
-        objective: of both.
+        objective: the objective of both.
     """
 
     layout: Record
@@ -40,11 +40,11 @@ class Quantity:
     """One column of the certificate.
 
     Attributes:
-        heading: of the column.
+        heading: the column's heading.
         meaning: what is measured, in words.
-        bounds: by dtype of the model. Those of bfloat16 are measured: two to four times the largest difference of
-            eight layouts on the CPU with the small model, where rounding to 8 bits dominates gradients and weights.
-            Log-probs are float32 in both, so what is computed from them keeps its bounds.
+        bounds: its bounds, by dtype of the model. Those of bfloat16 are measured: two to four times the largest
+            difference of eight layouts on the CPU with the small model, where rounding to 8 bits dominates gradients
+            and weights. Log-probs are float32 in both, so what is computed from them keeps its bounds.
         measure: 0 for no difference, infinite where tokens or parameters do not correspond; None where there is no
             such quantity: without Future-KL, or of a layout that went no further than the first update.
     """

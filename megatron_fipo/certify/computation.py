@@ -89,12 +89,12 @@ class Record:
     """Result of a computation, gathered over all ranks.
 
     Attributes:
-        tokens: of the first update.
-        loss: of the first update, normalised.
-        gradients: of the first update before clipping, by Hugging Face name.
-        grad_norm: of the first update before clipping, as the optimizer sees it.
-        weights: after the last update, by Hugging Face name; empty for a deliberate mistake.
-        num_microbatches: of the first update, on each rank.
+        tokens: values of the first update's tokens.
+        loss: the first update's loss, normalised.
+        gradients: the first update's gradients before clipping, by Hugging Face name.
+        grad_norm: the norm of the first update's gradients before clipping, as the optimizer sees it.
+        weights: weights after the last update, by Hugging Face name; empty for a deliberate mistake.
+        num_microbatches: microbatches of the first update, on each rank.
     """
 
     tokens: TokenRecord

@@ -105,7 +105,7 @@ def configure(config: Config, layout: Layout, longest_tokens: int, model_config:
     it in two or more.
 
     Args:
-        longest_tokens: of any sequence, prompt included.
+        longest_tokens: tokens of the longest sequence, prompt included.
         model_config: config.json of the model.
 
     Raises:

@@ -34,12 +34,12 @@ class Options:
     """What a certificate covers.
 
     Attributes:
-        layouts: names; empty for DEFAULT_LAYOUTS, less those that need more GPUs than there are.
+        layouts: names of layouts; empty for DEFAULT_LAYOUTS, less those that need more GPUs than there are.
         as_is: whether to take the configuration's own model instead of a small one of the same kind.
         negative_controls: whether to make deliberate mistakes as well, each of which must be caught.
-        num_steps, num_updates: steps, and optimizer updates in each.
+        num_steps, num_updates: number of steps, and of optimizer updates in each.
         longest_response: tokens of the longest synthetic response.
-        dtype: of the model, float32 or bfloat16; bounds differ.
+        dtype: the model's, float32 or bfloat16; bounds differ.
     """
 
     layouts: tuple[str, ...] = ()
@@ -56,8 +56,8 @@ class Measured:
     """Result of one layout.
 
     Attributes:
-        num_microbatches: of its first update, on each rank.
-        values: of comparison.QUANTITIES, in their order.
+        num_microbatches: microbatches of its first update, on each rank.
+        values: values of comparison.QUANTITIES, in their order.
     """
 
     num_microbatches: int
@@ -72,7 +72,7 @@ class Runner:
         Args:
             config: the user's.
             layouts: all that `measure` will be called with, checked here before anything runs.
-            folder: for files that are needed for a while.
+            folder: where temporary files are written.
 
         Raises:
             ValueError: if the model cannot be read, or does not divide into a layout.

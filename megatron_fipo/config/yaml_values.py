@@ -67,7 +67,7 @@ def read_yaml(text: str, annotation: Any, place: str, *, is_override: bool = Fal
     Args:
         text: a file's content, or what follows an override's equals sign.
         annotation: type of the key that it is for: a dataclass, Dict[...], List[...], str, …
-        place: for messages, such as "run.yaml" or "override 'run.name=x'".
+        place: where the text stands, for messages, such as "run.yaml" or "override 'run.name=x'".
         is_override: a single line, in which nothing is a comment.
 
     Raises:

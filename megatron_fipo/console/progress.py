@@ -16,7 +16,7 @@ class PhaseProgress(Protocol):
     """Takes note of what is done."""
 
     def advance(self, count: int = 1) -> None:
-        """Count so many more as done."""
+        """Count `count` more as done."""
         ...
 
 
@@ -28,7 +28,7 @@ class SilentProgress:
 
 
 class PipeProgress:
-    """Says now and then how far a long phase is, and nothing of a short one."""
+    """Says now and then how far a long phase is, and nothing about a short one."""
 
     def __init__(
         self, say: Callable[[str], None], clock: Callable[[], float], label: str, total: int, unit: str
@@ -37,17 +37,17 @@ class PipeProgress:
 
         Args:
             say: prints a line.
-            clock: seconds.
-            label: what goes on.
+            clock: tells the time in seconds.
+            label: what is being done.
             total: how many there will be.
-            unit: of what.
+            unit: what is counted.
         """
         self._say, self._clock, self._label, self._total, self._unit = say, clock, label, total, unit
         self._done = 0
         self._start = self._last = clock()
 
     def advance(self, count: int = 1) -> None:
-        """Count so many more as done, and say so if nothing was said for half a minute."""
+        """Count `count` more as done, and say so if nothing was said for half a minute."""
         self._done += count
         now = self._clock()
         if now - self._last >= PIPE_PROGRESS_EVERY_S:

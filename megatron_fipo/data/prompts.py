@@ -214,7 +214,7 @@ class PromptStream:
         """Open the sources.
 
         Args:
-            sources: by name, as in data.train.
+            sources: the sources by name, as in data.train.
             tokenizer: a transformers tokenizer.
             seed: run.seed, for the order and for sources without a seed of their own.
             max_prompt_tokens: longest prompt.

@@ -39,7 +39,7 @@ class ChatOptions:
     raw: bool = False
     """Continue the text as it is, also where the tokenizer has a chat template."""
     seed: int | None = None
-    """None draws another one each time."""
+    """None draws a new one each time."""
 
 
 class TextPrinter:

@@ -18,8 +18,8 @@ class Announcements:
     """The same object on the rank that speaks and on those that listen; each of them makes it as the n-th of its kind.
 
     Args:
-        name: of what is announced, for messages.
-        store: None takes torch.distributed's.
+        name: what is announced, for messages.
+        store: the store to use; None takes torch.distributed's.
     """
 
     def __init__(self, name: str, store: Store | None = None) -> None:

@@ -1,4 +1,4 @@
-"""From a step's groups to the microbatches of one rank: its data-parallel share, its context-parallel rows."""
+"""Make one rank's microbatches from a step's groups: its data-parallel share, its context-parallel rows."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """The same tensor factory, with a literal CUDA device or pinned memory (pinning needs a driver) turned to CPU."""
+    """The same tensor factory on the CPU: it replaces a literal CUDA device and pins no memory (needs a driver)."""
 
     @functools.wraps(factory)
     def redirected(*args: Any, **kwargs: Any) -> Any:

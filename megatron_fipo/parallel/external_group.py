@@ -27,7 +27,7 @@ class ExternalGroup:
 
     Args:
         host: address at which this process can be reached.
-        name: of the group; keys in the store begin with it.
+        name: the group's name; keys in the store begin with it.
         backend: gloo sends CPU tensors, nccl CUDA tensors.
         world_size: number of members, this one included.
         timeout_s: longest wait for the members, and for each broadcast.
@@ -131,12 +131,12 @@ class ExternalGroup:
 
 
 class _Call(Generic[T]):
-    """A call of the backend in a thread of its own: it may block until the group's time-out, and others be asked
+    """A call of the backend in a thread of its own: it may block until the group's time-out, and others can be asked
     meanwhile.
 
     Args:
         function: the call.
-        device: that the thread works on.
+        device: the device that the thread works on.
     """
 
     def __init__(self, function: Callable[[], T], device: torch.device) -> None:

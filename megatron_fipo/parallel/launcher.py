@@ -39,7 +39,7 @@ _POLL_S = 0.1
 
 
 def launch(num_processes: int, arguments: Sequence[str], command: Sequence[str]) -> int:
-    """Run `python -m megatron_fipo.train` with these arguments in so many processes, to their end.
+    """Run `python -m megatron_fipo.train` with these arguments in `num_processes` processes, to their end.
 
     Args:
         num_processes: ranks; each becomes one process, on a GPU of its own where there are GPUs.

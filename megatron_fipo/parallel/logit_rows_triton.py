@@ -1,7 +1,7 @@
 """`logit_rows` on CUDA, in two Triton kernels that read the logits once each. Imported only where `triton` is.
 
 Forward, a program takes one token's row block by block. Each of the BLOCK lanes keeps a maximum and sums of its own,
-which move to a new maximum as it comes, and the lanes are put together once, behind the last block: no program waits
+which move to a new maximum as it comes, and the lanes are put together once, after the last block: no program waits
 for a reduction between blocks, and each sum is one of V / BLOCK terms before it is one of BLOCK.
 
 Backward, a program takes one block of one token's row, from logits to the gradient in the model's dtype.

@@ -40,7 +40,7 @@ class Work:
 
     Args:
         group: all ranks of the world.
-        name: of the work, for messages.
+        name: what the work is, for messages.
         on_failure_elsewhere: called once, from another thread, when another rank has failed while this one works.
         silence_s: how long a rank may be silent.
     """

@@ -18,8 +18,9 @@ class Links:
     """Bandwidths that exchanges reach, in bytes per second of each GPU and direction.
 
     Attributes:
-        node: to GPUs of the same node. ring: to the neighbour in a context-parallel group.
-        attention_flops: per second, while the ring goes on beside the attention.
+        node: bandwidth to GPUs of the same node.
+        ring: bandwidth to the neighbour in a context-parallel group.
+        attention_flops: operations per second of the attention, beside which the ring's exchange runs.
     """
 
     node: float
@@ -41,7 +42,8 @@ class Waits:
     """Seconds per token of a context-parallel rank and layer.
 
     Attributes:
-        forward, backward: of a pass. recompute: of what backward computes anew.
+        forward, backward: in the forward and in the backward pass.
+        recompute: in what the backward pass computes anew.
     """
 
     forward: float

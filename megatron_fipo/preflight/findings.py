@@ -87,8 +87,8 @@ class UpdateNoise:
     """How a step's updates show in weights of the model's precision.
 
     Attributes:
-        spacing: between neighbouring numbers at a weight's usual size.
-        changed_share: of the weights that differ from those of the step's first update, at its last.
+        spacing: distance between neighbouring numbers at a weight's usual size.
+        changed_share: share of the weights that, at the step's last update, differ from those of its first.
         signal_to_noise: of a product over the hidden size, if all its weights moved the way that helps most.
     """
 

@@ -13,10 +13,10 @@ class Gpu:
 
     Attributes:
         memory_gib: what the driver reports, somewhat less than what the name promises.
-        peak_flops: dense bfloat16 with float32 accumulation, per second.
-        bandwidth: of the memory, bytes per second.
-        link_bandwidth: to the other GPUs of the node (NVLink), bytes per second each way.
-        fp8_flops: dense FP8, per second; 0 without it.
+        peak_flops: operations per second in dense bfloat16 with float32 accumulation.
+        bandwidth: the memory's bandwidth, bytes per second.
+        link_bandwidth: bandwidth to the other GPUs of the node (NVLink), bytes per second each way.
+        fp8_flops: operations per second in dense FP8; 0 without it.
         fp8_recipes: values of model.fp8 that it computes.
         reads_fp8_both_ways: whether FP8 products take a matrix in rows or in columns. Where they do not (compute
             capability below 10), a second, transposed copy is kept.

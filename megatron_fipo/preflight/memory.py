@@ -73,7 +73,7 @@ class StageMemory:
 def training_memory(
     config: Config, shape: ModelShape, world_size: int, gpu: Gpu = GPUS["h100-80gb"]
 ) -> list[StageMemory]:
-    """At the peak of an update, for every pipeline stage. The GPU decides how many FP8 copies a weight needs."""
+    """Memory at the peak of an update, for every pipeline stage. The GPU decides how many FP8 copies a weight needs."""
     parallel, dtype = config.parallel, config.model.dtype
     data_ranks = world_size // (parallel.tp * parallel.pp)  # data and context parallel: those with the same weights
     shards = data_ranks if config.optimizer.distributed else 1
@@ -112,7 +112,7 @@ class LayerActivations:
 
     Attributes:
         needed: all of them.
-        kept: those that are kept since forward; the others are recomputed.
+        kept: those that are kept from the forward pass; the others are recomputed.
     """
 
     needed: float

@@ -47,9 +47,9 @@ class StageParameters:
     """What each rank of one pipeline stage holds.
 
     Attributes:
-        stage: from 0.
+        stage: the stage's number, from 0.
         num_layers: layers of the stage, all its virtual stages together.
-        parameters: on one tensor-parallel rank, vocabulary padding included.
+        parameters: number of parameters on one tensor-parallel rank, vocabulary padding included.
         output_rows: rows of the output layer on one tensor-parallel rank; 0 where the pipeline does not end.
     """
 

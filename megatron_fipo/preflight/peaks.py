@@ -15,13 +15,13 @@ from megatron_fipo.preflight.server_memory import ServerMemory, free_at_start_gi
 
 @dataclass(frozen=True)
 class Peak:
-    """One of the moments, GiB on the GPU that then holds most.
+    """One of the moments, with the GiB on the GPU that then holds most.
 
     Attributes:
-        moment: in words.
+        moment: which moment it is, in words.
         remedy: what makes it smaller.
         actor: weights, gradients, optimizer and reference; while they are built, the weights twice.
-        passing: of an update: activations, FP8 copies of weights, log-probs.
+        passing: what an update needs for a while: activations, FP8 copies of weights, log-probs.
         server_weights, pool: the rollout engine's weights, its keys and values.
         on_the_way: buckets of weights, and the tensor that is being packed.
         rest: contexts, graphs, communication buffers, workspace, and in an update fragmentation.

@@ -14,13 +14,13 @@ class RolloutPlan:
     """Placement of the rollout engine.
 
     Attributes:
-        label: for the reader.
+        label: the placement in words, for the reader.
         tp: GPUs of one server, or 1 in process.
-        num_gpus: all that generate.
-        num_nodes: that hold the trainer's GPUs.
-        is_dedicated: whether those that generate are other GPUs than the trainer's.
-        is_colocated: whether servers share the trainer's GPUs, by turns.
-        memory_fraction: of a GPU that a server may take at most.
+        num_gpus: number of GPUs that generate.
+        num_nodes: number of nodes that hold the trainer's GPUs.
+        is_dedicated: whether other GPUs than the trainer's generate.
+        is_colocated: whether servers and the trainer share GPUs, taking turns.
+        memory_fraction: share of a GPU's memory that a server may take at most.
     """
 
     label: str

@@ -33,7 +33,7 @@ class ServerMemory:
     Attributes:
         weights: GiB on each of its GPUs.
         pool: GiB left for keys and values.
-        bytes_per_token: of keys and values on one GPU.
+        bytes_per_token: bytes of one token's keys and values on one GPU.
         beside: GiB of what else it takes: its context, CUDA graphs and activations; 0 in process, where the trainer's
             reserve stands for it.
     """

@@ -39,7 +39,7 @@ class Options:
 
     Attributes:
         world_size: training processes, one for each GPU; None takes one copy of the model.
-        gpus_per_node: a node's, those of dedicated servers included.
+        gpus_per_node: GPUs of one node, those of dedicated servers included.
         gpu: a name in `GPUS`.
         model_config: a config.json instead of the one in model.path, which need not be here.
         check_files: whether model, tokenizer and data must be here.

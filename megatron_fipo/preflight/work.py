@@ -21,12 +21,12 @@ class Assumptions:
 
     Attributes:
         training_efficiency: share of the GPU's peak that training's kernels reach while they wait for no other GPU:
-            matrix products come to two thirds on an H100, and what is no product takes its time beside them.
+            matrix products reach two thirds on an H100, and everything else takes time besides.
         link_efficiency: share of the bandwidth within a node that collectives reach.
-        network_bytes_per_s: that each GPU reaches to other nodes; 45 GB/s is nine tenths of 400 Gbit/s.
+        network_bytes_per_s: bandwidth of each GPU to other nodes; 45 GB/s is nine tenths of 400 Gbit/s.
         mfu: share of the peak that training reaches, waiting included, instead of the estimate by these three.
         rollout_efficiency: share of the memory's bandwidth, or of the peak, that decoding reaches.
-        rollout_tokens_per_s: of each GPU, instead of the estimate by bandwidth.
+        rollout_tokens_per_s: tokens that each GPU generates per second, instead of the estimate by bandwidth.
         response_tokens: mean length of a response.
         prompt_tokens: mean length of a prompt.
         kept_share: share of the groups that dynamic sampling keeps.
@@ -66,12 +66,12 @@ class BatchPlan:
     """How a step's batch is cut up.
 
     Attributes:
-        prompts_generated: over all rounds, those that dynamic sampling drops or discards included.
-        rounds: of generation.
-        samples: trained on in a step; samples_generated are more.
-        updates: optimizer steps in a step.
-        samples_per_update: over all ranks.
-        data_ranks: data-parallel ranks.
+        prompts_generated: prompts of all rounds, those that dynamic sampling drops or discards included.
+        rounds: rounds of generation.
+        samples: samples that a step trains on; samples_generated are more.
+        updates: optimizer updates in a step.
+        samples_per_update: samples of one update, over all ranks.
+        data_ranks: number of data-parallel ranks.
         microbatches: of one data-parallel rank in one update, if sequences packed without loss.
         bubble: share of an update's time in which pipeline stages wait.
     """
@@ -133,12 +133,14 @@ class StepCost:
     """Operations of one step over all GPUs, and its time.
 
     Attributes:
-        tokens_generated, tokens_trained: prompts left out, and counted; the latter once for each epoch.
-        flops: by phase: generation, old log-probs, reference log-probs, updates, recompute.
-        seconds: by phase: generation, log-probs, updates.
-        waiting_seconds: of log-probs and updates, for other GPUs of the same copy; 0 where mfu is given.
-        mfu: share of the peak that log-probs and updates come to; what is recomputed does not count as work.
-        rollout_tokens_per_s: of each GPU.
+        tokens_generated: tokens of the responses, without prompts.
+        tokens_trained: tokens trained on, prompts included, once for each epoch.
+        flops: operations by phase: generation, old log-probs, reference log-probs, updates, recompute.
+        seconds: time by phase: generation, log-probs, updates.
+        waiting_seconds: time in log-probs and updates spent waiting for other GPUs of the same copy; 0 where mfu is
+            given.
+        mfu: share of the peak that log-probs and updates reach; what is recomputed does not count as work.
+        rollout_tokens_per_s: tokens that each GPU generates per second.
         rollout_limit: what bounds it: "given", "memory bandwidth", "arithmetic" or "the longest response".
     """
 

@@ -1,4 +1,4 @@
-"""From verdicts to rewards, and from rewards to group-relative advantages.
+"""Rewards, computed from verdicts, and group-relative advantages, computed from rewards.
 
 Source: DAPO, arXiv 2503.14476 (rewards, overlong shaping); GRPO, arXiv 2402.03300 (group_std); Dr. GRPO, arXiv
 2503.20783 (group_mean); RLOO, arXiv 2402.14740 (leave_one_out).

@@ -1,6 +1,6 @@
-"""The call of `policy_loss` before there were `TokenValues` and `Sequences`: a dozen tensors one behind the other.
+"""The call of `policy_loss` before there were `TokenValues` and `Sequences`: a dozen tensors, one after the other.
 
-It goes on working and warns. Which of the two a call is, its first argument says: a tensor, or `TokenValues`.
+It still works, with a warning. The first argument tells which of the two a call is: a tensor, or `TokenValues`.
 
 Shapes: T packed tokens of this rank, S whole sequences.
 """

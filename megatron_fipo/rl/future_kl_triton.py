@@ -83,7 +83,7 @@ def triton_suffix_sum(x: Tensor, segments: Segments, half_life_tokens: float) ->
 
     Args:
         x: float32 [T], contiguous.
-        segments: of these tokens, on the same device.
+        segments: the segments of these tokens, on the same device.
 
     Returns:
         float32 [T].

@@ -57,13 +57,13 @@ class GradedScores:
     """Scores strictly between 0 and 1 of one source's responses. Its text is a sentence.
 
     Attributes:
-        source: of the data.
-        verifier: what gave them.
-        count: of them.
-        num_responses: of the source that were judged.
-        num_right: those with the score 1.
-        largest: of the scores below 1.
-        means: of each of several verifiers, by name.
+        source: the data source's name.
+        verifier: the verifier that gave the scores.
+        count: how many such scores there are.
+        num_responses: how many of the source's responses were judged.
+        num_right: how many have the score 1.
+        largest: the largest score below 1.
+        means: the mean score of each verifier, by name, where there are several.
     """
 
     source: str

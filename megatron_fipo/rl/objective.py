@@ -54,7 +54,7 @@ class LossOutput:
 
 @takes_former_call
 def policy_loss(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -> LossOutput:
-    """The clipped policy loss of one microbatch, summed, with the count that it is to be divided by.
+    """The clipped policy loss of one microbatch, summed, with the count by which to divide it.
 
     No collective here; `sequences` may hold some. Differentiable in log_probs and entropy; Future-KL and all weights
     are detached. With every token masked, loss_sum is a 0 that still hangs on log_probs' graph, and normalizer is 0.

@@ -22,7 +22,7 @@ def round_up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The whole packed sequences of a microbatch, one behind the other, and which of their rows a rank holds.
+    """The whole packed sequences of a microbatch, one after the other, and which of their rows a rank holds.
 
     All but `cp_rank` and what follows from it is the same on every context-parallel rank.
     """

@@ -1,4 +1,4 @@
-"""From a step's groups to minibatches, and from samples to microbatches of packed sequences.
+"""Cut a step's groups into minibatches, and pack samples into microbatches of sequences.
 
 Shapes: T packed tokens, padding included; S sequences; R data-parallel ranks.
 """

@@ -37,7 +37,7 @@ class Ending:
         """See whether the metrics of a step meet the rule.
 
         Args:
-            num_steps: that are done.
+            num_steps: number of steps that are done.
 
         Raises:
             ValueError: if steps have no such metric.

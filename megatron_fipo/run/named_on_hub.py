@@ -26,9 +26,9 @@ class NamedRun:
     """A configuration with what it names on the hub.
 
     Attributes:
-        local: with folders and files of this machine in the names' places: what is read.
-        recorded: with the names, and commits as their revisions: what is written down and compared.
-        origins: of each name its revision as asked for and its commit, for provenance.json.
+        local: the configuration with folders and files of this machine in the names' places: what is read.
+        recorded: the configuration with the names, and commits as their revisions: what is written down and compared.
+        origins: the revision asked for and the commit of each name, for provenance.json.
         notes: what the user should know, a line each.
     """
 

@@ -20,7 +20,7 @@ class ResumePoint:
     """A place in the loop, besides the actor's weights and the recorded rollouts.
 
     Attributes:
-        step: that comes next, or whose updates are partly made.
+        step: the step that comes next, or whose updates are partly made.
         rollouts: the source's state before that step.
         best: state of the best model so far; empty where a version without one saved it.
         ended_by: the rule of train.stop_when that ended the run; empty: none did.

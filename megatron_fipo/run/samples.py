@@ -24,17 +24,17 @@ class TrainingSample:
     """One response of a training step, as it is kept.
 
     Attributes:
-        step: that generated it or trained on it.
+        step: the step that generated it or trained on it.
         source, prompt_id, sample_index: which one it is.
-        prompt, response: the texts; of the prompt with its template.
+        prompt, response: the texts; the prompt's with its template.
         reference: the right answer as text.
         answer: what the verifier took the response to answer.
         score: the verifier's.
-        reward: after shaping.
+        reward: the reward, after shaping.
         advantage: None where its group was not trained on.
-        trained_on: whether its group was, in this step.
-        why_not: the reason where it was not.
-        tokens: of the response.
+        trained_on: whether this step trained on its group.
+        why_not: the reason if it did not.
+        tokens: number of the response's tokens.
         finish_reason: stop or length.
         error: why it could not be judged.
         created_at_step: an earlier step where the group was left over from it.
@@ -172,10 +172,10 @@ def show_samples(
     """Print what was kept of a step.
 
     Args:
-        step: None is the newest.
-        source: only of this one.
+        step: which step; None shows the newest.
+        source: show only responses of this source; None shows all.
         right: only right or only wrong ones; None shows both.
-        limit: no more than so many.
+        limit: show at most this many; None shows all.
         full: whole texts, however long.
 
     Raises:

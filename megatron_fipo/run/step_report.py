@@ -53,7 +53,7 @@ def step_metrics(
     """Everything about a step as flat numbers, the same on every rank. Collective over all ranks.
 
     Args:
-        rollouts: of the step.
+        rollouts: the step's rollouts.
         updates: this rank's results, in order.
         more: further metrics, alike on every rank.
 

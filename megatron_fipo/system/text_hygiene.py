@@ -23,7 +23,7 @@ def clean_text(text: str, max_characters: int | None = None) -> str:
     Cleaning twice changes nothing. The result encodes as UTF-8, and `splitlines` splits it at "\n" alone.
 
     Args:
-        text: from a model, a verifier, a server, a file.
+        text: the text of a model, a verifier, a server or a file.
         max_characters: a longer text is cut there, and ends in an ellipsis; None for no limit.
     """
     if max_characters is not None and len(text) > max_characters:

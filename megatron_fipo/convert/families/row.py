@@ -35,7 +35,7 @@ class HfTensor:
     """A tensor of a Hugging Face checkpoint.
 
     Attributes:
-        name: with `{layer}` for the global layer number from 0, and `{expert}` for the expert's.
+        name: the name, with `{layer}` for the global layer number from 0, and `{expert}` for the expert's.
         size: function from a model's shape to the whole tensor's size.
     """
 

@@ -180,7 +180,7 @@ class InferenceServer(Protocol):
         Args:
             request: prompt, prefix, sampling and seed. The server gets prompt + prefix as its prompt, and max_tokens
                 less the prefix.
-            request_id: for `cancel`; unique among all that this server ever gets.
+            request_id: a name for `cancel`; unique among all requests that this server ever gets.
             stop_token_ids: tokens that end a response.
             timeout_s: longest wait for the whole answer.
             connection: where to send it instead of this server's own address: a router.
