@@ -12,11 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show responses that a run has kept of its steps (metrics.num_samples_per_step)."
     parser.add_argument("run_folder", metavar="RUN", help="folder of the run, such as outputs/quickstart")
     parser.add_argument("--step", type=int, metavar="N", help="by default the newest")
-    parser.add_argument("--source", metavar="NAME", help="of data.train; only its responses")
+    parser.add_argument("--source", metavar="NAME", help="show only the responses of this source of data.train")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--right", action="store_const", const=True, dest="right", help="only right ones")
     kind.add_argument("--wrong", action="store_const", const=False, dest="right", help="only wrong ones")
-    parser.add_argument("--limit", type=count, metavar="N", help="no more than so many")
+    parser.add_argument("--limit", type=count, metavar="N", help="show at most N responses")
     parser.add_argument("--full", action="store_true", help="whole texts, however long")
 
 
