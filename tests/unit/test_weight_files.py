@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "shards without an index": ("neither model.safetensors nor model.safetensors.index.json", no_index),
     "one file of another name": ("rename it to model.safetensors", renamed),
     "a path out of the folder": ("'../model.safetensors', which is no", outside),
-    "a number for a file": ("in 7, which is no", reindexed(lambda owner_of: owner_of.update({EMBEDDING: 7}))),
+    "a number for a file": ("assigned to 7, which is no", reindexed(lambda owner_of: owner_of.update({EMBEDDING: 7}))),
     "a file that is gone": ("model-00002-of-00002.safetensors, which is not there", file_gone),
     "a tensor in two files": (f"holds {EMBEDDING}, which", in_two_files),
     "a tensor that is elsewhere": (
