@@ -170,6 +170,6 @@ def test_a_configuration_that_cannot_be_written_is_told_in_words(tmp_path: Path)
     config = config_for(tmp_path / "run")
     folder, lock, _ = prepare(config)
     (folder.root / "provenance.json").mkdir()
-    with pytest.raises(DiskError, match=r"run cannot be written: Is a directory .*Make room or mend"):
+    with pytest.raises(DiskError, match=r"provenance.json cannot be written: Is a directory .*Make room or mend"):
         record_config(config, folder)
     lock.release()
