@@ -181,7 +181,7 @@ def test_what_a_response_writes_to_every_file_is_no_verdict(running: VerifierPoo
     marker = tmp_path / "unpickled"
     before = run(running, "found = 'before'")
     forged = run(running, FORGERIES, str(marker))
-    assert "what is no JSON" in forged.error
+    assert "data that is not JSON" in forged.error
     assert not forged.correct
     assert run(running, "found = 'before'") == before
     assert not marker.exists()
@@ -340,7 +340,7 @@ def test_where_nothing_can_be_confined_what_evaluates_text_is_refused(
         text=True,
         check=True,
     )
-    said = f"verifier {name} cannot be used here: a response may turn into code there, so it runs confined, and"
+    said = f"verifier {name} cannot be used here: a response may run as code in it, so it must be confined, and"
     assert (said in run.stdout) is refused
     assert (f"set verifier.trusted=[{name}]" in run.stdout) is refused
 
@@ -394,15 +394,15 @@ TALKS = "talks_back:verify"
 def test_whatever_a_worker_sends_is_data(modules: Path, tmp_path: Path) -> None:
     (modules / "talks_back.py").write_text(TALKS_BACK)
     forged = {
-        "pickle": "what is no JSON",
+        "pickle": "data that is not JSON",
         "bare pickle": "a message of",
-        "score": "a score that is no number in [0, 1]: 2",
-        "true": "a score that is no number in [0, 1]: True",
-        "nan": "a score that is no number in [0, 1]: nan",
-        "number": "an answer or an error that is no text",
-        "no time": "a time that is none",
-        "list": "what is no JSON object",
-        "deep": "what is no JSON",
+        "score": "a score that is not a number in [0, 1]: 2",
+        "true": "a score that is not a number in [0, 1]: True",
+        "nan": "a score that is not a number in [0, 1]: nan",
+        "number": "an answer or an error that is not a text",
+        "no time": "a time that is not a finite number",
+        "list": "data that is not a JSON object",
+        "deep": "data that is not JSON",
         "huge": "a message of 2147483648 bytes",
         "half": "took longer than verifier.timeout_s=5",
     }
@@ -466,7 +466,7 @@ def test_one_that_is_killed_each_time_ends_the_run_in_words(tmp_path: Path, monk
         ("def verify(:", r"SyntaxError: invalid syntax \(broken.py, line 1\)"),
         (
             "from threading import Event, Thread\nThread(target=Event().wait, daemon=True).start()\nverify = print",
-            "1 threads run beside it, and each response is judged in a fork. Start threads where they are needed",
+            r"its process has other threads \(1\) and must fork for each response. Start threads where they are needed",
         ),
     ],
 )

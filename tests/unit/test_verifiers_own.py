@@ -56,7 +56,7 @@ def test_a_dict_holds_score_answer_error_and_further_numbers() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (None, "returned None. .* Does every way through it end in a return"),
+        (None, "returned None. .* Does every path through it end in a return"),
         ([1.0], r"returned a list \(\[1.0\]\). .* one response and not a batch"),
         (np.array([1.0]), "returned a ndarray .* one response and not a batch"),
         ("1.0", "returned a str .* Return the number, not its text"),
@@ -158,7 +158,7 @@ def test_only_who_asks_for_rows_is_given_them() -> None:
         (lambda a, b: 1, "takes 'a', 'b', .* response_text or response or completion or solution_str, reference or"),
         (lambda a, b, c, d: 1, "takes 'a', 'b', 'c', 'd'"),
         (lambda a, b, c, *, d: 1, "takes 'a', 'b', 'c', 'd'"),
-        (lambda text, reference, /: 1, "Parameters before a '/' go by position only"),
+        (lambda text, reference, /: 1, "Parameters before a '/' are passed by position"),
         (lambda: 1, "takes nothing that could be judged"),
     ],
 )  # fmt: skip
