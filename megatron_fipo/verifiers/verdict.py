@@ -47,7 +47,7 @@ def score_remedy(value: float) -> str:
     if value < 0.0:
         return "Only 1 is right; for rewards from -1 to 1 return (reward + 1) / 2."
     if value > 1.0:
-        return "Only 1 is right; divide by the largest possible score."
+        return "Only 1 is right; divide by the largest score that is possible."
     return "Return 0 for a response that deserves nothing."
 
 

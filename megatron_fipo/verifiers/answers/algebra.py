@@ -61,7 +61,7 @@ _LETTERS = {"hbar": "h_{1001}", "ell": "l_{1002}"}
 _FUNCTION_OVER = re.compile(
     r"\\(sin|cos|tan|ln|log)\s*((?!\\pi)\\(?:theta|alpha|beta|gamma|phi|varphi|omega)(?![A-Za-z])|[A-Za-z])\s*/(?=\s*[A-Za-z\\])"
 )
-"""A function of a letter over a letter or a command: \\sin\\theta/g is a quotient; \\sin\\pi/3 and \\sin x/2 may not be."""
+"""A function of a letter over a letter: \\sin\\theta/g is a quotient, while \\sin\\pi/3 and \\sin x/2 may not be."""
 _POINTS = (
     Fraction(7, 5), Fraction(-13, 11), Fraction(23, 7), Fraction(-31, 9), Fraction(5, 13), Fraction(-3, 17),
     Fraction(41, 10), Fraction(-57, 8), Fraction(19, 6),

@@ -1,4 +1,4 @@
-r"""Reads choices: "C", "(C)", "C)", "Option C", or with the choice's content, as in "\textbf{(C)}\ 42" or "C: a text"."""
+r"""Reads choices: "C", "(C)", "C)", "Option C", possibly with the choice's content: "\textbf{(C)}\ 42", "C: a text"."""
 
 from __future__ import annotations
 

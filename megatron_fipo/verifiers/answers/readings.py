@@ -110,7 +110,7 @@ class Several:
 
     @property
     def in_order(self) -> bool:
-        """Whether the order always counts: with arrows, parts of one quantity, or dots. `equality` decides on tuples."""
+        """Whether the order always counts: with arrows, parts of a quantity or dots. `equality` decides for tuples."""
         return self.joiner in ("->", "+") or any(isinstance(item, Dots) for item in self.items)
 
 
