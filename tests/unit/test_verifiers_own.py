@@ -1,4 +1,4 @@
-"""Rewards as people write them: what a function may take and return, how it is found, and what is refused in words."""
+"""Users' own verifiers: what a function may take and return, how it is found, and what is refused with a message."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ print("a module that prints")
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory with `judges`, and a folder of a configuration with `beside`."""
+    """The current directory with a module `judges`, and a configuration's folder with a module `beside`."""
     (tmp_path / "here").mkdir()
     (tmp_path / "configuration").mkdir()
     (tmp_path / "here" / "judges.py").write_text(JUDGES)
@@ -213,7 +213,7 @@ def test_own_verifiers_are_inspected_in_words_and_never_here(folders: Path) -> N
         "you mean 'judges:verify'?",
         "judges.sub:verify": "there is no module 'judges.sub'",
         "judges:Judge": "is a class. Name an instance of it",
-        "judges:number": "is a int and no function",
+        "judges:number": "is a int, not a function",
         "judges:batches": "takes 'completions', which a verifier is not given. Did you mean 'completion'",
         "broken:f": "importing its module failed: SyntaxError",
         "fails:f": f"importing its module failed: OSError: no such GPU ({folders / 'here' / 'fails.py'}:1)",
