@@ -91,8 +91,8 @@ class VerifierJob:
     """One response to judge.
 
     Attributes:
-        verifier: built-in name (`registry.BUILTIN_VERIFIERS`), dotted path "package.module:function", or the URL of a
-            reward model.
+        verifier: built-in name (`names.BUILTIN_VERIFIERS`), dotted path "package.module:function", URL of a reward
+            model, or a `combined_name` of several.
         response_text: the response, without prompt and special tokens.
         reference: what the verifier compares the response with; must be picklable.
         finish_reason: stop, length or abort.
