@@ -175,7 +175,7 @@ def show_samples(
         step: None is the newest.
         source: only of this one.
         right: only right or only wrong ones; None shows both.
-        limit: no more than so many.
+        limit: the largest number of samples shown.
         full: whole texts, however long.
 
     Raises:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--right", action="store_const", const=True, dest="right", help="only right ones")
     kind.add_argument("--wrong", action="store_const", const=False, dest="right", help="only wrong ones")
-    parser.add_argument("--limit", type=count, metavar="N", help="no more than so many")
+    parser.add_argument("--limit", type=count, metavar="N", help="show at most N")
     parser.add_argument("--full", action="store_true", help="whole texts, however long")
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default filled in. Nothing is trained and nothing is fetched."
     )
     add_config_arguments(parser)
-    parser.add_argument("--world-size", type=count, metavar="N", help="also check the layout for so many processes")
+    parser.add_argument("--world-size", type=count, metavar="N", help="also check the layout for N processes")
     parser.add_argument(
         "--files-elsewhere",
         action="store_true",
