@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
     parser.description = (
         "Compute memory, work and time of a run on GPUs, without one and without building the model, and say what is "
-        "missing or cannot work. Leaves with 0 if it fits, 1 if not, 2 if the configuration is no good."
+        "missing or cannot work. The exit status is 0 if it fits, 1 if not, 2 if the configuration cannot be used."
     )
     add_config_arguments(parser)
     parser.add_argument("--world-size", type=count, metavar="N", help="training GPUs (default: one copy of the model)")

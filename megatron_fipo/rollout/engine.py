@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -115,16 +115,15 @@ class Turn(OfSegments):
         return self.request.sample_index
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which of the prompts a rank generates for: every count-th one from the index-th on."""
+class Share(NamedTuple):
+    """Which of the prompts a rank generates for: every stride-th one from the first on, which counts from 0."""
 
-    index: int
-    count: int
+    first: int
+    stride: int
 
     def of(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Its prompts, in order."""
-        return list(prompts[self.index :: self.count])
+        return list(prompts[self.first :: self.stride])
 
 
 ALL_PROMPTS = Share(0, 1)

@@ -1,1 +1,1 @@
-"""Judges of responses, and the pool of processes that runs them. Nothing here imports torch."""
+"""Verifiers, which judge responses, and the pool of processes that runs them. Nothing here imports torch."""

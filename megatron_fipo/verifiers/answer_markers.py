@@ -1,6 +1,6 @@
-r"""Finding the final answer in a response: what stands in the last \boxed{...}, after the last "Answer:" or "####".
+r"""Find the final answer of a response: in the last \boxed{...}, or after the last "Answer:" or "####".
 
-Every search takes time linear in the text, whatever the text, and looks at its last MAX_SEARCHED_CHARACTERS only.
+Every search takes time linear in the text and looks at the last MAX_SEARCHED_CHARACTERS characters only.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ MAX_SEARCHED_CHARACTERS = 200_000
 """A response of 32k tokens has about 130,000 characters; no model puts its final answer further from its end."""
 
 MAX_CONTINUED_LINES = 60
-"""Longest matrix, or box, that is written over several lines."""
+"""A matrix or box may extend over this many lines."""
 
 _STARS = re.compile(r"\*+")
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-# No \b: an underscore is a letter to it, and "__Answer__:" is bold.
+# Not \b, which takes an underscore for a letter: "__Answer__:" is bold.
 _ANSWER_COLON = r"(?<![A-Za-z0-9])answer[*_]{0,2}\s{0,4}[:：]"
 _ANSWER_MARKER = re.compile(rf"(?:{_ANSWER_COLON}|#{{4,}})[*_]{{0,2}}", re.IGNORECASE)
 _ANSWER_COLON_MARKER = re.compile(rf"{_ANSWER_COLON}[*_]{{0,2}}", re.IGNORECASE)
@@ -24,7 +24,7 @@ _TAG = re.compile(r"</?(?:answer|think)>", re.IGNORECASE)
 _END_OF_TURN = re.compile(
     r"<\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|end|eos)\|>|<｜end[^｜<>]{1,40}｜>|</s>|<(?:eos|end_of_turn)>"
 )
-"""Tokens that a tokenizer may not leave out of the text."""
+"""End-of-turn tokens, which some tokenizers leave in the decoded text."""
 _BULLET = re.compile(r"(?:[-*+•]|\d{1,2}[.)])[ \t]+(?=\S)")
 _BLOCKS = (
     (re.compile(r"<answer>", re.IGNORECASE), re.compile(r"</answer>", re.IGNORECASE)),
@@ -34,11 +34,11 @@ _BLOCKS = (
     (re.compile(r"\\\("), re.compile(r"(?<!\\)\\\)")),
     (re.compile(r"\$(?=\s*\n)"), re.compile(r"\$")),
 )
-"""What may open the answer on a line of its own, and what closes it."""
+"""Delimiters around an answer of several lines: (opening, closing)."""
 
 
 _MINERVA_FRAME = re.compile(r"The final answer is (.{1,1000}?)\. I hope it is correct", re.IGNORECASE | re.DOTALL)
-"""How the few-shot prompt of Minerva (arXiv 2206.14858), which many evaluations use, has its answers end."""
+"""The form of an answer in Minerva's few-shot prompt (arXiv 2206.14858), which many evaluations use."""
 
 
 def last_answer_tag(text: str) -> str | None:
@@ -56,7 +56,7 @@ def last_answer_tag(text: str) -> str | None:
 def last_boxed(text: str) -> tuple[int, str] | None:
     r"""Position and content of the last \boxed{...} whose braces balance; None if there is none.
 
-    Of boxes within each other the outermost counts.
+    Where boxes are nested, the outermost counts.
     """
     end = _end_of(text)
     if "\\boxed" not in end and "\\fbox" not in end:
@@ -81,14 +81,14 @@ def last_boxed(text: str) -> tuple[int, str] | None:
 
 
 def last_answer_line(text: str, *, number_signs: bool = True) -> tuple[int, str] | None:
-    """Position and content of the last "Answer:" or "####": the rest of its line, or the next line that is not empty.
+    """Position of the last "Answer:" or "####", and the rest of its line or the next line that is not empty.
 
-    "Answer:" counts in any case, also as "Final Answer:", in Markdown's bold and with a full-width colon. Where the
-    content opens a display, a code block or <answer>, it goes on to its end; lines of a list are separated by commas.
+    "Answer:" counts in upper or lower case, also as "Final Answer:", in Markdown's bold and with a full-width colon. A
+    content that opens a display, a code block or <answer> extends to its end; the lines of a list are joined by commas.
     None if there is no marker.
 
     Args:
-        text: that ends with the answer.
+        text: the response.
         number_signs: whether "####" is a marker.
     """
     end = _end_of(text)
@@ -103,13 +103,13 @@ def last_answer_line(text: str, *, number_signs: bool = True) -> tuple[int, str]
 
 
 def last_marked_answer(text: str) -> str | None:
-    r"""Answer at whichever marker comes last in the text: \boxed{...}, "Answer:" or "####"; None without one."""
+    r"""The answer at the last marker of any kind: \boxed{...}, "Answer:" or "####"; None if there is no marker."""
     found = [candidate for candidate in (last_boxed(text), last_answer_line(text)) if candidate is not None]
     return max(found)[1] if found else None
 
 
 def last_line(text: str) -> str:
-    """Last line that is not empty, stripped; empty for an empty text."""
+    """The last line that is not empty, stripped; "" if there is none."""
     stripped = _end_of(text.rstrip())
     return stripped.splitlines()[-1].strip() if stripped else ""
 
@@ -142,7 +142,7 @@ def _content(behind: str) -> str:
 
 
 def _continued(lines: list[str]) -> str:
-    """The first line, with those that follow until a matrix or a box that it opens is closed."""
+    """The first line; where it opens a matrix or a box, joined with the following lines until that is closed."""
     text = lines[0]
     for line in lines[1:MAX_CONTINUED_LINES]:
         open_box = "\\boxed{" in text and text.count("{") > text.count("}")
@@ -157,7 +157,7 @@ def _opens(text: str) -> bool:
 
 
 def _undecorated(answer: str) -> str:
-    """Without tags, what follows the end of a turn, and bold marks and full stops, in any order, around sentences."""
+    """Remove tags, everything after an end-of-turn token, and the bold marks and full stop around the answer."""
     answer = _TAG.sub(" ", _END_OF_TURN.split(answer, maxsplit=1)[0]).strip()
     before = None
     while answer != before:

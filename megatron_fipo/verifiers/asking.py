@@ -1,4 +1,4 @@
-"""One verifier asked about one response: whatever it does comes back as a verdict of plain data."""
+"""Ask one verifier about one response; whatever it does becomes a verdict of plain data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from megatron_fipo.verifiers.verdict import NO_VERDICT, RAISED, JobVerifier, Ver
 
 
 def ask(name: str, verifier: Verifier, job: VerifierJob, timeout_s: float) -> Verdict:
-    """The verifier's verdict; what it raises, and what it returns that is no verdict, becomes one with an error.
+    """Return the verifier's verdict; an exception or a value that is no verdict becomes a verdict with an error.
 
     Args:
-        name: how the verifier is called in messages.
+        name: the verifier's name in messages.
+        verifier: the verifier.
+        job: the response.
+        timeout_s: passed on to a `JobVerifier`; nothing is timed here.
     """
     try:
         if isinstance(verifier, JobVerifier):
@@ -28,7 +31,7 @@ def ask(name: str, verifier: Verifier, job: VerifierJob, timeout_s: float) -> Ve
 
 
 def _plain(verdict: Verdict) -> Verdict:
-    """With plain types only: the pool's process may lack the modules of whatever a verifier put in there."""
+    """Convert a verdict's fields to plain types: the pool's process may lack the modules of a verifier's own types."""
     return Verdict(
         float(verdict.score),
         writable(str(verdict.answer)),
@@ -39,5 +42,5 @@ def _plain(verdict: Verdict) -> Verdict:
 
 
 def writable(text: str) -> str:
-    r"""The text with what UTF-8 cannot express, half of a surrogate pair, written as \ud800: it goes into files."""
+    r"""Write out lone surrogates, which UTF-8 cannot encode, as in \ud800, so that the text can go into files."""
     return text.encode("utf-8", "backslashreplace").decode()

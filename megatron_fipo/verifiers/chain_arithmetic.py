@@ -1,4 +1,4 @@
-"""Chain arithmetic: the response ends by itself with "#<number>", and the number is right."""
+"""Chain arithmetic: the response stops by itself after "#<number>", and the number is right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FINAL_NUMBER = re.compile(r"#([0-9]+)\Z")
 def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     """Compare the number after the final "#" with the reference as text: "07" is not "7".
 
-    A response cut at the length limit has not committed itself to an answer (a digit might follow) and is not accepted.
+    A response cut at the length limit is not accepted, since another digit might have followed.
     """
     match = _FINAL_NUMBER.search(response_text)
     if match is None or finish_reason != "stop":

@@ -1,6 +1,6 @@
-"""A run's verifiers are loaded before anything is generated, in a process apart: what is a user's own never runs here.
+"""Inspects a user's own verifiers in a separate process before anything is generated; their code never runs here.
 
-A name that means nothing and a signature that cannot be called stop the run in words.
+A name that cannot be imported and a signature that cannot be called stop the run with an error message.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Findings:
     """The findings of an inspection of verifiers.
 
     Attributes:
-        problems: why the run cannot be, each a sentence or more; with the source's key.
-        warnings: what the user should know.
-        row_readers: names of verifiers that ask for the rows of the data.
+        problems: reasons why the run cannot start, each with the source's key.
+        warnings: likely mistakes that do not stop the run.
+        row_readers: names of the verifiers that take the rows of the data.
     """
 
     problems: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Findings:
     row_readers: frozenset[str] = field(default_factory=frozenset)
 
     def raise_problems(self) -> None:
-        """Raise ValueError if there are any."""
+        """Raise ValueError if there are problems."""
         if len(self.problems) == 1:
             raise ValueError(self.problems[0])
         if self.problems:
@@ -36,7 +36,7 @@ class Findings:
 
 
 def inspect_own(config: Config) -> Findings:
-    """Load the verifiers that are a user's own, in a process apart. Reward models and built-in ones are not asked."""
+    """Load the user's own verifiers in a separate process. Reward models and built-in verifiers are not inspected."""
     places: dict[str, list[str]] = {}
     for key, source in _sources(config):
         for name in verifier_weights(source):

@@ -1,13 +1,13 @@
-"""Code: the response's Python does what the problem's reference asks, run under `sandbox`'s protection.
+"""Code: the response's Python program is run in the `sandbox` and must do what the problem's reference asks.
 
-`code_blocks` says which part of a response is its program, `code_reference` which references there are, `code_output`
-what counts as equal; docs/programs.md tells it all to users.
+`code_blocks` finds the program in a response, `code_reference` reads references, `code_output` compares results;
+docs/programs.md describes all of it for users.
 
-One test, input or call that fails makes the response wrong, and so does reaching a limit. All of a response share the
-verifier's time-out, of which `WALL_SHARE` is theirs. Programs may use the standard library only, and write no files.
+A response is wrong if one test, input or call fails, or if it reaches a limit. All tests of a response together have
+`WALL_SHARE` of the verifier's time-out. Programs may use the standard library only, and write no files.
 
-`code` refuses to run anything where the protection cannot be had; `code_unprotected` runs programs without it, with
-the rights of the user who trains: for machines that are themselves a sandbox.
+`code` refuses to run anything where the protection is not available; `code_unprotected` runs programs without it, with
+all rights of the user who trains, and is meant for machines that are themselves a sandbox.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megatron_fipo.verifiers.sandbox import Limits, call_python, check_available
 from megatron_fipo.verifiers.verdict import JobVerifier, Verdict, VerifierJob
 
 WALL_SHARE = 0.8
-"""Share of the verifier's time-out that the tests of one response have."""
+"""Share of the verifier's time-out that all tests of one response together may take."""
 
 MAX_PROGRAM_CHARACTERS = 50_000
-"""Longer programs are wrong."""
+"""Longest program; longer ones are wrong."""
 
 _OUTPUT_BYTES = 2**20
-"""Every program may write this much; twice the expected output where that is more."""
+"""Largest output of a program, unless twice the expected output is more."""
 
 
 class CodeVerifier(JobVerifier):
@@ -37,19 +37,20 @@ class CodeVerifier(JobVerifier):
         self._protected = protected
 
     def check_ready(self) -> None:
-        """
+        """Check that programs can be confined here; without protection, do nothing.
+
         Raises:
-            SandboxUnavailableError: where this machine cannot be protected from programs.
+            SandboxUnavailableError: if they cannot.
         """
         if self._protected:
             check_available()
 
     def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
-        """Accept a program that passes everything; the answer is the program.
+        """Accept a program that passes everything; the verdict's answer is the program.
 
         Raises:
             ValueError: for a malformed reference.
-            SandboxUnavailableError: where programs cannot be protected against.
+            SandboxUnavailableError: if programs cannot be confined here.
         """
         deadline = time.monotonic() + WALL_SHARE * timeout_s
         reference = read_reference(job.reference)

@@ -1,12 +1,12 @@
-"""Finds the part of a response that is its program.
+"""Finds the program in a response.
 
-Blocks between fences, as CommonMark has them: three or more backticks or tildes, closed by as many of the same kind,
-indented as one likes; a block that a longer response did not close counts only where no other does. Two things differ
-from CommonMark, since models write so: a fence that names a language opens a block even where the one before was left
-open, or where text stands before it on its line; and a fence inside a text of the program (in a docstring, say) does
-not end the block, which shows by the program being no Python when it is cut there.
+Programs stand in CommonMark's fenced blocks: three or more backticks or tildes, closed by at least as many of the same
+kind, with any indentation. A block that is never closed counts only if no block is closed. Two rules differ from
+CommonMark, because of how models write. A fence that names a language opens a block even if the previous block is still
+open, or if text precedes it on its line. A fence inside a string of the program, such as a docstring, does not end the
+block: it is recognized because the program cut there does not parse.
 
-Of several blocks the program is the last one that serves the problem; see `extract_program`.
+If there are several blocks, the program is the last one that fits the problem; see `extract_program`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dataclasses import dataclass
 _SEARCHED_CHARACTERS = 200_000
 _PARSED_CHARACTERS = 50_000
 _MAX_CLOSINGS = 30
-"""Fences that are tried as the end of one block."""
+"""Number of fences that are tried as the end of one block."""
 
 _MAX_FENCES = 400
-"""Only this many of a response's last fences are looked at."""
+"""Number of fences that are considered, counted from the response's end."""
 
 _PARSING_BUDGET = 1_000_000
-"""Characters that are parsed for one response, two seconds' worth; beyond, nothing counts as Python to look at."""
+"""Characters that are parsed for one response, about two seconds; after these, no block counts as Python."""
 
-# Possessive (`*+`), so that a hostile line costs a time that grows with its length and not with its square.
+# Possessive quantifiers (`*+`), so that a hostile line costs linear and not quadratic time.
 _FENCE = re.compile(r"^([ \t]*+)(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)
 _FENCE_BEHIND_TEXT = re.compile(r"(?<=[^\n`])()(`{3,}+)[ \t]*+([A-Za-z][\w+.-]*+)[ \t]*+$", re.MULTILINE)
 _PYTHON = re.compile(r"(i?python|py|pypy)[\d.]*", re.IGNORECASE)
@@ -47,9 +47,9 @@ class Block:
     """The text between two fences.
 
     Attributes:
-        language: first word behind the opening fence, empty if there is none.
-        text: the block, moved left by as much as its fence is indented.
-        closed: False where the response ends before it.
+        language: first word after the opening fence; empty if there is none.
+        text: the block, with the indentation of its fence removed from every line.
+        closed: False if the response ends inside the block.
     """
 
     language: str
@@ -58,30 +58,31 @@ class Block:
 
     @property
     def says_python(self) -> bool:
-        """Whether its fence calls it Python."""
+        """Whether the fence names Python as the language."""
         return _PYTHON.fullmatch(self.language) is not None
 
 
 def extract_program(
     response_text: str, names: Collection[str] = (), reads_input: bool = False, prompt: str = ""
 ) -> str:
-    """The response's program; empty if there is none.
+    """Return the response's program; empty if there is none.
 
-    Candidates are the blocks whose fence says Python, and those whose fence says nothing and which are Python to look
-    at: they parse, and do more than name values, as sample output does. If there are none, all blocks are; if there are
-    no blocks, the whole response is the program, or what stands between marks such as <answer> or [BEGIN]. Of the
-    candidates the last is taken that
+    Candidates are the blocks whose fence says Python, and those whose fence names no language and whose text looks like
+    a program: it parses and, unlike sample output, does more than name values. If there are none, the blocks of other
+    languages that look like a program are candidates; failing these, all blocks. Without any block, the whole response
+    is the program, or the part between marks such as <answer> or [BEGIN]. The program is
 
-    - defines one of `names`, where the problem asks for a function: a later block that only calls it is its example;
-    - reads the standard input and prints, else prints, where the problem is a matter of input and output.
-
-    If none does, the last one is.
+    - if the problem asks for a function, the last candidate that defines one of `names`, else the last that imports
+      one: a later block that only calls the function is an example of its use;
+    - if the problem is about input and output, the last candidate that reads standard input and prints, else the last
+      that prints;
+    - otherwise, or if no candidate does, the last candidate.
 
     Args:
         response_text: the response.
-        names: the function that the problem asks for, or several of which one will do.
-        reads_input: whether the problem is to read an input and print.
-        prompt: the beginning of a module that the program may go on from.
+        names: names of the function that the problem asks for; one of them suffices.
+        reads_input: whether the program is to read an input and print.
+        prompt: the beginning of a module that the program may continue.
     """
     text = response_text[-_SEARCHED_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
     if _QUOTED_FENCE.search(text):
@@ -110,7 +111,7 @@ def extract_program(
 
 
 def _between_marks(text: str) -> str:
-    """A response without fences, less its thoughts and the lines that mark the program's ends."""
+    """The program in a response without fences: without the reasoning and the lines that mark its beginning and end."""
     text = text.rpartition("</think>")[2]
     opened = list(_OPENING_MARK.finditer(text))
     if opened:
@@ -149,7 +150,7 @@ def _blocks(text: str, parser: _Parser) -> Iterator[Block]:
 
 
 def _unclosed(text: str, language: str, opening: re.Match[str], parser: _Parser) -> Block:
-    """The response's rest; up to a fence behind the last line's text, where that leaves a module."""
+    """The rest of the response as a block; cut at a fence at the end of a line of text if what precedes it parses."""
     for closing in itertools.islice(_FENCE_AT_END.finditer(text), _MAX_CLOSINGS):
         block = _moved_left(text[: closing.start()], opening[1])
         if closing[1][0] == opening[2][0] and parser.parsed(block) is not None:
@@ -169,9 +170,9 @@ def _language(opening: re.Match[str]) -> str:
 def _end_of_python(
     text: str, fences: list[re.Match[str]], opening: re.Match[str], ends: list[int], parser: _Parser
 ) -> int:
-    """The first fence that, as the end of the block, leaves it a module; the first of all if none does.
+    """Index of the first fence that ends the block so that it parses; of the first fence if none does.
 
-    A longer block holds its inner fences, which are Python only inside of a text.
+    A block cut at a later fence contains the earlier ones, which are valid Python only inside a string.
     """
     for end in ends:
         if parser.parsed(_moved_left(text[opening.end() : fences[end].start()], opening[1])) is not None:
@@ -184,13 +185,13 @@ def _moved_left(text: str, indentation: str) -> str:
 
 
 class _Parser:
-    """Parses within a budget: what a response holds must not keep the judge busy."""
+    """Parses Python within a budget, so that no response takes the judge long."""
 
     def __init__(self) -> None:
         self._left = _PARSING_BUDGET
 
     def parsed(self, text: str) -> ast.Module | None:
-        """The module, None if it is none."""
+        """The module's syntax tree; None if the text is no Python, too long, or the budget is spent."""
         self._left -= len(text) + 500
         if len(text) > _PARSED_CHARACTERS or self._left < 0:
             return None
@@ -202,21 +203,21 @@ class _Parser:
             return None
 
     def is_program(self, block: Block, prompt: str) -> bool:
-        """Whether a block that does not say so is Python: it parses, and some statement is more than a value."""
+        """Whether a block looks like a program: it parses, and some statement does more than name a value."""
         tree = self.parsed(block.text)
         if tree is not None:
             return any(_does_something(statement) for statement in tree.body)
         return bool(prompt.strip()) and block.text[:1] in (" ", "\t") and self.parsed(prompt + block.text) is not None
 
     def imports(self, program: str, names: Collection[str]) -> bool:
-        """Whether a module takes one of the names from another, as examples of use do: from solution import add."""
+        """Whether a module imports one of the names, as examples of use do: from solution import add."""
         tree = self.parsed(program)
         return tree is not None and any(
             isinstance(node, ast.alias) and (node.asname or node.name) in names for node in ast.walk(tree)
         )
 
     def defines(self, program: str, names: Collection[str]) -> bool:
-        """Whether a module binds one of the names, by itself or as a method."""
+        """Whether a module binds one of the names, as a function, method, class or variable."""
         tree = self.parsed(program)
         if tree is None:
             return any(re.search(rf"\b(def|class)\s+{re.escape(name)}\b", program) for name in names)
@@ -224,7 +225,7 @@ class _Parser:
 
 
 def _does_something(statement: ast.stmt) -> bool:
-    """False for what sample output looks like: 6, [1, 2], YES, O(n), x = 1."""
+    """Whether a statement is unlike those that sample output parses as: 6, [1, 2], YES, O(n), x = 1."""
     if isinstance(statement, ast.Expr):
         call = statement.value
         return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _BUILTINS

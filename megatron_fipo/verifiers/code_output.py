@@ -1,12 +1,12 @@
-"""When a program's output, or what its function returns, is what was expected.
+"""Whether a program's output, or what its function returns, is what was expected.
 
-Outputs are compared line by line, white space at the end of a line, and empty lines at the end of the whole, aside.
-Two lines are equal if their words are, however many blanks stand between them; a line without a letter or a digit, such
-as a row of a drawing, must be the same text. Two words are equal as texts, or as the same decimal number: 2.0 is 2, and
-1e-3 is 0.001, exactly. Numbers with leading zeros are texts (0101 is not 101). With a tolerance t, as problems with
-floating-point answers state one, numbers a and b are equal if |a − b| ≤ t · max(1, |b|).
+Outputs are compared line by line, without the white space around the whole output and at the end of each line. Two
+lines are equal if their words are, with any amount of white space between them; a line without a letter or a digit,
+such as a row of a drawing, must be the same text. Two words are equal if they are the same text or the same decimal
+number: 2.0 is 2, and 1e-3 is 0.001, exactly. Numbers with leading zeros are texts (0101 is not 101). With a tolerance
+t, which problems with floating-point answers state, a number a equals the expected b if |a − b| ≤ t · max(1, |b|).
 
-Results are compared as Python compares them, with tuples taken for lists: 1 is 1.0, and True is 1.
+Results are compared by Python's ==, with tuples as lists: 1 is 1.0, and True is 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 _NUMBER = re.compile(r"[+-]?(0|[1-9]\d*|(?=\.))(\.\d*)?(e[+-]?\d{1,6})?", re.IGNORECASE | re.ASCII)
 _WORD_CHARACTER = re.compile(r"\w")
 _LARGEST_EXPONENT = 400
-"""Beyond it a number with a tolerance is compared as it is written: no floating-point answer goes there."""
+"""Numbers of 10^401 and more are compared without the tolerance: no floating-point answer is so large."""
 
 
 def same_output(actual: str, expected: str, tolerance: float = 0.0) -> bool:
@@ -66,7 +66,7 @@ def _close(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def same_result(actual: Any, expected: Any, tolerance: float = 0.0) -> bool:
-    """Whether a function's result, of JSON's types, is the expected one."""
+    """Whether a function's result, made of JSON's types, is the expected one."""
     if isinstance(actual, list) and isinstance(expected, list):
         return len(actual) == len(expected) and all(
             same_result(a, b, tolerance) for a, b in zip(actual, expected, strict=True)

@@ -1,17 +1,18 @@
-"""References of programs: the forms in which data sets publish them, read into one of three styles.
+"""Reads references for programs, in the forms that data sets publish, into one of three styles.
 
-A reference is a mapping or a list, or its JSON text. Keys whose value is null count as absent.
+A reference is a mapping or a list, or its JSON text. Keys whose value is null or "" count as absent.
 
-- Tests: `tests` (a text, or a list of statements) with, where wanted, `prompt`, `entry_point`, `same_process`: as of
+- Tests: `tests` (a text, or a list of statements), with optional `prompt`, `entry_point` and `same_process`, as in
   HumanEval and MBPP.
-- Input and output: `inputs` and `outputs`, as many of each, every one a text or a list of lines, with a `tolerance`
-  where floating-point answers are asked for: as of APPS, TACO, PRIME and CodeContests.
-- Calls: the same with `fn_name`. Every input is a list of arguments, or their JSON texts one a line; every output is
-  the result, as JSON or its text. Where all outputs are lists of one value and inputs are lists, as in APPS and TACO,
-  the result may be that value.
+- Input and output: `inputs` and as many `outputs`, each of them a text or a list of lines, with an optional `tolerance`
+  for floating-point answers, as in APPS, TACO, PRIME and CodeContests.
+- Calls: the same with `fn_name`. Each input is a list of arguments, or their JSON texts, one per line; each output is
+  the result, as JSON or its text. If all outputs are lists of one value and not all inputs are texts, as in APPS and
+  TACO, that value is accepted as the result, too.
 
-The last two also come as a list of cases {"input": …, "output": …, "testtype": "stdin" or "functional"}, under `cases`
-or alone, as in LiveCodeBench, and as APPS' `input_output`.
+The last two styles may also be given as a list of cases {"input": …, "output": …, "testtype": "stdin" or "functional"},
+alone or under `cases`, `public_test_cases` or `private_test_cases`, as in LiveCodeBench. Any form may be nested under
+`input_output`, as in APPS.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class CodeReference:
-    """A reference, read. One of `tests`, `outputs` and `results` is not empty.
+    """A parsed reference. Exactly one of `tests`, `outputs` and `results` is not empty.
 
     Attributes:
-        prompt: beginning of a module, which the program completes or stands behind.
-        entry_point: the function or method that the prompt asks for.
-        tests: source.
-        same_process: the tests run in the program's process.
-        inputs: texts of the standard input.
-        outputs: what is to be printed for each.
+        prompt: beginning of a module, which the program completes or follows.
+        entry_point: name of the function or method that the prompt asks for.
+        tests: source of the tests.
+        same_process: whether the tests run in the program's process.
+        inputs: texts of the standard input, one per run.
+        outputs: the expected standard output of each run.
         function: name of the function to call.
-        calls: its arguments, for each call.
-        results: what it is to return for each: any of these.
-        tolerance: of floating-point answers.
+        calls: the arguments of each call.
+        results: the results that are accepted for each call.
+        tolerance: tolerance for floating-point answers, as `code_output` defines it.
     """
 
     prompt: str = ""
@@ -66,7 +67,7 @@ class CodeReference:
     tolerance: float = 0.0
 
     def asked_names(self) -> frozenset[str]:
-        """The function that the program is to define, or names that the tests use and nothing but it can define."""
+        """The function that the program is to define, or else the names that the tests use and do not define."""
         if self.function or self.entry_point:
             return frozenset([self.function or self.entry_point])
         if not self.tests:
@@ -88,7 +89,7 @@ def read_reference(reference: Any) -> CodeReference:
     """Read a reference of any form.
 
     Raises:
-        ValueError: for one that says nothing, or that no program can pass; names the key and the remedy.
+        ValueError: if it is incomplete, contradictory or of another form; the message names the key and the remedy.
     """
     fields = _fields(reference)
     unknown = sorted(set(fields) - _KEYS)
@@ -110,10 +111,10 @@ def read_reference(reference: Any) -> CodeReference:
 
 
 def check_reference(reference: Any) -> None:
-    """Refuse, before anything is generated, what would judge every program wrong.
+    """Refuse, before anything is generated, a reference that no program can pass.
 
     Raises:
-        ValueError: as `read_reference`, and for tests that are no Python or never call the function.
+        ValueError: as `read_reference`, and for tests that are no Python or, with an entry_point, define no `check`.
     """
     read = read_reference(reference)
     if not read.tests:
@@ -134,7 +135,7 @@ def _parsed_tests(tests: str) -> ast.Module:
     try:
         return ast.parse(tests)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the tests of a code reference are no Python: {error}. Mend the data's tests.") from error
+        raise ValueError(f"the tests of a code reference are no Python: {error}. Correct the data's tests.") from error
 
 
 def _fields(reference: Any) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _json(text: str, what: str) -> Any:
 
 
 def _with_cases(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields, with lists of cases taken apart into inputs and outputs."""
+    """The fields, with lists of cases split into inputs and outputs."""
     given = [key for key in ("cases", "public_test_cases", "private_test_cases") if key in fields]
     metadata = fields.pop("metadata", None)
     if metadata is not None:
@@ -272,7 +273,7 @@ def _with_inputs(fields: dict[str, Any]) -> CodeReference:
 
 
 def _text(value: Any, what: str, end: str) -> str:
-    """An input or output of a program: a text, a number's text, or lines."""
+    """The text of a program's input or output, from a text, a number or a list of lines."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -286,7 +287,7 @@ def _text(value: Any, what: str, end: str) -> str:
 
 
 def _arguments(value: Any, number: int) -> tuple[Any, ...]:
-    """Arguments of one call: a list of them, or a text with one JSON value a line."""
+    """The arguments of one call, from a list, or from a text with one JSON value per line."""
     if isinstance(value, str):
         whole = f"input {number} of a code reference with fn_name, one argument a line,"
         return tuple(_json(line, whole) for line in value.split("\n") if line.strip())
@@ -299,10 +300,10 @@ def _arguments(value: Any, number: int) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of JSON's types, as JSON would give it back; numbers of other libraries are refused.
+    """Convert a value as a round trip through JSON would: tuples become lists, and keys texts.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for a value that JSON has no type for, such as an integer of numpy's.
     """
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

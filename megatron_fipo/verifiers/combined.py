@@ -1,7 +1,7 @@
-"""Several verifiers that judge one response together: the score is the weighted mean of theirs.
+"""Combines several verifiers on one response: the score is the weighted mean of their scores.
 
 Their names and weights travel as one name, "1.0*math + 0.2*judges:format", from the configuration through prompts to
-here. The pool judges under each name apart, so that every verifier runs as its kind demands, and at the same time.
+this module. The pool judges with each of them separately and concurrently, in the isolation of its kind.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_fipo.verifiers.verdict import Verdict, VerifierJob, split_name
 
 
 class JudgingPool(Protocol):
-    """Judges one job with one verifier, as a `VerifierPool` does."""
+    """A `VerifierPool`, as far as it is needed here."""
 
     async def judge(self, job: VerifierJob) -> Verdict:
-        """One verifier's verdict."""
+        """Judge one job, whose name is that of one verifier."""
 
 
 async def judge_combined(pool: JudgingPool, job: VerifierJob) -> Verdict:
-    """Judge one response by all verifiers that its job names; one alone gives its verdict as it is."""
+    """Judge one response by all verifiers that its job names; the verdict of a single one is returned unchanged."""
     weights = split_name(job.verifier)
     if len(weights) == 1:
         return await pool.judge(job)
@@ -33,20 +33,20 @@ async def judge_combined(pool: JudgingPool, job: VerifierJob) -> Verdict:
 
 
 def combine(weights: Mapping[str, float], verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict from those of several verifiers.
+    """Combine the verdicts of several verifiers into one.
 
-    The score is the weighted mean, and 1 only where every verifier that counts gives 1. The answer is the first that
-    one gives. An error of one is an error of the verdict; the scores of the others stay visible in its parts.
+    The score is the weighted mean; it is 1 only if every verifier with a weight above 0 gives 1. The answer is the
+    first non-empty one. If one verdict has an error, so does the result; the scores of the others stay in its parts.
 
     Args:
-        weights: of each verifier, >= 0 and not all 0; with 0 a verifier's score is shown and does not count.
-        verdicts: in the order of the weights.
+        weights: weight by verifier, >= 0 and not all 0; the score of a verifier with weight 0 is shown but not counted.
+        verdicts: the verdicts, in the order of the weights.
     """
     parts: dict[str, float] = {}
     for name, verdict in zip(map(shown_name, weights), verdicts, strict=True):
         if not verdict.error:
             parts[name] = verdict.score
-        # Below its verifier's name: two verifiers may call a number alike.
+        # Prefixed with the verifier's name: two verifiers may use the same name for a number.
         parts |= {f"{name}.{key}": value for key, value in verdict.parts.items()}
     answer = next((verdict.answer for verdict in verdicts if verdict.answer), "")
     failed = next((verdict for verdict in verdicts if verdict.error), None)
@@ -57,7 +57,7 @@ def combine(weights: Mapping[str, float], verdicts: Sequence[Verdict]) -> Verdic
 
 def _mean(weights: Sequence[float], verdicts: Sequence[Verdict]) -> float:
     pairs = list(zip(weights, verdicts, strict=True))
-    # 1 means right: rounding must neither make it nor miss it.
+    # 1 means correct, so rounding must neither produce nor miss it.
     if all(verdict.correct for weight, verdict in pairs if weight):
         return 1.0
     mean = math.fsum(weight * verdict.score for weight, verdict in pairs) / math.fsum(weights)

@@ -1,8 +1,9 @@
-"""Confines this process for good, once its imports are done: what it may read, which system calls it may make.
+"""Confines this process irrevocably, once its imports are done: what it may read, which system calls it may make.
 
-What holds then, for root as well, in a container or not: no network, no new processes, no new threads, no signals to
-others and no look into their memory, nothing written but to what is open already, and, where the kernel has Landlock
-(5.13), nothing read but Python's own files and those of the verifiers. Linux only.
+A process with all restrictions, root or not, in a container or not, has no network, starts no processes or threads,
+neither signals other processes nor sees their memory, and writes only to files that are already open. Where the kernel
+has Landlock (5.13), it reads only the files of Python, of PYTHONPATH and of the verifiers. `worker` and `isolation` say
+which worker gets which restrictions. Linux only.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ def has_landlock() -> bool:
 
 
 def readable_folders(modules: Iterable[str], package_root: str) -> list[str]:
-    """The folders that a confined worker may read: Python's installation, PYTHONPATH, and those of these modules.
+    """List the folders that a confined worker may read: Python's installation, PYTHONPATH, and those of these modules.
 
-    The current folder is not among them by itself, nor the one from which this project is imported, nor the
-    configuration's: a run's outputs, data and notes lie there. A module of the user's that lies in one of them takes
-    all of it along.
+    The current folder, the folder from which this project is imported and the configuration's folder are left out,
+    because a run's outputs, data and notes lie there. If one of the modules lies directly in such a folder, the whole
+    folder is readable nevertheless.
 
     Args:
         modules: names of imported modules.
@@ -60,7 +61,7 @@ def readable_folders(modules: Iterable[str], package_root: str) -> list[str]:
 
 
 def _folders_of(module_name: str) -> list[str]:
-    """The folders of a top-level module: a package's own, or the one that holds the file."""
+    """The folders of an imported top-level module: a package's own, or the one that holds the module's file."""
     module = sys.modules[module_name]
     if hasattr(module, "__path__"):
         return list(module.__path__)
@@ -68,13 +69,13 @@ def _folders_of(module_name: str) -> list[str]:
 
 
 def limit_memory(memory_gib: float) -> None:
-    """Let the process's address space grow to `memory_gib` GiB; beyond, Python raises MemoryError."""
+    """Limit the process's address space to `memory_gib` GiB; beyond it, Python raises MemoryError."""
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def limit_files() -> None:
-    """No file grows by this process, few are open at a time, none holds its memory after a crash."""
+    """Forbid this process to make files larger, to open more than `_MAX_OPEN_FILES`, and to leave a core dump."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -83,7 +84,10 @@ def limit_files() -> None:
 
 
 def restrict_reading(readable: list[str]) -> None:
-    """Leave only these folders readable, here and in processes started from here; nothing without Landlock.
+    """Make all other folders unreadable, to this process and its children; without Landlock, all stay readable.
+
+    Args:
+        readable: the folders that stay readable.
 
     Raises:
         SandboxUnavailableError: if the kernel has Landlock and refuses.
@@ -96,7 +100,7 @@ def restrict_reading(readable: list[str]) -> None:
 
 
 def restrict_calls(program: bytes) -> None:
-    """Install a filter of system calls (`syscall_filter`) in this process, for good.
+    """Install a filter of system calls (`syscall_filter`) in this process; it cannot be removed.
 
     Raises:
         SandboxUnavailableError: if the kernel refuses.

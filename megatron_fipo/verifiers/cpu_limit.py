@@ -1,4 +1,4 @@
-"""A limit on the CPU time of a block of Python code, for computations that may go on for ever."""
+"""A limit on the CPU time of a block of Python code, for computations that may not end."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from types import FrameType
 
 _REPEAT_S = 0.2
-"""The signal comes again and again, in case the code swallows the exception."""
+"""Seconds of CPU time after which the signal is repeated, in case the code swallowed the exception."""
 
 
 class CpuLimitError(BaseException):
-    """The limit was reached. No Exception, so that a library's `except Exception` does not swallow it."""
+    """The limit was reached. It is no Exception, so that a library's `except Exception` does not swallow it."""
 
 
 @contextlib.contextmanager
 def cpu_limit(limit_s: float) -> Iterator[None]:
-    """Raise CpuLimitError inside the block once it took so much CPU time of this process.
+    """Raise CpuLimitError inside the block once this process has spent `limit_s` seconds of CPU time in it.
 
-    Works where signals do, in the main thread, between two instructions of Python: one call into C that never returns
-    is not interrupted. In any other thread there is no limit. Nesting is not supported.
+    It uses a signal, which Python handles in the main thread between two instructions: a call into C that never returns
+    is not interrupted. In other threads there is no limit. Nesting is not supported.
 
     Raises:
         CpuLimitError: at the limit.

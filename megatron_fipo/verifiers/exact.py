@@ -1,4 +1,4 @@
-"""The whole response must equal the reference, white space at both ends aside."""
+"""Exact match: the whole response equals the reference, apart from white space at both ends."""
 
 from __future__ import annotations
 

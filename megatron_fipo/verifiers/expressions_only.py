@@ -1,13 +1,13 @@
-"""A block of code in which text becomes Python only if it is an expression of numbers, names and mathematics.
+"""Blocks of code in which text may be evaluated only if it is an expression of numbers, names and mathematics.
 
     with expressions_only():
         score = dataset.score_answer(answer, entry)
 
-Libraries that read mathematics do it with `eval` (sympy's parse_expr, many scorers of reasoning-gym). What a model
-writes as its answer is data: a list, a number, a formula. So whatever `eval`, `exec` or `compile` is asked to read
-inside the block is looked at first, by an audit hook, whoever calls them; attributes, subscripts, statements, functions
-of its own, and names of Python's that are no mathematics are refused. Without this a response could not leave its
-process (`forked_judge`), but could have its own answer accepted there.
+Libraries that read mathematics do it with `eval` (sympy's parse_expr, many scorers of reasoning-gym). A model's answer
+is data, though: a list, a number, a formula. So an audit hook checks all source that `eval`, `exec` or `compile` gets
+inside the block, whoever calls them. It refuses attributes, subscripts, statements, lambdas, and Python's built-in
+names other than mathematical ones. Without this check a response could not leave its process (`forked_judge`), but
+could have its own answer accepted there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, TypeGuard
 
 MAX_EXPONENT = 5000
-"""Largest number that a power may have as its exponent; beyond, one answer takes for ever."""
+"""Largest exponent of a power; larger ones could take unlimited time."""
 
 _NODES = (
     ast.Expression, ast.Constant, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.Tuple, ast.List, ast.Set,
@@ -34,31 +34,33 @@ _MATHEMATICS = frozenset(
     ("abs", "bool", "complex", "divmod", "float", "int", "len", "max", "min", "pow", "range", "round", "sum")
 )
 _COMPUTING = frozenset(("builtins.id", "object.__getattr__", "sys._getframe"))
-"""Audit events that computing may raise. One that is missing here costs a fork, no more."""
-_SYMPYS_OWN = "from sympy import *"
-"""How parse_expr fills the names that it reads an expression with; harmless, whoever writes it."""
+"""Audit events that pure computation may raise. If one is missing here, the response is judged in a fork."""
+_SYMPY_IMPORT = "from sympy import *"
+"""The statement with which parse_expr fills its namespace; harmless, whoever writes it."""
 _REFUSED_NAMES = frozenset(dir(builtins)) - _MATHEMATICS
 
-_MAKERS_OF_NUMBERS = frozenset(("Integer", "Float", "Rational"))
-"""What sympy's parser puts around a number."""
+_NUMBER_CONSTRUCTORS = frozenset(("Integer", "Float", "Rational"))
+"""Names of the calls in which sympy's parser wraps a number."""
 
 
 class NotAnExpressionError(ValueError):
-    """Text was to be read as Python that is no expression of the harmless kind."""
+    """Text that is no harmless expression was about to be evaluated."""
 
 
 class Watch:
-    """Whether anything in a block of `no_code` tried to run text, or to do more than compute."""
+    """The record of a `no_code` block."""
 
     tripped = False
+    """Whether anything in the block tried to run text, or to do more than compute."""
 
 
 class _State(threading.local):
     block: FrameType | None = None
-    """The function that the block is in; None outside."""
+    """Frame of the function that contains the `expressions_only` block; None outside."""
     looking = False
+    """Whether the hook itself is parsing source, which raises the same event."""
     watch: Watch | None = None
-    """What `no_code` notes; None outside."""
+    """The record of the `no_code` block; None outside."""
 
 
 _state = _State()
@@ -67,10 +69,10 @@ _hooked = False
 
 @contextlib.contextmanager
 def expressions_only() -> Iterator[None]:
-    """Refuse, in this thread, to read text as anything but a harmless expression.
+    """Refuse, in this thread, to evaluate text that is no harmless expression.
 
     Raises:
-        NotAnExpressionError: out of whatever call tried, which may well be caught before it comes here.
+        NotAnExpressionError: from the call that tried; a library may catch it inside the block.
     """
     _hook()
     before, _state.block = _state.block, sys._getframe(2)  # past this function and contextlib's
@@ -82,10 +84,10 @@ def expressions_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_code() -> Iterator[Watch]:
-    """Refuse, in this thread, whatever is more than computing: to run text, to import, to open, to start, to call out.
+    """Refuse, in this thread, all but computation: to run text, import, open files, start processes or use the network.
 
-    Python announces all of that to audit hooks. Whoever tried may swallow the exception, so that what the block came to
-    counts only if the watch has not tripped.
+    Python announces these to audit hooks. The code that tried may swallow the exception, so the block's result counts
+    only if the watch has not tripped.
     """
     _hook()
     before, _state.watch = _state.watch, Watch()
@@ -109,9 +111,9 @@ def check_expression(source: str | bytes | ast.AST) -> None:
         NotAnExpressionError: unless it is a harmless expression.
         SyntaxError: if it is no Python at all.
     """
-    if source in (_SYMPYS_OWN, _SYMPYS_OWN.encode()):
+    if source in (_SYMPY_IMPORT, _SYMPY_IMPORT.encode()):
         return
-    # sympy evaluates some of what it has read as a syntax tree; anything else is text.
+    # sympy evaluates some expressions as a syntax tree; everything else is text.
     tree = source if isinstance(source, ast.AST) else ast.parse(_without_indentation(source), mode="eval")
     for node in ast.walk(tree):
         if not isinstance(node, _NODES):
@@ -129,8 +131,8 @@ def check_expression(source: str | bytes | ast.AST) -> None:
 def _check_size(node: ast.BinOp) -> None:
     if isinstance(node.op, ast.LShift) and not (
         isinstance(node.right, ast.Constant) and _size(node.right.value) <= MAX_EXPONENT
-    ):  # the task bitwise_arithmetic has its right answers computed from shifts by a few bits
-        raise NotAnExpressionError(f"it shifts bits, and not by a number up to {MAX_EXPONENT}")
+    ):  # the scorer of the task bitwise_arithmetic evaluates its problem, which shifts by a few bits
+        raise NotAnExpressionError(f"it shifts bits by something else than a number up to {MAX_EXPONENT}")
     if isinstance(node.op, ast.Mult) and (_is_sequence(node.left) or _is_sequence(node.right)):
         raise NotAnExpressionError("it repeats a list or a text")
     if isinstance(node.op, ast.Pow):
@@ -151,7 +153,7 @@ def _check_power(base: ast.expr, exponent: ast.expr) -> None:
 
 
 def _is_number(parts: list[ast.AST]) -> bool:
-    numbers = {*_MAKERS_OF_NUMBERS, *_MATHEMATICS}
+    numbers = {*_NUMBER_CONSTRUCTORS, *_MATHEMATICS}
     return not any(isinstance(part, ast.Name) and part.id not in numbers for part in parts)
 
 
@@ -179,7 +181,7 @@ def _is_sequence(node: ast.expr) -> bool:
 
 
 def _size(value: object) -> float:
-    """A number's size; sympy hands over decimals as text."""
+    """Absolute value of a number; sympy passes decimals as text. 0 for anything else."""
     if isinstance(value, str):
         try:
             return abs(float(value))
@@ -189,34 +191,34 @@ def _size(value: object) -> float:
 
 
 def _without_indentation(source: str | bytes) -> str | bytes:
-    return source.lstrip(b" \t") if isinstance(source, bytes) else source.lstrip(" \t")  # as eval has it
+    return source.lstrip(b" \t") if isinstance(source, bytes) else source.lstrip(" \t")  # as eval does
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _state.watch is not None and event not in _COMPUTING:
         _state.watch.tripped = True
-        raise NotAnExpressionError(f"nothing but computing is allowed here, and this is {event}")
+        raise NotAnExpressionError(f"only computation is allowed here, and this is {event}")
     if event != "compile" or _state.block is None or _state.looking:
         return
     source, filename = arguments[:2]
-    # A module that is imported late is compiled from its file; text is not, and cannot say that it were.
+    # A module that is imported inside the block is compiled from its file, with an absolute path; eval's text is not.
     if source is None or os.path.isabs(os.fsdecode(filename) if isinstance(filename, str | bytes) else ""):
         return
-    _state.looking = True  # looking means compiling, too
+    _state.looking = True  # the check compiles, too
     try:
         check_expression(source)
     except (NotAnExpressionError, SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
         if not _is_librarys_own():
-            raise NotAnExpressionError(f"an answer is an expression, and this is none: {error}") from error
+            raise NotAnExpressionError(f"an answer must be an expression, and this is none: {error}") from error
     finally:
         _state.looking = False
 
 
 def _is_librarys_own() -> bool:
-    """Whether a library makes a function out of text of its own, in which nothing of an answer stands.
+    """Whether a library is compiling text of its own, which contains nothing of an answer.
 
-    A module that is being imported may well make its classes so; no expression imports any. And sympy writes the
-    products of monomials, which integrals and fractions take, for the number of variables.
+    A module may do so while it is imported, to make its classes; no harmless expression imports a module. sympy
+    generates the code of its products of monomials, which integrals and fractions use, for each number of variables.
     """
     monomials = sys.modules.get("sympy.polys.monomials")
     writer = monomials.MonomialOps._build.__code__ if monomials is not None else None

@@ -1,11 +1,11 @@
-"""Judges each response in a process of its own, forked from one that has everything imported and has seen no response.
+"""Judges each response in a process of its own, forked from one that has imported everything and run no response.
 
-What a response does to its process, whether it crashes it, hangs it or turns into code in it, ends with that process.
-The process is confined (`confinement`), knows no way to the pool, and answers through a pipe of its own with a word
-that only its verdict carries, so that what a response writes to every file it finds is not taken for one.
+Whatever a response does to its process, be it a crash, a hang or running as code, ends with that process. The process
+is confined (`confinement`), has no connection to the pool, and answers through a pipe of its own. Its verdict carries a
+nonce, so that data which a response writes to every open file is not taken for a verdict.
 
-A response that runs as code inside a verifier of the user's can still say what it likes about itself: whoever evaluates
-a model's text there judges at the model's mercy, this one response long.
+A response that runs as code inside a user's verifier can still forge its own verdict: a verifier that evaluates a
+model's text leaves the verdict on that one response to the model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from megatron_fipo.verifiers.wire import (
 )
 
 EXIT_PATIENCE_S = 1.0
-"""Longest wait for the end of a process that closed its pipe without a verdict, to learn how it ended."""
+"""Longest wait for the end of a process that closed its pipe without a verdict, to learn its exit code."""
 
 _NOT_ALLOWED = re.compile(
     r"PermissionError|Operation not permitted|Permission denied|can't start new thread|gaierror|name resolution"
@@ -48,21 +48,21 @@ _NOT_ALLOWED = re.compile(
 
 
 class ThreadsError(RuntimeError):
-    """A process that was to fork has threads."""
+    """A process that must fork has other threads."""
 
 
 class ForkingJudge:
-    """Forks from this process, which must have one thread: a fork of several copies their locks, held for ever."""
+    """Forks from this process, which must have one thread: locks held by others would stay locked in the fork."""
 
     def __init__(self, timeout_s: float, program: bytes, own_fds: tuple[int, int], hint: str = "") -> None:
-        """Prepare, and try it once.
+        """Prepare this process, and check that a child can be confined.
 
         Args:
             timeout_s: longest time for one response.
-            program: filter of system calls (`syscall_filter`) of every child.
-            own_fds: the way to the pool, and the folder /proc/self/task, opened before files were restricted; closed
-                in every child.
-            hint: appended to an error that looks like the confinement's doing.
+            program: filter of system calls (`syscall_filter`) for every child.
+            own_fds: file descriptors that every child closes: the connection to the pool, and the folder
+                /proc/self/task, opened before reading was restricted.
+            hint: appended to an error that the confinement seems to have caused.
 
         Raises:
             SandboxUnavailableError: if children cannot be confined here.
@@ -70,13 +70,13 @@ class ForkingJudge:
         """
         self._timeout_s, self._filter, self._own_fds, self._hint = timeout_s, program, own_fds, hint
         self._parent = os.getpid()
-        # What is there now stays for ever: the collector of a child need not look at it, which would copy it.
+        # All objects so far stay alive: exempt them, since a child's garbage collection would copy their pages.
         gc.collect()
         gc.freeze()
         self._try_confinement()
 
     def judge(self, name: str, pickled: bytes) -> Verdict:
-        """Judge one pickled job of the verifier `name`; whatever happens is a verdict."""
+        """Judge one pickled job of the verifier `name`; every failure becomes a verdict with an error."""
         nonce = secrets.token_hex(16)
         read_fd, write_fd = os.pipe()
         child = self._fork()
@@ -92,7 +92,7 @@ class ForkingJudge:
             try:
                 message = read_object(received)
                 if message.pop("nonce", None) != nonce:
-                    raise MalformedMessageError("a message without the word of a verdict")
+                    raise MalformedMessageError("a message without the nonce of a verdict")
                 verdict = read_verdict(message)
             except MalformedMessageError as error:
                 problem = f"wrote to its process's pipe {error}"
@@ -105,11 +105,11 @@ class ForkingJudge:
     def _fork(self) -> int:
         num_threads = len(os.listdir(self._own_fds[1]))
         if num_threads != 1:
-            raise ThreadsError(f"{num_threads - 1} threads run beside it, and each response is judged in a fork")
+            raise ThreadsError(f"its process has other threads ({num_threads - 1}) and must fork for each response")
         return os.fork()
 
     def _judge_in_child(self, pickled: bytes, write_fd: int, nonce: str) -> None:
-        """Judge one response in the child process, and end it; does not return."""
+        """Judge one response in the child process, then exit; does not return."""
         code = 1
         try:
             self._confine_child()
@@ -132,7 +132,7 @@ class ForkingJudge:
         confinement.restrict_calls(self._filter)
 
     def _watch(self, child: int, read_fd: int) -> tuple[bytes, str]:
-        """What a child wrote until it closed its pipe, or what it did instead, in words; it is gone afterwards."""
+        """Return what a child wrote until it closed its pipe, and what went wrong, if anything; the child is reaped."""
         received, problem = bytearray(), ""
         deadline = time.monotonic() + self._timeout_s
         poll = select.poll()
@@ -153,7 +153,7 @@ class ForkingJudge:
         return bytes(received), problem
 
     def _end(self, child: int, patience_s: float) -> str:
-        """Have a child gone, killed if need be after `patience_s`; how it ended, in words."""
+        """Wait up to `patience_s` seconds for a child, kill and reap it; returns its exit code or signal as text."""
         if patience_s:
             pidfd = os.pidfd_open(child)
             try:
@@ -166,7 +166,7 @@ class ForkingJudge:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def _try_confinement(self) -> None:
-        """Raises SandboxUnavailableError if a child cannot be confined."""
+        """Confine a child once; raises SandboxUnavailableError if that fails."""
         read_fd, write_fd = os.pipe()
         child = self._fork()
         if child == 0:
@@ -175,7 +175,7 @@ class ForkingJudge:
                 self._confine_child()
                 with contextlib.suppress(PermissionError):
                     os.kill(os.getpid(), 0)
-                    reason = "the kernel took a filter of system calls and does not hold to it"
+                    reason = "the kernel accepted a filter of system calls and does not enforce it"
             except BaseException as error:  # noqa: BLE001 - nothing may leave this function in a child
                 reason = str(error) or type(error).__name__
             finally:
@@ -186,4 +186,4 @@ class ForkingJudge:
             reason = pipe.read().decode(errors="replace")
         os.waitpid(child, 0)
         if reason != "confined":
-            raise SandboxUnavailableError(reason or "a process that was to be confined died")
+            raise SandboxUnavailableError(reason or "a process died while it was confined")

@@ -1,8 +1,8 @@
-"""Looks at verifiers before anything is generated, in a process apart: what is a user's own never runs in the trainer.
+"""Imports verifiers in a separate process and reports on them, so that a user's code never runs in the trainer.
 
     echo '["judges:verify"]' | python -m megatron_fipo.verifiers.inspection
 
-prints {verifier: {"problem": why it cannot be used, else "", "doubt": …, "wants_row": …}}.
+prints a JSON object of `Inspection` by verifier: {"judges:verify": {"problem": "", "doubt": "", "wants_row": false}}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_fipo.verifiers.asking import writable
 from megatron_fipo.verifiers.registry import load_verifier, shown_name
 
 TIMEOUT_S = 120.0
-"""Longest time for importing all verifiers of a run."""
+"""Longest time for importing all own verifiers of a run."""
 
 _MAX_SHOWN_CHARACTERS = 2000
 
@@ -31,8 +31,8 @@ class Inspection:
 
     Attributes:
         problem: why it cannot be used; empty if it can.
-        doubt: what may be a slip; empty if nothing.
-        wants_row: whether it asks for the rows of the data.
+        doubt: a likely mistake in it; empty if there is none.
+        wants_row: whether it takes the row of the data.
     """
 
     problem: str = ""
@@ -41,7 +41,7 @@ class Inspection:
 
 
 def inspect_verifiers(names: Sequence[str]) -> dict[str, Inspection]:
-    """Import verifiers in a process of their own and say of each what it is like. Nothing is raised, nothing hangs."""
+    """Import verifiers in one separate process and report on each. A failure or time-out becomes a problem of each."""
     package_root = str(Path(megatron_fipo.__file__).parents[1])
     python_path = os.pathsep.join(path for path in (package_root, os.environ.get("PYTHONPATH", "")) if path)
     try:
@@ -55,18 +55,18 @@ def inspect_verifiers(names: Sequence[str]) -> dict[str, Inspection]:
             env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
-        return _all_alike(names, f"importing took longer than {TIMEOUT_S:g} s")
+        return _same_for_all(names, f"importing took longer than {TIMEOUT_S:g} s")
     lines = run.stdout.decode(errors="replace").splitlines()
     try:
         return {name: Inspection(**found) for name, found in json.loads(lines[-1]).items()}
     except (IndexError, ValueError, TypeError, AttributeError):
         said = run.stderr.decode(errors="replace").strip()[-_MAX_SHOWN_CHARACTERS:]
         ended = f"exit code {run.returncode}" if run.returncode >= 0 else f"signal {-run.returncode}"
-        return _all_alike(names, f"the process that imports it ended ({ended}). {said}".strip())
+        return _same_for_all(names, f"the process that imports it ended ({ended}). {said}".strip())
 
 
-def _all_alike(names: Sequence[str], problem: str) -> dict[str, Inspection]:
-    """One process looked at all: only one verifier can be named with certainty."""
+def _same_for_all(names: Sequence[str], problem: str) -> dict[str, Inspection]:
+    """Report a problem of the process for every verifier, since it does not show which of them caused it."""
     return {name: Inspection(f"verifier {shown_name(name)}: {problem}") for name in names}
 
 
@@ -79,9 +79,9 @@ def _inspect(name: str) -> Inspection:
 
 
 def main() -> None:
-    """Entry point; names of verifiers on standard input."""
+    """Entry point; reads a JSON list of verifiers' names from standard input."""
     names = json.load(sys.stdin)
-    # What a user's module prints when it is imported must not mix with the answer.
+    # Output that a user's module prints on import must not mix with the answer.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     found = {name: asdict(_inspect(name)) for name in names}
@@ -91,4 +91,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # whatever threads a user's module has started
+    os._exit(0)  # does not wait for threads that a user's module has started

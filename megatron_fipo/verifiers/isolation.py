@@ -1,16 +1,16 @@
-"""How far each verifier is kept apart from the trainer, by its name.
+"""How each verifier is isolated from the trainer, by its name.
 
-| kind | verifiers | environment | the response is judged | may do |
+| kind | verifiers | environment | a response is judged | the worker may |
 |---|---|---|---|---|
 | COMPUTING | math, exact, chain_arithmetic | allow-list | in one process for all | compute, read Python's files |
-| EVALUATING | reasoning_gym | allow-list | in a process of its own | the same |
-| OWN | package.module:function | allow-list | in a process of its own | the same, and read its module's folder |
-| PROGRAMS | code, code_unprotected | allow-list | by programs that it starts in `sandbox` | what the user may |
+| EVALUATING | reasoning_gym | allow-list | in a forked process, if its scorer does more than compute | the same |
+| OWN | package.module:function | allow-list | in a forked process | the same, and read its module's folder |
+| PROGRAMS | code, code_unprotected | allow-list | by programs that it starts in `sandbox` | do what the user may |
 | REMOTE | the URL of a reward model | allow-list, proxies | by a server | reach servers, write no file |
-| TRUSTED | what `verifier.trusted` names | the trainer's | in one process for all | what the user may |
+| TRUSTED | those in `verifier.trusted` | the trainer's | in one process for all | do what the user may |
 
-Only what cannot turn a text into code judges many responses in one process: mathematics has an evaluator of its own,
-behind `expressions_only`.
+Unless it is trusted, a verifier judges many responses in one process only where no response can run as code. The
+COMPUTING ones run under `expressions_only`, since mathematics evaluates expressions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_fipo.verifiers.registry import FOLDERS_VARIABLE
 
 
 class Isolation(Enum):
-    """The kinds of the table above; each has processes of its own."""
+    """The kinds of the table in this module's docstring; each kind has processes of its own."""
 
     COMPUTING = "computing"
     EVALUATING = "evaluating"
@@ -41,7 +41,7 @@ class Isolation(Enum):
 
     @property
     def is_forked(self) -> bool:
-        """Whether every response has a process of its own."""
+        """Whether the worker forks: for every response (OWN), or for those whose scorer does more than compute."""
         return self in (Isolation.EVALUATING, Isolation.OWN)
 
 
@@ -50,10 +50,10 @@ class WorkerSetup:
     """The settings of a worker.
 
     Attributes:
-        verifiers: names to import.
-        isolation: the kind that all of them are.
+        verifiers: names of the verifiers to import.
+        isolation: their kind.
         timeout_s: longest time for one response.
-        memory_gib: address space that the process may take.
+        memory_gib: largest address space of the process.
     """
 
     verifiers: tuple[str, ...]
@@ -79,7 +79,7 @@ _PASSED_ON = (
     "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONWARNINGS",
     FOLDERS_VARIABLE,
 )  # fmt: skip
-"""Variables of the trainer's environment that a worker keeps: where Python and its packages are, how text is read."""
+"""Variables of the trainer's environment that every worker gets: the paths of Python and its packages, the locale."""
 
 _PASSED_ON_TO_CLIENTS = (
     "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
@@ -90,18 +90,21 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NU
 
 
 def isolation_of(verifier: str, trusted: Collection[str] = ()) -> Isolation:
-    """The kind of a verifier's name; a built-in one may be called by its dotted path as well."""
+    """The kind of a verifier, by its name; a built-in verifier may also be named by its dotted path."""
     if verifier in trusted:
         return Isolation.TRUSTED
     if verifier.startswith(("http://", "https://")):
         return Isolation.REMOTE
     builtin = {path: name for name, path in BUILTIN_VERIFIERS.items()}.get(verifier, verifier)
-    # One that is new and not in the table is kept as far away as there is.
+    # A new built-in verifier that is missing in the table is isolated like one that evaluates text.
     return _BUILTIN.get(builtin, Isolation.EVALUATING if builtin in BUILTIN_VERIFIERS else Isolation.OWN)
 
 
 def environment_of(isolation: Isolation, scratch: str) -> dict[str, str]:
-    """A worker's environment: no secret of the trainer's, one thread, and a folder for temporary files."""
+    """A worker's environment variables: the allowed ones of the trainer, or all for a trusted verifier.
+
+    Numerical libraries get one thread, and temporary files go to the folder `scratch`.
+    """
     if isolation is Isolation.TRUSTED:
         environment = dict(os.environ)
     else:
@@ -129,5 +132,5 @@ def isolation_warnings(verifiers: Iterable[str], trusted: Collection[str]) -> li
         return []
     return [
         f"this kernel has no Landlock, so that the processes of {', '.join(confined)} can read files, and in /proc the "
-        "environment and memory of this run; they can neither write any nor reach the network"
+        "environment and memory of this run; they can neither write files nor reach the network"
     ]

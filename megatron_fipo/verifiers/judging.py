@@ -1,4 +1,4 @@
-"""One job to one verdict, whatever the verifier does; a worker calls it."""
+"""Judges one job in a worker: loads its verifier and asks it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from megatron_fipo.verifiers.verdict import NO_VERDICT, Verdict, VerifierJob
 
 
 def judge(job: VerifierJob, timeout_s: float) -> Verdict:
-    """Run one job's verifier; whatever it raises becomes a verdict with an error.
+    """Run one job's verifier.
 
-    A verifier that cannot be imported, returns what is no verdict, or runs out of memory is an error too.
+    The verdict has an error if the verifier cannot be imported, raises (MemoryError included) or returns no verdict.
     """
     name = shown_name(job.verifier)
     try:

@@ -1,4 +1,4 @@
-r"""Answers as text: one spelling for LaTeX, Markdown and Unicode; what is too large to compute."""
+r"""Answers as text: one spelling for LaTeX, Markdown and Unicode, and a check of what is too large to compute."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MAX_DEPTH = 24
 """Deepest nesting of brackets in an answer."""
 
 MAX_EXPONENT = 5000
-"""Largest number allowed as an exponent, before a factorial sign or in a binomial."""
+"""Largest exponent, argument of a factorial, and upper index of a binomial coefficient."""
 
 MAX_POWER_OF_POWERS = 200_000
-"""Largest product of a power's exponent with those of the powers in its brackets, as in (2^{100})^{200}."""
+"""Largest product of the exponents of nested powers, as in (2^{100})^{200}."""
 
 _MAX_UNWRAPPED = 200
-"""Most commands of one kind that are taken off an answer."""
+"""Number of commands of one kind that are removed from an answer; further ones stay."""
 
 # ----------------------------------------------------------------------------------- commands that only change the look
 _EMPHASIS = re.compile(
@@ -58,7 +58,7 @@ _ALIGNED = re.compile(
     r"(.*?)\\end\s*\{\1\2\}",
     re.DOTALL,
 )
-"""Environments that say where a formula stands, and nothing of what it is."""
+"""Environments that only lay out a formula and do not change its meaning."""
 
 # ---------------------------------------------------------------------------------------------------- one name for each
 _NAMES = [
@@ -128,7 +128,7 @@ _TRAILING = re.compile(r"(?:\s|\\\\)*[,;:](?:\s|\\\\)*$|\s*(?<!\.)\.\s*$|\s*\\\\
 
 
 def cleaned(answer: str) -> str:
-    """An answer without what only changes its look: one spelling, whatever LaTeX, Markdown and Unicode it came in."""
+    """Remove what only affects an answer's look, and bring its LaTeX, Markdown and Unicode to one spelling."""
     if answer.isascii() and answer.isdigit():
         return answer
     if "&" in answer:
@@ -167,7 +167,7 @@ def _without_commands(text: str) -> str:
 
 
 def _as_matrix(array: re.Match[str]) -> str:
-    """An array in brackets is a matrix; without them and of one column, it shows only where its lines stand."""
+    """Turn an array in brackets into a matrix; unwrap one of a single column without brackets, which is only layout."""
     if array[1] and array[3]:
         matrix = "vmatrix" if array[1] == "|" else "pmatrix"
         return rf"\begin{{{matrix}}}{array[2]}\end{{{matrix}}}"
@@ -195,7 +195,7 @@ def _named(text: str) -> str:
 
 
 def _text_content(content: str) -> str:
-    r"""What \text{…} stands for: words stay marked as such; what joins answers and what is no word does not."""
+    r"""Replacement of \text{…}: words stay in it; connectives ("and"), functions and what is no word are unwrapped."""
     inner = _TEXT.sub("", content).replace("{", "").replace("}", "").replace("~", " ")
     if _CONNECTIVE.fullmatch(inner):
         return f" {inner.strip()} "
@@ -207,7 +207,7 @@ def _text_content(content: str) -> str:
 
 
 def _replaced(text: str, command: re.Pattern[str], content_of: Callable[[str], str]) -> str:
-    """Text with each command and its braces replaced by something made of what stands in them."""
+    """Replace each command and its argument in braces by `content_of` of the argument."""
     position = 0
     for _ in range(_MAX_UNWRAPPED):
         found = command.search(text, position)
@@ -217,14 +217,14 @@ def _replaced(text: str, command: re.Pattern[str], content_of: Callable[[str], s
         if text[end - 1] != "}":
             return text
         replacement = content_of(text[found.end() + 1 : end - 1])
-        # Emphasis may lie in emphasis; text that stays marked must not be found again.
+        # Search the replacement again, since emphasis may be nested; but not a \text that stays.
         position = found.start() + (len(replacement) if replacement.startswith("\\text") else 0)
         text = text[: found.start()] + replacement + text[end:]
     return text
 
 
 def _unwrapped(text: str) -> str:
-    r"""Without what surrounds the whole: dollars, stars, quotes, braces, \text{…}, a full stop or comma at its end."""
+    r"""Strip what surrounds the whole text: dollars, stars, quotes, braces, \text{…}, and punctuation at its end."""
     before = None
     while text != before:
         before = text = text.strip()
@@ -238,7 +238,7 @@ def _unwrapped(text: str) -> str:
                 others = inner.replace("\\$", "") if left == "$" else inner  # a dollar sign is a currency
                 if left not in others and not (left == "$" and inner.endswith("\\")):
                     text = inner.strip()
-        text = text.rstrip("_")  # half of a pair: the other stood before the marker
+        text = text.rstrip("_")  # the second half of a pair whose first half precedes the answer's marker
         if text.endswith("**") and text.count("**") == 1:
             text = text[:-2]
         if (
@@ -268,9 +268,9 @@ _LOOSE_SPACE = re.compile(r"(?<![\w,]) | (?!\w)|(?<=,) (?!\d)|(?<=[A-Za-z]) (?=\
 
 
 def without_layout(text: str) -> str:
-    r"""A cleaned answer in lower case without \text{...}, and without spaces save those between digits or words.
+    r"""Remove from a cleaned answer \text{...} and all spaces but those between digits or between words.
 
-    Equal ones are the same answer, whatever kind it is; "2 1/2" is not "21/2".
+    Equal results are the same answer, of whatever kind; "2 1/2" is not "21/2".
     """
     return _LONE_SCRIPT.sub(r"\1\2", _LOOSE_SPACE.sub("", _TEXT_MARK.sub(r" \1 ", text).strip()))
 
@@ -282,7 +282,7 @@ _FACTORIAL_OR_BINOMIAL = re.compile(r"(\d+)\s*!|\\d?binom\s*\{\s*(\d+)")
 
 
 def is_computable(text: str) -> bool:
-    """Whether computer algebra may be asked about an answer: no towers of powers, nothing huge, not deeply nested."""
+    """Whether an answer is safe for computer algebra: no huge power, factorial or binomial, and no deep nesting."""
     depth = deepest = 0
     for character in text:
         depth += (character in "{[(") - (character in "}])")
@@ -301,5 +301,5 @@ def is_computable(text: str) -> bool:
 
 
 def _capped(numbers: Iterable[str]) -> list[int]:
-    """Numbers as integers; what has more than six digits counts as a million."""
+    """Numbers as integers; those with more than six digits count as a million."""
     return [int(digits) if len(digits) <= 6 else 10**6 for digits in numbers]

@@ -1,19 +1,19 @@
-r"""Mathematics: the final answer equals the reference, as a number, as text or as a mathematical object (math-verify).
+r"""Mathematics: the final answer equals the reference, as a number, as text or as a mathematical object.
 
-Three conventions say where the final answer stands, each a verifier of its own:
+Three verifiers look for the final answer in different places:
 
 - `math`: at the marker that comes last in the response, \boxed{...}, "Answer:" or "####".
-- `math_answer`: after the last "Answer:", within the response's last 300 characters, as DAPO's reward has it. A \boxed
-  elsewhere does not count; one behind "Answer:" is unwrapped.
+- `math_answer`: after the last "Answer:" in the response's last 300 characters, as in DAPO's reward. A \boxed elsewhere
+  does not count; one after "Answer:" is unwrapped.
 - `math_boxed`: in the last \boxed{...}.
 
-Earlier answers do not count, and a response without its marker has no answer. A response cut at the length limit is
-judged by what it has written, like any other.
+Earlier answers do not count, and a response without the marker has no answer. A response cut at the length limit is
+judged by its text, like any other.
 
-What counts as equal is docs/verifiers.md's to say, and each rule is in one place of `answers`: answers are cleaned
-(`math_text`), read into what they say (`answers.reader`), and compared (`answers.equality`); equal ones have one text
-(`answers.canonical`), which is the verdict's answer. Values are exact. Prose ("The answer is 5") is no answer, nor is
-what `math_text.is_computable` finds too large, since it would keep computer algebra busy for ever.
+docs/verifiers.md defines which answers are equal, and `answers` implements each rule in one place. Answers are cleaned
+(`math_text`), parsed (`answers.reader`) and compared (`answers.equality`). All spellings of one answer have one text
+(`answers.canonical`), which is the verdict's answer. Values are exact. Prose ("The answer is 5") is wrong, and so is an
+answer that `math_text.is_computable` rejects as too large, unless its text equals the reference's.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ from megatron_fipo.verifiers.math_text import cleaned, is_computable, without_la
 from megatron_fipo.verifiers.verdict import Verdict
 
 MAX_ALGEBRA_CPU_S = 4.0
-"""Longest computation on one answer; one that takes longer is wrong, not an error: the response brought it about."""
+"""CPU time for one answer. If it takes longer, the answer is wrong and not an error, since the response caused it."""
 
 MAX_ANSWER_CHARACTERS = 1000
-"""Longer answers are wrong, unless the reference is about as long; public problems have a fifth of that at most."""
+"""Longer answers are wrong, unless the reference has at least a quarter of their length. The references of public
+problems have a fifth of this at most."""
 
 MAX_SHOWN_CHARACTERS = 200
-"""How much of an answer the verdict carries, for counts and reports."""
+"""Longest answer in a verdict, for counts and reports."""
 
 _GIVEN_UP = (
     CpuLimitError, TooLargeError, RecursionError, MemoryError, ArithmeticError, ValueError, TypeError, AttributeError,
     LookupError, NotImplementedError,
 )  # fmt: skip
-"""What ends a computation without a result. Computer algebra raises whatever its code comes across, such as its
-PrecisionExhausted over the floor of 10^{4000} pi."""
+"""Exceptions that end a computation without a result. Computer algebra raises many kinds, such as PrecisionExhausted
+over the floor of 10^{4000} pi."""
 
 DAPO_TAIL_CHARACTERS = 300
-"""How much of a response's end DAPO's reward reads (arXiv 2503.14476 and its public code)."""
+"""Length of the end of a response that DAPO's reward reads (arXiv 2503.14476 and its public code)."""
 
 
 def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
@@ -61,7 +62,7 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
 
 
 def verify_answer_line(response_text: str, reference: Any, finish_reason: str) -> Verdict:
-    """Judge the answer behind the last "Answer:" of the response's last 300 characters; raises as `verify` does."""
+    """Judge the answer after the last "Answer:" in the response's last 300 characters; raises as `verify` does."""
     found = last_answer_line(response_text[-DAPO_TAIL_CHARACTERS:], number_signs=False)
     return _judge(found[1] if found else None, reference)
 
@@ -84,7 +85,7 @@ def _judge(answer: str | None, reference: Any) -> Verdict:
 
 @lru_cache(maxsize=16384)
 def _compared(answer: str, reference_text: str) -> tuple[bool, str]:
-    """Whether an answer is right, and its canonical text; kept, since a group's responses give few different ones."""
+    """Whether an answer is right, and its canonical text. Cached: a group's responses have few distinct answers."""
     gold_text, gold, gold_shown = _gold(reference_text)
     text = cleaned(_unwrapped(answer))
     if without_layout(text) == without_layout(gold_text):
@@ -97,18 +98,18 @@ def _compared(answer: str, reference_text: str) -> tuple[bool, str]:
             if equal_answers(reading, gold):
                 return True, gold_shown
             shown = canonical(reading, text)
-            # Where only units tell them apart, a wrong answer does not vote for the right one.
+            # Canonical texts have no units: an answer wrong by its unit must not count as a vote for the right one.
             return False, shown if shown != gold_shown else bounded(f"not {without_layout(text)}")
     except _GIVEN_UP:
-        return False, bounded(text)  # the answer's doing: the reference was read before
+        return False, bounded(text)  # caused by the answer, since the reference was read before
 
 
 @lru_cache(maxsize=4096)
 def _gold(reference_text: str) -> tuple[str, Reading, str]:
-    """A reference's cleaned text, its reading, and its canonical text; kept, since all responses of a group share one.
+    """A reference's cleaned text, its reading and its canonical text. Cached, since a group's responses share it.
 
     Raises:
-        ValueError: if there is nothing in it.
+        ValueError: if the reference is empty.
     """
     text = cleaned(_unwrapped(last_marked_answer(reference_text) or reference_text))
     if not text:
@@ -124,7 +125,7 @@ def _gold(reference_text: str) -> tuple[str, Reading, str]:
 
 
 def _unwrapped(answer: str) -> str:
-    """Content of the box that an answer begins with, dollar signs aside; else the answer."""
+    """Content of the box at the beginning of an answer, after dollar signs and stars; without a box, the answer."""
     if "boxed" not in answer and "fbox" not in answer:
         return answer
     boxed = last_boxed(answer.strip().lstrip("$*( "))

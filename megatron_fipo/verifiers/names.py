@@ -1,6 +1,6 @@
-"""What a verifier may be called: the names of those that the package has, and the forms of all others.
+"""The names that a verifier may have: those of the built-in verifiers, and the forms of all others.
 
-Configurations are checked against this before anything is loaded, and workers load by it; so it imports nothing.
+Configurations are checked against them before anything is loaded, so this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ BUILTIN_VERIFIERS = {
     "code": "megatron_fipo.verifiers.code:verify",
     "code_unprotected": "megatron_fipo.verifiers.code:verify_unprotected",
 }
-"""Dotted path of each built-in verifier; modules load on first use, so that only those in use need their packages."""
+"""Dotted path of each built-in verifier. A module is imported on first use, so that only these need their packages."""
 
 _URL = re.compile(r"https?://[^\s/]+\S*")
 
 
 def is_own_function(name: str) -> bool:
-    """Whether a verifier's name is the path of a user's own, "package.module:function"."""
+    """Whether a verifier's name is a dotted path, "package.module:function"."""
     module, separator, function = name.partition(":")
     return bool(separator) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def is_reward_model(name: str) -> bool:
-    """Whether a verifier's name is the address of a reward model."""
+    """Whether a verifier's name is the URL of a reward model."""
     return bool(_URL.fullmatch(name))
 
 
 OTHER_FORMS = {"package.module:function": is_own_function, "http://host:port/path": is_reward_model}
-"""What judges besides the built-in ones: how messages write it, and the test of it."""
+"""Forms of all other verifiers' names: the form as messages write it, and its test."""

@@ -1,11 +1,11 @@
-"""A function of the user's own as a verifier: it takes by name what it wants, and returns what `returned` understands.
+"""A user's function as a verifier: its parameters' names select what it is given; `returned` reads what it returns.
 
-    def reward(response, answer):                          # what it wants, in any order
+    def reward(response, answer):                          # any of the names, in any order
     async def reward(completion, prompt, row):             # awaited; row is the data's row as a dict
     def reward(response_text, **kwargs):                   # kwargs holds everything else
-    def reward(response_text, reference, finish_reason):   # these three also go by position, whatever their names
+    def reward(response_text, reference, finish_reason):   # three parameters by position may have any names
 
-A signature that can never be called is refused where the function is loaded, before anything is generated.
+A signature that cannot be called is refused when the function is loaded, before anything is generated.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "prompt_text": ("prompt_text", "prompt"),
     "row": ("row",),
 }
-"""Names that a parameter may have, by the field of `VerifierJob` that it is given."""
+"""Accepted names of parameters, by the field of `VerifierJob` that such a parameter receives."""
 
 _FIELD_OF = {name: field for field, names in ARGUMENTS.items() for name in names}
 _BY_POSITION = ("response_text", "reference", "finish_reason")
 _NAMED_KINDS = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _ALMOST_THE_SAME = 0.8
-"""Similarity from which on a parameter that has a default, and so need not be one of ours, is taken for a slip."""
+"""Similarity to an accepted name from which a parameter with a default is reported as a likely misspelling."""
 
 
 class SignatureError(TypeError):
-    """A function that asks for what a verifier is not given."""
+    """A function whose parameters a verifier cannot be given."""
 
 
 class OwnFunction(JobVerifier):
-    """Calls a function with what its parameters' names ask for."""
+    """Calls a function with the fields of a job that its parameters' names select."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        """
+        """Check the signature and prepare the call.
+
         Args:
-            name: of the verifier, for messages.
-            function: plain or a coroutine function.
+            name: the verifier's name, for messages.
+            function: a plain function or a coroutine function.
 
         Raises:
             SignatureError: if it cannot be called.
@@ -59,7 +60,7 @@ class OwnFunction(JobVerifier):
         self.wants_row = self._by_name is not None and "row" in self._by_name.values()
 
     def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
-        """Call the function. Raises what it raises, and NoVerdictError if it returns no verdict."""
+        """Call the function. Raises what the function raises, and NoVerdictError if it returns no verdict."""
         if self._by_name is None:
             returned = self._function(job.response_text, job.reference, job.finish_reason)
         else:
@@ -76,7 +77,7 @@ async def _awaited(returned: Awaitable[Any]) -> Any:
 
 
 def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | None, str]:
-    """(field of the job by parameter, None where the three go by position; a doubt to tell, else empty)."""
+    """Fields of the job by parameter, or None if the three are passed by position; and likely mistakes, as text."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions written in C have none
@@ -108,25 +109,26 @@ def _bound(name: str, function: Callable[..., Any]) -> tuple[dict[str, str] | No
 
 
 def _positional_only(function: Callable[..., Any]) -> list[str]:
-    """The leading parameters before a "/" whose names are known, up to the first that is not."""
+    """Names of the positional-only parameters up to the first whose name is not accepted."""
     parameters = inspect.signature(function).parameters.values()
     known = itertools.takewhile(lambda p: p.kind is Parameter.POSITIONAL_ONLY and p.name in _FIELD_OF, parameters)
     return [parameter.name for parameter in known]
 
 
 def _goes_by_position(parameters: Mapping[str, Parameter]) -> bool:
-    """Whether the function takes (response_text, reference, finish_reason) by position, under whatever names.
+    """Whether the function takes (response_text, reference, finish_reason) by position.
 
-    Three parameters are if none has a name that is known, or if those that have one stand at its place and the third
-    is finish_reason. So (text, truth, reason) works, and (response, answer, difficulty) is never given the reason for
-    which the response ended in place of a difficulty.
+    It does if it has three positional parameters and none has an accepted name, or if those with an accepted name stand
+    in the place of that field and the third is finish_reason. So (text, truth, reason) works, and (response, answer,
+    difficulty) never receives the finish reason as a difficulty. A function without accepted names that takes *args is
+    called by position, too.
     """
     values = list(parameters.values())
     names_one = any(name in _FIELD_OF for name in parameters)
     if any(value.kind is Parameter.KEYWORD_ONLY and value.default is Parameter.empty for value in values):
         return False
     if not names_one and any(value.kind is Parameter.VAR_POSITIONAL for value in values):
-        return True  # such as a decorator that hides what it wraps
+        return True  # for example a decorator's wrapper, which hides the signature
     positional = [v for v in values if v.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     first, others = positional[:3], [value for value in values if value not in positional[:3]]
     if len(first) < 3 or any(value.default is Parameter.empty for value in positional[3:]):
@@ -148,7 +150,7 @@ def _refusal(name: str, missing: list[Parameter]) -> str:
     ]
     by_position = [p.name for p in missing if p.kind is Parameter.POSITIONAL_ONLY]
     more = (
-        " Parameters before a '/' go by position only, and none behind one that is unknown; remove it."
+        " Parameters before a '/' are passed by position, and none after one that is unknown; remove the '/'."
         if by_position
         else ""
     )

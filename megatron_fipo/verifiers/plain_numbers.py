@@ -1,7 +1,7 @@
-r"""Reading answers that are one number: "1,234.50", "-\frac{1}{2}", "2 1/2", "1.5 \times 10^3", "50\%", "5 km/h".
+r"""Reads answers that are one number: "1,234.50", "-\frac{1}{2}", "2 1/2", "1.5 \times 10^3", "50\%", "5 km/h".
 
-Most answers are of this kind, and comparing two of them takes microseconds where a computer algebra system takes
-milliseconds. Values are fractions of whole numbers: 0.333333 is not 1/3, and 0.\overline{3} is.
+Most answers are of this kind, and comparing two of them takes microseconds, where a computer algebra system takes
+milliseconds. Values are exact fractions: 0.333333 is not 1/3, but 0.\overline{3} is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fractions import Fraction
 from megatron_fipo.verifiers.answers.units import CURRENCY, NO_UNIT, Unit, read_unit
 
 MAX_CHARACTERS = 200
-"""Longer texts are not taken for a number."""
+"""Longest text that is read as a number."""
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _PERIOD = r"(?:\\overline\{(?P<period>\d{1,40})\}|\((?P<bracketed_period>\d{1,40})\))"
@@ -39,13 +39,13 @@ _PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{\s*)?(?:percent|per cent|pct)\b
 _MODULUS = re.compile(
     r"\s*(?:\\p?mod(?![A-Za-z])|\(\s*(?:\\text\{\s*)?\\?[bp]?mod|\\text\{\s*\(\s*mod)\s*\}?\s*\{?\s*(\w+)\s*[)}]{0,3}\s*"
 )
-"""What a number is a remainder by; without brackets, "17 mod 10" is the remainder itself."""
+"""The modulus behind a remainder, as in "7 (mod 10)"; "17 mod 10" without brackets is an operation."""
 _ORDINAL = re.compile(r"\s*\^?\s*\{?(?:\\text\{)?\s*(?:st|nd|rd|th)\b\s*\}?\}?")
 
 
 @dataclass(frozen=True)
 class Tail:
-    """What stands behind a value: how much it is scaled, a percent sign, a unit."""
+    """What follows a value: a scale such as "million" as a factor, a percent sign, a unit."""
 
     scale: int = 1
     percent: bool = False
@@ -57,9 +57,9 @@ class PlainNumber:
     """A number as an answer gives it.
 
     Attributes:
-        value: without regard to a percent sign.
+        value: the number, scaled but with a percent sign ignored: 50 for "50%".
         percent: whether it has a percent sign.
-        unit: beside it.
+        unit: its unit; NO_UNIT if it has none.
     """
 
     value: Fraction
@@ -67,9 +67,9 @@ class PlainNumber:
     unit: Unit = NO_UNIT
 
     def equals(self, other: PlainNumber) -> bool:
-        """Whether both name the same value, in the same unit or in one that is left open.
+        """Whether both have the same value, and units that agree: the same one, or one that is missing.
 
-        "50%" answers both for 50 and for 1/2; where both have the sign, only the value counts.
+        "50%" equals 50 as well as 1/2; if both have the sign, the values must be the same.
         """
         if not tails_agree(self.percent, self.unit, other.percent, other.unit):
             return False
@@ -82,14 +82,14 @@ class PlainNumber:
 
 
 def tails_agree(percent: bool, unit: Unit, other_percent: bool, other_unit: Unit) -> bool:
-    """Whether units beside two values agree; a percent sign is one, against a unit of the other value's."""
+    """Whether two values' units agree; a percent sign on one side does not agree with a unit on the other."""
     if percent != other_percent and (other_unit if percent else unit):
         return False
     return unit.agrees_with(other_unit)
 
 
 def read_plain_number(text: str) -> PlainNumber | None:
-    """The number that a cleaned text (`math_text.cleaned`) consists of; None if it is anything else."""
+    """Read a cleaned text (`math_text.cleaned`) that is one number; None if it is anything else."""
     if _INTEGER.fullmatch(text):
         return PlainNumber(Fraction(int(text)))
     if len(text) > MAX_CHARACTERS:
@@ -111,7 +111,7 @@ def read_plain_number(text: str) -> PlainNumber | None:
 
 
 def read_tail(text: str, *, ordinal: bool = False) -> Tail | None:
-    r"""What follows a value: "\%", " million dollars", " km/h", "^{\circ}", "st"; None if it is anything else."""
+    r"""Read what follows a value: "\%", " million dollars", " km/h", "^{\circ}", "st"; None if it is anything else."""
     if not text.strip():
         return Tail()
     modulus = _MODULUS.fullmatch(text)
@@ -131,7 +131,7 @@ def read_tail(text: str, *, ordinal: bool = False) -> Tail | None:
 
 
 def read_price_tail(currency: str, behind: str) -> Tail | None:
-    """What follows a value with its currency before it: "$5 million", "$5/hour", "$5 each"."""
+    """Read what follows a value with a currency before it, as in "$5 million", "$5/hour" or "$5 each"."""
     scale = _SCALE.match(behind)
     unit = read_unit(currency.replace("US$", "$").replace("US\\$", "$") + (behind[scale.end() :] if scale else behind))
     return None if unit is None else Tail(_SCALES[scale[1]] if scale else 1, False, unit)
@@ -140,7 +140,7 @@ def read_price_tail(currency: str, behind: str) -> Tail | None:
 def _value(match: re.Match[str]) -> Fraction | None:
     sign = -1 if "-" in (match["sign"], match["inner_sign"]) else 1
     if match["decimal"] is not None:
-        if match["whole"] is not None:  # "2 3" is no number
+        if match["whole"] is not None:  # "2 3" is not a number
             return None
         digits = match["decimal"].replace(",", "")
         period = match["period"] or match["bracketed_period"]
@@ -161,6 +161,6 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _repeating(digits: str, period: str) -> Fraction:
-    r"""0.1\overline{6}: the period counts from the first place behind the written digits, a geometric series."""
+    r"""Value of a repeating decimal such as 0.1\overline{6}: the period after the digits is a geometric series."""
     places = len(digits.partition(".")[2])
     return Fraction(digits.rstrip(".") or "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)

@@ -1,19 +1,19 @@
-"""A pool of processes that judges responses, whatever the verifiers do.
+"""A pool of processes that judges responses and survives whatever the verifiers do.
 
     with VerifierPool(num_workers=2, timeout_s=10.0, verifiers=["math"]) as pool:
         verdict = pool.submit(VerifierJob("math", "Answer: 4", "4", "stop")).result()
 
-A verifier that hangs is killed with its process after `timeout_s`; one that crashes takes only its own process along.
-Either way its response gets a verdict with an error, the process is replaced, and the responses behind it are judged as
-if nothing had happened. Submission is asynchronous, so that judging overlaps with generation.
+A verifier that hangs is killed with its process after `timeout_s`; a crash ends only the verifier's own process. In
+both cases the response gets a verdict with an error, the process is replaced, and the following responses are judged
+as usual. Submission is asynchronous, so that judging overlaps with generation.
 
-Verifiers of one kind (`isolation`) share processes, those of another have their own: what evaluates a model's text has
-neither the environment nor the rights of what calls a server. A worker that is killed or slow while it starts is
-started again; one that says that its verifiers cannot be used ends the pool.
+Verifiers of one kind (`isolation`) share processes, and each kind has its own: a verifier that evaluates a model's text
+has neither the environment nor the rights of one that calls a server. A worker that is killed or too slow during its
+start is started again; a worker that reports that its verifiers cannot be used ends the pool.
 
-Responses travel in batches, because a hand-over per response would wait for the interpreter lock, which a thread that
-generates holds for milliseconds at a time. Verdicts come back one by one, each with the worker's clock, so that
-time-outs stay exact per response.
+Responses are sent in batches, because sending each one would wait for the interpreter lock, which a thread that
+generates holds for milliseconds at a time. Verdicts come back one by one, each with the worker's clock, so that every
+response has its exact time-out.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from megatron_fipo.verifiers.worker_process import (
 )
 
 MAX_BATCH_SIZE = 64
-"""Most responses handed to a worker at a time."""
+"""Largest number of responses in one batch for a worker."""
 
 MEMORY_GIB = 8.0
-"""Address space of each process, libraries included (about 1 GiB)."""
+"""Largest address space of a worker, in GiB; its libraries take about 1 GiB of it."""
 
 MAX_START_ATTEMPTS = 8
-"""The run is given up after this many starts in a row of a worker that is killed or too slow."""
+"""The pool gives up after this many failed starts of its workers in a row."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
-"""Pause before a worker is started again, doubled each time: memory and disks take a while to be free again."""
+"""Pauses in seconds before a worker is started again, doubled each time until memory and disks are free again."""
 
 
 class WorkerStartError(RuntimeError):
-    """No worker could be started, though another time might do: it was killed or too slow each time."""
+    """No worker could be started: it was killed or too slow each time. A later run may succeed."""
 
 
 @dataclass
@@ -82,9 +82,9 @@ class VerifierPool:
         """Start the workers in the background.
 
         Args:
-            num_workers: processes that judge at a time; each kind of verifier has as many.
+            num_workers: number of processes that judge at a time, and of processes for each kind of verifier.
             timeout_s: longest time for one response.
-            verifiers: names to import at the start; one that comes later has its workers started again.
+            verifiers: names to import at the start; a name that comes later restarts the workers of its kind.
             trusted: names of verifiers that run with the trainer's environment and rights.
 
         Raises:
@@ -114,7 +114,7 @@ class VerifierPool:
             thread.start()
 
     def wait_until_ready(self) -> None:
-        """Wait until the verifiers named at the start can judge; without a call, the first response finds out.
+        """Wait until the verifiers named at the start can judge. Optional: submitting reports the same errors.
 
         Raises:
             VerifierUnavailableError: if one of them cannot be used.
@@ -127,19 +127,19 @@ class VerifierPool:
                 raise _again(self._closed_because)
 
     def submit(self, job: VerifierJob) -> Future[Verdict]:
-        """Queue one response; see `submit_all`."""
+        """Queue one response, as `submit_all` does."""
         return self.submit_all([job])[0]
 
     def submit_all(self, jobs: Iterable[VerifierJob]) -> list[Future[Verdict]]:
-        """Queue responses; their futures, in the same order.
+        """Queue responses and return their futures, in the same order.
 
         A future gives a verdict, with an error where the verifier failed. It raises VerifierUnavailableError if a
-        verifier cannot be used (its package is missing), WorkerStartError if no worker lives long enough to start, and
-        RuntimeError if the pool is closed first. Cancelling it takes effect until a worker has the response.
+        verifier cannot be used (its package is missing, say), WorkerStartError if no worker could be started, and
+        RuntimeError if the pool is closed first. It can be cancelled until a worker's thread takes the response.
 
         Raises:
             ValueError: for an unknown verifier.
-            RuntimeError: if the pool is closed, or its workers could not start; as the futures.
+            RuntimeError: if the pool is closed or has failed: the same error as the futures'.
             pickle.PicklingError: for a reference that cannot be pickled.
         """
         pending = []
@@ -155,15 +155,15 @@ class VerifierPool:
         return [item.future for item in pending]
 
     async def judge(self, job: VerifierJob) -> Verdict:
-        """Judge one response from an event loop; raises as its future does."""
+        """Judge one response from an event loop; raises what its future raises."""
         return await asyncio.wrap_future(self.submit(job))
 
     def judge_all(self, jobs: Iterable[VerifierJob]) -> list[Verdict]:
-        """Judge responses and wait; verdicts in order, raises as their futures do."""
+        """Judge responses and return their verdicts in order; raises what their futures raise."""
         return [future.result() for future in self.submit_all(jobs)]
 
     def close(self) -> None:
-        """Kill the workers; responses not judged yet raise RuntimeError from their futures. May be called again."""
+        """Kill the workers; futures of responses not judged yet raise RuntimeError. May be called more than once."""
         self._shut(RuntimeError("the verifier pool is closed"))
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -182,7 +182,7 @@ class VerifierPool:
         self.close()
 
     def _add_verifier(self, name: str) -> Isolation:
-        """Have workers import a verifier from now on; its kind. The caller holds the lock, or is alone."""
+        """Add a verifier to those that workers import; returns its kind. The caller holds the lock, or is __init__."""
         isolation = isolation_of(name, self._trusted)
         known = self._verifiers.get(isolation, ())
         if name not in known:
@@ -190,7 +190,7 @@ class VerifierPool:
         return isolation
 
     def _shut(self, reason: RuntimeError) -> None:
-        """Refuse further work, fail what is queued, and wake the threads, which fail what they have in hand."""
+        """Refuse further jobs, fail the queued ones, and wake the threads, which fail the jobs of their batch."""
         with self._changed:
             if self._closed_because is not None:
                 return
@@ -209,7 +209,7 @@ class VerifierPool:
                 item.future.set_exception(_again(self._closed_because))
 
     def _run(self) -> None:
-        """One thread: keeps a worker of each kind alive and feeds one at a time until the pool is shut."""
+        """Body of one thread: keep a worker of each kind alive and feed one at a time until the pool is shut."""
         workers: dict[Isolation, WorkerProcess] = {}
         batch: deque[_Pending] = deque()
         try:
@@ -236,14 +236,14 @@ class VerifierPool:
         except (VerifierUnavailableError, WorkerStartError) as error:
             self._shut(error)
         finally:
-            # Still open only if something failed that should not: the thread's traceback follows, and nobody may wait.
+            # The pool is still open here only after an unforeseen error, whose traceback follows; no future may hang.
             self._shut(RuntimeError("a thread of the verifier pool failed; its traceback is on standard error"))
             for isolation in list(workers):
                 _discard(workers, isolation)
             self._abandon(batch)
 
     def _start_missing(self, workers: dict[Isolation, WorkerProcess]) -> None:
-        """Start a worker of each kind that has verifiers, all at once, and wait for them.
+        """Start the missing worker of each kind that has verifiers, all at the same time, and wait for them.
 
         Raises:
             VerifierUnavailableError: if a verifier cannot be used.
@@ -270,31 +270,31 @@ class VerifierPool:
                 self._pause(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         raise WorkerStartError(
-            f"a verifier's worker was started {MAX_START_ATTEMPTS} times and did not live to judge; last, {failure}. "
-            "Look at the machine's memory and disks; the same command goes on where this run stopped"
+            f"a verifier's worker was started {MAX_START_ATTEMPTS} times and never became ready; the last failure: "
+            f"{failure}. Look at the machine's memory and disks; the same command resumes this run"
         )
 
     def _pause(self, seconds: float) -> None:
-        """Wait, unless the pool is shut meanwhile: then raises WokenError."""
+        """Wait; raises WokenError if the pool is shut meanwhile."""
         if select.select([self._wake_read_fd], [], [], seconds)[0]:
             raise WokenError
 
     def _next_batch(self) -> deque[_Pending]:
-        """Take a fair share of the queue that has waited longest, waiting for one; empty when the pool is shut."""
+        """Wait for jobs, and take a share of the queue whose first job is the oldest; empty when the pool is shut."""
         with self._changed:
             self._changed.wait_for(lambda: any(self._queues.values()) or self._closed_because is not None)
             if self._closed_because is not None:
                 return deque()
             queue = min(filter(None, self._queues.values()), key=lambda queue: queue[0].order)
-            # Half a share at a time leaves something for whoever is done first.
+            # Half of this thread's share leaves jobs for the thread that finishes first.
             size = min(MAX_BATCH_SIZE, -(-len(queue) // (2 * self._num_workers)))
             taken = [queue.popleft() for _ in range(size)]
         return deque(item for item in taken if item.future.set_running_or_notify_cancel())
 
     def _judge(self, worker: WorkerProcess, batch: deque[_Pending]) -> bool:
-        """Have a batch judged, taking items off as their verdicts come; False if the worker is of no more use.
+        """Judge a batch, removing items as their verdicts arrive; False if the worker must be replaced.
 
-        What is left in the batch then was not reached and is judged by the next worker.
+        Items that are then left in the batch were not judged, and go to the next worker.
         """
         try:
             worker.send([(item.verifier, item.pickled) for item in batch])
@@ -319,7 +319,7 @@ class VerifierPool:
 
 
 def _again(reason: RuntimeError) -> RuntimeError:
-    """The same error for another future: each keeps a traceback of its own."""
+    """A copy of an error for another future, so that each has its own traceback."""
     return type(reason)(*reason.args)
 
 

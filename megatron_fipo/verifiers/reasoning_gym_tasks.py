@@ -1,7 +1,8 @@
-"""Tasks of the package reasoning-gym, judged by the package's own scorer.
+"""Tasks of the package reasoning-gym, judged by the package's own scorers.
 
-Some scorers read the answer with Python's `eval`. The pool has each response judged in a confined process of its own
-(`forked_judge`), and here text becomes no more than an expression (`expressions_only`).
+Some scorers read the answer with Python's `eval`. Here, text is evaluated only if it is a harmless expression
+(`expressions_only`), and a response whose scorer does more than compute is judged in a confined process of its own
+(`worker`, `forked_judge`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from megatron_fipo.verifiers.expressions_only import expressions_only
 from megatron_fipo.verifiers.verdict import Verdict
 
 MAX_SCORING_CPU_S = 4.0
-"""Longest computation on one answer; one that takes longer is wrong, not an error: the response brought it about."""
+"""CPU time for one answer. If it takes longer, the answer is wrong and not an error, since the response caused it."""
 
 
 def open_task(task: str, params: Mapping[str, Any], *, seed: int, size: int) -> Any:
-    """A data set of reasoning-gym.
+    """Create a data set of reasoning-gym.
 
     Args:
-        task: its name.
+        task: the data set's name.
         params: its parameters. The task composite takes datasets, a list of {name, weight, config} as in its YAML.
-        seed: of its first entry.
+        seed: the seed of its first entry.
         size: number of its entries.
     """
     if task == "composite" and "datasets" in params:
@@ -41,9 +42,9 @@ def open_task(task: str, params: Mapping[str, Any], *, seed: int, size: int) -> 
 
 
 def extract_answer(response_text: str) -> str:
-    """Final answer: the last <answer>…</answer>, else what follows the last "Answer:", else the last line.
+    """Return the last <answer>…</answer>, else what follows the last "Answer:" or "####", else the last line.
 
-    Only the tags can hold an answer of several lines. A full stop after "Answer: …" is not part of the answer.
+    A full stop at the end of "Answer: …" is not part of the answer.
     """
     tagged = last_answer_tag(response_text)
     if tagged is not None:
@@ -55,12 +56,17 @@ def extract_answer(response_text: str) -> str:
 def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     """Score the extracted answer with the task's scorer, partial credit included.
 
-    Many scorers give a fraction to a wrong answer of the right form, or to one that merely contains the right one:
-    go by `Verdict.correct` where only right and wrong count. A truncated response is judged by its text, like any
-    other.
+    Many scorers give part of the score to a wrong answer of the right form, or to one that merely contains the right
+    one: use `Verdict.correct` if only right and wrong count. A truncated response is judged by its text, like others.
 
     Args:
+        response_text: the response.
         reference: {"task": name of the data set, "params": its parameters, "entry": the entry that the data set made}.
+        finish_reason: not used.
+
+    Raises:
+        ValueError: for a reference of another form.
+        Exception: what the scorer raises over the entry's own answer, if it is broken.
     """
     _check(reference)
     answer = extract_answer(response_text)
@@ -74,13 +80,13 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
     except (CpuLimitError, RecursionError, MemoryError):
         score = 0.0
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError):
-        # Some scorers raise over an answer of the wrong form, which makes it a wrong answer; a scorer that raises over
-        # the right one as well is broken, and so is the judgement. Entries without an answer of their own cannot tell.
+        # Some scorers raise over an answer of the wrong form: that answer is wrong. If the scorer raises over the right
+        # answer, too, or does not accept it, it is broken. An entry without an answer does not allow this check.
         if entry["answer"] is not None and float(score_answer(entry["answer"], entry)) != 1.0:
             raise
         score = 0.0
     task = entry["metadata"]["source_dataset"] if reference["task"] == "composite" else reference["task"]
-    is_right = _SECOND_LOOKS.get(task)
+    is_right = _EXTRA_CHECKS.get(task)
     if score >= _FULL_MARKS and is_right is not None and not is_right(answer, str(entry["answer"])):
         score = 0.0
     if score == 1.0 and _NO_NUMBER.search(answer) and not _NO_NUMBER.search(str(entry["answer"])):
@@ -89,7 +95,7 @@ def verify(response_text: str, reference: Any, finish_reason: str) -> Verdict:
 
 
 _NO_NUMBER = re.compile(r"(?<![a-z])(nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
-"""What Python reads as a number and is none: a distance to it passes for small (complex_arithmetic, seen in 0.1.25)."""
+"""Texts that Python reads as NaN or infinity; complex_arithmetic takes a distance to them for small (in 0.1.25)."""
 
 
 def _same_truth(answer: str, right: str) -> bool:
@@ -111,7 +117,7 @@ def _same_words(answer: str, right: str) -> bool:
 
 
 def _same_only_number(answer: str, right: str) -> bool:
-    """Whether the answer names one number, its sign included, however often and with whatever words."""
+    """Whether the right number, with its sign, is the only one in the answer; words and repetitions do not matter."""
     numbers = re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", answer.replace(",", ""))
     return {float(number) for number in numbers} == {float(right)}
 
@@ -122,7 +128,7 @@ def _same_numbers(answer: str, right: str) -> bool:
 
 
 def _makes_24(answer: str, right: str) -> bool:
-    """Whether the answer has the numbers of the task, which stand in its own answer, and is 24 exactly."""
+    """Whether the answer uses the task's numbers, which are those of its right answer, and is exactly 24."""
     if sorted(re.findall(r"\d+", answer)) != sorted(re.findall(r"\d+", right)):
         return False
     try:
@@ -132,7 +138,7 @@ def _makes_24(answer: str, right: str) -> bool:
 
 
 def _exact(node: ast.expr) -> Fraction:
-    """Value of a sum, difference, product or quotient of whole numbers; ValueError for anything else."""
+    """Value of an expression of integers with +, -, * and /; raises ValueError for anything else."""
     match node:
         case ast.Constant(value=int() as number):
             return Fraction(number)
@@ -146,7 +152,7 @@ def _exact(node: ast.expr) -> Fraction:
             return _exact(left) * _exact(right)
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return _exact(left) / _exact(right)
-    raise ValueError("no arithmetic")
+    raise ValueError("not arithmetic")
 
 
 def _is_zeros_and_ones(answer: str, right: str) -> bool:
@@ -158,9 +164,9 @@ def _is_a_number(answer: str, right: str) -> bool:
 
 
 _FULL_MARKS = 1.0 - 1e-9
-"""Some scorers add up equal shares, which come to a little less or more."""
+"""Smallest full score: some scorers add up equal shares, whose sum is rounded."""
 
-_SECOND_LOOKS: dict[str, Callable[[str, str], bool]] = {
+_EXTRA_CHECKS: dict[str, Callable[[str, str], bool]] = {
     "game_of_life_halting": _same_truth,
     "coin_flip": _same_probability,
     "letter_jumble": _same_words,
@@ -171,18 +177,18 @@ _SECOND_LOOKS: dict[str, Callable[[str, str], bool]] = {
     "kakurasu": _is_zeros_and_ones,
     "complex_arithmetic": _is_a_number,
 }
-"""Tasks whose scorer gives full marks to wrong answers (seen in 0.1.25), with what such an answer has to be.
+"""Further checks of a right answer, (answer, right answer) -> bool, for tasks whose scorer accepts wrong ones (0.1.25).
 
-Theirs take any text for a yes, a number that begins like the right one, the right words with others behind them, a
-number without its sign, a list with other numbers, any four numbers that make 24 or a little more, digits of a larger
-number, and nan.
+In this order, their scorers accept any text as a yes, a number that begins like the right one, the right words followed
+by others (twice), a number without its sign, a list with other numbers, any numbers that make 24 or a little more, the
+digits of a larger number, and nan.
 """
 
 
 def prepare(reference: Any) -> None:
-    """Load what judging against this reference takes, and have its own answer scored, so that caches are warm.
+    """Create the reference's data set and score the reference's own answer, so that caches are warm.
 
-    A worker calls it before it forks. What is wrong with a reference is said when a response is judged.
+    A worker calls this before it may fork. Errors are ignored, since judging a response reports them.
     """
     with contextlib.suppress(Exception):
         _check(reference)
@@ -197,7 +203,7 @@ def _check(reference: Any) -> None:
 
 
 _datasets: dict[tuple[str, str], Any] = {}
-"""Data sets that scored before, by task and parameters: some scorers read the parameters, and some load word lists."""
+"""Data sets by task and parameters, kept because some load word lists; some scorers read the parameters."""
 
 
 def _dataset(task: str, params: Mapping[str, Any]) -> Any:

@@ -1,8 +1,4 @@
-"""Verifiers by name.
-
-A built-in name stands for a dotted path, so any other importable function works the same way. The URL of a reward model
-is a name, too.
-"""
+"""Loads verifiers by name: a built-in name, the dotted path of a user's own function, or the URL of a reward model."""
 
 from __future__ import annotations
 
@@ -24,16 +20,16 @@ from megatron_fipo.verifiers.reward_model import RewardModel, without_secrets
 from megatron_fipo.verifiers.verdict import JobVerifier, Verifier, split_name
 
 FOLDERS_VARIABLE = "MEGATRON_FIPO_VERIFIER_FOLDERS"
-"""Environment variable with further folders, separated as in PATH, in which a user's own modules are looked for. A
-process that judges inherits it."""
+"""Environment variable with further folders, separated as in PATH, in which a user's own modules are searched. Workers
+inherit it."""
 
 
 class CannotLoadError(ImportError):
-    """A verifier of the user's own that cannot be used; the message says why and what to do, without a traceback."""
+    """A user's own verifier cannot be used. The message says why and what to do, so no traceback is needed."""
 
 
 def shown_name(name: str) -> str:
-    """A name, or several with weights in one (`combined_name`), as messages show it: no key that a URL may hold."""
+    """A verifier's name, or a `combined_name`, as messages show it: without a key that a URL may contain."""
     weights = split_name(name)
     if len(weights) == 1:
         return without_secrets(name) if is_reward_model(name) else name
@@ -41,9 +37,9 @@ def shown_name(name: str) -> str:
 
 
 def also_look_in(folder: Path) -> None:
-    """Have modules of the user's own looked for in a folder as well, in every process started from here on.
+    """Add a folder to those in which a user's own modules are searched, for every process started from now on.
 
-    It comes last: what the current directory or the environment has under a name is what the name means.
+    It is searched last: modules in the current directory or the environment take precedence.
     """
     folders = [text for text in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if text]
     if str(folder.resolve()) not in folders:
@@ -55,10 +51,10 @@ def load_verifier(name: str) -> Verifier:
     """Import a verifier.
 
     Raises:
-        ValueError: for a name that cannot stand for a verifier.
-        CannotLoadError: if a user's own cannot be used: no such module or function, an exception when it is imported,
-            a signature that a verifier cannot be called with.
-        ImportError: if a package that a built-in one needs is not installed.
+        ValueError: for a name that no verifier can have.
+        CannotLoadError: if a user's own verifier cannot be used: there is no such module or function, importing it
+            fails, or its signature cannot be called.
+        ImportError: if a package that a built-in verifier needs is not installed.
     """
     if is_reward_model(name):
         return RewardModel(name)
@@ -88,7 +84,7 @@ def _own(name: str) -> JobVerifier:
             f"module, and verifier: {module_name}:{attribute.lower()}."
         )
     if not callable(found):
-        raise CannotLoadError(f"verifier {name!r} is a {type(found).__name__} and no function.")
+        raise CannotLoadError(f"verifier {name!r} is a {type(found).__name__}, not a function.")
     try:
         return OwnFunction(name, found)
     except SignatureError as error:
@@ -131,7 +127,7 @@ def _no_such_module(name: str, module_name: str, missing: str) -> str:
 
 
 def _searched() -> list[Path]:
-    """The folders of sys.path in which a user's own module may lie: not the interpreter's, not those of packages."""
+    """The folders of sys.path without those of the interpreter and of installed packages, for messages."""
     folders = []
     for entry in sys.path:
         folder = Path(entry or ".").resolve()

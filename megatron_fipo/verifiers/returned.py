@@ -1,6 +1,7 @@
-"""Makes a verdict of what a verifier returns, in the forms in which people write verifiers.
+"""Converts what a user's verifier returns into a verdict.
 
-A number or a bool is the score. A dict holds it under "score", beside "answer", "error" and further numbers by name.
+A number or a bool is the score. A dict holds it under "score", along with an optional "answer", "error" and further
+numbers by name.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _KEYS = ("score", "answer", "error")
 
 
 class NoVerdictError(ValueError):
-    """A verifier returned something that is no verdict; the message says what it is and what would be one."""
+    """A verifier returned something that is no verdict; the message names it and the accepted forms."""
 
 
 def as_verdict(returned: Any) -> Verdict:
-    """The verdict that a returned value stands for.
+    """Convert a returned value into a verdict.
 
     Raises:
-        NoVerdictError: for anything that stands for none, a score outside [0, 1] or NaN among it.
+        NoVerdictError: if it has another form, or if its score is outside [0, 1] or NaN.
     """
     if isinstance(returned, Verdict):
         return returned
@@ -41,7 +42,7 @@ def as_verdict(returned: Any) -> Verdict:
 
 
 def number(value: Any) -> float | None:
-    """A number, also one of numpy's or torch's without dimensions, as a float; None for anything else."""
+    """Convert a number, or a numpy or torch scalar without dimensions, to float; None for anything else."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, (bool, int, float)):
@@ -68,7 +69,7 @@ def _from_mapping(returned: Mapping[Any, Any]) -> Verdict:
 
 
 def _parts(returned: Mapping[Any, Any]) -> dict[str, float]:
-    """The further numbers of a dict."""
+    """The numbers in a returned dict under further keys; raises NoVerdictError for other values."""
     parts = {}
     for key, value in returned.items():
         if key in _KEYS:
@@ -101,15 +102,15 @@ def _described(value: Any) -> str:
 
 
 _SHORT = reprlib.Repr()
-"""Looks at the beginning of a value only: what a verifier returns may be a gigabyte long, or nested without an end."""
+"""Formats only the beginning of a value, which may be a gigabyte long or contain itself."""
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def _hint(returned: Any) -> str:
     if returned is None:
-        return " Does every way through it end in a return?"
+        return " Does every path through it end in a return?"
     if isinstance(returned, (list, tuple)) or getattr(returned, "shape", ()) != ():
-        return " It gets one response and not a batch: return the one score, not a list."
+        return " It gets one response and not a batch: return one score, not a list."
     if isinstance(returned, str) and number_in(returned):
         return " Return the number, not its text."
     return ""

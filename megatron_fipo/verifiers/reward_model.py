@@ -1,12 +1,13 @@
-"""A reward model behind an HTTP URL judges: `verifier: http://host:8000/score`.
+"""A reward model behind an HTTP URL as a verifier: `verifier: http://host:8000/score`.
 
 Request: POST, Content-Type application/json, UTF-8, one object
-    {"prompt": the prompt as the model saw it, "response": text, "reference": whatever the data source has}.
+    {"prompt": the prompt as the model saw it, "response": text, "reference": the data source's reference}.
 Answer: status 200 and an object
     {"score": number in [0, 1], 1 is correct; "answer": text, optional, for majority votes}.
-Whatever else happens makes a verdict with an error, never a wrong answer: a score outside [0, 1], another status, an
-answer cut short, none in time. A redirect is an error too: whoever follows one asks another address, without the
-request's body. Connections that fail and the statuses 429, 500, 502, 503 and 504 are tried `NUM_ATTEMPTS` times.
+Everything else becomes a verdict with an error, never a wrong answer: a score outside [0, 1], another status, an answer
+that is cut short or does not come in time. A redirect is an error, too, because following it would send a request
+without the body to another address. Requests whose connection fails or that get status 429, 500, 502, 503 or 504 are
+made up to `NUM_ATTEMPTS` times.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from urllib.parse import urlsplit
 from megatron_fipo.verifiers.verdict import JobVerifier, Verdict, VerifierJob, score_remedy
 
 NUM_ATTEMPTS = 3
-"""Requests for one response before it is given up."""
+"""Number of requests for one response."""
 
 ATTEMPT_SHARE = 0.25
-"""Share of the verifier's time-out that one request may take; the rest is for the pauses in between."""
+"""Share of the verifier's time-out that is the socket time-out of one request; the rest is for the pauses between."""
 
 _PAUSE_SHARE = 0.05
 _RETRIED_STATUSES = (429, 500, 502, 503, 504)
@@ -38,9 +39,9 @@ class RewardModelError(RuntimeError):
 
 
 def without_secrets(url: str) -> str:
-    """A URL for messages: what may hold a key, the query and a user with a password, is left out.
+    """A URL for messages, without its query, user and password, which may contain keys.
 
-    A text that is no URL at all comes back shortened.
+    A text that is no URL is only shortened.
     """
     try:
         parts = urlsplit(url)
@@ -52,14 +53,14 @@ def without_secrets(url: str) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirect as the error that its status is."""
+    """Makes a redirect an HTTPError instead of following it."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Make no other request."""
+        """Return None: do not follow."""
 
 
 class RewardModel(JobVerifier):
-    """Asks the server at a URL."""
+    """A verifier that asks the server at a URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -67,10 +68,10 @@ class RewardModel(JobVerifier):
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
-        """The server's verdict.
+        """Ask the server for its verdict.
 
         Raises:
-            RewardModelError: if there is none; names the URL and the last failure.
+            RewardModelError: if it gives none; the message names the URL and the last failure.
             TypeError: for a reference that JSON cannot express.
         """
         body = json.dumps({"prompt": job.prompt_text, "response": job.response_text, "reference": job.reference})
@@ -86,7 +87,7 @@ class RewardModel(JobVerifier):
                     break
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
                 failure = str(getattr(error, "reason", None) or error or type(error).__name__)
-        # The URL may stand in a library's message as well.
+        # A library's message may contain the URL, too.
         failure = failure.replace(self._url, self._shown)
         raise RewardModelError(f"reward model at {self._shown} did not answer ({attempt + 1} requests): {failure}")
 
@@ -98,7 +99,7 @@ class RewardModel(JobVerifier):
             content: bytes = answer.read(_MAX_ANSWER_BYTES + 1)
             if answer.status != 200:
                 raise RewardModelError(f"reward model at {self._shown} answered with status {answer.status}, not 200")
-            # Bytes that were announced and never came; http.client does not mind where an amount was asked for.
+            # Announced bytes that never came: http.client does not report them if read() is given an amount.
             missing = 0 if len(content) > _MAX_ANSWER_BYTES else getattr(answer, "length", None) or 0
         if missing:
             raise http.client.HTTPException(f"the answer was cut short: {missing} of its bytes are missing")

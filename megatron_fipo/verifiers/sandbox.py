@@ -1,15 +1,15 @@
-"""Runs a Python program that nobody vouches for, in a process of its own under limits; Linux only.
+"""Runs an untrusted Python program in a process of its own under limits; Linux only.
 
-What holds for the program, root or not, in a container or not: no network, no new processes, no signals to other
-processes, nothing written but its standard output, at most `Limits` of CPU time, wall time, memory, threads and output.
-It sees the standard library only, an empty environment, and an empty folder that is deleted afterwards. Enforced by
-resource limits and a seccomp filter (`syscall_filter`); where the kernel has Landlock (5.13), files other than Python's
-and the system's libraries cannot be read either. Hash seeds are fixed, so that sets of strings have one order.
+Root or not, in a container or not, the program has no network, starts no processes, signals no other process, writes
+only to its standard output, and uses at most the `Limits` of CPU time, wall time, memory, threads and output. It sees
+the standard library only, an empty environment, and an empty folder that is deleted afterwards. Resource limits and a
+seccomp filter (`syscall_filter`) enforce this. Where the kernel has Landlock (5.13), the program can read no files but
+Python's and the system's libraries. The hash seed is fixed, so that sets of strings have one order.
 
-The program cannot read what it is compared with. Outputs and results are compared by the caller. Tests run in a second
-process, made before the program's first line, which asks the program's for the results of calls and receives plain data
-(`sandbox_tests`). What does not hold: `same_process` runs the tests where the program ran, which may have tampered with
-the interpreter; only for tests that need more of the program than its answers.
+The program cannot read what it is compared with. The caller compares outputs and results. Tests run in a second
+process, created before the program's first line; it asks the program's process for the results of calls, and receives
+plain data (`sandbox_tests`). `same_process` lacks this protection: it runs the tests in the program's process, where
+the program may have tampered with the interpreter. It is meant for tests that need more than the results of calls.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ package.__path__ = [sys.argv.pop()]
 from megatron_fipo.verifiers import sandbox_child
 sandbox_child.main()
 """
-"""Imports modules of this folder without running the packages around it, which need more than the standard library."""
+"""Imports modules of this folder without the packages around it, which need more than the standard library."""
 
 _SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _MAX_STATUS_BYTES = 1000
 _THREADS_EVERY_S = 0.02
-"""Pause between two looks at the number of threads, where the kernel does not limit it."""
+"""Seconds between two checks of the number of threads, where the kernel does not limit it."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Limits:
     """The limits of one program.
 
     Attributes:
-        wall_s: time; CPU time, of all threads together, has the next whole second but one as its limit.
-        memory_bytes: address space, the interpreter's (about 20 MB) included.
-        output_bytes: standard output, and the results of calls.
-        num_threads: at any one moment.
+        wall_s: wall time in seconds. The CPU time of all threads together is limited to ceil(wall_s) + 1 s.
+        memory_bytes: address space, including the interpreter's (about 20 MB).
+        output_bytes: size of the standard output, and likewise of the results of calls.
+        num_threads: number of threads at any one moment.
     """
 
     wall_s: float = 8.0
@@ -74,10 +74,10 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: it ran to its end without an error and, where there were tests, so did they.
-        stdout: what it wrote, up to the limit.
-        problem: why it did not pass, empty if it did.
-        results: what calls of its function returned, as JSON's types, up to the first that failed.
+        passed: whether it ran to its end without an error and, if there were tests, so did they.
+        stdout: its standard output, up to the limit.
+        problem: why it did not pass; empty if it did.
+        results: what the calls of its function returned, as JSON's types, up to the first call that failed.
     """
 
     passed: bool
@@ -88,7 +88,7 @@ class Outcome:
 
 @dataclass
 class _Started:
-    """A program's process, the pipes that it answers through, and what came through them."""
+    """A program's process, its pipes to this process, and the data received through them, by file descriptor."""
 
     process: subprocess.Popen[bytes]
     status: IO[bytes]
@@ -109,21 +109,21 @@ def run_python(
     judges_imports: bool = False,
     protected: bool = True,
 ) -> Outcome:
-    """Run a program to its end, and then tests on its names.
+    """Run a program to its end, then tests that use its names.
 
     Args:
-        program: source. Its __name__ is "__main__", or "solution" where there are tests.
-        limits: of the program and its tests together.
+        program: source. Its __name__ is "__main__", or "solution" if there are tests.
+        limits: the limits of the program and its tests together.
         tests: source, such as assert statements; empty for none.
         stdin: text of the standard input.
-        prompt: the beginning of a module, which the program completes or stands behind.
+        prompt: the beginning of a module, which the program completes or follows.
         entry_point: the prompt's function that the program is to define.
         same_process: run the tests in the program's process, which can then deceive them.
         judges_imports: give the program the names that it uses without importing them, as judges do.
-        protected: False keeps the limits but allows every system call.
+        protected: False keeps the limits but allows every system call and every file.
 
     Raises:
-        SandboxUnavailableError: if the protection cannot be had here.
+        SandboxUnavailableError: if the protection is not available here.
     """
     style = "stdin" if not tests else "same_process" if same_process else "tests"
     order = {
@@ -148,13 +148,13 @@ def call_python(
 
     Args:
         program: source. Its __name__ is "solution"; names that judges import need not be imported.
-        function: name.
+        function: name of the function or method.
         calls: arguments of each call, of JSON's types.
-        limits: of all together.
-        protected: as for `run_python`.
+        limits: the limits of the program and all calls together.
+        protected: as in `run_python`.
 
     Raises:
-        SandboxUnavailableError: if the protection cannot be had here.
+        SandboxUnavailableError: if the protection is not available here.
     """
     order = {
         "style": "calls",
@@ -175,16 +175,16 @@ def call_python(
         except (ValueError, LookupError, TypeError, RecursionError):
             break
     if not problem and len(results) != len(calls):
-        problem = f"call {len(results) + 1} of {len(calls)} returned nothing of JSON's types"
+        problem = f"call {len(results) + 1} of {len(calls)} raised, or returned a value that is not of JSON's types"
     return Outcome(not problem, outcome.stdout, problem, tuple(results))
 
 
 @cache
 def check_available() -> None:
-    """Run an empty program under protection, once per process.
+    """Run an empty program under protection, the first time that a process calls this.
 
     Raises:
-        SandboxUnavailableError: if that is impossible here.
+        SandboxUnavailableError: if the protection is not available here.
     """
     outcome = run_python("", limits=Limits(wall_s=60.0), tests="pass")
     if not outcome.passed:
@@ -194,7 +194,7 @@ def check_available() -> None:
 def _run(
     order: dict[str, Any], limits: Limits, stdin: str, tests: dict[str, str] | None, protected: bool
 ) -> tuple[Outcome, bytes]:
-    """How a program ended, and what came through the pipe of results."""
+    """Run a program; returns how it ended, and the data received through the pipe of results."""
     order["limits"] = {
         "cpu_s": math.ceil(limits.wall_s) + 1,
         "memory_bytes": limits.memory_bytes,
@@ -218,10 +218,10 @@ def _run(
                 stderr=subprocess.DEVNULL,
                 pass_fds=fds,
                 cwd=folder,
-                # A thread would otherwise take 64 MiB of the address space for its first allocation.
+                # With more malloc arenas, every thread would take 64 MiB of the address space.
                 env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},
-                # Under protection it has no children of the program's making, and stays in the group that dies with a
-                # verifier's worker.
+                # A protected program starts no children, so it may stay in the process group of a verifier's worker,
+                # which is killed with the worker.
                 start_new_session=not protected,
             )
         finally:
@@ -234,7 +234,7 @@ def _run(
             _end(process, whole_group=not protected)
     assert process.stdout is not None
     stdout, said, returned = (bytes(received) for received in started.received.values())
-    # Only our own code can have said so: the pipe is closed before the program runs.
+    # Only our own code can have written this: the pipe is closed before the program runs.
     if b"unprotected:" in said:
         raise SandboxUnavailableError(said[said.index(b"unprotected:") :].decode(errors="replace").strip())
     if not problem and process.returncode:
@@ -243,13 +243,13 @@ def _run(
 
 
 def _pipe(stack: ExitStack) -> tuple[IO[bytes], int]:
-    """A pipe's read end, closed with the stack, and its write end, for the caller to close."""
+    """Make a pipe; returns its read end, which the stack closes, and its write end, which the caller closes."""
     read_fd, write_fd = os.pipe()
     return stack.enter_context(open(read_fd, "rb", buffering=0)), write_fd
 
 
 def _watch(started: _Started) -> str:
-    """Read all pipes until they close; returns the limit that was hit, empty if none was."""
+    """Read all pipes until they close; returns the limit that was exceeded, as text, or "" if none was."""
     process, limits = started.process, started.limits
     assert process.stdout is not None
     deadline = time.monotonic() + limits.wall_s
@@ -287,7 +287,7 @@ def _watch(started: _Started) -> str:
 
 
 def _watched_processes(status: bytes) -> list[int]:
-    """Processes whose threads the kernel does not limit, by what they said of themselves."""
+    """Ids of the processes whose threads the kernel does not limit, from their own status lines."""
     words = (line.split() for line in status.splitlines())
     return [int(line[1]) for line in words if len(line) == 2 and line[0] == b"parent"]
 
@@ -312,10 +312,10 @@ def _end(process: subprocess.Popen[bytes], whole_group: bool) -> None:
 
 
 def _file_with(name: str, data: bytes) -> IO[bytes]:
-    """A file in memory, to be read from its start; the caller closes it.
+    """Make a file in memory, to be read from its start; the caller closes it.
 
-    It belongs to no folder, so that a program may open its standard input by name (/dev/stdin) where all folders but a
-    few are closed to it.
+    It is in no folder, so that a program may open its standard input by name (/dev/stdin) although most folders are
+    closed to it.
     """
     file = open(os.memfd_create(f"megatron-fipo-{name}"), "r+b")  # noqa: SIM115
     file.write(data)

@@ -1,17 +1,17 @@
 """Runs one program under limits: `python -c … <order fd> <status fd> <result fd> <tests fd>`, started by `sandbox`.
 
-Needs nothing but the standard library, and little of that, so that it starts in a hundredth of a second and sees no
-installed package. The order is a dictionary written by `marshal` (which needs no import; it comes from the parent):
+It needs only a small part of the standard library, so that it starts in a hundredth of a second and sees no installed
+package. The order comes from the parent, as a dictionary written by `marshal`, which is built into the interpreter:
 
 - limits, syscall_filter (bytes; None for no protection), readable (files and folders): the protection;
 - prompt, program: source texts; name: the program's __name__; imports: whether it gets names that judges import;
-- style: "stdin" (run the program), "calls" (then call its `function` on every one of `calls`), "tests" (a second
-  process runs the tests, and asks the program for what they need), "same_process" (`tests` in the program's process).
+- style: "stdin" (run the program), "calls" (then call its `function` with each of `calls`), "tests" (a second process
+  runs the tests, and asks the program's for what they need), "same_process" (run `tests` in the program's process).
 
-Who says what to the parent: the status goes through a pipe that is closed before the program runs, so only our own
-code can say "unprotected: …". Results of calls go through another: whatever the program itself writes there is
-compared with what was expected, so that it says no more than a returned value does. The tests' result comes from the
-process of the tests, of which the program's process has no descriptor.
+The status goes to the parent through a pipe that is closed before the program runs, so only our own code can write
+"unprotected: …". Results of calls go through another pipe. The program could write to it, but everything there is
+compared with the expected results, so this gains no more than a returned value. The result of tests comes from the
+tests' process through the second pipe, which is closed in the program's process.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _SECCOMP_MODE_FILTER = 2
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_READ_FILE, _LANDLOCK_READ_DIR = 1 << 2, 1 << 3
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""Number of file-system rights that a version of Landlock knows; 16 from version 5 on."""
+"""Number of file-system rights by version of Landlock; 16 from version 5 on."""
 _CLONE_NEWUSER = 0x10000000
 _CAPABILITY_VERSION_3 = 0x20080522
 _HIGHEST_USER = 0xFFFFFFF0
 
 PASSED = b"passed"
-"""What the process of the tests tells the parent once they have run to their end."""
+"""What the tests' process writes to the parent once all tests have passed."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,7 +56,7 @@ def _checked(result: int, what: str) -> int:
 
 
 def limit_resources(limits: dict[str, int]) -> None:
-    """Limits that hold for root, too: CPU time, address space, sizes of files, open files, no core file."""
+    """Limit CPU time, address space, sizes of files and open files, and forbid core dumps; this holds for root, too."""
     cpu_s, memory = limits["cpu_s"], limits["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -66,14 +66,14 @@ def limit_resources(limits: dict[str, int]) -> None:
 
 
 def limit_threads(num_threads: int) -> bool:
-    """Let this process have so many threads; the kernel counts them by user, so it becomes one of its own.
+    """Limit this process to `num_threads` threads. The kernel counts per user, so the process takes a user of its own.
 
-    Root takes a real user id that nobody has (files are opened by the effective one, which stays); others enter a user
-    namespace, where counting starts anew. Both give up all capabilities, so that root is counted at all, and cannot
-    look into processes that have more.
+    Root takes a real user id that nobody has; the effective id, which decides about files, stays. Other users enter a
+    user namespace, where counting starts anew. Both give up all capabilities: the limit does not hold for a process
+    with capabilities, and one without them cannot inspect processes that have more.
 
     Returns:
-        False where neither is possible; `sandbox` then watches the number of threads.
+        Whether the kernel limits the threads; if not, `sandbox` watches their number.
     """
     limited = _take_a_user_of_its_own() if os.geteuid() == 0 else _libc.unshare(_CLONE_NEWUSER) == 0
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
@@ -84,7 +84,7 @@ def limit_threads(num_threads: int) -> bool:
 
 
 def _take_a_user_of_its_own() -> bool:
-    """Set the real user id to one from the upper half of those that exist here."""
+    """Set the real user id to one from the upper half of the ids in this user namespace; returns whether it worked."""
     with open("/proc/self/uid_map", encoding="ascii") as file:
         ranges = [(int(line.split()[0]), int(line.split()[2])) for line in file]
     first, count = max(ranges)
@@ -94,7 +94,7 @@ def _take_a_user_of_its_own() -> bool:
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Leave only these files and folders readable, where the kernel has Landlock; nothing is writable in any case."""
+    """Make all other files and folders unreadable, and all unwritable; does nothing if the kernel has no Landlock."""
     version = _call(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     if version < 1:
         return
@@ -113,7 +113,7 @@ def restrict_files(readable: list[str]) -> None:
 
 
 def install_filter(program: bytes) -> None:
-    """Install a seccomp filter for good; it holds for threads and cannot be taken off."""
+    """Install a seccomp filter, which new threads inherit and which cannot be removed."""
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a count, padding, a pointer.
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
@@ -121,18 +121,18 @@ def install_filter(program: bytes) -> None:
 
 
 def protect(order: dict[str, Any]) -> str:
-    """Put the limits and the filter in place, in the order in which each is still possible.
+    """Apply the limits and the filter, in an order in which each step is still allowed.
 
     Returns:
-        Who limits the threads: "kernel", or "parent" where the kernel cannot.
+        Who limits the threads: "kernel", or "parent" if the kernel cannot.
 
     Raises:
         OSError: if the kernel refuses one of them.
     """
     protected = order["syscall_filter"] is not None
     limited = protected and limit_threads(order["limits"]["threads"])
-    # After the change of user, which resets both. Memory that others of this user cannot read keeps the tests from the
-    # program where there is no Landlock, too.
+    # After the change of user, which resets both. PR_SET_DUMPABLE 0 hides the memory from other processes of this user,
+    # and so the tests from the program, even without Landlock.
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
     _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")
     limit_resources(order["limits"])
@@ -144,9 +144,9 @@ def protect(order: dict[str, Any]) -> str:
 
 
 def protect_and_report(order: dict[str, Any], status_fd: int) -> None:
-    """Protect this process, tell the parent how that went, and close the way to tell it; ends the process if it failed.
+    """Protect this process, write the status to the parent and close its pipe; ends the process if protecting failed.
 
-    The status: "unprotected: REASON", or who limits the threads and the process's number.
+    The status is "unprotected: REASON", or who limits the threads ("kernel" or "parent") and the process id.
     """
     try:
         limiter = protect(order)
@@ -158,13 +158,13 @@ def protect_and_report(order: dict[str, Any], status_fd: int) -> None:
 
 
 def main() -> None:
-    """Entry point; arguments as in the module's first line."""
+    """Entry point; the module's first line shows the arguments."""
     order_fd, status_fd, result_fd, tests_fd = map(int, sys.argv[1:5])
     with open(order_fd, "rb") as file:
         order = marshal.load(file)
     os.environ.clear()
     sys.argv = ["solution.py"]
-    # Before the protection, under which neither this package's files nor the null device can be opened.
+    # Before the protection, under which this package's files and the null device cannot be opened.
     from megatron_fipo.verifiers import sandbox_program
 
     sandbox_program.prepare()
@@ -180,11 +180,11 @@ def main() -> None:
     elif order["style"] == "same_process":
         sandbox_program.run_tests(module, order["tests"])
         os.write(result_fd, PASSED)
-        os._exit(0)  # whatever threads and exit handlers the program left behind
+        os._exit(0)  # ignores threads and exit handlers that the program left behind
 
 
 def _run_tests_apart(order: dict[str, Any], status_fd: int, result_fd: int, tests_fd: int) -> NoReturn:
-    """Run the program in a new process, and the tests in this one, with two pipes between them."""
+    """Run the program in a forked process and the tests in this one, with two pipes between them."""
     from megatron_fipo.verifiers import sandbox_objects, sandbox_program, sandbox_tests
     from megatron_fipo.verifiers.sandbox_values import ProtocolError
 
@@ -196,7 +196,7 @@ def _run_tests_apart(order: dict[str, Any], status_fd: int, result_fd: int, test
             os.close(fd)
         protect_and_report(order, status_fd)
         if os.getppid() != tests_pid:
-            os._exit(1)  # it ended before its death could take this process along
+            os._exit(1)  # the parent ended before PR_SET_PDEATHSIG was set
         try:
             sandbox_objects.serve(sandbox_program.run(order), requests_read, replies_write)
         finally:

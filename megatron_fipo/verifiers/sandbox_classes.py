@@ -1,9 +1,10 @@
-"""Finds the names of the program that tests mean as classes, rather than as functions that happen to be classes there.
+"""Finds the names of the program that tests use as classes, not as functions which the program may define as classes.
 
-An object of a class under test may be asked how it compares with values of the tests (`Money(3) == 3`). What stands in
-the place of a function may not: a program could answer a test of `add(1, 2) == 3` with a class `add` whose == is always
-true. The tests' own text tells the two apart, and the program has no say in it: a class is subclassed, named in
-isinstance() or `except`, or its objects have attributes that no value of Python's has, or meet each other.
+An object of a class under test may be asked how it compares with values of the tests (`Money(3) == 3`). An object in
+the place of a function's result may not: a program could pass a test of `add(1, 2) == 3` with a class `add` whose == is
+always true. The program is not trusted to tell the two apart, so the text of the tests and of the prompt does: tests
+subclass a class, name it in isinstance() or `except`, use attributes of its objects that no built-in value has, or
+combine two of its objects.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _CHECKS_OF_CLASSES = ("isinstance", "issubclass")
 
 
 def names_meant_as_classes(tests: str, prompt: str, entry_point: str) -> frozenset[str]:
-    """Names that tests, or the beginning of the program, use as those of classes.
+    """The names that the tests use as classes, or that the prompt defines as classes.
 
     Args:
-        tests: source.
-        prompt: source of the program's beginning, empty if it has none or is no module.
-        entry_point: the function that the problem asks for: never a class, unless the prompt says so.
+        tests: source of the tests.
+        prompt: source of the program's beginning; empty if there is none or it does not parse.
+        entry_point: the function that the problem asks for; it is a class only if the prompt defines it as one.
     """
     tree = ast.parse(tests)
     defined = ast.parse(prompt).body
@@ -53,8 +54,10 @@ def _named_as_classes(tree: ast.Module) -> Iterator[str]:
 
 
 def _with_attributes(tree: ast.Module) -> Iterator[str]:
-    """Names N of whose objects (N(…), or v after v = N(…)) the tests take an attribute that no value has, or, where the
-    name is written as a class's, do arithmetic with two, or change one by it.
+    """Names N whose objects, N(…) or v after v = N(…), the tests use as objects of a class.
+
+    The tests take an attribute that no built-in value has; or, if N is capitalized, combine or compare two of the
+    objects, or change one with an operator such as +=.
     """
     made_by: dict[str, set[str]] = {}
     for node in ast.walk(tree):
@@ -79,7 +82,7 @@ def _with_attributes(tree: ast.Module) -> Iterator[str]:
 
 
 def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What a statement gives a name to, and the value."""
+    """The targets of an assignment, each with its value."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
@@ -93,7 +96,7 @@ def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def _name(node: ast.expr) -> str:
-    """The last part of a name with dots, such as that of a class in a module; empty for anything else."""
+    """A name, or the last part of a dotted one such as module.Class; empty for any other expression."""
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""

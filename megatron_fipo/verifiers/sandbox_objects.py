@@ -1,4 +1,4 @@
-"""The program's side, once it has run: answers the tests' process, which asks for names, calls and attributes."""
+"""The program's process after the program has run: answers requests of the tests' process (`sandbox_tests`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ALL_STANDARD = frozenset(sys.stdlib_module_names)
 
 
 class _Callback:
-    """A function of the tests' side, with its names, which decorators take over."""
+    """A function in the tests' process, with its __name__ and the like, which decorators copy."""
 
     def __init__(self, server: _Server, number: int, names: dict[str, Any]) -> None:
         self._server, self.number = server, number
@@ -39,7 +39,7 @@ class _Callback:
 
 
 class _Server:
-    """Objects of the program that the other side refers to, and what is done with them."""
+    """Holds the program's objects that the tests' process refers to by number, and does what it asks with them."""
 
     def __init__(self, module: ModuleType, pipe: Pipe) -> None:
         self._module = module
@@ -51,7 +51,7 @@ class _Server:
     # ------------------------------------------------------------------------------------------------------- encoding
 
     def reference(self, value: Any) -> list[Any]:
-        """How a value that is no plain data is told: by name, with its class, or by its number alone."""
+        """Encode a value that is not plain data: by its name, by its number and class, or by its number alone."""
         if isinstance(value, _Callback):
             return ["yours", value.number]
         named = standard_name(value)
@@ -76,7 +76,7 @@ class _Server:
         number = self._number_of.get(id(value))
         if number is None:
             number = self._number_of[id(value)] = len(self._objects)
-            self._objects.append(value)  # which keeps it, so that its id stays its own
+            self._objects.append(value)  # keeps the object alive, so that its id is not used again
         return number
 
     @staticmethod
@@ -88,19 +88,19 @@ class _Server:
         return next(base.__name__ for base in cls.__mro__ if base.__module__ == "builtins")
 
     def _exception_arguments(self, error: BaseException) -> list[Any]:
-        """The arguments of an exception; those of no plain kind are sent as text."""
+        """The arguments of an exception; those that are not plain data become text."""
         plain = (int, float, str, bool, type(None))
         return [argument if type(argument) in plain else str(argument) for argument in error.args]
 
     # ------------------------------------------------------------------------------------------------------- requests
 
     def serve(self) -> None:
-        """Answer requests until the other side ends the process."""
+        """Answer requests until the tests' process ends, which raises ProtocolError."""
         while True:
             self._pipe.send(self._answer(self._pipe.receive()))
 
     def call_back(self, callback: _Callback, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        """Call a function of the other side, answering what it asks in the meantime."""
+        """Call a function in the tests' process, answering the requests that it makes meanwhile."""
         encoder = Encoder(self.reference)
         request: dict[str, Any] = {
             "do": "call",
@@ -154,7 +154,7 @@ class _Server:
         return (getattr(operator, what, None) or getattr(builtins, what))(*arguments)
 
     def _awaited(self, awaitable: Any) -> Any:
-        """What an awaitable gives; all run in one event loop, since generators and locks live longer than a call."""
+        """Await in one event loop for all requests, since asynchronous generators and locks outlive a request."""
         import asyncio
 
         async def run() -> Any:
@@ -164,8 +164,11 @@ class _Server:
         return self._loop.run_until_complete(run())
 
     def _describe(self, cls: type) -> list[Any]:
-        """A class's names, the name of the plain kind or the exception that it is one of, its own bases, its docstring,
-        and whether a call makes a new object.
+        """Describe a class.
+
+        Returns:
+            Its name, qualified name and module; the name of its plain or exception base, or ""; its bases among the
+            program's classes; its docstring; and whether a call makes a new object.
         """
         bases = [base for base in cls.__bases__ if self._is_own(base)]
         built_in = next((base.__name__ for base in cls.__mro__ if base in _PLAIN_BASES), "")
@@ -186,7 +189,7 @@ class _Server:
 
 
 def _plain(base: type, value: Any) -> Any:
-    """The value as its plain kind, whatever the subclass makes of conversions."""
+    """Convert a value to its plain base type, bypassing methods that its subclass overrides."""
     if base is tuple:
         return tuple(tuple.__iter__(value))
     if base is frozenset:
@@ -199,7 +202,7 @@ def _plain(base: type, value: Any) -> Any:
 
 
 def _plain_container(value: Any) -> Any:
-    """What an own list, dictionary or set holds, as a plain one; None for anything else."""
+    """Convert an object of a subclass of list, dict or set to the plain type; None for anything else."""
     if container_kind(value):
         return None
     if isinstance(value, dict):
@@ -210,5 +213,5 @@ def _plain_container(value: Any) -> Any:
 
 
 def serve(module: ModuleType, requests_fd: int, replies_fd: int) -> None:
-    """Answer what the tests ask; returns when they have ended."""
+    """Answer the requests of the tests' process until it ends, which raises ProtocolError."""
     _Server(module, Pipe(requests_fd, replies_fd)).serve()

@@ -1,8 +1,8 @@
-"""Runs a program as plain Python does, in the process that `sandbox_child` has prepared for it.
+"""Runs a program as plain Python does, in the process that `sandbox_child` has prepared.
 
-A program is a module of its own name in sys.modules, compiled without our __future__ imports, with its source at hand
-for `inspect`, with exit() and quit(), and with the paths of the standard streams and of the null device, which the
-protection would refuse to open for writing.
+A program is a module in sys.modules, compiled without our __future__ imports. Its source is available to `inspect`, it
+has exit() and quit(), and it can open the standard streams and the null device by their paths, although the protection
+refuses to open them for writing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE_NAME = "solution.py"
 
 _NULL_FD = 63
-"""Out of the way of the small numbers that a program's own files get."""
+"""Descriptor of the null device, above the small numbers that a program's own files get."""
 
 _STREAMS = {
     f"{folder}{name}": fd
@@ -30,7 +30,7 @@ _STREAMS = {
 
 
 class _Source:
-    """The program's loader, as far as `linecache` asks for one."""
+    """A loader for the program's module that gives `linecache` its source."""
 
     def __init__(self, texts: dict[str, str]) -> None:
         self._texts = texts
@@ -40,7 +40,7 @@ class _Source:
 
 
 def prepare() -> None:
-    """Add what the interpreter lacks when it is started without `site`, and open the devices that programs may use."""
+    """Add the built-ins that are missing without `site`, and open the devices that programs may use."""
     import _sitebuiltins
 
     for name in ("exit", "quit"):
@@ -54,7 +54,7 @@ def prepare() -> None:
 
 
 def _open_devices_by_duplicating(devices: dict[str, int]) -> None:
-    """Let open() and os.open() give out descriptors that are open already, for the paths of these devices."""
+    """Make open() and os.open() duplicate a descriptor that is open already, for the paths of these devices."""
     open_file, open_descriptor = io.open, os.open
 
     def device(path: Any) -> int | None:
@@ -79,13 +79,16 @@ def _open_devices_by_duplicating(devices: dict[str, int]) -> None:
 
 
 def run(order: dict[str, Any]) -> ModuleType:
-    """Run the program to its end; what it raises goes on, as in plain Python.
+    """Run the program to its end; its exceptions propagate, as in plain Python.
+
+    Args:
+        order: the order of `sandbox_child`.
 
     Returns:
         The program's module.
 
     Raises:
-        SyntaxError: if it is no program, neither alone nor behind the prompt.
+        SyntaxError: if the program compiles neither alone nor appended to the prompt.
     """
     name = order["name"]
     module = ModuleType(name)
@@ -101,10 +104,10 @@ def run(order: dict[str, Any]) -> ModuleType:
 
 
 def _compiled(prompt: str, program: str) -> tuple[str, list[CodeType]]:
-    """The text that functions come from, and what is to be run.
+    """The source of the program's module, and the code objects to run in it.
 
-    A prompt is the beginning of a module. A program that is a module by itself runs behind it, in the same names; one
-    that is not goes on from its last line.
+    A prompt is the beginning of a module. A program that compiles alone runs after the prompt, in the same namespace; a
+    program that does not is appended to the prompt's text.
     """
     try:
         code = _compile(program)
@@ -117,7 +120,7 @@ def _compiled(prompt: str, program: str) -> tuple[str, list[CodeType]]:
 
 
 def completed(prompt: str) -> str | None:
-    """A prompt with an empty body for the function that it ends with, where it needs one; None if it is no module."""
+    """A prompt that compiles, with `pass` added if it ends with a function that has no body; None if it never does."""
     for text in (prompt, f"{prompt.rstrip()}\n    pass\n", f"{prompt.rstrip()}\n        pass\n"):
         try:
             _compile(text)
@@ -151,14 +154,14 @@ _JUDGES_IMPORTS = [
     "builtins",
     "typing",
 ]
-"""Modules whose names a judge such as LiveCodeBench's puts in front of every program, in its order: later ones win."""
+"""Modules that LiveCodeBench's judge imports before every program, in its order; later ones take precedence."""
 
 _JUDGES_RECURSION_LIMIT = 50_000
-"""The limit that LiveCodeBench's judge sets, and that a program may raise; LeetCode's is higher still."""
+"""The recursion limit of LiveCodeBench's judge, which a program may raise; LeetCode's is higher."""
 
 
 def provide_imports(module: ModuleType, text: str) -> None:
-    """Give a program the names that it uses without ever binding them, as far as judges would."""
+    """Give a program the names that it uses and never binds, if judges would provide them."""
     missing = _free_names(text) - vars(builtins).keys()
     for name in missing & set(_JUDGES_IMPORTS):
         setattr(module, name, __import__(name))
@@ -174,7 +177,7 @@ def provide_imports(module: ModuleType, text: str) -> None:
 
 
 def _free_names(text: str) -> set[str]:
-    """Names that a module looks up outside its functions and never binds there."""
+    """Names that a module and its functions look up globally and the module never binds."""
     import _symtable  # type: ignore[import-not-found]
 
     top = _symtable.symtable(text, FILE_NAME, "exec")
@@ -192,7 +195,10 @@ def _free_names(text: str) -> set[str]:
 
 
 def call_function(module: ModuleType, order: dict[str, Any], result_fd: int) -> None:
-    """Call the program's function once for each list of arguments; a line of JSON for each result, until one fails."""
+    """Call the program's function with each list of arguments and write a line of JSON per result, until a call fails.
+
+    The process then exits; this does not return.
+    """
     import json
 
     with os.fdopen(result_fd, "w", encoding="ascii") as results:
@@ -213,7 +219,7 @@ def call_function(module: ModuleType, order: dict[str, Any], result_fd: int) -> 
 
 
 def _function(module: ModuleType, name: str) -> Any:
-    """The function of that name, or the method of a new object of the class Solution."""
+    """The method of that name of a new Solution object, if that class has it; else the module's function."""
     solution = getattr(module, "Solution", None)
     if isinstance(solution, type) and hasattr(solution, name):
         return getattr(solution(), name)
@@ -221,5 +227,5 @@ def _function(module: ModuleType, name: str) -> Any:
 
 
 def run_tests(module: ModuleType, tests: str) -> None:
-    """Run tests in the program's own names."""
+    """Run tests in the program's own namespace."""
     exec(compile(tests, "tests.py", "exec", dont_inherit=True), vars(module))

@@ -1,10 +1,10 @@
-"""The tests' side: runs tests in a process that the program never sees, with stand-ins for the program's objects.
+"""The tests' process: runs tests out of the program's reach, with stand-ins for the program's objects.
 
-Plain data comes by value, so the program has no say in how it compares. Anything else is a `Stand-in`: what the tests
-do with it is done in the program's process, under one rule. What the program returns is never asked about a value that
-the tests hold: `f(2) == 4` is False and `f(2) - 4` a TypeError where f returns an object of its own, since such an
-object could answer what it likes. Objects that the tests themselves make, by calling one of the program's classes that
-they mean as a class (`sandbox_classes`), are what they test, and are asked (`Money(3) == 3`).
+Plain data arrives by value, so the program cannot decide how it compares. Anything else is a `StandIn`: what the tests
+do with it is done in the program's process, under one rule. An object that the program returns is never asked about a
+value that the tests hold: if f returns an object of the program's own class, `f(2) == 4` is False and `f(2) - 4` a
+TypeError, since such an object could give any answer. Objects that the tests make themselves, by calling a class of the
+program that they use as a class (`sandbox_classes`), are what is tested, and are asked (`Money(3) == 3`).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _ENDINGS = (SystemExit, KeyboardInterrupt, GeneratorExit)
 
 
 class ProgramEndedError(Exception):
-    """The program called exit() in a function."""
+    """A function of the program raised an exception, such as SystemExit, that would end the tests."""
 
 
 class _Link:
-    """The connection to the program, and the stand-ins made so far."""
+    """The connection to the program's process, and the stand-ins made so far."""
 
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
@@ -58,11 +58,11 @@ class _Link:
         self._under_test: set[int | None] = set()
 
     def request(self, what: str, *arguments: Any, settings: dict[str, Any] | None = None) -> Any:
-        """Have something done in the program's process; changes to containers that were handed over are made here, too.
+        """Do something in the program's process, and apply its changes to the containers among the arguments here.
 
         Raises:
-            ProtocolError: if that process has ended.
-            Exception: what it raised.
+            ProtocolError: if that process has ended or sends something malformed.
+            Exception: what the program raised.
         """
         encoder = Encoder(self._reference)
         message: dict[str, Any] = {
@@ -95,7 +95,7 @@ class _Link:
         return value
 
     def _call_here(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Call a function that the tests handed to the program; nothing else can be asked of what they hold."""
+        """Call a function that the tests passed to the program, the only thing that the program may ask for."""
         try:
             decoder = Decoder(request["table"], self._referred)
             function = self._callbacks[request["target"]]
@@ -126,7 +126,7 @@ class _Link:
             self._callbacks.append(value)
             names = {name: getattr(value, name, None) for name in _NAMES_OF_FUNCTIONS}
             return ["callback", len(self._callbacks) - 1, {n: v for n, v in names.items() if isinstance(v, str)}]
-        raise TypeError(f"tests cannot hand a {type(value).__name__} of their own to the program")
+        raise TypeError(f"tests cannot pass a {type(value).__name__} of their own to the program")
 
     def _referred(self, coded: list[Any]) -> Any:
         tag, number = coded[0], coded[1]
@@ -145,7 +145,7 @@ class _Link:
         return standard_object(coded, SHARED_MODULES)
 
     def _stand_in(self, number: int, class_number: int) -> StandIn:
-        """The same one each time, so that `is` tells the program's objects apart."""
+        """The stand-in of an object, always the same one, so that `is` works for the program's objects."""
         found = self._stand_ins.get(number)
         if found is None:
             cls = StandIn if class_number < 0 else self.stand_in_class(class_number)
@@ -153,18 +153,18 @@ class _Link:
         return found
 
     def named(self, name: str, value: Any) -> Any:
-        """What the tests know by a name; a class that they mean as one is under test from here on."""
+        """Return a named value unchanged; a class that the tests use as a class counts as under test from now on."""
         if isinstance(value, _StandInType) and name in self.meant_as_classes:
             self._under_test.add(_number(value))
         return value
 
     def made_of(self, cls: _StandInType, value: Any) -> Any:
-        """What a call of a class made."""
+        """Mark the result of calling a class as made by the tests, if that class is under test."""
         makes_new = type.__getattribute__(cls, "_makes_new")
         return self.made_by_tests(value) if makes_new and _number(cls) in self._under_test else value
 
     def made_by_tests(self, value: Any) -> Any:
-        """A stand-in of its own for what the tests made: what the program returns later is another."""
+        """A separate stand-in for an object that the tests made; the program's own use of it gives an unmarked one."""
         if not isinstance(value, StandIn):
             return value
         number = _number(value)
@@ -178,7 +178,7 @@ class _Link:
         cls: Any = self.stand_in_class(class_number)
         base = next((base for base in _PLAIN_BASES.values() if issubclass(cls, base)), None)
         if base is None or type(plain) is not base:
-            raise ProtocolError("a value of another kind than its class")
+            raise ProtocolError("a value that is not of its class's plain type")
         value: Any = base.__new__(cls, plain)
         value.__dict__.update(_link=self, _number=number)
         return value
@@ -199,13 +199,13 @@ class _Link:
         return run()
 
     def stand_in_class(self, number: int) -> _StandInType:
-        """The class here that stands for one of the program's, with stand-ins of its own bases."""
+        """The class that stands in for one of the program's; its bases are stand-ins, too."""
         found = self._classes.get(number)
         if found is None:
             reply = self.request("class", _Numbered(number))
             name, qualified_name, module, built_in, bases, documentation, makes_new = reply
             if not all(isinstance(base, _StandInType) for base in bases):
-                raise ProtocolError("a class with bases that are none")
+                raise ProtocolError("a class with bases that are no classes")
             own: tuple[type, ...] = tuple(bases)
             if not own:
                 own = (_Answering,) if built_in else (StandIn,)
@@ -221,14 +221,14 @@ class _Link:
 
 
 class _Numbered:
-    """Something of the program's that is known by its number alone."""
+    """A reference to an object of the program, by its number alone."""
 
     def __init__(self, number: int) -> None:
         self._number = number
 
 
 def _number(value: Any) -> int | None:
-    """The number by which the program knows what this stands for; None if it stands for nothing."""
+    """The number of the program's object that a value stands for; None for other values."""
     holder: Any = None
     if isinstance(value, _StandInType):
         return type.__getattribute__(value, "__dict__").get("_class_number")
@@ -246,15 +246,15 @@ def _new(cls: type, link: _Link, number: int | None) -> Any:
 
 
 def _exception_class(name: str) -> type[BaseException]:
-    """A built-in exception; one that would end the tests becomes ProgramEndedError."""
+    """A built-in exception by name; ProgramEndedError in place of one that would end the tests."""
     found = getattr(builtins, name, None)
     if not isinstance(found, type) or not issubclass(found, BaseException):
-        raise ProtocolError(f"no exception: {name!r}")
+        raise ProtocolError(f"not an exception: {name!r}")
     return ProgramEndedError if issubclass(found, _ENDINGS) or not issubclass(found, Exception) else found
 
 
 class _StandInType(type):
-    """Classes that stand for the program's: attributes, calls and iteration go there."""
+    """The type of classes that stand in for the program's: attributes, calls and iteration go to its process."""
 
     def __call__(cls, *arguments: Any, **settings: Any) -> Any:
         link: _Link = type.__getattribute__(cls, "_link")
@@ -280,7 +280,7 @@ class _StandInType(type):
 
 
 class _Answering(metaclass=_StandInType):
-    """What is plain data or an exception here, and asks the program for the attributes of its own class."""
+    """Base of stand-ins that are plain data or exceptions here; the program's process gives their other attributes."""
 
     def __getattr__(self, name: str) -> Any:
         attributes = object.__getattribute__(self, "__dict__")
@@ -290,7 +290,7 @@ class _Answering(metaclass=_StandInType):
 
 
 class StandIn(metaclass=_StandInType):
-    """Stands for an object of the program that is no plain data."""
+    """Stands in for an object of the program that is not plain data."""
 
     _link: _Link
     _made_by_tests: bool
@@ -332,7 +332,7 @@ class StandIn(metaclass=_StandInType):
 
 
 def _forwarded(what: str) -> Callable[..., Any]:
-    """A special method whose operands are no values to compare with: keys, places, formats."""
+    """A special method that may always be forwarded, since its operands are keys, indices or formats."""
 
     def method(self: StandIn, *operands: Any) -> Any:
         return self._link.request(what, self, *operands)
@@ -340,8 +340,8 @@ def _forwarded(what: str) -> Callable[..., Any]:
     return method
 
 
-def _entered(name: str) -> Callable[..., Any]:
-    """A special method that the program's class has under the same name."""
+def _by_name(name: str) -> Callable[..., Any]:
+    """A special method that looks up the method of that name on the program's object and calls it."""
 
     def method(self: StandIn, *operands: Any) -> Any:
         return self._link.request("getattr", self, name)(*operands)
@@ -350,7 +350,7 @@ def _entered(name: str) -> Callable[..., Any]:
 
 
 def _exit(self: StandIn, error_type: Any, error: Any, traceback: Any) -> Any:
-    """The end of a with statement; a traceback holds the tests' own frames, and stays here."""
+    """__exit__ without the traceback, which holds the tests' own frames."""
     return self._link.request("getattr", self, "__exit__")(error_type, error, None)
 
 
@@ -358,8 +358,8 @@ async def _exit_async(self: StandIn, error_type: Any, error: Any, traceback: Any
     return await self._link.request("getattr", self, "__aexit__")(error_type, error, None)
 
 
-def _told(name: str) -> property:
-    """An attribute that classes have as well, so that asking the class would tell of the stand-in."""
+def _fetched(name: str) -> property:
+    """An attribute that the stand-in's class has, too, and that must come from the program's object instead."""
     return property(lambda self: self._link.request("getattr", self, name))
 
 
@@ -374,7 +374,7 @@ def _in_place(what: str) -> Callable[..., Any]:
 
 
 def _binary(what: str, reflected: bool) -> Callable[..., Any]:
-    """An operator: asked of the program only where its other operand, or who made the object, allows it."""
+    """An operator, forwarded only if the tests made the object or the other operand is the program's, too."""
 
     def method(self: StandIn, other: Any) -> Any:
         if not self._made_by_tests and _number(other) is None:
@@ -393,7 +393,7 @@ def _compared(what: str) -> Callable[..., Any]:
         result = ask(self, other)
         if result is not NotImplemented:
             return result
-        plain = self._link.request("plain", self)  # of a list, dictionary or set with a class of its own
+        plain = self._link.request("plain", self)  # contents of an object of a subclass of list, dict or set
         if plain is None:
             return NotImplemented
         return getattr(plain, f"__{what}__")(other)
@@ -407,10 +407,10 @@ def _define_special_methods() -> None:
                  "invert", "format", "getitem", "setitem", "delitem", "reversed", "dir", "complex"):  # fmt: skip
         methods[what] = _forwarded(what)
     for what in ("enter", "missing", "trunc", "floor", "ceil", "aenter", "aiter", "anext"):
-        methods[what] = _entered(f"__{what}__")
+        methods[what] = _by_name(f"__{what}__")
     methods["exit"], methods["aexit"] = _exit, _exit_async
     for what in ("doc", "annotations"):
-        methods[what] = _told(f"__{what}__")
+        methods[what] = _fetched(f"__{what}__")
     for what in _COMPARISONS:
         methods[what] = _compared(what)
     for what in _ARITHMETIC:
@@ -430,7 +430,7 @@ _define_special_methods()
 
 
 class _Program(ModuleType):
-    """The program as a module, for tests that import it."""
+    """Stands in for the program's module, for tests that import it."""
 
     _link: _Link
 
@@ -445,14 +445,14 @@ def run(tests: dict[str, Any], replies_fd: int, requests_fd: int) -> bool:
 
     Args:
         tests: source, name (of the program's module), prompt and entry_point.
-        replies_fd: what the program says.
-        requests_fd: what it is told.
+        replies_fd: read end of the pipe from the program's process.
+        requests_fd: write end of the pipe to it.
 
     Returns:
-        Whether they passed. What they raise is no pass.
+        Whether they passed: they ended without an exception, or as unittest.main() does after success.
 
     Raises:
-        ProtocolError: if the program ended before them.
+        ProtocolError: if the program's process ended first.
     """
     link = _Link(Pipe(replies_fd, requests_fd))
     module = ModuleType("__main__")
@@ -471,7 +471,7 @@ def run(tests: dict[str, Any], replies_fd: int, requests_fd: int) -> bool:
             setattr(module, name, link.named(name, link.request("get", name)))
         exec(given, vars(module))
         exec(code, vars(module))
-    except SystemExit as end:  # as unittest.main() ends
+    except SystemExit as end:  # unittest.main() raises it
         return end.code in (None, 0, False)
     except Exception:  # noqa: BLE001 - a test that fails
         return False
@@ -487,7 +487,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _given_by_the_prompt(prompt: str, entry_point: str) -> CodeType:
-    """Imports and finished functions of the prompt, which tests mean by these names, not the program's."""
+    """Code of the prompt's imports and finished functions, which tests use in place of the program's of that name."""
     import ast
 
     tree = ast.parse(completed(prompt) or "")

@@ -1,11 +1,11 @@
-"""Values between two processes of which one is not trusted: plain data by value, everything else by reference.
+"""Exchanges values between two processes, one of them untrusted: plain data by value, everything else by reference.
 
 A message is JSON. Numbers that JSON holds exactly, texts, True, False and None stand for themselves; any other value is
-a list that begins with a tag. Lists, dictionaries and other containers that can be changed stand in a table beside the
-values, which refer to them by their place in it: so one list that is held twice stays one, a list may hold itself, and
-a reply can say which containers of the request were changed.
+a list that begins with a tag. Lists, dictionaries and other mutable containers are in a table next to the values, which
+refer to them by index: so one list that is referenced twice stays one, a list may contain itself, and a reply can say
+which containers of the request were changed.
 
-What arrives is of Python's own types, whatever its sender says: a result with an == of its own compares as data.
+Values that arrive have Python's own types, whatever the sender says: a result with its own == is compared as data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ATOMS = {int, float, str, bool, type(None)}
 _LARGEST = 1 << 62
-"""Larger whole numbers travel in hexadecimal: decimal digits would cost a time that grows with their square."""
+"""Integers from here on are sent in hexadecimal, since converting decimal digits takes quadratic time."""
 
 SHARED_MODULES = frozenset(
     [
@@ -30,11 +30,11 @@ SHARED_MODULES = frozenset(
         "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",
     ]
 )  # fmt: skip
-"""Modules whose functions and classes the program's side may name, to be taken from here."""
+"""Modules whose functions and classes the program's process may name; the tests' process uses its own."""
 
 
 class ProtocolError(BaseException):
-    """The other side sent no message, or has ended. This is no Exception, so that no test takes it for a result."""
+    """The other process sent a malformed message or has ended. It is no Exception, so that tests do not catch it."""
 
 
 class Pipe:
@@ -73,7 +73,7 @@ class Pipe:
 
 
 def container_kind(value: Any) -> str:
-    """The tag of a container that can be changed, empty for anything else."""
+    """The tag of a mutable container; empty for anything else."""
     cls = type(value)
     kind = _BUILTIN_CONTAINERS.get(cls, "")
     if not kind and cls.__module__ == "collections" and cls is getattr(sys.modules[cls.__module__], cls.__name__, None):
@@ -89,8 +89,8 @@ class Encoder:
     """Encodes the values of one message.
 
     Args:
-        by_reference: encodes what is not plain data.
-        known: containers that the other side has in its table already, in their order there.
+        by_reference: encodes values that are not plain data.
+        known: containers that the other process's table has already, in its order.
     """
 
     def __init__(self, by_reference: Callable[[Any], list[Any]], known: Sequence[Any] = ()) -> None:
@@ -100,7 +100,7 @@ class Encoder:
         self._num_known = len(self.objects)
 
     def encode(self, value: Any) -> Any:
-        """One value; what it holds in containers follows by `table`."""
+        """Encode one value; `table` gives the contents of its containers."""
         cls = type(value)
         if cls in ATOMS:
             return ["int", hex(value)] if cls is int and not -_LARGEST < value < _LARGEST else value
@@ -128,7 +128,7 @@ class Encoder:
         return self._by_reference(value)
 
     def contents(self, value: Any) -> list[Any]:
-        """What a container holds: its tag, then the encoded items."""
+        """Encode a container: its tag, then its encoded items."""
         kind = container_kind(value)
         if kind == "bytearray":
             return [kind, value.decode("latin-1")]
@@ -139,7 +139,7 @@ class Encoder:
         return [kind, self._items(part for item in value.items() for part in item)]
 
     def table(self) -> list[list[Any]]:
-        """Contents of the containers met so far and, in turn, of those that they hold."""
+        """The contents of the containers encoded so far and, recursively, of those in them."""
         rows: list[list[Any]] = []
         while self._num_known + len(rows) < len(self.objects):
             rows.append(self.contents(self.objects[self._num_known + len(rows)]))
@@ -158,8 +158,8 @@ class Decoder:
 
     Args:
         rows: the message's table.
-        by_reference: decodes what is not plain data; raises ProtocolError for what it does not know.
-        known: containers that the table goes on from.
+        by_reference: decodes values that are not plain data; raises ProtocolError for unknown ones.
+        known: containers with the first indices, before those of the table.
     """
 
     def __init__(self, rows: Any, by_reference: Callable[[list[Any]], Any], known: Sequence[Any] = ()) -> None:
@@ -174,10 +174,10 @@ class Decoder:
             raise ProtocolError(f"a malformed message: {error}") from error
 
     def decode(self, coded: Any) -> Any:
-        """One value.
+        """Decode one value.
 
         Raises:
-            ProtocolError: if it is none.
+            ProtocolError: if it is malformed.
         """
         if not isinstance(coded, list):
             return coded
@@ -187,7 +187,7 @@ class Decoder:
             raise ProtocolError(f"a malformed value: {error}") from error
 
     def fill(self, value: Any, row: list[Any]) -> None:
-        """Put a row's contents into a container, in the place of what it holds."""
+        """Replace a container's contents by a row's."""
         kind = row[0]
         if kind == "bytearray":
             value[:] = row[1].encode("latin-1")
@@ -200,8 +200,8 @@ class Decoder:
         if kind == "deque":
             value.extend(items)
         elif kind == "set":
-            # Most sets are made of a constant one, and so iterate as this does; the order of the original is kept where
-            # either way gives it.
+            # A set's order depends on how it was built, and most are built from a constant. Keep the sender's order if
+            # building from a frozenset or item by item gives it.
             value.update(frozenset(items))
             if any(a is not b for a, b in zip(value, items, strict=True)):
                 value.clear()
@@ -246,11 +246,11 @@ _STANDARD = {
     "time": "datetime",
     "timedelta": "datetime",
 }
-"""Values of the standard library that travel as what they are made from, by the name of their class."""
+"""Classes of the standard library whose objects are sent as constructor arguments, with their modules."""
 
 
 def _standard_parts(value: Any) -> list[Any] | None:
-    """What a value of the standard library is made from; None if it is not of those that are known."""
+    """Arguments from which an object of a `_STANDARD` class can be made again; None for anything else."""
     cls = type(value)
     module = _STANDARD.get(cls.__name__)
     if module is None or cls.__module__ != module or cls is not getattr(sys.modules.get(module), cls.__name__, None):
@@ -284,11 +284,11 @@ def _empty(row: list[Any]) -> Any:
 
 
 def standard_name(value: Any) -> list[Any] | None:
-    """How a module, or a function or class of one of the standard library's, is named; None for anything else."""
+    """Encode a module of the standard library, or a function or class in one, by name; None for anything else."""
     if isinstance(value, ModuleType):
         return ["module", value.__name__] if value.__name__ in sys.stdlib_module_names else None
     if not isinstance(value, type | FunctionType | BuiltinFunctionType):
-        name = getattr(value, "_name", None)  # of typing, such as List
+        name = getattr(value, "_name", None)  # objects of typing such as List
         if type(value).__module__ != "typing" or not isinstance(name, str):
             return None
         return ["named", "typing", name] if getattr(sys.modules["typing"], name, None) is value else None
@@ -302,14 +302,15 @@ def standard_name(value: Any) -> list[Any] | None:
 
 
 def standard_object(coded: list[Any], modules: frozenset[str]) -> Any:
-    """The module, function or class that a `standard_name` means.
+    """Find the module, function or class that `standard_name` encoded.
 
     Args:
-        coded: what arrived.
-        modules: what may be named; the program's side could otherwise have any module run here.
+        coded: the encoded value.
+        modules: modules that may be named; otherwise the program's process could have any module imported here.
 
     Raises:
-        ProtocolError: for another module, or a name that is not in it.
+        ProtocolError: for another module.
+        AttributeError: for a name that is not in the module.
     """
     module = coded[1]
     if module not in modules:

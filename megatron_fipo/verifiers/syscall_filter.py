@@ -1,9 +1,9 @@
-"""The system calls that a judged program may make, as a seccomp filter: a list of what is allowed, refusing the rest.
+"""A seccomp filter that allows a list of system calls to a judged program and refuses all others.
 
-Allowed is what the Python interpreter needs to compute, to read files and to write to what is open already, with
-asyncio's event loop: pipes, epoll, and pairs of connected sockets, which reach nothing but each other. There are no
-other sockets, no new processes, no signals to others, no writable files, no changed limits but the stack's, whoever
-runs it, root too.
+It allows what the Python interpreter needs to compute, to read files, to write to open files, and to run asyncio's
+event loop: pipes, epoll, and pairs of connected sockets, which reach only each other. It refuses other sockets (unless
+`sockets` is set), new processes, signals to other processes, opening files for writing, and changes of limits other
+than the stack's, for root as well.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _AARCH64 = {
 
 @dataclass(frozen=True)
 class _Architecture:
-    """Numbers of the system calls on one processor: those always allowed, and those that depend on their arguments."""
+    """System calls by name on one processor: those always allowed, and those allowed for some arguments."""
 
     audit_number: int
     always: dict[str, int]
@@ -78,7 +78,7 @@ _SOCKETS = {
         "recvmmsg": 243, "sendmmsg": 269,
     },
 }  # fmt: skip
-"""Further calls that a client of a server needs: to resolve a name, to connect, to send and to receive."""
+"""Further calls that a client needs: to resolve a name, to connect, to send and to receive."""
 
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _AUDIT_NUMBER, _ARGUMENTS = 0, 4, 16
@@ -98,23 +98,23 @@ _STREAM_SOCKETS = (0o1, 0o4001, 0o2000001, 0o2004001)  # SOCK_STREAM with SOCK_N
 
 
 class SandboxUnavailableError(RuntimeError):
-    """Programs cannot be run under protection on this machine."""
+    """Programs cannot be confined on this machine."""
 
 
 def syscall_filter(*, threads: bool = True, sockets: bool = False) -> bytes:
-    """The filter for this machine, as the kernel takes it: struct sock_filter, one after another.
+    """Make the filter for this machine, as an array of the kernel's struct sock_filter.
 
     Args:
-        threads: whether new threads may be started; no filter can count them.
-        sockets: whether servers may be reached.
+        threads: whether new threads may be started; a filter cannot limit their number.
+        sockets: whether the process may connect to servers.
 
     Raises:
-        SandboxUnavailableError: on another system than Linux, or another processor than x86_64 and aarch64.
+        SandboxUnavailableError: on systems other than Linux, or processors other than x86_64 and aarch64.
     """
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in _ARCHITECTURES:
         raise SandboxUnavailableError(
-            f"the protection of judged programs knows Linux on {' and '.join(_ARCHITECTURES)}, and this is "
+            f"judged programs can be confined only by Linux on {' and '.join(_ARCHITECTURES)}, and this is "
             f"{platform.system()} on {machine}"
         )
     architecture = _ARCHITECTURES[machine]
@@ -124,7 +124,7 @@ def syscall_filter(*, threads: bool = True, sockets: bool = False) -> bytes:
         _step(_RETURN, _KILL),
         _step(_LOAD, _NUMBER),
     ]
-    if machine == "x86_64":  # a second numbering of the same calls
+    if machine == "x86_64":  # the x32 ABI, which has other numbers for the same calls
         program += [_step(_AT_LEAST, _FIRST_X32_CALL, 0, 1), _step(_RETURN, _KILL)]
     always = {**architecture.always, **(_SOCKETS[machine] if sockets else {})}
     for number in always.values():
@@ -136,7 +136,7 @@ def syscall_filter(*, threads: bool = True, sockets: bool = False) -> bytes:
 
 
 def _rule(name: str, threads: bool, sockets: bool) -> list[bytes]:
-    """What follows once a call with this name was recognized; every way through it returns."""
+    """The filter's instructions after a call of this name was recognized; every path through them returns."""
     if name in ("open", "openat"):
         return [
             _load_argument(1 if name == "open" else 2),
@@ -154,7 +154,7 @@ def _rule(name: str, threads: bool, sockets: bool) -> list[bytes]:
             _step(_RETURN, _ALLOW),
             _refuse(errno.EPERM),
         ]
-    if name == "prlimit64":  # reading limits, and its own stack's, which programs with deep recursion raise
+    if name == "prlimit64":  # to read limits, and to set its own stack's, which programs with deep recursion raise
         return [
             _load_argument(2),
             _step(_EQUALS, 0, 0, 2),
@@ -194,7 +194,7 @@ def _rule(name: str, threads: bool, sockets: bool) -> list[bytes]:
             _refuse(errno.EPERM),
             _step(_RETURN, _ALLOW),
         ]
-    if name == "sendto":  # to the other end, without an address
+    if name == "sendto":  # only without an address: to the other end of a pair
         return [
             _load_argument(4),
             _step(_EQUALS, 0, 0, 3),
@@ -204,7 +204,7 @@ def _rule(name: str, threads: bool, sockets: bool) -> list[bytes]:
             _refuse(errno.EPERM),
         ]
     assert name == "clone3", name
-    return [_refuse(errno.ENOSYS)]  # its flags are in memory, out of a filter's sight; libc falls back to clone
+    return [_refuse(errno.ENOSYS)]  # its flags are in memory, which a filter cannot read; libc falls back to clone
 
 
 def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

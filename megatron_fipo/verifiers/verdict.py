@@ -1,4 +1,4 @@
-"""The question to a verifier, and its answer."""
+"""The interface of verifiers: the job that a verifier is given, and the verdict that it returns."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ RAISED = "raised"
 """`Verdict.fault` of a verifier that raised an exception."""
 
 NO_VERDICT = "no verdict"
-"""`Verdict.fault` of a verifier that returned something that is no verdict, or that could not be loaded at all."""
+"""`Verdict.fault` of a verifier that returned something that is no verdict, or that could not be loaded."""
 
 
 _SEPARATOR = " + "
 
 
 def combined_name(weights: Mapping[str, float]) -> str:
-    """One name for several verifiers with their weights; a single verifier's own."""
+    """Join several verifiers' names and weights into one name; the name of a single verifier stays as it is."""
     if len(weights) == 1:
         return next(iter(weights))
     return _SEPARATOR.join(f"{float(weight)!r}*{name}" for name, weight in weights.items())
 
 
 def split_name(name: str) -> dict[str, float]:
-    """Verifiers and weights of a name that `combined_name` gave; {name: 1.0} for any other."""
+    """Split a name from `combined_name` into weights by verifier; {name: 1.0} for any other name."""
     parts = name.split(_SEPARATOR)
     if len(parts) == 1:
         return {name: 1.0}
@@ -38,7 +38,7 @@ def split_name(name: str) -> dict[str, float]:
 
 
 def metric_part(name: str) -> str:
-    """A part's name as one step of a metric's name: a reward model's URL without scheme and slashes."""
+    """Turn a part's name into one component of a metric's name: a URL loses its scheme, and slashes become "_"."""
     return re.sub(r"[^\w.:-]+", "_", name.partition("://")[2] or name)
 
 
@@ -47,7 +47,7 @@ def score_remedy(value: float) -> str:
     if value < 0.0:
         return "Only 1 is right; for rewards from -1 to 1 return (reward + 1) / 2."
     if value > 1.0:
-        return "Only 1 is right; divide by the largest score that there can be."
+        return "Only 1 is right; divide by the largest score that is possible."
     return "Return 0 for a response that deserves nothing."
 
 
@@ -56,15 +56,15 @@ class Verdict:
     """A verifier's judgement of one response.
 
     Attributes:
-        score: in [0, 1]; 1 is correct. Some reasoning-gym tasks give partial credit in between; a reward that knows
-            only right and wrong goes by `correct`.
-        answer: the final answer as it was extracted, empty if the response has none; majority votes count these.
-        error: why the response could not be judged; empty if it was. A verdict with an error says nothing about the
-            response: score is 0 and means "unknown".
-        parts: what the score is made of, and other numbers about the response, by name: of several verifiers each one's
-            own score, of a function that returns a dict its further numbers. Metrics show their means.
-        fault: of what kind the error is, where the verifier itself is to blame: `RAISED` or `NO_VERDICT`. Empty for any
-            other error, such as a time-out.
+        score: in [0, 1]; 1 is correct. Some reasoning-gym tasks give partial credit in between; a reward that only
+            distinguishes right and wrong uses `correct`.
+        answer: the final answer as extracted; empty if the response has none. Majority votes count these.
+        error: why the response could not be judged; empty if it was judged. A verdict with an error says nothing about
+            the response: its score is 0 and means "unknown".
+        parts: further numbers about the response by name, such as the score of each of several verifiers, or the
+            further numbers of a function that returns a dict. Metrics show their means.
+        fault: the kind of an error that the verifier itself caused: `RAISED` or `NO_VERDICT`. Empty for other errors,
+            such as a time-out.
 
     Raises:
         ValueError: for a score outside [0, 1], NaN included.
@@ -82,7 +82,7 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """Whether the answer was accepted in full."""
+        """Whether the answer was fully accepted: the score is 1."""
         return self.score == 1.0
 
 
@@ -91,10 +91,10 @@ class VerifierJob:
     """One response to judge.
 
     Attributes:
-        verifier: built-in name (`registry.BUILTIN_VERIFIERS`), dotted path "package.module:function", or the URL of a
-            reward model.
+        verifier: built-in name (`names.BUILTIN_VERIFIERS`), dotted path "package.module:function", URL of a reward
+            model, or a `combined_name` of several.
         response_text: the response, without prompt and special tokens.
-        reference: what the verifier compares with; must be picklable.
+        reference: what the verifier compares the response with; must be picklable.
         finish_reason: stop, length or abort.
         prompt_text: the prompt as the model saw it; reward models read it.
         row: the data's row as plain containers, text and numbers; None unless the verifier asks for it
@@ -110,20 +110,20 @@ class VerifierJob:
 
 
 class JobVerifier(ABC):
-    """A verifier that needs more than a text and a reference: the prompt, its time limit, a check before the start.
+    """A verifier that needs more than a text and a reference: the prompt, the time limit, or a check before the start.
 
     An instance in a module can be named like a function, as "package.module:instance".
     """
 
     wants_row: bool = False
-    """Whether `VerifierJob.row` is to hold the row of the data; rows that nobody asks for are not kept."""
+    """Whether `VerifierJob.row` must hold the row of the data; rows are kept only if a verifier wants them."""
 
     def check_ready(self) -> None:  # noqa: B027 - most have nothing to check
-        """Called once in every worker before its first job; what it raises (RuntimeError) stops the run."""
+        """Check that the verifier can judge, once in every worker before its first job; an exception stops the run."""
 
     @abstractmethod
     def judge(self, job: VerifierJob, timeout_s: float) -> Verdict:
-        """Judge one response. Whatever is raised becomes a verdict with an error.
+        """Judge one response. An exception becomes a verdict with an error.
 
         Args:
             job: the response.
@@ -132,8 +132,8 @@ class JobVerifier(ABC):
 
 
 VerifierFunction: TypeAlias = Callable[[str, Any, str], Verdict]
-"""(response_text, reference, finish_reason) -> Verdict, as the built-in ones are. Pure; may raise, which becomes a
-verdict with an error. What a function of a user's own may look like is `own_function`'s business."""
+"""(response_text, reference, finish_reason) -> Verdict, the form of most built-in verifiers. Pure; an exception becomes
+a verdict with an error. `own_function` wraps users' functions, which may have other signatures."""
 
 Verifier: TypeAlias = VerifierFunction | JobVerifier
-"""A verifier: a function, or an object that takes the whole job where a function's arguments do not tell enough."""
+"""A verifier: a function, or an object that takes the whole job."""

@@ -1,8 +1,8 @@
-"""Messages from a worker to the pool: frames of JSON, bounded in size, of which every field is checked.
+"""Messages from a worker to the pool: JSON frames of limited size, with every field checked.
 
-A frame is its length in four bytes, the most significant first, and so many bytes of JSON. Nothing that comes from a
-worker is unpickled: a worker judges what a model wrote, and the pool runs in the trainer. (Jobs travel the other way,
-pickled: the trainer may be believed.)
+A frame is the length of its JSON in four bytes, big-endian, and the JSON. Data from a worker is never unpickled, since
+a worker judges what a model wrote and the pool runs in the trainer. Jobs to a worker are pickled, since the trainer is
+trusted.
 """
 
 from __future__ import annotations
@@ -18,65 +18,65 @@ from megatron_fipo.system.text_hygiene import clean_text
 from megatron_fipo.verifiers.verdict import NO_VERDICT, RAISED, Verdict
 
 MAX_FRAME_BYTES = 2**21
-"""Longest frame; one that says it is longer is refused before it is read."""
+"""Longest frame; one with a larger length is refused before it is read."""
 
 MAX_ANSWER_CHARACTERS = 100_000
-"""Longest answer that a verdict carries; programs, the longest of them, have half of it."""
+"""Longest answer of a verdict. Programs, the longest answers, have up to half of it."""
 
 MAX_ERROR_CHARACTERS = 2_000
-"""Longest reason for an error that a verdict carries."""
+"""Longest error of a verdict."""
 
 MAX_PARTS = 64
-"""Most numbers beside its score that a verdict carries."""
+"""Largest number of a verdict's parts."""
 
 MAX_PART_CHARACTERS = 200
-"""Longest name of such a number."""
+"""Longest name of a part; longer names are cut."""
 
 _HEADER = struct.Struct(">I")
 _READ_BYTES = 65536
 
 
 class MalformedMessageError(ValueError):
-    """A message of another kind than was expected, or none at all."""
+    """A message that does not have the expected form."""
 
 
 def pack_frame(message: Mapping[str, Any]) -> bytes:
-    """One frame."""
+    """Encode a message as one frame."""
     body = json.dumps(message).encode("ascii")
     return _HEADER.pack(len(body)) + body
 
 
 def write_all(fd: int, content: bytes) -> None:
-    """Write everything; the system may take less at a time."""
+    """Write all of `content`; one os.write may take only a part."""
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view) :]
 
 
 class FrameReader:
-    """Takes frames from a file descriptor, a piece at a time, so that a half frame holds nobody up."""
+    """Reads frames from a file descriptor in pieces, without blocking on an incomplete frame."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._received = bytearray()
 
     def read_more(self) -> bool:
-        """Read what is there, once; the descriptor is readable. False at the end of the stream."""
+        """Read once, when the descriptor is readable; returns False at the end of the stream."""
         piece = os.read(self._fd, _READ_BYTES)
         self._received += piece
         return bool(piece)
 
     def next_frame(self) -> dict[str, Any] | None:
-        """The next object, or None if more has to be read first.
+        """Return the next frame's JSON object, or None if more must be read first.
 
         Raises:
-            MalformedMessageError: for a frame that is too long or holds anything else.
+            MalformedMessageError: if the frame is too long or does not hold a JSON object.
         """
         if len(self._received) < _HEADER.size:
             return None
         (size,) = _HEADER.unpack_from(self._received)
         if size > MAX_FRAME_BYTES:
-            raise MalformedMessageError(f"a message of {size} bytes, and {MAX_FRAME_BYTES} are the most")
+            raise MalformedMessageError(f"a message of {size} bytes, above the limit of {MAX_FRAME_BYTES}")
         end = _HEADER.size + size
         if len(self._received) < end:
             return None
@@ -86,7 +86,7 @@ class FrameReader:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
         MalformedMessageError: for anything else.
@@ -94,14 +94,14 @@ def read_object(body: bytes) -> dict[str, Any]:
     try:
         message = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise MalformedMessageError(f"what is no JSON: {body[:100]!r}") from error
+        raise MalformedMessageError(f"data that is not JSON: {body[:100]!r}") from error
     if not isinstance(message, dict):
-        raise MalformedMessageError(f"what is no JSON object: {body[:100]!r}")
+        raise MalformedMessageError(f"data that is not a JSON object: {body[:100]!r}")
     return message
 
 
 def verdict_fields(verdict: Verdict) -> dict[str, Any]:
-    """A verdict's fields as they travel, cut to what is carried."""
+    """A verdict's fields for a message; texts are cut to one character more than `read_verdict` keeps."""
     return {
         "score": float(verdict.score),
         "answer": verdict.answer[: MAX_ANSWER_CHARACTERS + 1],
@@ -112,19 +112,19 @@ def verdict_fields(verdict: Verdict) -> dict[str, Any]:
 
 
 def read_verdict(message: Mapping[str, Any]) -> Verdict:
-    """The verdict of a message, its texts cleaned.
+    """Read the verdict from a message; its texts are cleaned and cut.
 
     Raises:
-        MalformedMessageError: unless every field is there and is what it has to be.
+        MalformedMessageError: if a field is missing or has a value that it may not have.
     """
     score, answer, error = (message.get(name) for name in ("score", "answer", "error"))
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise MalformedMessageError(f"a score that is no number in [0, 1]: {score!r:.100}")
+        raise MalformedMessageError(f"a score that is not a number in [0, 1]: {score!r:.100}")
     if not isinstance(answer, str) or not isinstance(error, str):
-        raise MalformedMessageError("an answer or an error that is no text")
+        raise MalformedMessageError("an answer or an error that is not a text")
     fault = message.get("fault")
     if fault not in ("", RAISED, NO_VERDICT):
-        raise MalformedMessageError(f"a kind of fault that there is not: {fault!r:.100}")
+        raise MalformedMessageError(f"an unknown kind of fault: {fault!r:.100}")
     return Verdict(
         float(score),
         clean_text(answer, MAX_ANSWER_CHARACTERS),
@@ -135,10 +135,10 @@ def read_verdict(message: Mapping[str, Any]) -> Verdict:
 
 
 def _parts(parts: Any) -> dict[str, float]:
-    """The numbers of which a verdict is made."""
+    """Check a verdict's parts."""
     if not isinstance(parts, dict) or len(parts) > MAX_PARTS:
-        raise MalformedMessageError(f"parts that are no object of at most {MAX_PARTS} numbers: {parts!r:.100}")
+        raise MalformedMessageError(f"parts that are not an object of at most {MAX_PARTS} numbers: {parts!r:.100}")
     for value in parts.values():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise MalformedMessageError(f"a part that is no finite number: {value!r:.100}")
+            raise MalformedMessageError(f"a part that is not a finite number: {value!r:.100}")
     return {clean_text(name, MAX_PART_CHARACTERS): float(value) for name, value in parts.items()}

@@ -2,13 +2,13 @@
 
     python -m megatron_fipo.verifiers.worker <fd>
 
-Started by `pool` with one end of a socket pair as `fd`, and with an environment that suits what it judges
-(`isolation`). Over the socket it is told its verifiers, whose names may hold a key and hence stand in no command line.
-It imports them, confines itself, reports ready, then answers batches of jobs one verdict at a time. It ends when the
-other side closes, and dies by itself if that cannot reach it: the pool is the one to enforce time-outs, but a hanging
-worker must not outlive a killed pool.
+`worker_process` starts it with one end of a socket pair as `fd`, and with an environment for the kind of its verifiers
+(`isolation`). It receives its verifiers' names over the socket, because they may contain a key and everybody can read a
+command line. It imports the verifiers, confines itself, reports that it is ready, and answers batches of jobs, one
+verdict at a time. It ends when the pool closes the socket. The pool enforces the time-outs; a worker that hangs ends
+itself much later, so that it does not outlive a killed pool.
 
-Started afresh, not forked and not through `multiprocessing`: a fork of a process with torch's threads can deadlock,
+A worker is neither forked nor started through `multiprocessing`: a fork of a process with torch's threads can deadlock,
 and multiprocessing's spawn would import the main program, hence torch and Megatron, into every worker.
 """
 
@@ -38,21 +38,28 @@ from megatron_fipo.verifiers.verdict import JobVerifier, Verdict
 from megatron_fipo.verifiers.wire import pack_frame, verdict_fields, write_all
 
 SELF_DESTRUCT_FACTOR = 3.0
-"""A worker whose pool is gone ends itself after so many time-outs on one response."""
+"""A worker ends itself after this many time-outs on one response; a pool that is alive has killed it by then."""
 
 Judge = Callable[[str, bytes], Verdict]
-"""(name of the verifier, pickled job) -> Verdict."""
+"""(verifier's name, pickled job) -> Verdict."""
 
 
 class CannotJudgeError(RuntimeError):
-    """A verifier cannot be used, now or at another try; says which, why and what to do."""
+    """A verifier cannot be used, and trying again would not help; the message says which, why and what to do."""
 
 
 def start(setup: WorkerSetup, connection_fd: int) -> Judge:
-    """Import the verifiers and confine this process as their kind demands; what judges from here on.
+    """Import the verifiers and confine this process as their kind requires.
+
+    Args:
+        setup: the worker's settings.
+        connection_fd: the socket to the pool, which forked children close.
+
+    Returns:
+        The function that judges one job.
 
     Raises:
-        CannotJudgeError: if a verifier cannot be imported or is not ready, or must be confined and cannot be here.
+        CannotJudgeError: if a verifier cannot be imported or is not ready, or if it must be confined and cannot be.
     """
     for name in setup.verifiers:
         _load(name)
@@ -61,9 +68,9 @@ def start(setup: WorkerSetup, connection_fd: int) -> Judge:
     if isolation in (Isolation.PROGRAMS, Isolation.TRUSTED):
         return _judge_here(setup.timeout_s)
     try:
-        # First of all: it says whether anything of this can be had on this system.
+        # First, because it raises where this system cannot be confined at all.
         program = syscall_filter(threads=isolation is Isolation.REMOTE, sockets=isolation is Isolation.REMOTE)
-        # Opened now: what lies in /proc cannot be opened later.
+        # Opened now, since /proc cannot be read later.
         tasks_fd = os.open("/proc/self/task", os.O_RDONLY) if isolation.is_forked else -1
         confinement.limit_files()
         if isolation is Isolation.REMOTE:
@@ -78,7 +85,7 @@ def start(setup: WorkerSetup, connection_fd: int) -> Judge:
     except SandboxUnavailableError as error:
         if isolation.is_forked:
             raise CannotJudgeError(_no_confinement(setup.verifiers, error)) from error
-        # Neither turns a text into code, and their environment has no secret.
+        # COMPUTING and REMOTE may run unconfined: they do not run text as code, and have the allowed environment only.
         return _judge_here(setup.timeout_s) if isolation is Isolation.REMOTE else _judge_expressions(setup.timeout_s)
 
 
@@ -117,10 +124,10 @@ def _fork_for_each(setup: WorkerSetup, program: bytes, connection_fd: int, tasks
     def judge_task(name: str, pickled: bytes) -> Verdict:
         job = pickle.loads(pickled)
         prepare(job.reference)
-        # Most scorers only compare. Where one does no more than that, nothing of the response can have run, and there
-        # is no need to judge it again in a fork, which costs a hundred times as much.
+        # Most scorers only compute. If a scorer did no more than that, nothing of the response can have run, and a
+        # fork, which takes a hundred times as long, is not needed.
         verdict = None
-        # Telling of a scorer's failure may read files, and so trip the watch outside of the scorer.
+        # Formatting a scorer's exception may read source files, which trips the watch and raises outside the scorer.
         with suppress(NotAnExpressionError), no_code() as watch:
             verdict = judge(job, setup.timeout_s)
         return judging.judge(name, pickled) if verdict is None or watch.tripped else verdict
@@ -131,14 +138,14 @@ def _fork_for_each(setup: WorkerSetup, program: bytes, connection_fd: int, tasks
 def _no_confinement(names: Sequence[str], error: SandboxUnavailableError) -> str:
     named = ", ".join(names)
     return (
-        f"verifier {named} cannot be used here: a response may turn into code there, so it runs confined, and {error}. "
+        f"verifier {named} cannot be used here: a response may run as code in it, so it must be confined, and {error}. "
         "Run on Linux whose kernel and container allow seccomp; or, on a machine that may run whatever a model "
         f"writes with all of your rights, set verifier.trusted=[{named}]"
     )
 
 
 def _load(name: str) -> None:
-    """Import a verifier and have it check itself; raises CannotJudgeError in words."""
+    """Import a verifier and call its check_ready; raises CannotJudgeError with the reason."""
     try:
         verifier = load_verifier(name)
         if isinstance(verifier, JobVerifier):
@@ -164,7 +171,7 @@ def _reason(name: str, error: BaseException) -> str:
     if isinstance(error, AttributeError) and loaded is not None and not hasattr(loaded, function):
         public = [key for key in vars(loaded) if not key.startswith("_")]
         hint = did_you_mean(function, public, shown_as=f"{module}:{{}}")
-        return f"the module {loaded.__file__} has nothing by the name of {function}.{hint}"
+        return f"the module {loaded.__file__} has no attribute {function}.{hint}"
     ours = (__file__, load_verifier.__wrapped__.__code__.co_filename)
     frames = [
         frame
@@ -182,10 +189,10 @@ def _unforeseen(names: Sequence[str], error: Exception) -> str:
 
 
 def serve(connection: Connection, judge_one: Judge, timeout_s: float) -> None:
-    """Answer batches until the other side closes.
+    """Answer batches until the pool closes the connection.
 
-    A batch is a list of (verifier's name, pickled job). Each is answered by a frame with the verdict's fields and
-    done_at, time.monotonic() at its end, in order.
+    A batch is a list of (verifier's name, pickled job). Each job is answered, in order, by a frame with the verdict's
+    fields and done_at, the time.monotonic() at which it was judged.
     """
     while True:
         try:
@@ -193,7 +200,7 @@ def serve(connection: Connection, judge_one: Judge, timeout_s: float) -> None:
         except (EOFError, ConnectionResetError):
             return
         for name, pickled in batch:
-            # The kernel's default action for the alarm ends the process, whatever holds the interpreter lock.
+            # The default action of SIGALRM ends the process, even if C code holds the interpreter lock.
             signal.setitimer(signal.ITIMER_REAL, SELF_DESTRUCT_FACTOR * timeout_s)
             verdict = judge_one(name, pickled)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
@@ -204,7 +211,7 @@ def serve(connection: Connection, judge_one: Judge, timeout_s: float) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point; `arguments` as in the module's first line."""
+    """Entry point; the module's docstring shows the argument."""
     connection = Connection(int(arguments[0]))
     os.set_inheritable(connection.fileno(), False)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -214,13 +221,13 @@ def main(arguments: list[str]) -> None:
         return
     try:
         judge_one = start(setup, connection.fileno())
-    except Exception as error:  # noqa: BLE001 - whatever it is, another worker would come to the same
+    except Exception as error:  # noqa: BLE001 - any exception would happen in another worker, too
         problem = str(error) if isinstance(error, CannotJudgeError) else _unforeseen(setup.verifiers, error)
         write_all(connection.fileno(), pack_frame({"problem": problem}))
         return
     write_all(connection.fileno(), pack_frame({"problem": ""}))
     serve(connection, judge_one, setup.timeout_s)
-    # Where it may still write: a killed pool has removed nothing.
+    # If the pool was killed, nobody else removes the folder; a confined worker may not, either.
     with suppress(OSError):
         shutil.rmtree(os.environ["TMPDIR"])
 

@@ -1,7 +1,7 @@
 """The pool's handle on one worker process: start it, send it a batch, receive verdicts, kill it.
 
-A worker is not trusted: what it sends is read by `wire`, no wait for it is without an end, what it prints is escaped
-and bounded, and what it leaves in its folder for temporary files is removed with it.
+A worker is not trusted: `wire` checks what it sends, every wait for it has a time-out, its output is escaped and cut,
+and its folder for temporary files is removed when it is killed.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from megatron_fipo.verifiers.verdict import Verdict
 from megatron_fipo.verifiers.wire import FrameReader, MalformedMessageError, read_verdict
 
 START_TIMEOUT_S = 120.0
-"""Longest start of a worker, imports included; generous, since a node's ranks import from one disk at once."""
+"""Longest start of a worker, with its imports; generous, since all ranks of a node import from one disk at once."""
 
 EXIT_TIMEOUT_S = 5.0
-"""Longest wait for a worker to end after it was told or forced to."""
+"""Longest wait for the end of a worker that was killed or closed its connection."""
 
 SEND_TIMEOUT_S = 60.0
-"""Longest time that a worker may take to take a batch."""
+"""Longest time until a worker has received a batch."""
 
 FORK_GRACE_S = 10.0
-"""Extra time beyond the time-out for a worker that forks, since it enforces the time-out itself."""
+"""Time beyond the time-out that a worker that forks gets, since it enforces the time-out itself."""
 
 MAX_PRINTED_CHARACTERS = 2_000
-"""Most text that is passed on of what a verifier prints while it judges one response."""
+"""Number of characters of a verifier's output on one response that are passed on."""
 
 MAX_PRINTED_BYTES = 2**22
-"""Most text that a verifier may print while it judges one response; beyond, it waits and runs into its time-out."""
+"""Output that is read from a verifier on one response. One that prints more blocks until its time-out."""
 
 
 class VerifierUnavailableError(ValueError, RuntimeError):
-    """A verifier cannot be used: every worker would fail alike. What the user gave has to change, hence ValueError."""
+    """A verifier cannot be used; every worker would fail alike. A ValueError, since the user's input must change."""
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker ended in the middle of a response, or of its start."""
+    """A worker ended, or stopped taking part, during its start or a response."""
 
 
 class WorkerTimeoutError(RuntimeError):
-    """A worker took too long over one response, or over its start."""
+    """A worker took too long for one response, or for its start."""
 
 
 class WokenError(RuntimeError):
@@ -63,13 +63,13 @@ class WokenError(RuntimeError):
 
 
 class WorkerProcess:
-    """One worker, in a session of its own: Ctrl-C does not reach it, and a kill takes its children along."""
+    """One worker, in a session of its own: Ctrl-C does not reach it, and killing it kills its children, too."""
 
     def __init__(self, setup: WorkerSetup, wake_fd: int) -> None:
-        """Start the process without waiting for it; `wait_until_ready` does.
+        """Start the process; `wait_until_ready` waits for it.
 
         Args:
-            setup: what it judges, and how.
+            setup: the worker's settings.
             wake_fd: a file descriptor that, once readable, ends any wait with WokenError.
         """
         self.setup = setup
@@ -104,11 +104,12 @@ class WorkerProcess:
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Tell it what to judge, and wait until it can.
+        """Send the worker its settings, and wait until it can judge.
 
         Raises:
-            VerifierUnavailableError: if it says that it cannot; another worker would say the same.
-            WorkerDiedError, WorkerTimeoutError: if it does not come so far, for whatever reason.
+            VerifierUnavailableError: if it reports that a verifier cannot be used; another worker would, too.
+            WorkerDiedError, WorkerTimeoutError: if it ends or takes too long.
+            MalformedMessageError: if what it sends is no frame.
             WokenError: if the wake-up file descriptor became readable.
         """
         deadline = self._started_at + START_TIMEOUT_S
@@ -123,21 +124,21 @@ class WorkerProcess:
         """Send a batch of jobs, as (verifier's name, pickled job).
 
         Raises:
-            WorkerDiedError: if the worker ended since the last batch, or does not take it.
+            WorkerDiedError: if the worker ended since the last batch, or does not receive this one in time.
             WokenError: if the wake-up file descriptor became readable.
         """
         self._last_done_at = time.monotonic()
         try:
             self._send(batch, self._last_done_at + SEND_TIMEOUT_S)
         except WorkerTimeoutError as error:
-            raise WorkerDiedError("it did not take its work") from error
+            raise WorkerDiedError("it did not receive its batch in time") from error
         self._last_done_at = time.monotonic()
 
     def receive(self) -> Verdict:
         """Receive the next verdict of the batch.
 
         Raises:
-            MalformedMessageError: if what comes is no verdict.
+            MalformedMessageError: if the worker sends something that is no verdict.
             WorkerDiedError: if the worker ended.
             WorkerTimeoutError: if the response takes longer than the time-out.
             WokenError: if the wake-up file descriptor became readable.
@@ -147,19 +148,19 @@ class WorkerProcess:
         message = self._receive(self._last_done_at + self.setup.timeout_s + grace_s)
         done_at = message.get("done_at")
         if isinstance(done_at, bool) or not isinstance(done_at, int | float) or not math.isfinite(done_at):
-            raise MalformedMessageError(f"a time that is none: {done_at!r:.100}")
+            raise MalformedMessageError(f"a time that is not a finite number: {done_at!r:.100}")
         verdict = read_verdict(message)
-        # Its clock says when it began the next one; no clock of its own gives it more time than it has.
+        # The worker began the next response at done_at; the limits keep a forged time from extending its time-out.
         self._last_done_at = min(max(float(done_at), self._last_done_at), time.monotonic())
         return verdict
 
     def kill(self) -> None:
-        """End the process and whatever it started, and remove its temporary files; returns when it is gone."""
+        """Kill the process and its group, wait for its end up to EXIT_TIMEOUT_S, and remove its temporary files."""
         self._socket.close()
-        # The group is gone already where the worker died and had no children (PermissionError says so on macOS).
+        # The group does not exist if the worker has died without children (macOS raises PermissionError then).
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        # A process in uninterruptible sleep dies when it wakes; nothing here needs to wait for that.
+        # A process in uninterruptible sleep dies when it wakes; there is no need to wait for that.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_TIMEOUT_S)
         self._pass_on_printed()
@@ -168,7 +169,7 @@ class WorkerProcess:
 
     def _send(self, message: Any, deadline: float) -> None:
         content = pickle.dumps(message)
-        # As multiprocessing.connection.Connection.recv reads it at the other end.
+        # The format that multiprocessing.connection.Connection.recv reads in the worker.
         header = struct.pack("!i", len(content)) if len(content) < 2**31 else struct.pack("!iQ", -1, len(content))
         view = memoryview(header + content)
         while view:
@@ -178,7 +179,7 @@ class WorkerProcess:
             except BlockingIOError:
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
-                raise WorkerDiedError(self._epitaph()) from error
+                raise WorkerDiedError(self._exit_report()) from error
 
     def _receive(self, deadline: float) -> Mapping[str, Any]:
         while True:
@@ -189,12 +190,12 @@ class WorkerProcess:
             try:
                 is_open = self._frames.read_more()
             except (ConnectionResetError, BlockingIOError) as error:
-                raise WorkerDiedError(self._epitaph()) from error
+                raise WorkerDiedError(self._exit_report()) from error
             if not is_open:
-                raise WorkerDiedError(self._epitaph())
+                raise WorkerDiedError(self._exit_report())
 
     def _wait(self, event: int, deadline: float) -> None:
-        """Wait until the socket is ready, passing on meanwhile what the worker prints."""
+        """Wait until the socket is ready for `event`, and pass on the worker's output meanwhile."""
         while True:
             poll = select.poll()
             poll.register(self._wake_fd, select.POLLIN)
@@ -207,14 +208,14 @@ class WorkerProcess:
             if not ready:
                 raise WorkerTimeoutError
             if self._printed_fd in ready and not self._pass_on_printed():
-                self._printed_bytes = MAX_PRINTED_BYTES  # closed: there is nothing more to listen to
+                self._printed_bytes = MAX_PRINTED_BYTES  # closed: do not poll it again
             if self._socket.fileno() in ready:
                 return
             if time.monotonic() > deadline:
                 raise WorkerTimeoutError
 
     def _pass_on_printed(self) -> bool:
-        """Print to standard error what the worker printed, escaped and up to the limit; False if it closed the pipe."""
+        """Write the worker's output to standard error, escaped and up to the limit; False if it closed the pipe."""
         with contextlib.suppress(BlockingIOError):
             os.set_blocking(self._printed_fd, False)
             piece = os.read(self._printed_fd, 65536)
@@ -228,8 +229,8 @@ class WorkerProcess:
             return bool(piece)
         return True
 
-    def _epitaph(self) -> str:
-        """How the process ended, in words."""
+    def _exit_report(self) -> str:
+        """Wait for the process to end; returns its exit code or signal as text."""
         try:
             code = self._process.wait(EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:

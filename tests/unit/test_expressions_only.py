@@ -1,4 +1,4 @@
-"""Text becomes Python only where it is a harmless expression, whoever reads it."""
+"""Text is evaluated only if it is a harmless expression, whoever evaluates it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVALUATING = {
     "binary_matrix", "bitwise_arithmetic", "countdown", "intermediate_integration", "n_queens", "number_sorting",
     "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix", "string_insertion",
 }  # fmt: skip
-"""Tasks of the installed reasoning-gym whose scorers evaluate something, the answer or what they know themselves."""
+"""Tasks of the installed reasoning-gym whose scorers evaluate text: the answer, or text of their own."""
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_watch_notices_what_was_swallowed() -> None:
 
 
 def test_which_tasks_of_reasoning_gym_evaluate() -> None:
-    """Those alone need a fork for each response; a new version of the package may have others, and forks for them."""
+    """Only these need a fork for each response; for further ones in a new version, the worker forks by itself."""
     from reasoning_gym.factory import DATASETS
 
     tripped = set()
@@ -110,7 +110,7 @@ def test_which_tasks_of_reasoning_gym_evaluate() -> None:
 
 
 def readers_of_text(package: str) -> set[tuple[str, str]]:
-    """(file, function) of every call in a package that turns text into code, or hands it to sympy's reader."""
+    """(file, function) of every call in a package that runs text as code or passes it to sympy's parser."""
     folder = Path(importlib.import_module(package).__file__ or "").parent
     names = {"eval", "exec", "compile", "__import__", "parse_expr", "sympify", "S", "lambdify", "import_module"}
     found = set()
@@ -122,9 +122,9 @@ def readers_of_text(package: str) -> set[tuple[str, str]]:
 
 
 def test_mathematics_has_no_reader_of_text_but_sympys() -> None:
-    """Neither package evaluates by itself; sympy's parser sees what `expressions_only` lets through."""
+    """Neither package evaluates text itself; sympy's parser gets only what `expressions_only` admits."""
     assert readers_of_text("math_verify") == {("parser.py", "parse_expr")}
-    # Values that the caller gives to variables (none here), and objects of sympy's, which are no text.
+    # Values that the caller gives to variables (none here), and sympy objects, which are not text.
     known = {("latex2sympy2.py", "parse_expr"), ("logic.py", "sympify"), ("sets.py", "sympify")}
     assert {call for call in readers_of_text("latex2sympy2_extended") if call[1] != "import_module"} <= known
 
@@ -140,7 +140,7 @@ def test_mathematics_runs_no_answer(wrapper: str, tmp_path: Path) -> None:
 
 
 def test_sympy_may_write_the_products_of_its_monomials() -> None:
-    """Integrals and fractions need them; the first of each number of variables is made out of text."""
+    """Integrals and fractions need them; sympy compiles their code from text, once for each number of variables."""
     import sympy
     from sympy.polys.monomials import MonomialOps
 

@@ -1,4 +1,4 @@
-"""Pairs of response and reference labelled by hand: each is judged as labelled, and docs/verifiers.md says the same."""
+"""Pairs of response and reference, labelled by hand, are judged as labelled and agree with docs/verifiers.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = error_rates.read_pairs()
 PAGE = error_rates.PAGE.read_text(encoding="utf-8")
 EXAMPLE = re.compile(r"^\| `([^`]+)` \| `([^`]+)` \| (equal|different) \|$", re.MULTILINE)
 EXPENSIVE = "math-verify alone"
-"""Takes ten seconds of computer algebra; the test marked ci recomputes its numbers, too."""
+"""The judge that takes ten seconds of computer algebra; only the test marked ci recomputes its numbers."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def verdicts() -> list[Verdict]:
 
 
 def misjudged(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> list[tuple[Pair, Verdict]]:
-    """Pairs whose verdict is not their label, or that could not be judged."""
+    """The pairs that were judged otherwise than labelled, or could not be judged."""
     return [
         (pair, verdict)
         for pair, verdict in zip(pairs, verdicts, strict=True)
@@ -85,7 +85,7 @@ def test_every_kind_and_every_rule_has_both_labels() -> None:
 
 
 def in_table(answer: str, reference: str, label: str) -> bool:
-    """Whether the table has a pair of that label whose answer, at its marker, reads so."""
+    """Whether the table has a pair of this reference and label whose response has the answer at its marker."""
     at_marker = re.compile(rf"(?:\\boxed\{{{re.escape(answer)}\}}|(?::(?:\*\*)?|####) {re.escape(answer)}$)")
     return any(
         pair["verifier"] == "math"
@@ -109,7 +109,7 @@ def test_an_example_that_is_not_in_the_table_is_noticed() -> None:
 
 
 def without_the_expensive(tables: str) -> str:
-    """The two tables without the rows of one judge in the first and its column in the second."""
+    """The two tables of error rates without the judge EXPENSIVE: its rows in the first, its column in the second."""
     overall, by_kind = tables.split("\n\n")
     kept = [line for line in overall.splitlines() if f"| {EXPENSIVE} |" not in line]
     rows = [line.split("|") for line in by_kind.splitlines()]
@@ -167,7 +167,7 @@ def reference_within(response: str, reference: str) -> bool:
 
 
 def test_sloppy_and_strict_judges_fail_many_pairs() -> None:
-    """The table tells judges apart: none of these comes near it."""
+    """Negative control: each of these simple judges fails many pairs."""
     judges: dict[str, tuple[baselines.Judge, int, int]] = {
         "accepts everything": (lambda response, reference: True, 400, 0),
         "refuses everything": (lambda response, reference: False, 0, 400),

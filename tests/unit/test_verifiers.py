@@ -1,4 +1,4 @@
-"""Verifiers judge final answers; the pool survives whatever a verifier does."""
+"""Final answers are found and judged, and the pool survives whatever a verifier does."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_reasoning_gym() -> None:
 def test_scorers_that_give_full_marks_to_wrong_answers_get_a_second_look(
     task: str, seed: int | None, right: tuple[str, ...], wrong: tuple[str, ...]
 ) -> None:
-    """The first of the wrong ones is the control: it passes by the package's own scorer."""
+    """Negative control: the package's own scorer accepts the first of the wrong answers."""
     from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
 
     verify = load_verifier("reasoning_gym")
@@ -231,7 +231,7 @@ def test_scorers_that_give_full_marks_to_wrong_answers_get_a_second_look(
 
 
 def test_answers_of_tasks_that_compute_by_shifting_bits_are_right() -> None:
-    """Some of that task's problems have shifts, which its scorer computes anew for each answer."""
+    """Some problems of the task contain shifts, which its scorer computes again for every answer."""
     import reasoning_gym
 
     verify = load_verifier("reasoning_gym")
@@ -310,7 +310,7 @@ def test_misbehaviour_costs_one_verdict(text: str, error: str, monkeypatch: pyte
     monkeypatch.setattr(pool_module, "MEMORY_GIB", 2.0)
     jobs = [job("right"), job("wrong"), job(text), job("right"), job("wrong")]
     with VerifierPool(timeout_s=0.5, verifiers=[BEHAVE]) as pool:
-        # Queued at once, so that they share a batch with the one that fails.
+        # Queued together, so that they share a batch with the one that fails.
         verdicts = pool.judge_all(jobs)
         assert pool.judge_all(jobs[:1])[0].correct
     assert [verdict.correct for verdict in verdicts] == [True, False, False, True, False]
@@ -358,7 +358,7 @@ def test_judge_from_an_event_loop() -> None:
 
 @pytest.mark.usefixtures("misbehaviour")
 def test_close_ends_the_workers_their_children_and_what_is_pending() -> None:
-    pool = VerifierPool(timeout_s=600.0, verifiers=[BEHAVE], trusted=[BEHAVE])  # nobody else may have children
+    pool = VerifierPool(timeout_s=600.0, verifiers=[BEHAVE], trusted=[BEHAVE])  # only a trusted one may fork
     worker = int(pool.judge_all([job("pid")])[0].answer)
     child = int(pool.judge_all([job("child")])[0].answer)
     assert is_running(worker)
@@ -400,7 +400,7 @@ def test_cancelled_jobs_are_not_judged(tmp_path: Path) -> None:
 )
 def test_verifier_that_cannot_be_used_stops_the_run_in_words(name: str, words: str) -> None:
     with VerifierPool(verifiers=[name]) as pool:
-        # A ValueError is what the user gave: exit code 2, no traceback.
+        # A ValueError is the user's mistake: exit code 2, no traceback.
         with pytest.raises(ValueError, match=f"verifier '?{name}.*{words}"):
             pool.judge_all([VerifierJob(name, "", "")])
         with pytest.raises(VerifierUnavailableError, match=words):

@@ -228,10 +228,10 @@ def test_escapes_fail(name: str, elsewhere: Path) -> None:
     ],
 )
 def test_without_protection_the_same_escapes_succeed(name: str, elsewhere: Path) -> None:
-    """The control: these programs do what they say."""
+    """Negative control: without protection, these programs succeed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = filled(ESCAPES[name], elsewhere, server.getsockname()[1])
-        # Written files have the length 0 here, too: that limit holds without the filter.
+        # Written files stay empty here, too: that limit holds without the filter.
         outcome = run(program.replace(".write('x')", ""), protected=False)
     assert outcome.passed, outcome.problem
 
@@ -271,7 +271,7 @@ print("é", input())
 
 def test_folders_are_deleted_and_processes_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = {process.pid for process in psutil.Process().children(recursive=True)}  # of tests that ran earlier
+    before = {process.pid for process in psutil.Process().children(recursive=True)}  # left by earlier tests
     for program in ("print(1)", "while True: pass", "import os\nwhile True: os.fork()"):
         run(program, limits=Limits(wall_s=1.0))
     assert list(tmp_path.iterdir()) == []
@@ -292,7 +292,7 @@ def test_a_program_dies_with_the_process_that_runs_it() -> None:
 
 
 def _protected_child(pid: int) -> int:
-    """The child of a process that has its filter, 0 if there is none yet."""
+    """The process's first child that has a seccomp filter; 0 if there is none yet."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         if "Seccomp:\t2" in Path(f"/proc/{child}/status").read_text():
             return int(child)
@@ -315,12 +315,12 @@ def _wait_for(condition: Callable[[], int]) -> int:
 
 
 def test_protection_works_without_capabilities() -> None:
-    """As for a user who is not root: nothing but PR_SET_NO_NEW_PRIVS lets such a process install its filter."""
+    """A user who is not root has no capabilities: only PR_SET_NO_NEW_PRIVS lets such a process install a filter."""
     drop = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
 for capability in range(64):
-    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; fails for a user, who has none to lose
+    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; fails if the user is not root and has none
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
     program = """
@@ -349,16 +349,16 @@ def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     job = VerifierJob("code", "def add(a, b): return a + b", SUM)
     for refused in (verify.check_ready, lambda: verify.judge(job, 60.0)):
         with pytest.raises(
-            SandboxUnavailableError, match="knows Linux on x86_64 and aarch64, and this is Linux on riscv64"
+            SandboxUnavailableError, match="only by Linux on x86_64 and aarch64, and this is Linux on riscv64"
         ):
             refused()
-    # Without protection only where that is asked for by name.
+    # Programs run without protection only if code_unprotected is named.
     verify_unprotected.check_ready()
     assert verify_unprotected.judge(VerifierJob("code_unprotected", job.response_text, SUM), 60.0).correct
 
 
 def test_a_kernel_that_refuses_the_filter_runs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sandbox, "syscall_filter", lambda: b"\0" * 8)  # no filter ends without a return
+    monkeypatch.setattr(sandbox, "syscall_filter", lambda: b"\0" * 8)  # invalid: a filter must end with a return
     with pytest.raises(SandboxUnavailableError, match=r"unprotected: .*seccomp"):
         run("print('it ran')")
 

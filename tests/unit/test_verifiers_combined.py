@@ -1,4 +1,4 @@
-"""Several verifiers on one source, and what is found out about verifiers before anything is generated."""
+"""Several verifiers on one source, and the checks of verifiers before anything is generated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_one_name_a_list_and_weights() -> None:
     assert weights("math") == {"math": 1.0}
     assert weights("[math, judges:format]") == {"math": 1.0, "judges:format": 1.0}
     assert weights("[math, judges:format]", "data.train.a.verifier_weights=[1.0, 0.2]") == WEIGHTS
-    # The last word counts, whatever form the earlier one had.
+    # The last override counts, whatever the form of the earlier one.
     assert weights("[math, judges:format]", "data.train.a.verifier=exact") == {"exact": 1.0}
     assert weights("exact", "data.train.a.verifier=[math]") == {"math": 1.0}
 

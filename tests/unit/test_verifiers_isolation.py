@@ -1,4 +1,4 @@
-"""What judges a model's text runs apart from the trainer: attacks by a response and by a worker."""
+"""Verifiers are isolated from the trainer: attacks by a response and by a worker fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_fipo.verifiers.verdict import Verdict
 data = Path(__file__).with_name("words.txt")
 
 def verify(response_text, reference, finish_reason):
-    """Runs what the model wrote, as some scorers do; `found` is what the text brought back."""
+    """Runs the response as code, as some scorers do; the verdict's answer is the variable `found` that it sets."""
     names = {"reference": reference, "data": data}
     exec(response_text, names)
     return Verdict(0.0, repr(names.get("found", "")))
@@ -40,7 +40,7 @@ RUNS = "runs_its_text:verify"
 
 @pytest.fixture(scope="module")
 def secrets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder outside of everything that a verifier may read."""
+    """A folder that no verifier may read."""
     folder = tmp_path_factory.mktemp("secrets")
     (folder / "key").write_text("a secret on the disk")
     return folder
@@ -48,7 +48,7 @@ def secrets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a user's module, on PYTHONPATH, and a secret in the environment."""
+    """A folder on PYTHONPATH with a user's modules; the environment contains a secret."""
     folder = tmp_path_factory.mktemp("modules")
     (folder / "runs_its_text.py").write_text(RUNS_ITS_TEXT)
     (folder / "late.py").write_text("value = 'imported late'\n")
@@ -61,7 +61,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def running(modules: Path) -> Iterator[VerifierPool]:
-    """One worker, so that one response could colour the next."""
+    """A pool with one worker, so that one response could affect the next."""
     with VerifierPool(timeout_s=60.0, verifiers=[RUNS]) as pool:
         yield pool
 
@@ -149,7 +149,7 @@ def test_a_response_that_runs_as_code_reaches_nothing(
 def test_the_same_attacks_succeed_where_the_verifier_is_trusted(
     modules: Path, secrets_folder: Path, tmp_path: Path
 ) -> None:
-    """That the attacks can do something at all; and what `verifier.trusted` means."""
+    """Negative control: the attacks work where nothing is confined, which is what `verifier.trusted` means."""
     with VerifierPool(timeout_s=60.0, verifiers=[RUNS], trusted=[RUNS]) as pool:
         reference = {"key": str(secrets_folder / "key"), "marker": str(tmp_path / "marker")}
         verdicts = [run(pool, ATTACKS[name][0], reference) for name in ("environment", "another's file", "write")]
@@ -181,7 +181,7 @@ def test_what_a_response_writes_to_every_file_is_no_verdict(running: VerifierPoo
     marker = tmp_path / "unpickled"
     before = run(running, "found = 'before'")
     forged = run(running, FORGERIES, str(marker))
-    assert "what is no JSON" in forged.error
+    assert "data that is not JSON" in forged.error
     assert not forged.correct
     assert run(running, "found = 'before'") == before
     assert not marker.exists()
@@ -198,7 +198,7 @@ def test_one_response_does_not_change_how_the_next_is_judged(running: VerifierPo
             module.judge = module.verify = lambda *anything: Verdict(1.0, "tampered")
         builtins.repr = lambda value: "tampered"
     """
-    assert run(running, tampering).answer == "tampered"  # its own answer it can have as it likes, and no more
+    assert run(running, tampering).answer == "tampered"  # it can forge its own verdict, but no other
     assert run(running, "found = 1") == Verdict(0.0, "1")
 
 
@@ -219,7 +219,7 @@ def test_a_refusal_names_the_remedy(running: VerifierPool) -> None:
 
 
 def gym_entries() -> Iterator[tuple[str, dict[str, Any]]]:
-    """An entry of every task of the installed package that can be made without further parameters."""
+    """One entry of every task of the installed package except composite, which needs parameters."""
     from reasoning_gym.factory import DATASETS
 
     from megatron_fipo.verifiers.reasoning_gym_tasks import open_task
@@ -250,7 +250,7 @@ def test_no_task_of_reasoning_gym_runs_its_answer(modules: Path, tmp_path: Path)
     assert len(jobs) >= 100
     with VerifierPool(num_workers=2, timeout_s=60.0, verifiers=["reasoning_gym"]) as pool:
         verdicts = pool.judge_all(jobs)
-        # Telling of an error reads files, which no scorer may; the worker lives on and says what it is.
+        # Formatting an exception reads files, which no scorer may; the worker survives and reports the exception.
         (unjudged,) = pool.judge_all([VerifierJob("reasoning_gym", "4", {"task": "countdown"})])
     assert "is a mapping with task, params and entry" in unjudged.error
     assert [verdict.error for verdict in verdicts if verdict.error] == []
@@ -279,7 +279,7 @@ def test_workers_know_no_secret_and_their_command_lines_neither(modules: Path) -
 
 
 def children_running(module: str) -> list[Path]:
-    """Folders in /proc of this process's children that run a module."""
+    """The folders in /proc of this process's children that run a module."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -340,7 +340,7 @@ def test_where_nothing_can_be_confined_what_evaluates_text_is_refused(
         text=True,
         check=True,
     )
-    said = f"verifier {name} cannot be used here: a response may turn into code there, so it runs confined, and"
+    said = f"verifier {name} cannot be used here: a response may run as code in it, so it must be confined, and"
     assert (said in run.stdout) is refused
     assert (f"set verifier.trusted=[{name}]" in run.stdout) is refused
 
@@ -394,21 +394,21 @@ TALKS = "talks_back:verify"
 def test_whatever_a_worker_sends_is_data(modules: Path, tmp_path: Path) -> None:
     (modules / "talks_back.py").write_text(TALKS_BACK)
     forged = {
-        "pickle": "what is no JSON",
+        "pickle": "data that is not JSON",
         "bare pickle": "a message of",
-        "score": "a score that is no number in [0, 1]: 2",
-        "true": "a score that is no number in [0, 1]: True",
-        "nan": "a score that is no number in [0, 1]: nan",
-        "number": "an answer or an error that is no text",
-        "no time": "a time that is none",
-        "list": "what is no JSON object",
-        "deep": "what is no JSON",
+        "score": "a score that is not a number in [0, 1]: 2",
+        "true": "a score that is not a number in [0, 1]: True",
+        "nan": "a score that is not a number in [0, 1]: nan",
+        "number": "an answer or an error that is not a text",
+        "no time": "a time that is not a finite number",
+        "list": "data that is not a JSON object",
+        "deep": "data that is not JSON",
         "huge": "a message of 2147483648 bytes",
         "half": "took longer than verifier.timeout_s=5",
     }
     bomb = tmp_path / "unpickled"
     jobs = [VerifierJob(TALKS, text, str(bomb)) for text in [*forged, "judge"]]
-    # Trusted, so that it holds the way to the pool, as no confined verifier does.
+    # Trusted, so that it has the connection to the pool, which no confined verifier has.
     with VerifierPool(num_workers=2, timeout_s=5.0, verifiers=[TALKS], trusted=[TALKS]) as pool:
         *verdicts, good = pool.judge_all(jobs)
     for text, verdict in zip(forged, verdicts, strict=True):
@@ -466,7 +466,7 @@ def test_one_that_is_killed_each_time_ends_the_run_in_words(tmp_path: Path, monk
         ("def verify(:", r"SyntaxError: invalid syntax \(broken.py, line 1\)"),
         (
             "from threading import Event, Thread\nThread(target=Event().wait, daemon=True).start()\nverify = print",
-            "1 threads run beside it, and each response is judged in a fork. Start threads where they are needed",
+            r"its process has other threads \(1\) and must fork for each response. Start threads where they are needed",
         ),
     ],
 )
@@ -474,7 +474,7 @@ def test_what_would_fail_again_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 3600.0)  # would be noticed
+    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 3600.0)  # a second try would never come
     (tmp_path / "broken.py").write_text(source)
     with VerifierPool(verifiers=["broken:verify"]) as pool, pytest.raises(VerifierUnavailableError, match=words):
         pool.wait_until_ready()

@@ -1,4 +1,4 @@
-"""Mathematics: a table of tricky answers checked by hand, the conventions, and answers made to do harm."""
+"""Mathematics: tricky answers labelled by hand, where answers stand, which are equal, and hostile answers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_tricky_answers(row: dict[str, Any]) -> None:
 
 
 def test_the_table_can_tell_judges_apart() -> None:
-    """The control: neither equal texts, nor the last number, nor a judge that always says one thing, would pass it."""
+    """Negative control: comparing texts, comparing the last number, and a constant verdict all fail the table."""
 
     def as_text(response: str, reference: str) -> bool:
         return response.rpartition("Answer: ")[2] == reference or f"boxed{{{reference}}}" in response
@@ -122,7 +122,7 @@ RULES = [
     json.loads(line)
     for line in (Path(__file__).parents[1] / "data" / "equality_rules.jsonl").read_text(encoding="utf-8").splitlines()
 ]
-"""By kind: a reference, answers that equal it, and answers that do not; each holds both ways round."""
+"""By kind: a reference, answers that equal it, and answers that do not, in both directions."""
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=[f"{rule['kind']}: {rule['reference']}" for rule in RULES])
 
@@ -442,11 +442,12 @@ def test_what_the_parser_would_drop_is_compared_as_text(text: str, why: str) -> 
 
 
 def test_without_the_exact_rules_the_laws_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: at a fixed small precision, and with text left out, the tables above would be contradicted."""
+    """Negative control: with a fixed low precision, or with units ignored, some of the answers above are misjudged."""
+    assert not judged("5 km", "5 m").correct
     monkeypatch.setattr(algebra, "MOST_DIGITS", algebra.FEWEST_DIGITS)
     assert algebra.equal(algebra.parse(r"\pi-2^{-3000}"), algebra.parse(r"\pi"))
     monkeypatch.setattr(units.Unit, "agrees_with", lambda unit, other: True)
-    assert judged("5 km", "5 m").correct is False  # kept from before
+    assert judged("5 km", "5 m").correct is False  # cached
     mathematics._compared.cache_clear()
     assert judged("5 km", "5 m").correct
     monkeypatch.undo()
@@ -510,7 +511,7 @@ def test_hostile_answers_are_wrong_and_leave_their_neighbours_alone(
 
 
 def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: the answers above are as hostile as they look, and the pool survives them even so."""
+    """Negative control: without the limits, a hostile answer runs into the time-out; the pool survives it."""
     (tmp_path / "careless.py").write_text(
         "import contextlib\n"
         "from megatron_fipo.verifiers import mathematics\n"
@@ -537,7 +538,7 @@ def test_numbers_that_get_too_large_are_given_up_wherever_they_come_up() -> None
         assert sympy.factorial(2024) / sympy.factorial(2023) == 2024
         assert sympy.binomial(10**9, 10**9 - 1) == 10**9
         assert sympy.Integer(-1) ** (10**12) == 1
-    assert sympy.factorial(20_001) % 2 == 0  # outside of the block sympy computes as ever
+    assert sympy.factorial(20_001) % 2 == 0  # outside the block, sympy computes it
 
 
 @pytest.mark.parametrize(

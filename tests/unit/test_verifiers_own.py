@@ -1,4 +1,4 @@
-"""Rewards as people write them: what a function may take and return, how it is found, and what is refused in words."""
+"""Users' own verifiers: what a function may take and return, how it is found, and what is refused with a message."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_dict_holds_score_answer_error_and_further_numbers() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (None, "returned None. .* Does every way through it end in a return"),
+        (None, "returned None. .* Does every path through it end in a return"),
         ([1.0], r"returned a list \(\[1.0\]\). .* one response and not a batch"),
         (np.array([1.0]), "returned a ndarray .* one response and not a batch"),
         ("1.0", "returned a str .* Return the number, not its text"),
@@ -158,7 +158,7 @@ def test_only_who_asks_for_rows_is_given_them() -> None:
         (lambda a, b: 1, "takes 'a', 'b', .* response_text or response or completion or solution_str, reference or"),
         (lambda a, b, c, d: 1, "takes 'a', 'b', 'c', 'd'"),
         (lambda a, b, c, *, d: 1, "takes 'a', 'b', 'c', 'd'"),
-        (lambda text, reference, /: 1, "Parameters before a '/' go by position only"),
+        (lambda text, reference, /: 1, "Parameters before a '/' are passed by position"),
         (lambda: 1, "takes nothing that could be judged"),
     ],
 )  # fmt: skip
@@ -191,7 +191,7 @@ print("a module that prints")
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory with `judges`, and a folder of a configuration with `beside`."""
+    """The current directory with a module `judges`, and a configuration's folder with a module `beside`."""
     (tmp_path / "here").mkdir()
     (tmp_path / "configuration").mkdir()
     (tmp_path / "here" / "judges.py").write_text(JUDGES)
@@ -213,7 +213,7 @@ def test_own_verifiers_are_inspected_in_words_and_never_here(folders: Path) -> N
         "you mean 'judges:verify'?",
         "judges.sub:verify": "there is no module 'judges.sub'",
         "judges:Judge": "is a class. Name an instance of it",
-        "judges:number": "is a int and no function",
+        "judges:number": "is a int, not a function",
         "judges:batches": "takes 'completions', which a verifier is not given. Did you mean 'completion'",
         "broken:f": "importing its module failed: SyntaxError",
         "fails:f": f"importing its module failed: OSError: no such GPU ({folders / 'here' / 'fails.py'}:1)",

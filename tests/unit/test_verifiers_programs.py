@@ -1,4 +1,4 @@
-"""What a judge accepts is accepted here, and a program can neither read its tests nor speak for the judge."""
+"""Programs that other judges accept are accepted, and a program can neither read its tests nor forge its verdict."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ DOCSTRING = """def f(x):
                 "py:x.py",
             )
         ],
-        (block("old()") + block("print(2)", ""), "print(2)"),  # no language, and more than a value
+        (block("old()") + block("print(2)", ""), "print(2)"),  # no language, but it does more than name a value
         (block("old()") + block("import sys\nprint(2)", ""), "import sys\nprint(2)"),
         (block("a = 1", "python", "````"), "a = 1"),
         (block("a = 1", "python", "~~~"), "a = 1"),
@@ -102,7 +102,7 @@ DOCSTRING = """def f(x):
         (block(DOCSTRING) + block("4", ""), DOCSTRING),
         (block("def f(:\n  ```", "python") + "no Python", "def f(:"),
         ("Here it is: ```python\na = 1\n```\n", "a = 1"),
-        ("```cpp\nint a;\n```", "int a;"),  # nothing else is there
+        ("```cpp\nint a;\n```", "int a;"),  # the only block
         ("```\n6\n```", "6"),
         (block("a = 1") + "```python\nb = 2", "a = 1"),
         ("```python\nb = 2", "b = 2"),
@@ -136,14 +136,14 @@ def test_the_program_is_the_last_block_of_python(response: str, program: str) ->
     ],
 )
 def test_a_hostile_response_does_not_keep_the_judge_busy(text: str) -> None:
-    """Quadratic searches would take minutes over these."""
+    """Searches in quadratic time would take minutes for these."""
     with cpu_limit(10.0):
         extract_program(text, ["f"])
         extract_program(text + "\n", reads_input=True)
 
 
 def test_what_keeps_the_judge_busy_is_noticed() -> None:
-    """The control of the test before."""
+    """Negative control of the test above."""
 
     def search_for_ever() -> None:
         with cpu_limit(0.1):
@@ -157,7 +157,7 @@ def test_what_keeps_the_judge_busy_is_noticed() -> None:
 def test_of_several_blocks_the_one_that_serves_the_problem_is_taken() -> None:
     defines, example = "def f(x):\n    return x * x", "print(f(3))\nassert f(2) == 4"
     assert extract_program(block(defines) + block(example), ["f"]) == defines
-    assert extract_program(block(defines) + block(example)) == example  # the control: nobody asked for f
+    assert extract_program(block(defines) + block(example)) == example  # control: without a name, the last block
     corrected = "f = lambda x: x ** 2"
     assert extract_program(block(defines) + block(corrected) + block(example), ["f"]) == corrected
     method = "class Solution:\n    def f(self, x):\n        return x"
@@ -249,7 +249,7 @@ def test_an_exit_code_is_a_failure_as_for_judges(end: str) -> None:
 
 def test_an_unknown_name_stays_unknown() -> None:
     assert not judge("print(gdc(12, 18))", SUM_OF_LINE).correct
-    assert not judge("def f(x): return gcd(x, x) * x", SQUARE).correct  # HumanEval and MBPP import nothing for one
+    assert not judge("def f(x): return gcd(x, x) * x", SQUARE).correct  # HumanEval and MBPP provide no imports
 
 
 def test_the_output_limit_follows_the_reference() -> None:
@@ -347,7 +347,7 @@ def test_references_that_nothing_can_pass_are_refused_with_a_remedy(reference: A
 
 
 def test_keys_that_are_null_count_as_absent() -> None:
-    """Columns of a table hold every key in every row."""
+    """In a table, every row has every column as a key."""
     rows = {"tests": None, "fn_name": None, "inputs": ["1"], "outputs": ["1"], "comment": None}
     assert read_reference(rows).outputs == ("1",)
 
@@ -590,7 +590,7 @@ def test_tests_see_the_program_as_if_it_were_theirs(name: str) -> None:
     program, tests = HONEST[name]
     outcome = run(program, tests=tests)
     assert outcome.passed, outcome.problem
-    # The control: the same tests fail where the program is another.
+    # Negative control: the same tests fail with another program.
     assert not run("def f(*_): return 'another'", tests=tests).passed
 
 
@@ -733,7 +733,7 @@ def test_cheats_fail(name: str) -> None:
 
 
 def test_the_same_cheats_succeed_where_tests_share_the_process() -> None:
-    """The control: these programs do what they say, which is why that style is not the usual one."""
+    """Negative control: with same_process, the cheats work, which is why it is not the default."""
     for name in ("the word, without looking", "exec", "equal to everything", "an equal number"):
         assert run(CHEATS[name], tests=ADD_TESTS, same_process=True).passed, name
     assert not run("def add(a, b): return 0", tests=ADD_TESTS, same_process=True).passed
@@ -751,7 +751,7 @@ def test_an_object_of_a_class_that_tests_name_is_not_asked_about_their_values() 
     assert not run(solution, tests="assert Solution().make() - 4 < 1").passed
     assert not run(solution, tests="assert Solution().add(1, 2) in [3, 4]").passed
     assert not run(solution, tests="assert [Solution().add(1, 2)] == [3]").passed
-    # Made by the tests, of what they mean as a class: what they test. Else it may stand for a function.
+    # An object that the tests make by calling a class is asked; in the place of a function's result, it is not.
     asked = "assert Solution() == 3 and Solution() - 4 < 1"
     assert run(solution, tests=f"{asked}\nassert isinstance(Solution(), Solution)").passed
     assert not run(solution, tests=asked).passed
@@ -781,7 +781,7 @@ def test_calls_are_compared_out_of_the_program_s_reach() -> None:
         "    except OSError: pass\n"
         "os._exit(0)"
     )
-    assert judge(block(right), reference).correct  # the control: the pipe is reached, and says what a function may say
+    assert judge(block(right), reference).correct  # control: it can write a result to the pipe
 
 
 @pytest.mark.parametrize("reference", [SUM_OF_LINE, SQUARE, {"fn_name": "f", "inputs": ["2"], "outputs": ["4"]}])
@@ -797,7 +797,7 @@ def test_a_program_cannot_void_its_verdict(reference: Any, code: int) -> None:
 
 
 def test_what_cannot_be_protected_is_said_by_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: the message still comes through where it is true."""
+    """Negative control of the test above: the error is still reported where it is true."""
     monkeypatch.setattr(sandbox, "syscall_filter", lambda: b"\0" * 8)
     for reference in (SUM_OF_LINE, SQUARE, {"fn_name": "f", "inputs": ["2"], "outputs": ["4"]}):
         with pytest.raises(sandbox.SandboxUnavailableError, match="seccomp"):
@@ -855,10 +855,10 @@ def test_threads_are_limited() -> None:
     few = run(small, limits=Limits(wall_s=60.0, num_threads=20))
     if few.passed:
         assert int(few.stdout) < 20
-    else:  # not as root, and where users may have no namespaces of their own
+    else:  # as a user who is not root and may not create a user namespace
         assert few.problem == "it had more than 20 threads"
     many = run(small, limits=Limits(wall_s=60.0, num_threads=1000))
-    assert int(many.stdout) == 600  # the control: nothing else limits them
+    assert int(many.stdout) == 600  # control: nothing else limits them
 
 
 def test_threads_are_limited_where_the_kernel_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A reward model behind a URL, against a real server; verifiers that are objects."""
+"""Reward models, against a real HTTP server; and verifiers that are objects."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 
 @dataclass
 class Server:
-    """A server that answers its n-th request with the n-th answer, the last one again and again."""
+    """A server that answers its n-th request with the n-th answer, and all further requests with the last."""
 
     url: str
     answers: list[tuple[int, bytes]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     content_types: list[str] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
-    """Of every answer, in place of its own."""
+    """Headers of every answer, which replace usual ones of the same name."""
     silence: threading.Event = field(default_factory=threading.Event)
-    """Set while it answers; cleared, it keeps every request waiting."""
+    """The server answers while this is set; while it is cleared, every request waits."""
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def server() -> Iterator[Server]:
             self.wfile.write(b'{"score": 1}')
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Stay quiet."""
+            """Log nothing."""
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True

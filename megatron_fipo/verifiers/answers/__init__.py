@@ -1,1 +1,1 @@
-"""Final answers of mathematics: read into what they say, compared by docs/verifiers.md's rules, written canonically."""
+"""Final answers of mathematics: parsed, compared by the rules of docs/verifiers.md, and written canonically."""

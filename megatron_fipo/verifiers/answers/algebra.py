@@ -1,7 +1,7 @@
-r"""Exact equality of expressions: LaTeX by math-verify's parser, values by sympy, never by floating-point numbers.
+r"""Exact equality of expressions: math-verify's parser reads LaTeX, and sympy computes values without floating point.
 
-The parser is the one that math-verify brings with it. It gets nothing that it would drop: text, units, bases, relations
-and unknown commands are taken off before, or make the expression opaque, which is then equal to the same text alone.
+The parser is latex2sympy2_extended. What it would drop (text, units, bases, relations and unknown commands) is removed
+first, or makes the expression opaque; an opaque expression equals only the same text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sympy.core.function import AppliedUndef
 
 from megatron_fipo.verifiers.math_text import is_computable
 
-# It warns, once per process, of settings that are not used here.
+# It warns once per process about settings that are not used here.
 logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
 
 FEWEST_DIGITS = 60
-"""Precision at which two expressions are told apart, relative to the largest term, where their numbers are small."""
+"""Decimal digits to which two expressions are compared, relative to the largest term, if their numbers are small."""
 
 MOST_DIGITS = 6000
-"""Precision for the largest numbers: 2^{-5000}, a power that `is_computable` lets through, begins with 1,505 zeros."""
+"""Decimal digits for the largest numbers: 2^{-5000}, which `is_computable` admits, begins with 1,505 zeros."""
 
 _SPELLING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
@@ -41,7 +41,7 @@ _READ_COMMANDS = (
     r"mathbb cup cap setminus emptyset { } \ lvert rvert vert mid "
 )
 _COMMANDS = frozenset(_READ_COMMANDS.split())
-"""Commands that the parser reads as what they are; any other makes an expression opaque."""
+"""Commands that the parser reads correctly; any other makes an expression opaque."""
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=(){}\[\].,!|&\\]*")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")
@@ -57,17 +57,17 @@ _DEGREES = re.compile(
 _REMAINDER = re.compile(r"^\s*(\d{1,300})\s*\\bmod\s*(\d{1,300})\s*$")
 _CIS = re.compile(r"\\cis\s*(\((?:[^()]|\([^()]*\))*\)|\\frac\{[^{}]*\}\{[^{}]*\}|\\?[A-Za-z]+|\d+)")
 _LETTERS = {"hbar": "h_{1001}", "ell": "l_{1002}"}
-"""Letters that the parser does not know, as others that nobody writes."""
+"""Replacements, which nobody writes, for letters that the parser does not know."""
 _FUNCTION_OVER = re.compile(
     r"\\(sin|cos|tan|ln|log)\s*((?!\\pi)\\(?:theta|alpha|beta|gamma|phi|varphi|omega)(?![A-Za-z])|[A-Za-z])\s*/(?=\s*[A-Za-z\\])"
 )
-"""\\sin\\theta/g is a quotient, as \\sin\\pi/3 and \\sin x/2 need not be."""
+"""A function of a letter over a letter: \\sin\\theta/g is a quotient, while \\sin\\pi/3 and \\sin x/2 may not be."""
 _POINTS = (
     Fraction(7, 5), Fraction(-13, 11), Fraction(23, 7), Fraction(-31, 9), Fraction(5, 13), Fraction(-3, 17),
     Fraction(41, 10), Fraction(-57, 8), Fraction(19, 6),
 )  # fmt: skip
 _FEWEST_POINTS = 3
-"""Agreement at fewer points, where the others have no value, shows nothing."""
+"""Smallest number of points with a value at which two expressions must agree; agreement at fewer proves nothing."""
 
 _LARGEST_EXPANDED = 16
 """Largest power of a sum that is multiplied out."""
@@ -75,7 +75,7 @@ _LARGEST_EXPANDED = 16
 
 @lru_cache(maxsize=4096)
 def parse(latex: str) -> Any:
-    """The sympy object of an expression; None for one that is opaque, or too large to compute."""
+    """Parse an expression into a sympy object; None if it is opaque or too large to compute."""
     if not is_computable(latex) or len(latex) > 2000:
         return None
     text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", latex)
@@ -101,7 +101,7 @@ def parse(latex: str) -> Any:
 
 
 def _spelled_out(text: str) -> str:
-    """What the parser does not read, or reads otherwise than it is meant, in other words."""
+    """Rewrite notation that the parser does not read, or misreads, into notation that it reads."""
     text = re.sub(r"\\lg(?![A-Za-z])\s*", r"\\log_{10} ", text)
     text = re.sub(r"\\(max|min|gcd)\s*\\\{([^{}\\]*)\\\}", r"\\\1(\2)", text)
     text = re.sub(r"(?<![\d.])(\d{1,3})!!(?!!)", lambda odd: str(sympy.factorial2(int(odd[1]))), text)
@@ -113,7 +113,7 @@ def _spelled_out(text: str) -> str:
 
 
 def _with_real_roots(value: Any) -> Any:
-    """Odd roots of negative numbers as real numbers, which the root sign means; sympy takes the complex ones."""
+    """Replace odd roots of negative numbers by the real root, which the root sign means; sympy takes a complex one."""
 
     def is_odd_root(part: Any) -> bool:
         return (
@@ -135,7 +135,7 @@ def _as_fraction(decimal: re.Match[str]) -> str:
     if decimal[2]:
         value += Fraction(int(decimal[2]), (10 ** len(decimal[2]) - 1) * 10**places)
     fraction = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-    # Braces keep it together under a power or a root; alone in braces it would be a set.
+    # Braces keep the fraction together under a power or a root; a whole text in braces would be a set.
     return fraction if decimal[0] == decimal.string.strip() else f"{{{fraction}}}"
 
 
@@ -146,24 +146,24 @@ def _evaluated(parsed: Any) -> Any:
         value = parsed.doit()
         value = value.subs({symbol: sympy.I for symbol in value.free_symbols if str(symbol) in ("i", "\\imath")})
         value = value.doit()
-        # A function that nothing is known of has a value like a variable's: f(2x) is f(x + x), and not f(x).
+        # A call of an unknown function becomes a variable: f(2x) equals f(x + x), but not f(x).
         return value.subs({call: sympy.Symbol(str(call), real=True) for call in value.atoms(AppliedUndef)})
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError):
         return None
 
 
 def rational(value: Fraction) -> Any:
-    """A fraction as sympy has it."""
+    """Convert a fraction to a sympy number."""
     return sympy.Rational(value.numerator, value.denominator)
 
 
 def is_number(value: Any) -> bool:
-    """Whether an object of sympy's is an expression without variables."""
+    """Whether a sympy object is an expression without variables."""
     return isinstance(value, sympy.Expr) and not value.free_symbols
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two objects of sympy's are equal, for all values of their variables."""
+    """Whether two sympy objects are equal, for all values of their variables."""
     if first is None or second is None:
         return False
     if isinstance(first, sympy.MatrixBase) or isinstance(second, sympy.MatrixBase):
@@ -189,7 +189,7 @@ def equal(first: Any, second: Any) -> bool:
 
 
 def equal_sets(first: Any, second: Any) -> bool:
-    """Whether two sets of sympy's have the same members."""
+    """Whether two sympy sets have the same members."""
     if first == second:
         return True
     if isinstance(first, sympy.FiniteSet) and isinstance(second, sympy.FiniteSet):
@@ -204,10 +204,12 @@ def equal_sets(first: Any, second: Any) -> bool:
 
 
 def equal_up_to_factor(first: Any, second: Any, *, positive: bool = False) -> bool:
-    """Whether two expressions are multiples of each other by a number, as the two sides' differences of equations are.
+    """Whether two expressions differ by a constant factor, as the differences of two equal equations' sides do.
 
     Args:
-        positive: whether the number must be positive, as for inequalities.
+        first: an expression.
+        second: another expression.
+        positive: whether the factor must be positive, as for inequalities.
     """
     if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
         return False
@@ -216,7 +218,7 @@ def equal_up_to_factor(first: Any, second: Any, *, positive: bool = False) -> bo
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     if not symbols:
         return False
-    # None of the points where the two are compared: there they would agree by the choice of the factor.
+    # A point other than those of the comparison below, at which the choice of the factor would make them agree.
     aside = Fraction(1, 29)
     point = {symbol: rational(_POINTS[index % len(_POINTS)] + index + aside) for index, symbol in enumerate(symbols)}
     at_first, at_second = first.subs(point), second.subs(point)
@@ -229,7 +231,7 @@ def equal_up_to_factor(first: Any, second: Any, *, positive: bool = False) -> bo
 
 
 def _equal_expressions(first: Any, second: Any) -> bool:
-    """Equal unless they differ at a point of their variables, at a precision that the numbers in them demand."""
+    """Whether two expressions agree at all points of their variables, to as many digits as their numbers require."""
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     points = [
         {symbol: rational(_POINTS[(start + index) % len(_POINTS)] + index) for index, symbol in enumerate(symbols)}
@@ -248,7 +250,7 @@ def _equal_expressions(first: Any, second: Any) -> bool:
 
 
 def _digits_demanded(*values: Any) -> int:
-    """How many digits tell two expressions apart: as many as their whole numbers have, and as their powers may have."""
+    """Number of digits to which expressions are compared: those of their whole numbers and, at most, their powers."""
     digits = FEWEST_DIGITS
     for value in values:
         for number in value.atoms(sympy.Rational):
@@ -261,7 +263,7 @@ def _digits_demanded(*values: Any) -> int:
 
 
 def expanded(value: Any) -> Any:
-    """An expression multiplied out, unless that would be long."""
+    """Multiply out an expression, unless the result would be long."""
     exponents = [abs(power.exp) for power in value.atoms(sympy.Pow) if power.exp.is_Integer and not power.base.is_Atom]
     if max(exponents, default=0) > _LARGEST_EXPANDED or value.count_ops() > _LARGEST_EXPANDED**2:
         return value
@@ -269,7 +271,7 @@ def expanded(value: Any) -> Any:
 
 
 def _differ_at(first: Any, second: Any, point: dict[Any, Any], digits: int) -> bool | None:
-    """Whether two expressions differ at a point; None where one of them has no value there."""
+    """Whether two expressions differ at a point; None if a term has no value there."""
     terms = [(sign, term) for sign, side in ((1, first), (-1, second)) for term in sympy.Add.make_args(side)]
     total, largest = sympy.Integer(0), sympy.Integer(0)
     for sign, term in terms:

@@ -1,4 +1,4 @@
-"""One text for all answers that say the same, so that a majority vote (cons@k) counts values and not spellings."""
+"""Gives equal answers one text, so that a majority vote (cons@k) counts values and not spellings."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from megatron_fipo.verifiers.answers.values import difference, exact_value, valu
 from megatron_fipo.verifiers.math_text import without_layout
 
 MAX_CHARACTERS = 200
-"""How much of an answer the verdict carries; of a longer one a digest stands for the rest."""
+"""Longest canonical text; the end of a longer one is replaced by a digest."""
 
 _MAX_BITS = 600
-"""Larger whole numbers are written as they came."""
+"""Fractions with more bits in numerator or denominator keep the answer's spelling."""
 
 _VOTE_DIGITS = 40
 
 
 def canonical(reading: Reading, text: str) -> str:
-    """The text of a reading: a number as a fraction, a name's value without the name, members of sets in order.
+    """The canonical text of an answer: a number as a fraction, a name's value without the name, sorted sets.
 
-    Units are left away: where the reference has one, answers in another are wrong as well.
+    Units are left out; `mathematics` keeps an answer that is wrong only by its unit from sharing the reference's text.
 
     Args:
-        reading: of the cleaned answer.
-        text: the cleaned answer, for what has no value.
+        reading: the parsed answer.
+        text: the cleaned answer, used if the reading has no text of its own.
     """
     return bounded(_text(reading) or without_layout(text))
 
 
 def bounded(text: str) -> str:
-    """A text of MAX_CHARACTERS at most; different ones stay different."""
+    """Shorten a text to at most MAX_CHARACTERS, with a digest so that different texts stay different."""
     if len(text) <= MAX_CHARACTERS:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
@@ -87,7 +87,7 @@ def _quantity_text(quantity: Quantity) -> str:
 
 
 def _value_text(value: object, written: str) -> str:
-    """Text of a value of sympy's; `written` for what has none, or a long one."""
+    """Text of a sympy value; `written` for one that has no text or a long one."""
     if not isinstance(value, sympy.Expr) or value is sympy.nan:
         return written
     if value.is_Rational:
@@ -132,7 +132,7 @@ def _relation_text(relation: Relation) -> str:
 
 
 def _set_text(numbers: object) -> str:
-    """An interval, or several, as they are written with brackets; empty for any other set."""
+    """An interval or a union of intervals in brackets; empty for any other set."""
     parts = numbers.args if isinstance(numbers, sympy.Union) else (numbers,)
     texts = []
     for part in parts:
@@ -144,7 +144,7 @@ def _set_text(numbers: object) -> str:
 
 
 def _equation_text(relation: Relation) -> str:
-    """An equation between polynomials, divided by its first coefficient; empty for any other."""
+    """A polynomial equation with leading coefficient 1 and right side 0; empty for any other equation."""
     both_sides = difference(relation)
     if both_sides is None or not both_sides.free_symbols:
         return ""

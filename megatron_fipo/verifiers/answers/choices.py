@@ -1,4 +1,4 @@
-r"""Choices: "C", "(C)", "C)", "Option C", and with what the letter stands for, as "\textbf{(C)}\ 42", "C: a text"."""
+r"""Reads choices: "C", "(C)", "C)", "Option C", possibly with the choice's content: "\textbf{(C)}\ 42", "C: a text"."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _OPERATOR = re.compile(
 
 
 def split_choice(text: str) -> tuple[str, str, bool] | None:
-    """The choice that a cleaned text names; None if it names none.
+    """Read the choice that a cleaned text names.
 
     Returns:
-        Its letter, what it stands for ("" if that is missing), and whether the letter cannot be a variable.
+        Its letter, its content ("" without one), and whether the letter cannot be a variable; None if the text names no
+        choice.
     """
     plain = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1 ", text, count=1).strip() if "\\text" in text[:6] else text
     alone = _LETTER_ALONE.fullmatch(plain)

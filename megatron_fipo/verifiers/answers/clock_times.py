@@ -1,4 +1,4 @@
-"""Times of day: "6:30 p.m." is "18:30"; "6:30" leaves open which half of the day it lies in."""
+"""Times of day: "6:30 p.m." is "18:30"; "6:30" may be in either half of the day."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HOURS_OF_DAY = 24
 
 
 def read_clock_time(text: str) -> ClockTime | None:
-    r"""The time that a cleaned text consists of, its words perhaps in \text{…}; None if it is none."""
+    r"""Read a cleaned text that is a time, with words possibly in \text{…}; None if it is anything else."""
     if not text[:1].isdigit():
         return None
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1", text).strip()
@@ -33,7 +33,7 @@ def read_clock_time(text: str) -> ClockTime | None:
 
 
 def same_time(first: ClockTime, second: ClockTime) -> bool:
-    """Whether two times can be the same; without a.m. or p.m. on one side, the other's half of the day is taken."""
+    """Whether two times may be the same; one without a.m. or p.m. may be in either half of the day."""
     if (first.minute, first.second) != (second.minute, second.second):
         return False
     if first.meridiem or second.meridiem:
@@ -42,7 +42,7 @@ def same_time(first: ClockTime, second: ClockTime) -> bool:
 
 
 def _hours(time: ClockTime) -> set[int]:
-    """Hours on the 24-hour clock that it may mean."""
+    """The hours of the 24-hour clock that a time may mean."""
     if time.meridiem:
         return {time.hour % 12 + (12 if time.meridiem == "pm" else 0)}
     if 1 <= time.hour <= 12:

@@ -1,4 +1,4 @@
-"""Whether two readings of answers say the same, by the rules of docs/verifiers.md."""
+"""Compares two parsed answers by the rules of docs/verifiers.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from megatron_fipo.verifiers.plain_numbers import tails_agree
 
 
 def equal_answers(first: Reading, second: Reading) -> bool:
-    """Whether two whole answers say the same; a list or a set of one is its member, which it is not in a collection."""
+    """Whether two whole answers are equal. A list or set of one member equals it, but not inside a collection."""
     conditions = {side.condition for side in (first, second) if isinstance(side, Several) and side.condition}
     return len(conditions) < 2 and equal(_lone(first), _lone(second))
 
@@ -45,7 +45,7 @@ def _lone(reading: Reading) -> Reading:
 
 
 def equal(first: Reading, second: Reading) -> bool:
-    """Whether two answers say the same; what only one of them names is left open."""
+    """Whether two answers are equal; a name, unit or the like that only one of them states is ignored."""
     if first == second:
         return True
     for kinds, compare in _RULES:
@@ -60,7 +60,7 @@ def equal(first: Reading, second: Reading) -> bool:
 
 
 def _choice_equals(choice: Choice, other: Reading) -> bool:
-    """Letters that both name must agree, and so must what they stand for; without a letter, the content must."""
+    """Compare letters and, if both choices have a content, contents; with an answer without a letter, the content."""
     if isinstance(other, Choice):
         if choice.letter != other.letter:
             return False
@@ -73,7 +73,7 @@ def _choice_equals(choice: Choice, other: Reading) -> bool:
 
 
 def _words_equal(words: Words, other: Reading) -> bool:
-    """Text equals the same text alone, or a name's value: "day = Tuesday"."""
+    """Text equals the same text only, possibly as the value of a name: "day = Tuesday"."""
     if isinstance(other, Relation):
         value = value_of(other)
         return value is not None and equal(words, value)
@@ -99,7 +99,7 @@ def _quantity_equals(quantity: Quantity, other: Reading) -> bool:
 def _equal_values(
     quantity: Quantity, other: Quantity, same: Callable[[Any, Any], bool], first: Any, second: Any
 ) -> bool:
-    """Equality of two values; one percent sign may stand for a hundredth."""
+    """Whether two values are equal; a percent sign on one side only may divide that side by a hundred."""
     if first is None or second is None:
         return False
     if same(first, second):
@@ -112,7 +112,7 @@ def _equal_values(
 
 
 def _as_products(quantity: Quantity, other: Quantity) -> bool:
-    """Letters that were taken for a unit may be factors: "2 s" for "s + s"."""
+    """Whether an answer is equal with its unit read as a factor: "2 s" for "s + s"."""
     units = [side for side in (quantity, other) if side.unit]
     if len(units) != 1 or "\\text" in units[0].text or not _LETTER_BEHIND_NUMBER.fullmatch(units[0].text):
         return False
@@ -127,7 +127,7 @@ _LETTER_BEHIND_NUMBER = re.compile(r"[\d.]+ [A-Za-z](?:\^\{?\d\}?)?")
 
 
 def _time_equals(time: ClockTime, other: Reading) -> bool:
-    """A time against a time; "8 am" against 8; "10:15" as a ratio against a ratio that is no time."""
+    """Compare a time with a time, "8 am" with the number 8, and "10:15" as a ratio with a ratio that is no time."""
     if isinstance(other, ClockTime):
         return same_time(time, other)
     if isinstance(other, Quantity):
@@ -140,7 +140,7 @@ def _time_equals(time: ClockTime, other: Reading) -> bool:
 
 
 def _numeral_equals(numeral: Numeral, other: Reading) -> bool:
-    """Digits and base; a number without a base must have the same digits."""
+    """Compare digits and bases; a number without a base must have the same digits."""
     if isinstance(other, Numeral):
         return numeral == other
     if not isinstance(other, Quantity) or other.unit or other.percent:
@@ -208,7 +208,7 @@ def _several_equal(several: Several, other: Reading) -> bool:
         return False
     if {several.brackets, other.brackets} & {"[)", "(]"} and not (several.brackets and other.brackets):
         return False
-    # A tuple's order is part of it, also for a list without brackets: "5, 2" is not the point (2,5).
+    # A tuple's order counts, also in comparison with a list without brackets: "5, 2" is not the point (2,5).
     tuples = any(side.brackets not in ("", "{}") for side in (several, other))
     if tuples or several.in_order or other.in_order:
         in_place = (
@@ -224,7 +224,7 @@ def _several_equal(several: Several, other: Reading) -> bool:
 
 
 def _is_one_name(several: Several) -> bool:
-    """Whether it lists several values of one name, as "x = 2, x = 5", which are no point."""
+    """Whether a collection lists several values of one name, such as "x = 2, x = 5", which are not a point."""
     names = [item.members[0].name if isinstance(item, Relation) else "" for item in several.items]
     return len(names) > 1 and len(set(names)) == 1 and bool(names[0])
 
@@ -238,7 +238,7 @@ def _distinct(items: list[Reading]) -> list[Reading]:
 
 
 def _matched(first: list[Reading], second: list[Reading]) -> bool:
-    """Whether the members can be paired so that those of each pair are equal (augmenting paths)."""
+    """Whether the members can be matched into equal pairs (bipartite matching by augmenting paths)."""
     if len(first) != len(second):
         return False
     partner: dict[int, int] = {}
@@ -257,7 +257,7 @@ def _matched(first: list[Reading], second: list[Reading]) -> bool:
 
 
 def _tuples_equated(several: Several, relation: Relation) -> bool:
-    """ "a = 1, b = 2" for "(a, b) = (1, 2)"."""
+    """Whether one answer is like "a = 1, b = 2" and the other like "(a, b) = (1, 2)", with equal values."""
     if relation.operators != ("=",):
         return False
     names = read(relation.members[0].text)
@@ -316,9 +316,9 @@ def _relations_equal(first: Relation, second: Relation) -> bool:
 
 
 def _same_members(first: Sequence[Member], second: Sequence[Member]) -> bool:
-    """Names must agree, or be missing on one side; what is no name must be equal."""
+    """Whether names agree or are missing on one side, and all other members are equal."""
     for one, other in zip(first, second, strict=True):
-        if not one.text or not other.text:  # "> 2" leaves open what is
+        if not one.text or not other.text:  # "> 2" has no name
             if (one.text and not one.name) or (other.text and not other.name):
                 return False
             continue
@@ -344,7 +344,7 @@ def _union_equals(union: Union, other: Reading) -> bool:
 
 
 def _equal_as_sets(first: Reading, second: Reading) -> bool:
-    """Equality as sets of numbers, where intervals, unions and inequalities say the same in different ways."""
+    """Whether two answers are the same set of numbers, written as intervals, unions, inequalities or lists."""
     one, other = as_set(first), as_set(second)
     return one is not None and other is not None and algebra.equal_sets(one, other)
 
@@ -365,4 +365,4 @@ _RULES: tuple[tuple[type, Callable[[Any, Reading], bool]], ...] = (
     (Ratio, _ratio_equals),
     (Quantity, _quantity_equals),
 )
-"""Each kind with its rule, in the order in which they claim a comparison of two kinds."""
+"""The rule of each kind. For two different kinds, the earlier entry's rule applies."""

@@ -1,4 +1,4 @@
-"""Sets of numbers, where intervals, unions and inequalities say the same in different ways."""
+"""Converts parsed answers into sets of numbers: intervals, unions and inequalities may describe the same set."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_fipo.verifiers.answers.values import exact_value
 _ABSOLUTE_VALUE = re.compile(r"(?:\||\\[lr]?vert)\s*[A-Za-z]\s*(?:\||\\[lr]?vert)")
 
 TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-"""Relations read from right to left."""
+"""Each inequality's sign, read from right to left."""
 
 
 def as_set(reading: Reading) -> Any:
-    """Sympy's set of what a reading lets its variable be; None if it is no set of numbers."""
+    """The sympy set of the values that an answer allows for its variable; None if it is no set of numbers."""
     if isinstance(reading, Union):
         parts = [as_set(part) for part in reading.parts]
         return None if None in parts else sympy.Union(*parts)
@@ -47,7 +47,7 @@ def as_set(reading: Reading) -> Any:
 
 
 def _set_of_list(reading: Several) -> Any:
-    """Set of "x < 1 or x > 2", of "x > 1 and x < 2", of "(-oo, 1) or (2, oo)"."""
+    """The set of a list such as "x < 1 or x > 2", "x > 1 and x < 2" or "(-oo, 1) or (2, oo)"."""
     if reading.joiner == "+-":
         values = [_real(item) for item in reading.items]
         return None if None in values else sympy.FiniteSet(*values)
@@ -63,7 +63,7 @@ def _set_of_list(reading: Several) -> Any:
 
 
 def between_ends(relation: Relation) -> Several | None:
-    """The interval that "a < x <= b" says, its ends being any expressions; None for any other relation."""
+    """The interval of a relation such as "a < x <= b", whose ends may be any expressions; None for other relations."""
     if len(relation.members) != 3 or not relation.members[1].name:
         return None
     members, operators = relation.members, relation.operators
@@ -85,7 +85,7 @@ def _real(reading: Reading) -> Any:
 
 
 def _set_of_relation(relation: Relation) -> Any:
-    """Set of a lone variable's values: "0 < x < 3", "x \\in [1, 2]", "x = 1", "x \\ne 2"."""
+    """The values of the only variable of a relation: "0 < x < 3", "x \\in [1, 2]", "x = 1", "x \\ne 2"."""
     names = [member.name for member in relation.members if member.name]
     if len(relation.members) == 2 and not names:
         return _set_of_absolute_value(relation)
@@ -107,7 +107,7 @@ def _set_of_relation(relation: Relation) -> Any:
 
 
 def _set_of_absolute_value(relation: Relation) -> Any:
-    """Set of "|x| < 2" and of "2 <= |x|"."""
+    """The set of a relation such as "|x| < 2" or "2 <= |x|"."""
     (left, right), operator = relation.members, relation.operators[0]
     if not _ABSOLUTE_VALUE.fullmatch(left.text):
         left, right, operator = right, left, TURNED.get(operator, operator)

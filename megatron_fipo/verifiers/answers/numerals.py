@@ -1,4 +1,4 @@
-r"""Numerals with their base: 1010_2, 413_{5}, BAD_{16}, 11_{\text{two}}, 1010 (base 2). Nothing is converted."""
+r"""Reads numerals with a base: 1010_2, 413_{5}, BAD_{16}, 11_{\text{two}}, 1010 (base 2). Nothing is converted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LARGEST_BASE = 60
 
 
 def read_numeral(text: str) -> Numeral | None:
-    """The numeral with a base that a cleaned text consists of; None if it is anything else."""
+    """Read a cleaned text that is a numeral with a base; None if it is anything else."""
     if "_" not in text and "base" not in text:
         return None
     match = _SUBSCRIPT.fullmatch(text) or _IN_WORDS.fullmatch(text)

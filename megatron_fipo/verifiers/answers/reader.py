@@ -1,7 +1,8 @@
-r"""Reading a final answer: from one line of cleaned text to what it says (`readings`).
+r"""Parses a final answer: one line of cleaned text into one of `readings`.
 
-The order of the attempts is the grammar: a plain number, a time, a choice, a numeral with a base, a relation in words,
-several answers, brackets, a relation in signs, a union, a ratio, words, and last an expression with its unit.
+`_read` tries the kinds in this order: a time, a numeral with a base, a plain number, a choice, a quantity in several
+units, a relation in words, several answers, brackets, a relation in signs, a union, a ratio, words, and last an
+expression with its unit.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from megatron_fipo.verifiers.answers.units import CURRENCY, NO_UNIT, read_unit
 from megatron_fipo.verifiers.plain_numbers import read_plain_number, read_tail
 
 MAX_ITEMS = 200
-"""Answers with more parts are one text."""
+"""Largest number of parts; an answer with more is not split."""
 
 MAX_DEPTH = 12
-"""Deepest nesting of collections; deeper ones are one text."""
+"""Deepest nesting of collections; a deeper one is read as text."""
 
 _OPERATORS = {
     "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "~",
@@ -167,7 +168,7 @@ _CURRENCY_FIRST = re.compile(rf"(?:{CURRENCY})\s*")
 
 
 def read(text: str) -> Reading:
-    """What a cleaned answer (`math_text.cleaned`) says."""
+    """Parse a cleaned answer (`math_text.cleaned`)."""
     return _read(text, 0)
 
 
@@ -185,7 +186,7 @@ def _read(text: str, depth: int) -> Reading:
 
 
 def _of_parts(text: str, depth: int) -> Several | None:
-    """ "2 hours and 30 minutes": one quantity in several units. Two of the same unit are two quantities."""
+    """Read one quantity in several units: "2 hours and 30 minutes". Two numbers of the same unit are two quantities."""
     parts: list[str] = []
     position = 0
     while position < len(text):
@@ -215,7 +216,7 @@ def _choice(text: str, depth: int) -> Choice | None:
 
 
 def _exactly(text: str, depth: int) -> Reading | None:
-    """ "exactly 12" and "equal to 12" say no more than 12."""
+    """Read an answer without words that add nothing: "exactly 12" and "equal to 12" are 12."""
     plain = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", text).strip() if "\\text" in text[:6] else text
     match = _EXACTLY.match(plain)
     rest = plain[match.end() :] if match else ""
@@ -236,7 +237,7 @@ def _relation_in_words(text: str, depth: int) -> Relation | None:
 
 
 def _several(text: str, depth: int) -> Several | None:
-    r"""A bare list: members between commas, semicolons, "and", "or", \lor, \to … outside of all brackets."""
+    r"""Read a bare list: members between commas, semicolons, "and", "or", \lor, \to … outside all brackets."""
     tokens = [token for token in top_level(text) if token[0] in _JOINERS]
     tokens = _without_thousands(text, tokens)
     behind = _CONDITION_BEHIND.fullmatch(text) if not tokens else None
@@ -258,7 +259,7 @@ def _several(text: str, depth: int) -> Several | None:
 
 
 def _items(texts: list[str], depth: int) -> tuple[Reading, ...]:
-    r"""Readings of a collection's members; "\pm a" is two of them."""
+    r"""Read a collection's members; "\pm a" gives two."""
     readings: list[Reading] = []
     for text in texts:
         if text.strip() in (r"\ldots", r"\ldots."):
@@ -270,7 +271,7 @@ def _items(texts: list[str], depth: int) -> tuple[Reading, ...]:
 
 
 def _without_thousands(text: str, tokens: list[re.Match[str]]) -> list[re.Match[str]]:
-    """Separators, without the commas inside of numbers where others are followed by a space: "1,234, 5,678"."""
+    """The separators without thousands commas, if other commas are followed by a space: "1,234, 5,678"."""
     commas = [token for token in tokens if token[0] == ","]
     if not any(text[token.end() : token.end() + 1] == " " for token in commas):
         return tokens
@@ -318,7 +319,7 @@ def _relation(text: str, depth: int) -> Reading | None:
 
 
 def _name(text: str) -> str:
-    """The text in one spelling if it names a variable, a function's value or a thing in words; else empty."""
+    """A normalized name, if the text names a variable, a function's value or a thing in words; else ""."""
     if not _NAME.fullmatch(text) or _NO_NAMES.match(text):
         return ""
     return re.sub(r"[\s{}]|\\text", "", text)
@@ -346,13 +347,13 @@ def _ratio(text: str, depth: int) -> Ratio | None:
 
 
 def normalised_words(text: str) -> str:
-    """Text as it is compared: without marks of text, in lower case, with single spaces, no full stop."""
+    r"""Text as it is compared: without \text{…}, in lower case, with single spaces and no full stop at its end."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\", "")
     return re.sub(r"\s+([,.;:!?)])", r"\1", " ".join(plain.split())).rstrip(".!").lower()
 
 
 def _words(text: str) -> Words | None:
-    r"""A text of letters only that is no product: three letters and more, two capitals, an English word, \text{…}."""
+    r"""Read letters that are words, not a product: three or more, two capitals, a short English word, or \text{…}."""
     unmarked = re.sub(r"\\text\{[^{}]*\}", "", text).strip()
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
     if not _LETTERS.fullmatch(plain) or (unmarked != text and len(unmarked) == 1):
@@ -369,7 +370,7 @@ def _words(text: str) -> Words | None:
 
 
 def _quantity(text: str) -> Reading:
-    """An expression, with what stands beside it taken off."""
+    r"""Read an expression and its currency, unit or percent sign; one with \pm gives two readings."""
     if _EITHER_SIGN.search(text):
         both = tuple(
             _read(text.replace(r"\pm", sign).replace(r"\mp", other), 1) for sign, other in (("+", "-"), ("-", "+"))
@@ -389,9 +390,9 @@ def _quantity(text: str) -> Reading:
         if not re.search(r"[\dA-Za-z]", head):
             continue
         if re.fullmatch(r"\s+[A-Za-z](?![A-Za-z]).*", tail) and re.search(r"(?<![\\A-Za-z])[A-Za-z]", head):
-            continue  # a letter behind letters is a factor
+            continue  # a letter after letters is a factor
         if tail.startswith("^") and _TRIGONOMETRIC.search(head):
-            continue  # the sine of 30 degrees, not so many degrees
+            continue  # the sine of 30 degrees, not a number of degrees
         found = read_tail(tail)
         if found is not None and found.scale == 1 and (found.percent or found.unit):
             unit = found.unit if currency is None else read_unit(currency[0].strip() + tail)

@@ -1,4 +1,4 @@
-"""What an answer may be: a quantity, words, a choice, a time, a numeral with its base, a ratio, several, a relation."""
+"""The kinds of parsed answers; `Reading` is any of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_fipo.verifiers.answers.units import Unit
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or an expression, and what stands beside it.
+    """A number or an expression, with its unit and percent sign.
 
     Attributes:
         expression: LaTeX of the value, without its unit.
-        value: exact, where it is one plain number.
+        value: the exact value of a plain number; None for any other expression.
         percent: whether it has a percent sign.
-        unit: beside it.
-        text: the whole, cleaned.
+        unit: its unit; NO_UNIT if it has none.
+        text: the whole cleaned answer.
     """
 
     expression: str
@@ -30,19 +30,19 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Words:
-    """Text that is compared as text: in lower case, with single spaces."""
+    """Text that is compared as text; in lower case, with single spaces."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A letter out of several, perhaps with what it stands for.
+    """The letter of a multiple-choice answer, possibly with the choice's content.
 
     Attributes:
-        letter: in upper case.
-        content: what stands behind the letter; None without it.
-        text: the whole, cleaned; a lone letter may be a variable, too.
+        letter: the letter, in upper case.
+        content: the content that follows the letter; None without one.
+        text: the whole cleaned answer; a lone letter may also be a variable.
     """
 
     letter: str
@@ -52,10 +52,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class ClockTime:
-    """A time of day as written: hours and minutes, "am", "pm" or nothing.
+    """A time of day as written.
 
     Attributes:
-        bare_hour: whether it has an hour alone, as "8 am", which is also the number 8.
+        hour: the hour as written, on the 12-hour or 24-hour clock.
+        minute: the minute; 0 if it is not written.
+        second: the second; 0 if it is not written.
+        meridiem: "am" or "pm"; "" if neither is written.
+        bare_hour: whether no minute is written, as in "8 am", which also equals the number 8.
+        text: the whole, without \\text{…}.
     """
 
     hour: int
@@ -76,14 +81,14 @@ class Numeral:
 
 @dataclass(frozen=True)
 class Ratio:
-    """a:b or a:b:c."""
+    """A ratio a:b, or a:b:c and so on."""
 
     parts: tuple[Reading, ...]
 
 
 @dataclass(frozen=True)
 class Dots:
-    """The dots of a list that goes on."""
+    """The dots in a list."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,11 @@ class Several:
     """Several answers.
 
     Attributes:
-        items: in the order written.
-        brackets: around them: "()", "[]", "[)", "(]", "{}", "<>"; empty for a bare list.
-        joiner: what stands between them: ",", "or", "and", "->"; "+" for parts of one, as in "2 hours 30 minutes".
-        condition: what a last member says of the variables, as "k in Z"; empty without one.
+        items: the members, in the order written.
+        brackets: the brackets around them: "()", "[]", "[)", "(]", "{}" or "<>"; empty for a bare list.
+        joiner: how they are joined: ",", "or", "and" or "->"; "+" for the parts of one quantity, as in "2 hours 30
+            minutes"; "+-" for the two values of an expression with plus-minus.
+        condition: a condition on variables, such as "k in Z", from the first or last member; empty without one.
     """
 
     items: tuple[Reading, ...]
@@ -104,7 +110,7 @@ class Several:
 
     @property
     def in_order(self) -> bool:
-        """Whether the order counts by itself: in arrows and in lists with dots; in tuples, it counts against tuples."""
+        """Whether the order always counts: with arrows, parts of a quantity or dots. `equality` decides for tuples."""
         return self.joiner in ("->", "+") or any(isinstance(item, Dots) for item in self.items)
 
 
@@ -117,7 +123,12 @@ class Union:
 
 @dataclass(frozen=True)
 class Member:
-    """One side of a relation: its text, and whether that names a variable, a function's value or a thing in words."""
+    """One side of a relation.
+
+    Attributes:
+        text: its text, cleaned.
+        name: the normalized text if it names a variable, a function's value or a thing in words; else "".
+    """
 
     text: str
     name: str = field(compare=False)
@@ -125,11 +136,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Relation:
-    r"""Members with relations between them: "x = 5", "0 < x < 3", "x \in [1,2]"; the first may be missing, as in "< 2".
+    r"""Members with relations between them: "x = 5", "0 < x < 3", "x \in [1,2]".
 
     Attributes:
-        members: one more than `operators`.
-        operators: each of = < > <= >= != ~ in notin ==, as this module spells them.
+        members: the members, one more than `operators`. The text of the first is empty if it is missing, as in "< 2".
+        operators: the relations, each one of = < > <= >= != ~ in notin == prop sub sub=.
     """
 
     members: tuple[Member, ...]

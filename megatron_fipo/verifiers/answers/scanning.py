@@ -1,4 +1,4 @@
-r"""Walking over cleaned LaTeX with an eye on brackets: what stands at the top level, and where to split it."""
+r"""Scans cleaned LaTeX with regard to brackets: finds tokens at the top level, splits there, removes outer brackets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CLOSING = frozenset([")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil"])
 
 
 def top_level(text: str) -> Iterator[re.Match[str]]:
-    """Tokens that stand in no bracket; \\text{…} is one token."""
+    """Iterate over the tokens outside all brackets; \\text{…} is one token."""
     depth = 0
     for token in TOKEN.finditer(text):
         word = token[0]
@@ -27,7 +27,7 @@ def top_level(text: str) -> Iterator[re.Match[str]]:
 
 
 def split_at(text: str, tokens: list[re.Match[str]]) -> list[str]:
-    """What stands between the tokens, stripped."""
+    """Split a text at tokens of it; the pieces are stripped."""
     starts = [0, *(token.end() for token in tokens)]
     ends = [*(token.start() for token in tokens), len(text)]
     return [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
@@ -38,7 +38,7 @@ _KINDS = {r"\{": "{}", "{": "{}", r"\langle": "<>"}
 
 
 def in_brackets(text: str) -> tuple[str, str] | None:
-    """Kind of the brackets that a text stands in as a whole, and what stands in them; None without such."""
+    """Kind and content of the brackets that enclose a whole text; None if there are none."""
     tokens = [token for token in TOKEN.finditer(text) if not token[0].isspace()]
     if len(tokens) < 2 or tokens[0][0] not in _PAIRS:
         return None
@@ -59,7 +59,7 @@ def in_brackets(text: str) -> tuple[str, str] | None:
 
 
 def _french(text: str, first: str, last: str, tokens: list[re.Match[str]]) -> tuple[str, str] | None:
-    """]0, 1[ is (0, 1)."""
+    """An interval in French notation: ]0, 1[ is (0, 1)."""
     if len(tokens) < 4 or last not in "])[":
         return None
     inner = text[tokens[0].end() : tokens[-1].start()].strip()

@@ -1,7 +1,7 @@
-"""A limit on how large sympy's exact numbers get, wherever in a computation they come up.
+"""A limit on the size of sympy's exact numbers anywhere in a computation.
 
-What a text shows of its size is looked at before (`math_text.is_computable`); "(10!)!" or "10^{500 * 500 * 500}"
-show little. The CPU limit would stop them, too, but only after seconds, which a busy machine makes many.
+`math_text.is_computable` rejects texts with large numbers beforehand, but "(10!)!" and "10^{500 * 500 * 500}" contain
+none. The CPU limit would stop these, too, but only after seconds, and on a busy machine after many.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import Any
 from sympy import Integer, Rational, binomial, factorial
 
 MAX_BITS = 2_000_000
-"""Most bits of a power: 600,000 digits. Both sides of 2^{4000!} = 2^{4000!} are compared as text before."""
+"""Largest size of a power in bits, about 600,000 digits. 2^{4000!} still equals 2^{4000!}, since texts are compared
+first."""
 
 MAX_FACTORIAL = 20_000
-"""Largest number whose factorial, or binomials, are computed."""
+"""Largest argument of a factorial, and largest min(k, n - k) of a binomial coefficient."""
 
 
 class TooLargeError(BaseException):
-    """A number would be too large. No Exception, so that a library's `except Exception` does not swallow it."""
+    """A number would be too large. It is no Exception, so that a library's `except Exception` does not swallow it."""
 
 
 @contextlib.contextmanager
 def size_limit() -> Iterator[None]:
-    """Raise TooLargeError inside the block where a power, factorial or binomial of exact numbers would be too large.
+    """Raise TooLargeError inside the block if a power, factorial or binomial of exact numbers would be too large.
 
-    It replaces sympy's own evaluation of these for the time of the block. Nesting is not supported.
+    It wraps sympy's evaluation of these during the block. Nesting is not supported.
 
     Raises:
-        TooLargeError: where a number would be too large.
+        TooLargeError: if a number would be too large.
     """
     power, rational_power = Integer._eval_power, Rational._eval_power
     factorial_of, binomial_of = factorial.eval, binomial._eval

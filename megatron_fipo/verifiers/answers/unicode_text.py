@@ -1,4 +1,4 @@
-r"""Mathematics in Unicode as LaTeX: "1½ ≤ x²" is "1\frac{1}{2} \le x^{2}"."""
+r"""Converts mathematics in Unicode into LaTeX: "1½ ≤ x²" becomes "1\frac{1}{2} \le x^{2}"."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ _MAX_ROOTS = 100
 
 
 def as_latex(text: str) -> str:
-    """Text with LaTeX or ASCII in the place of every other spelling of mathematics; what is neither stays."""
+    """Replace Unicode symbols, scripts, fractions and roots by LaTeX or ASCII; other characters stay."""
     if text.isascii():
         return text
     text = _RING_BEHIND_NUMBER.sub(r"^{\\circ}", text)
@@ -121,7 +121,7 @@ def _plain(text: str) -> str:
 
 
 def _with_scripts(text: str) -> str:
-    """Superscripts, subscripts and fractions of one character written out."""
+    """Write out superscripts, subscripts and fractions that are single characters."""
     pieces: list[str] = []
     kind = ""
     for character in text:
@@ -141,7 +141,7 @@ def _with_scripts(text: str) -> str:
 
 
 def _with_roots(text: str) -> str:
-    """A root sign reaches over a bracket, a number, a letter or a command."""
+    """Write out root signs; each covers the bracket, number, letter or command that follows it."""
     for _ in range(_MAX_ROOTS):
         sign = None
         for sign in _ROOT.finditer(text):  # noqa: B007 - the innermost comes last
@@ -160,7 +160,7 @@ _ARGUMENT = re.compile(r"\d+(?:\.\d+)?|\\[A-Za-z]+|[A-Za-z]")
 
 
 def argument_end(text: str, start: int) -> int:
-    """Where the argument ends that begins at `start`: behind a bracket's other half, a number, a letter, a command."""
+    """End of the argument that begins at `start`: a bracket with its content, a number, a letter or a command."""
     if text[start : start + 1] in ("(", "{"):
         opening, depth = text[start], 0
         closing = {"(": ")", "{": "}"}[opening]

@@ -1,6 +1,6 @@
-r"""Units, currencies and other words behind a value: "km/h" is "kilometers per hour", "cm^2" is "square centimeters".
+r"""Reads units, currencies and other words after a value: "km/h" is "kilometers per hour", "cm^2" "square centimeters".
 
-Nothing is converted: a metre is not a hundred centimetres.
+Nothing is converted: a metre does not equal a hundred centimetres.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _CURRENCIES = frozenset([*_SYMBOLS.values(), "cent", "cad", "aud", "chf", "yuan"
 _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "psi": "lb/in^2", "cc": "cm^3", "sqft": "ft^2"}
 
 ONE_LETTER_UNITS = "mgshLlAVWNJKCF"
-"""Letters that are units behind a number and a space, where others are factors."""
+"""Letters that are units after a number and a space; other letters are factors."""
 
 CURRENCY = (
     r"(?:US|\\text\s*\{\s*)?\\?\$(?:\s*\})?|[€£¥₹]"
@@ -103,7 +103,7 @@ _CHANGING = frozenset(
         "or",
     ]
 )
-"""Words that change the value or the relation; what has one is equal only to what has it, too."""
+"""Words that change the value or the relation; a unit with one agrees only with the same unit."""
 
 _SHORT_WORDS = frozenset(
     ["am", "an", "as", "at", "be", "by", "do", "in", "is", "it", "of", "on", "to", "up", "us", "we"]
@@ -125,11 +125,11 @@ _MAX_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Unit:
-    """What stands beside a value.
+    """The unit and the words beside a value.
 
     Attributes:
-        measure: units of measurement and currencies in one spelling, as "kg*m/s^2"; empty without one.
-        words: all else, in lower case and the singular: "red apple" gives {"red", "apple"}.
+        measure: units of measurement and currencies in one spelling, such as "kg*m/s^2"; empty without one.
+        words: all other words, in lower case and the singular: "red apples" gives {"red", "apple"}.
     """
 
     measure: str = ""
@@ -140,16 +140,16 @@ class Unit:
 
     @property
     def changes(self) -> bool:
-        """Whether it says something else than the value alone: "or more", "not"."""
+        """Whether a word in it changes the value's meaning, such as "or" in "or more", or "not"."""
         return not _CHANGING.isdisjoint(self.words)
 
     @property
     def is_modulus(self) -> bool:
-        """Whether it is "mod 10" behind a remainder."""
+        """Whether it is the modulus of a remainder, such as "mod 10"."""
         return len(self.words) == 1 and next(iter(self.words)).startswith("mod ")
 
     def agrees_with(self, other: Unit) -> bool:
-        """Whether what both name is the same; what only one names is left open, unless it changes the value."""
+        """Whether two units agree: parts that both have must be the same; other parts must not change the value."""
         if self == other:
             return True
         if self.changes or other.changes:
@@ -170,7 +170,7 @@ NO_UNIT = Unit()
 
 
 def _same_measure(first: str, second: str) -> bool:
-    """Degrees may be of Celsius or Fahrenheit; pounds are weight or money."""
+    """Whether two measures are the same; degrees may be Celsius or Fahrenheit, and pounds weight or money."""
     if first == second:
         return True
     pair = {first, second}
@@ -179,11 +179,11 @@ def _same_measure(first: str, second: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str, *, attached: bool = False) -> Unit | None:
-    r"""The unit that a text behind a value consists of, as "\text{ cm}^2", "km/h", "^{\circ}C"; None if it is none.
+    r"""Read the text after a value as a unit, such as "\text{ cm}^2", "km/h" or "^{\circ}C"; None if it is no unit.
 
     Args:
-        text: LaTeX in one spelling (`math_text.cleaned`).
-        attached: whether it follows the value without a space; letters are factors then, save units of several letters.
+        text: cleaned LaTeX (`math_text.cleaned`).
+        attached: whether it follows the value without a space; then only units of several letters are no factors.
     """
     if not text.strip():
         return NO_UNIT
@@ -211,7 +211,7 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
 
 
 def _may_be_bare(text: str, tokens: list[str], attached: bool) -> bool:
-    """Whether letters outside of \\text{…} are units rather than factors: "5 m" and "5 apples", not "5 x" or "5ab"."""
+    """Whether letters outside \\text{…} are units rather than factors: "5 m" and "5 apples", not "5 x" or "5ab"."""
     words = [token for token in tokens if token[0].isalpha()]
     if _NOT_UNITS.match(text) or text[0] in "/*^":
         return False
@@ -250,7 +250,7 @@ def _unit(tokens: list[str]) -> Unit:
         elif token == "*":
             continue
         else:
-            # Short units stand first: the "min" of "local min" is no minute.
+            # A short unit comes first, not after words: the "min" in "local min" is not a minute.
             measure = _SYMBOLS.get(token) or ("" if words and len(word) < 4 else _measure(token))
             if measure in {"celsius", "fahrenheit"} and "degree" in powers:
                 del powers["degree"]

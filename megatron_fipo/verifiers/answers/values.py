@@ -1,4 +1,4 @@
-"""What quantities and relations give: exact values, the value of a name, the difference of an equation's sides."""
+"""Values of parsed answers: a quantity's exact value, the value of a name, the difference of a relation's sides."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_fipo.verifiers.answers.readings import Member, Quantity, Reading, 
 
 
 def exact_value(quantity: Quantity) -> Any:
-    """Sympy's object for a quantity's value; None if it is opaque."""
+    """The sympy object of a quantity's value; None if its expression is opaque."""
     return algebra.rational(quantity.value) if quantity.value is not None else algebra.parse(quantity.expression)
 
 
 def value_of(relation: Relation) -> Reading | None:
-    """What a relation gives a name: 5 for "x = 5", for "x = 2 + 3 = 5" and for "2 + 3 = 5"; None if it gives none.
+    """The value that a relation states: 5 for "x = 5", "x = 2 + 3 = 5" and "2 + 3 = 5"; None if it states none.
 
-    All members without variables must be equal, the first one must be a name or such a member, and a rounded decimal
-    may stand behind its exact value.
+    All members without variables must be equal, the first member must be a name or have no variables, and a rounded
+    decimal may follow its exact value.
     """
     members, operators = list(relation.members), list(relation.operators)
     if len(members) > 2 and operators[-1] == "~" and _rounds(members[-1], members[-2]):
@@ -44,7 +44,7 @@ def value_of(relation: Relation) -> Reading | None:
 
 
 def _number(member: Member) -> Any:
-    """Value of a member without variables; None for any other."""
+    """Value of a member without variables; None for any other member."""
     reading = read(member.text)
     if not isinstance(reading, Quantity):
         return None
@@ -53,7 +53,7 @@ def _number(member: Member) -> Any:
 
 
 def _rounds(rounded: Member, exact: Member) -> bool:
-    """Whether a decimal is what an exact value is rounded to, or cut off at, in so many places."""
+    """Whether a decimal is an exact value, rounded or truncated to the decimal's number of places."""
     reading, value = read(rounded.text), _number(exact)
     if not isinstance(reading, Quantity) or reading.value is None or value is None or not value.is_real:
         return False
@@ -66,6 +66,6 @@ def _rounds(rounded: Member, exact: Member) -> bool:
 
 
 def difference(relation: Relation) -> Any:
-    """Left side minus right side; None if one of them is no expression."""
+    """The first member minus the second; None if a member is no expression."""
     sides = [algebra.parse(member.text) for member in relation.members]
     return sides[0] - sides[1] if all(isinstance(side, sympy.Expr) for side in sides) else None
