@@ -26,15 +26,11 @@ class StepRollouts:
 
 
 class RolloutSource(Protocol):
-    """Gives the trainer its batches. Every method but `abort` and `close` is collective over all ranks.
+    """Gives the trainer its batches. Every method but `close` is collective over all ranks.
 
     A step is `give`, `batch`, `take_back`, in this order. A run that was stopped anywhere in a step continues from the
     `state_dict` of before the step.
     """
-
-    def start(self, policy: Policy) -> None:
-        """Make everything ready but the weights; see `RolloutEngine.start`."""
-        ...
 
     def give(self, policy: Policy, version: int) -> None:
         """Generate with this version of the policy from now on; see `RolloutEngine.give`."""
@@ -66,10 +62,6 @@ class RolloutSource(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, which may hold further entries."""
-        ...
-
-    def abort(self) -> None:
-        """End every request in flight. Safe in a signal handler."""
         ...
 
     def close(self) -> None:

@@ -39,8 +39,7 @@ class SynchronousSource:
         self._config, self._ranks, self._prompts = config, ranks, prompts
         self._engine, self._generator, self._listener = engine, generator, listener
         self._sampler = DynamicSampler(config.rollout.num_prompts, config.sampling)
-        self.start, self.give, self.take_back = engine.start, engine.give, engine.take_back
-        self.abort, self.close = engine.abort, engine.close
+        self.give, self.take_back, self.close = engine.give, engine.take_back, engine.close
 
     def batch(self, step: int, *, only_recorded: bool = False) -> StepRollouts:
         """See `RolloutSource`."""
