@@ -119,7 +119,15 @@ setup(
         "wandb": ["wandb>=0.19"],
         "smollm2": ["gguf>=0.17", "accelerate>=1.10"],
         "dev": [
-            *("pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "matplotlib>=3.9"),
+            *(
+                "pytest>=8",
+                "pytest-xdist>=3.6",
+                "hypothesis>=6.100",
+                "ruff>=0.12",
+                "mypy>=1.15",
+                "types-PyYAML",
+                "matplotlib>=3.9",
+            ),
             *("dockerfile-parse>=2", "uv>=0.9"),  # tests of the container recipe and of the GPU environments' pins
         ],
     },

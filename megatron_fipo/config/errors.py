@@ -6,11 +6,12 @@ composed here and nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from megatron_fipo.system.nearest_name import nearest_name
 
 LONGEST_SHOWN = 200
 """Characters of a value that a message shows."""
@@ -83,5 +84,5 @@ def shown_value(value: Any) -> str:
 
 def choice_problem(key: str, value: object, choices: Sequence[str]) -> Problem:
     """Say that `value` is none of `choices`, and which of them is nearest."""
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    return Problem(key, value, f"must be one of {', '.join(choices)}", f"Did you mean {close[0]}?" if close else "")
+    nearest = nearest_name(str(value), choices)
+    return Problem(key, value, f"must be one of {', '.join(choices)}", f"Did you mean {nearest}?" if nearest else "")

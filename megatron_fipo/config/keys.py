@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -13,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_fipo.config.declaration import Declaration, declaration_of
 from megatron_fipo.config.foreign_keys import foreign_hint
 from megatron_fipo.config.sections import Config
+from megatron_fipo.system.nearest_name import nearest_name
 
 _ALMOST_THE_SAME = 0.9
 """Similarity from which a key counts as a misspelt key of its section, even if another trainer has it."""
@@ -147,17 +147,17 @@ def _leaves(section: Mapping[Any, Any], prefix: str) -> Iterator[str]:
 
 def _unknown_key_problem(key: str, prefix: str, siblings: tuple[str, ...], place: str) -> str:
     is_ours = key in {known.rpartition(".")[2] for known in _known_keys()}  # in the wrong section
-    almost = difflib.get_close_matches(key, siblings, n=1, cutoff=_ALMOST_THE_SAME)
+    almost = nearest_name(key, siblings, _ALMOST_THE_SAME)
     if meant := _MEANT.get(prefix + key):
         hint = f"Did you mean {meant}?"
     elif not is_ours and not almost and (foreign := foreign_hint(prefix + key)):
         hint = foreign
-    elif close := difflib.get_close_matches(key, siblings, n=1):
-        hint = f"Did you mean {prefix}{close[0]}?"
+    elif nearest := nearest_name(key, siblings):
+        hint = f"Did you mean {prefix}{nearest}?"
     else:  # perhaps the right name in the wrong section
         leaves = {known: known.rpartition(".")[2] for known in _known_keys()}
-        nearest = difflib.get_close_matches(key, leaves.values(), n=1)
-        elsewhere = [known for known, leaf in leaves.items() if leaf in nearest]
+        nearest = nearest_name(key, leaves.values())
+        elsewhere = [known for known, leaf in leaves.items() if leaf == nearest]
         hint = f"Did you mean {' or '.join(elsewhere)}?" if elsewhere else f"Known here: {', '.join(siblings)}."
     return f"unknown key {prefix}{key} in {place}. {hint}"
 

@@ -19,6 +19,7 @@ from megatron_fipo.config.presets import ALGORITHMS
 from megatron_fipo.config.sections import Config
 from megatron_fipo.config.text_files import read_text
 from megatron_fipo.config.yaml_values import override_text, read_yaml, text_type
+from megatron_fipo.system.disk import write_text_whole
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -155,6 +156,5 @@ def _escaped(text: str) -> str:
 def save_resolved(config: Config, folder: str | Path) -> Path:
     """Write `resolved_yaml` to config.yaml in the run's folder, which is made if need be; its paths are absolute."""
     path = Path(folder) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved_yaml(with_absolute_paths(config)), encoding="utf-8")
+    write_text_whole(path, resolved_yaml(with_absolute_paths(config)))
     return path

@@ -5,7 +5,6 @@ Shapes: B responses, L their longest.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_fipo.conformance.recording import Recording
 from megatron_fipo.rl.objective import LossOutput
+from megatron_fipo.system.nearest_name import did_you_mean
 
 Implementation = Callable[..., Any]
 """loss(log_probs, old_log_probs, advantages, response_mask, config); docs/library.md says what it may return."""
@@ -45,8 +45,7 @@ def load(name: str) -> Implementation:
     module = _import(name, module_name)
     if not hasattr(module, attribute):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        close = difflib.get_close_matches(attribute, functions, n=1)
-        hint = f" Did you mean {module_name}:{close[0]}?" if close else ""
+        hint = did_you_mean(attribute, functions, shown_as=f"{module_name}:{{}}")
         raise CannotUseError(f"{module_name} (in {module.__file__}) has no function {attribute!r}.{hint}")
     found: Implementation = getattr(module, attribute)
     if not callable(found):

@@ -114,7 +114,7 @@ def _fill(
 @torch.no_grad()
 def weight_stream(
     chunks: Sequence[nn.Module],
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     shape: ModelShape,
     named: Named = nn.Module.named_parameters,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -131,17 +131,17 @@ def weight_stream(
     """
     own = _held_parameters(chunks, shape, named)
     catalogue = exchange.all_gather_objects(
-        [(held.parameter.megatron, tuple(held.tensor.shape), held.tensor.dtype) for held in own], groups.pp
+        [(held.parameter.megatron, tuple(held.tensor.shape), held.tensor.dtype) for held in own], ranks.pp
     )
     device = next(iter(own)).tensor.device
     for stage, entries in enumerate(catalogue):
         for index, (megatron_name, local_shape, dtype) in enumerate(entries):
             parameter = find_row(shape, megatron_name)
-            is_owner = stage == groups.pp.rank()
+            is_owner = stage == ranks.pp.rank()
             source = own[index].tensor.detach() if is_owner else torch.empty(local_shape, dtype=dtype, device=device)
-            source = exchange.broadcast(source, stage, groups.pp)
-            is_cut = parameter.num_shards(groups.tp.size()) > 1
-            shards = exchange.all_gather_tensors(source, groups.tp) if is_cut else [source]
+            source = exchange.broadcast(source, stage, ranks.pp)
+            is_cut = parameter.num_shards(ranks.tp.size()) > 1
+            shards = exchange.all_gather_tensors(source, ranks.tp) if is_cut else [source]
             yield from zip(parameter.names, parameter.layout.to_whole(shards, shape), strict=True)
 
 

@@ -140,8 +140,8 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def is_stage_edge(groups: ParallelGroups, virtual_stage: int, num_virtual_stages: int) -> tuple[bool, bool]:
+def is_stage_edge(ranks: ParallelGroups, virtual_stage: int, num_virtual_stages: int) -> tuple[bool, bool]:
     """(whether this rank's chunk begins the model, whether it ends it)."""
-    first = groups.pp.rank() == 0 and virtual_stage == 0
-    last = groups.is_last_stage and virtual_stage == num_virtual_stages - 1
+    first = ranks.pp.rank() == 0 and virtual_stage == 0
+    last = ranks.is_last_stage and virtual_stage == num_virtual_stages - 1
     return first, last

@@ -7,6 +7,7 @@ not survive a fork.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -120,6 +121,8 @@ def _receive(pipe: Connection) -> _Answer:
 def _rank_main(
     pipe: Connection, rank: int, world_size: int, port: int, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    # What was imported before the fork stays: a collector that looks through it copies the pages that it touches.
+    gc.freeze()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -14,7 +14,7 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
 
-def gather(groups: ParallelGroups) -> list[dict[str, Any]]:
+def gather(ranks: ParallelGroups) -> list[dict[str, Any]]:
     """Every rank's states, by rank. Collective over all ranks."""
     own = {
         "python": random.getstate(),
@@ -24,10 +24,10 @@ def gather(groups: ParallelGroups) -> list[dict[str, Any]]:
     }
     if torch.cuda.is_available():
         own["cuda"] = torch.cuda.get_rng_state()
-    return exchange.all_gather_objects(own, groups.world)
+    return exchange.all_gather_objects(own, ranks.world)
 
 
-def restore(states: Sequence[dict[str, Any]], groups: ParallelGroups) -> bool:
+def restore(states: Sequence[dict[str, Any]], ranks: ParallelGroups) -> bool:
     """Take this rank's states back. No communication.
 
     Returns:
@@ -35,9 +35,9 @@ def restore(states: Sequence[dict[str, Any]], groups: ParallelGroups) -> bool:
         drawn from them (dropout, which is 0 in all supported models) then comes from the run's seed anew; prompts and
         responses do not, their randomness being keyed by step, prompt and sample.
     """
-    if len(states) != groups.world.size():
+    if len(states) != ranks.world.size():
         return False
-    own = states[groups.rank]
+    own = states[ranks.rank]
     random.setstate(own["python"])
     np.random.set_state(tuple(own["numpy"]))
     torch.set_rng_state(own["torch"])

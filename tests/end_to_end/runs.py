@@ -29,6 +29,7 @@ SMALL = (
     "train.num_minibatches=2",
     "train.num_epochs=1",
     "data.evaluation.held_out.num_prompts=2",
+    "data.evaluation.held_out.params.num_terms=2",  # short responses
     "evaluation.num_samples_per_prompt=1",
     "run.num_sample_prints=1",
     "metrics.tensorboard=false",

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from tests.losses import packed_loss
 from tests.models import load, save_random_model
+
+Part = TypeVar("Part")
 
 TEMPERATURE = 0.7
 PAD_TOKEN = 0
@@ -206,7 +208,7 @@ def train_reference(folder: str, case: Case) -> Outcome:
             loss = _plain_loss(model, [(samples[i], old[i]) for i in members], config.objective)
             optimizer.zero_grad()
             (loss.loss_sum / loss.normalizer).backward()
-            _note_update(outcome, [loss])
+            _note_update(outcome, [_sums(loss)])
             if not outcome.gradients:
                 outcome.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
                 outcome.metrics = loss.metrics
@@ -253,12 +255,20 @@ def _influence(places: Sequence[tuple[int, int]], loss: LossOutput) -> dict[tupl
     return {place: weight for place, weight, is_counted in rows if is_counted}
 
 
-def _note_update(outcome: Outcome, losses: Sequence[LossOutput]) -> None:
-    """Add the loss of an update, given all its parts."""
-    normalizer = sum(int(loss.normalizer) for loss in losses)
-    outcome.losses.append(sum(float(loss.loss_sum) for loss in losses) / normalizer)
-    absolute = sum(float((loss.token_loss.abs() * loss.final_mask).sum()) for loss in losses)
-    outcome.loss_scales.append(absolute / sum(int(loss.final_mask.sum()) for loss in losses))
+Sums = tuple[int, float, int, float]
+"""Of a part of an update: the normaliser, the loss before it, the tokens in the loss, the sum of their |token loss|."""
+
+
+def _sums(loss: LossOutput) -> Sums:
+    absolute = (loss.token_loss.abs() * loss.final_mask).sum()
+    return int(loss.normalizer), float(loss.loss_sum.detach()), int(loss.final_mask.sum()), float(absolute)
+
+
+def _note_update(outcome: Outcome, parts: Sequence[Sums]) -> None:
+    """Add the loss of an update, given the sums of all its parts."""
+    normalizer, loss_sum, num_tokens, absolute = (sum(column) for column in zip(*parts, strict=True))
+    outcome.losses.append(loss_sum / normalizer)
+    outcome.loss_scales.append(absolute / num_tokens)
 
 
 # --- the actor, in a layout ------------------------------------------------------------------------------------------
@@ -329,13 +339,12 @@ def train_step(actor: Actor, config: Config, step: int, outcome: Outcome, breaka
             result = actor.update(microbatches, loss_of, step)
         outcome.grad_norms.append(result.grad_norm)
         own = recorded if ranks.reports_loss else []
-        parts = [part for parts in exchange.all_gather_objects(_detached(own), ranks.world) for part in parts]
-        _note_update(outcome, [loss for _, loss in parts])
+        _note_update(outcome, _of_all_ranks([_sums(loss) for _, loss in own], ranks))
         if is_first:
-            outcome.metrics = merge([loss.metrics for _, loss in parts])
-            for places, loss in parts:
-                assert not outcome.influence.keys() & _influence(places, loss).keys(), "a token was counted twice"
-                outcome.influence |= _influence(places, loss)
+            outcome.metrics = merge(_of_all_ranks([loss.metrics for _, loss in own], ranks))
+            for influence in _of_all_ranks([_influence(_places(batch), loss) for batch, loss in own], ranks):
+                assert not outcome.influence.keys() & influence.keys(), "a token was counted twice"
+                outcome.influence |= influence
 
 
 def whole_weights(actor: Actor) -> dict[str, Tensor]:
@@ -356,14 +365,8 @@ def _trainers_loss(
     return loss_of
 
 
-def _detached(
-    recorded: Sequence[tuple[PackedBatch, LossOutput]],
-) -> list[tuple[list[tuple[int, int]], LossOutput]]:
-    """Losses without their graphs, with the (sample, position) of every row."""
-    parts = []
-    for batch, loss in recorded:
-        parts.append((_places(batch), replace(loss, loss_sum=loss.loss_sum.detach())))
-    return parts
+def _of_all_ranks(own: list[Part], ranks: ParallelGroups) -> list[Part]:
+    return [part for parts in exchange.all_gather_objects(own, ranks.world) for part in parts]
 
 
 def _places(batch: PackedBatch) -> list[tuple[int, int]]:

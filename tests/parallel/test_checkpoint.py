@@ -271,20 +271,20 @@ def test_the_newest_are_kept_and_the_others_deleted(checkpoints: Checkpoints, tm
 
 def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str) -> None:
     """Save step 1, then be killed in the middle of saving step 2, or step 1 anew."""
-    real_save, real_rename = dist_checkpointing.save, Path.rename
+    real_save = dist_checkpointing.save
 
     def half_a_save(state: Any, path: str, *rest: Any, **keywords: Any) -> None:
         real_save(state, path, *rest, **keywords)
         os.remove(next(file for file in Path(path).iterdir() if file.suffix == ".distcp"))
         os._exit(9)
 
-    def dying_at(name: str) -> Callable[..., Any]:
-        def rename(self: Path, target: Any) -> Any:
+    def dying_at(name: str, rename: Callable[[Path, Path], Any]) -> Callable[[Path, Path], Any]:
+        def renaming(path: Path, target: Path) -> Any:
             if Path(target).name == name:
                 os._exit(9)
-            return real_rename(self, target)
+            return rename(path, target)
 
-        return rename
+        return renaming
 
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, model), ranks)
@@ -292,9 +292,9 @@ def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str)
         patches = {
             "writing": mock.patch.object(dist_checkpointing, "save", half_a_save),
             "before it is whole": mock.patch.object(
-                Path, "rename", dying_at("step_000002" if step == 2 else "step_000001.again")
+                Path, "rename", dying_at("step_000002" if step == 2 else "step_000001.again", Path.rename)
             ),
-            "before latest moves": mock.patch.object(Path, "rename", dying_at("latest")),
+            "before latest moves": mock.patch.object(os, "replace", dying_at("latest", os.replace)),
         }
         with patches[when]:
             begin_checkpoint(actor, folder, step, {"next_step": step}, Keeping(last=1), asynchronous=False).finish()

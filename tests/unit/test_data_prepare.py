@@ -209,7 +209,7 @@ def hub() -> Iterator[tuple[str, dict[str, bytes]]]:
     """A hub's address and its files by path."""
     files: dict[str, bytes] = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("FilledHub", (Hub,), {"files": files}))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # looks often for its end
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", files
     server.shutdown()

@@ -260,7 +260,7 @@ def answering() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     server.release = threading.Event()
     server.seen, server.num_written = [], 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks often for its end
     yield server
     server.release.set()
     server.shutdown()

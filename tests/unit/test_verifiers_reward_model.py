@@ -63,7 +63,7 @@ def server() -> Iterator[Server]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))  # looks often for its end
     thread.start()
     state.url = f"http://127.0.0.1:{http.server_port}/score"
     yield state

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from megatron_fipo.config.derived import evaluation_scores, num_decay_steps
 from megatron_fipo.config.errors import Problem
 from megatron_fipo.config.sections import Config
 from megatron_fipo.config.stop_rule import StopRule
+from megatron_fipo.system.nearest_name import nearest_name
 
 
 def milestone_problems(config: Config) -> Iterator[Problem]:
@@ -98,12 +98,12 @@ def _score_problems(config: Config, key: str, name: str) -> Iterator[Problem]:
     if not known:
         yield Problem(key, name, "there is no data.evaluation to score", f"Add a source there, or leave {key} out")
         return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    nearest = nearest_name(name, known)
     yield Problem(
         key,
         name,
         f"the scores of this run's evaluations are {', '.join(known)}",
-        f"Did you mean {nearest[0]}?" if nearest else "",
+        f"Did you mean {nearest}?" if nearest else "",
     )
 
 
