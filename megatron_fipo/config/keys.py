@@ -31,6 +31,7 @@ _MEANT = {
 """Names that people guess and no other trainer has, for which the most similar key would be the wrong one."""
 
 
+@cache
 def field_types(section: Any) -> dict[str, Any]:
     """Annotation of every field of a dataclass, as the type itself and not as text."""
     return get_type_hints(section)
