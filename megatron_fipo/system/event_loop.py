@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+_LOOKS_EVERY_S = 0.2
+"""A signal that comes at the moment when a thread falls asleep on a lock does not wake it, so none sleeps for long."""
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -28,12 +31,12 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Result]) -> Result:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="coroutine-of-a-notebook", daemon=True)
     thread.start()
-    future: Future[Result] = asyncio.run_coroutine_threadsafe(coroutine, loop)
-    try:
+    future: Future[Result]
+    try:  # an interrupt may come as soon as the coroutine runs, before there is a future to cancel
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        while not wait([future], timeout=_LOOKS_EVERY_S).done:
+            pass
         return future.result()
-    except KeyboardInterrupt:
-        future.cancel()
-        raise
     finally:
         asyncio.run_coroutine_threadsafe(_settle(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
@@ -42,7 +45,7 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def _settle() -> None:
-    """Cancel and await the tasks that the coroutine left behind, and the coroutine itself if it was cancelled."""
+    """Cancel and await the tasks that the coroutine left behind, and the coroutine itself if it was interrupted."""
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in rest:
         task.cancel()

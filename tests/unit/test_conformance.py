@@ -127,7 +127,7 @@ def test_the_command_fails_a_mistake_by_case_and_quantity(
         ("their_trainer:", RIGHT, "names no function"),
         ("no_such_trainer:loss", RIGHT, "no module 'no_such_trainer' in this environment, nor in"),
         ("their_trainer.part:loss", RIGHT, "no module 'their_trainer.part'|'their_trainer' is not a package"),
-        ("their_trainer:los", RIGHT, "has no function 'los'. Did you mean their_trainer:loss?"),
+        ("their_trainer:los", RIGHT, "has no function 'los'. Did you mean 'their_trainer:loss'?"),
         ("their_trainer:loss", "import no_such_package", "needs the module 'no_such_package', which is not there"),
         ("their_trainer:loss", "raise SystemExit(0)", "importing their_trainer raised SystemExit: 0"),
         ("their_trainer:loss", "1 / 0", r"raised ZeroDivisionError: division by zero \(.*their_trainer.py, line 1\)"),
