@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
+import io
 import warnings
 from contextlib import nullcontext
 from unittest import mock
@@ -12,11 +12,13 @@ import pytest
 import torch
 from megatron.core.extensions import transformer_engine as extension
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.actor import precision
 from megatron_fipo.actor.model import packed_sequence_params, transformer_config
 from megatron_fipo.config import FP8_ALIGNMENT, ModelSection, ParallelSection
 from megatron_fipo.convert.hf_config import ModelShape
+from tests.parallel.ranks import run_ranks
 
 SHAPE = ModelShape("llama", 2, 64, 128, 4, 2, 16, 20, 512, 10000.0, 1e-6, False, False)
 
@@ -52,15 +54,17 @@ def test_recompute_drops_what_a_layer_keeps(
     assert modules is None or config.recompute_modules == modules
 
 
+def _told_of_fused_attention() -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, recompute_granularity="selective")
+    return said.getvalue()
+
+
 def test_megatrons_warning_of_fused_attention_is_heard() -> None:
-    """What the test above counts on, with this project's silence in force."""
-    code = (
-        "from megatron_fipo import quiet\n"
-        "from megatron.core.transformer.transformer_config import TransformerConfig\n"
-        "TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, recompute_granularity='selective')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert "the core_attn is from transformer_engine and may be the fused version" in run.stderr
+    """What the test above counts on, with this project's silence in force: in a process that shows its warnings."""
+    (said,) = run_ranks(_told_of_fused_attention, 1)
+    assert "the core_attn is from transformer_engine and may be the fused version" in said
 
 
 @pytest.mark.parametrize("has_engine", [True, False])

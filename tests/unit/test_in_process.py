@@ -114,13 +114,20 @@ def test_negative_control_wrong_positions_and_missing_mask_are_noticed(
     assert largest_error(reference, generate(engine, [request(i) for i in range(24)])) > 100 * TOLERANCE
 
 
+THIRTY = [request(i, max_tokens=6 + i, top_p=[1.0, 0.8][i % 2]) for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[Turn]:
+    """Each of the thirty requests by itself."""
+    engine = engine_of(folder)
+    return [generate(engine, [request])[0] for request in THIRTY]
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_a_response_does_not_depend_on_its_batch(folder: Path, batch_size: int) -> None:
-    requests = [request(i, max_tokens=6 + i, top_p=[1.0, 0.8][i % 2]) for i in range(30)]
-    lonely = engine_of(folder)
-    alone = [generate(lonely, [r])[0] for r in requests]
-    together = generate(engine_of(folder, max_batch_size=batch_size), requests)
-    backwards = generate(engine_of(folder, max_batch_size=batch_size), requests[::-1])[::-1]
+def test_a_response_does_not_depend_on_its_batch(folder: Path, alone: list[Turn], batch_size: int) -> None:
+    together = generate(engine_of(folder, max_batch_size=batch_size), THIRTY)
+    backwards = generate(engine_of(folder, max_batch_size=batch_size), THIRTY[::-1])[::-1]
     for a, b, c in zip(alone, together, backwards, strict=True):
         assert a.response_ids.tolist() == b.response_ids.tolist() == c.response_ids.tolist()
         assert (a.prompt_id, a.sample_index) == (b.prompt_id, b.sample_index) == (c.prompt_id, c.sample_index)
