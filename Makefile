@@ -70,8 +70,8 @@ TOGETHER := --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile --no-loadsco
 test: lint ## style, types and all tests, on all cores (JOBS=1: one at a time)
 	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
-test-fast: $(INSTALLED) ## unit tests only: seconds
-	$(BIN)/python -m pytest tests/unit $(TOGETHER) $(ARGS)
+test-fast: $(INSTALLED) ## unit tests that start no processes: less than a minute
+	$(BIN)/python -m pytest tests/unit -m 'not slow and not ci' $(TOGETHER) $(ARGS)
 
 test-docs: $(INSTALLED) $(DOCS)/.installed ## the site builds strictly, and does not where something is broken
 	MEGATRON_FIPO_DOCS_PYTHON=$(DOCS)/bin/python $(BIN)/python -m pytest -m docs $(ARGS)

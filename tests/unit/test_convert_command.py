@@ -17,6 +17,8 @@ from megatron_fipo.cli import main
 from megatron_fipo.convert.offline.command import add_hf_to_megatron, add_megatron_to_hf, add_verify, run
 from tests.models import save_random_model
 
+pytestmark = pytest.mark.slow
+
 TOOLS = Path(__file__).parents[2] / "tools" / "convert"
 
 

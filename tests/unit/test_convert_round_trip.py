@@ -30,6 +30,8 @@ from megatron_fipo.convert.problems import ProblemsError
 from megatron_fipo.convert.torch_dist import TorchDistReader
 from tests.models import load, save_random_model
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),

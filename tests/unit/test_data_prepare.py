@@ -27,6 +27,8 @@ from megatron_fipo.data.published import INSTRUCTIONS, PUBLISHED_SETS, bare_prob
 from megatron_fipo.data.records import read_records
 from tests.unit.test_data_published import AFTER, BEFORE, dapo_row, write_parquet
 
+pytestmark = pytest.mark.slow
+
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()

@@ -21,6 +21,8 @@ from megatron_fipo.verifiers.expressions_only import (
 )
 from megatron_fipo.verifiers.reasoning_gym_tasks import open_task, prepare, verify
 
+pytestmark = pytest.mark.slow
+
 EVALUATING = {
     "binary_matrix", "bitwise_arithmetic", "countdown", "intermediate_integration", "n_queens", "number_sorting",
     "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix", "string_insertion",

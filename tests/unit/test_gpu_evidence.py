@@ -28,6 +28,8 @@ from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm import transport
 from megatron_fipo.rollout.servers.plugins.megatron_fipo_vllm.digest import digest
 from tests.parallel.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_evidence.py"
 QUICK = ("future_kl", "fp8", "memory", "ablate")

@@ -32,6 +32,8 @@ from megatron_fipo.system.disk import DiskError
 from megatron_fipo.system.error_net import EXIT_STOPPED
 from tests.hub_stand_in import StandInHub, serve
 
+pytestmark = pytest.mark.slow
+
 BASE = Path(__file__).parents[2] / "examples/quickstart/base"
 MODEL = {file.name: file.read_bytes() for file in BASE.iterdir()}
 NAME = "Qwen/Tiny"

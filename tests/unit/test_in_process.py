@@ -21,6 +21,8 @@ from megatron_fipo.rollout.in_process.engine import InProcessEngine, copy_weight
 from megatron_fipo.rollout.in_process.token_sampling import _nucleus, request_uniforms, sample_tokens
 from tests.models import load, save_random_model
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 20
 EOS = 1
 TOLERANCE = 1e-5

@@ -16,6 +16,8 @@ from benchmarks.verifier_error_rates import Pair
 from megatron_fipo.verifiers.names import BUILTIN_VERIFIERS
 from megatron_fipo.verifiers.verdict import Verdict
 
+pytestmark = pytest.mark.slow
+
 PAIRS = error_rates.read_pairs()
 PAGE = error_rates.PAGE.read_text(encoding="utf-8")
 EXAMPLE = re.compile(r"^\| `([^`]+)` \| `([^`]+)` \| (equal|different) \|$", re.MULTILINE)

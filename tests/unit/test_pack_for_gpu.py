@@ -12,6 +12,8 @@ import pytest
 from benchmarks import pack_for_gpu
 from tests.unit.test_engine_environments import make_wheel
 
+pytestmark = pytest.mark.slow
+
 VERSIONS = {"megatron_core": "0.19.2", "omegaconf": "2.4.0"}
 
 

@@ -47,6 +47,8 @@ from megatron_fipo.rollout.servers.sglang.launch import SglangAdapter, router_pl
 from megatron_fipo.rollout.servers.specs import launch_specs, shared_cores
 from megatron_fipo.rollout.servers.vllm.launch import VllmAdapter
 
+pytestmark = pytest.mark.slow
+
 FAMILY = """
     import os, signal, subprocess, sys, time
     if "deaf" in sys.argv:

@@ -14,6 +14,8 @@ import pytest
 
 from megatron_fipo.config import load_config
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2_cpu"
 
 

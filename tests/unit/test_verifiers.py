@@ -24,6 +24,8 @@ from megatron_fipo.verifiers.registry import load_verifier
 from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.verifiers.worker_process import VerifierUnavailableError
 
+pytestmark = pytest.mark.slow
+
 MISBEHAVIOUR = """
 import ctypes, os, sys, time
 from megatron_fipo.verifiers.verdict import Verdict

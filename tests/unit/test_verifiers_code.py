@@ -29,10 +29,13 @@ SUM = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
 ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3", "7\n"]}
 LIMITS = Limits(wall_s=30.0, memory_bytes=2**29, output_bytes=10_000)
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"),
-    reason="programs are judged on Linux, x86_64 and aarch64, only",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"),
+        reason="programs are judged on Linux, x86_64 and aarch64, only",
+    ),
+]
 
 
 def judge(response: str, reference: Any, timeout_s: float = 60.0) -> Verdict:

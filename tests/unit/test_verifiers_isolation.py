@@ -20,6 +20,8 @@ from megatron_fipo.verifiers.pool import VerifierPool, WorkerStartError
 from megatron_fipo.verifiers.verdict import Verdict, VerifierJob
 from megatron_fipo.verifiers.worker_process import VerifierUnavailableError
 
+pytestmark = pytest.mark.slow
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 
 RUNS_ITS_TEXT = '''

@@ -28,6 +28,8 @@ from megatron_fipo.verifiers.pool import VerifierPool
 from megatron_fipo.verifiers.registry import load_verifier
 from megatron_fipo.verifiers.verdict import JobVerifier, Verdict, VerifierFunction, VerifierJob
 
+pytestmark = pytest.mark.slow
+
 TABLE = [
     json.loads(line)
     for line in (Path(__file__).parents[1] / "data" / "tricky_answers.jsonl").read_text(encoding="utf-8").splitlines()

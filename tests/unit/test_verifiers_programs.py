@@ -23,10 +23,13 @@ SUM_OF_LINE = {"inputs": ["3\n1 2 3\n"], "outputs": ["6\n"]}
 SQUARE = {"tests": "assert f(2) == 4\nassert f(3) == 9"}
 RIGHT_SUM = "n = int(input())\nprint(sum(map(int, input().split())))"
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"),
-    reason="programs are judged on Linux, x86_64 and aarch64, only",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"),
+        reason="programs are judged on Linux, x86_64 and aarch64, only",
+    ),
+]
 
 
 def block(code: str, language: str = "python", fence: str = FENCE) -> str:

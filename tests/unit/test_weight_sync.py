@@ -24,6 +24,8 @@ from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
 from megatron_fipo.rollout.servers.weight_buckets import pack
 from tests.models import load, save_random_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TIMEOUT_S = 300.0
 MEMBER = str(Path(__file__).with_name("external_group_member.py"))
