@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ SMALL = (
     "metrics.tensorboard=false",
     "checkpoint.export_huggingface=false",
 )
-"""Two updates a step, seconds long."""
+"""Two updates a step, seconds long. Only a source that makes its prompts has parameters."""
 
 RUN_MARK = "MEGATRON_FIPO_TEST_RUN"
 """Environment variable of all that a run starts: the run's folder."""
@@ -52,10 +52,16 @@ class Outcome:
     output: str
     """Standard output and standard error."""
 
+    @property
+    def said(self) -> str:
+        """The output as one line: where it was folded depends on how long the paths in it are."""
+        return " ".join(self.output.split())
+
 
 def train(
     folder: Path,
     *overrides: str,
+    small: Sequence[str] = SMALL,
     world_size: int = 2,
     config: str | Path = QUICKSTART,
     prepare: Preparation | None = None,
@@ -67,11 +73,11 @@ def train(
 
     Args:
         folder: run.output_dir.
-        overrides: come after those of SMALL.
+        overrides: come after those of `small`.
         expected: exit code that every rank must have.
         logs: where what the ranks print is kept; beside the run's folder by default.
     """
-    argv = [str(config), *SMALL, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
+    argv = [str(config), *small, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
     logs = logs or folder.parent / f"{folder.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     codes = run_local_ranks(

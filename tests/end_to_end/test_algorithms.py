@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, 
         folder = tmp_path_factory.mktemp("algorithm") / "run"
         (outcome,) = train(folder, "train.num_steps=1", *overrides, world_size=1, expected=0)
         (line,) = step_lines(folder)
-        results[name] = line, " ".join(outcome.output.split())
+        results[name] = line, outcome.said
     return results
 
 

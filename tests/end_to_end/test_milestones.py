@@ -34,7 +34,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ended by its own learning rate, which reaches the bound with the warm-up's last step."""
     folder = tmp_path_factory.mktemp("milestones") / "run"
     outcomes = train(folder, *OVERRIDES, "train.stop_when=optim/learning_rate >= 1.0e-4", expected=0)
-    assert "optim/learning_rate is 0.0001 after 2 steps, and the run ends here" in outcomes[0].output
+    assert "optim/learning_rate is 0.0001 after 2 steps, and the run ends here" in outcomes[0].said
     assert latest_checkpoint_name(folder) == "step_000002"
     return folder
 
@@ -71,7 +71,7 @@ def test_the_best_model_is_kept(ended: Path) -> None:
 
 def test_a_metric_that_no_step_has_is_named(tmp_path: Path) -> None:
     outcomes = train(tmp_path / "run", "train.num_steps=1", "train.stop_when=policy/entropy >= 3", expected=2)
-    said = " ".join(outcomes[0].output.split()) + " ".join(outcomes[1].output.split())
+    said = outcomes[0].said + outcomes[1].said
     assert "a step of this run has no metric policy/entropy" in said
     assert "policy/entropy/mean" in said
     assert train_module.EXIT_BAD_INPUT == 2
