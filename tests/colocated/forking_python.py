@@ -60,7 +60,7 @@ def forking_python(folder: Path) -> Iterator[Path]:
 
 def _fork_on_demand(address: str, ready: Connection) -> None:
     """Fork for everybody who asks, until this process is killed."""
-    import megatron_fipo.rollout.servers.sglang.checksums
+    import megatron_fipo.rollout.servers.sglang.checksums  # noqa: F401
     import tests.colocated.fake_gpus  # noqa: F401
 
     gc.freeze()

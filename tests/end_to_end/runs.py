@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ SMALL = (
     "train.num_minibatches=2",
     "train.num_epochs=1",
     "data.evaluation.held_out.num_prompts=2",
-    "data.evaluation.held_out.params.num_terms=2",  # short responses
     "evaluation.num_samples_per_prompt=1",
     "run.num_sample_prints=1",
     "metrics.tensorboard=false",
     "checkpoint.export_huggingface=false",
 )
-"""Two updates a step, seconds long. Only a source that makes its prompts has parameters."""
+"""Two updates a step, seconds long."""
+SHORT = ("data.train.chains.params.num_terms=4", "data.evaluation.held_out.params.num_terms=2")
+"""Short responses, by the quick-start's own sources: others make no prompts."""
 
 RUN_MARK = "MEGATRON_FIPO_TEST_RUN"
 """Environment variable of all that a run starts: the run's folder."""
@@ -61,7 +62,6 @@ class Outcome:
 def train(
     folder: Path,
     *overrides: str,
-    small: Sequence[str] = SMALL,
     world_size: int = 2,
     config: str | Path = QUICKSTART,
     prepare: Preparation | None = None,
@@ -73,11 +73,12 @@ def train(
 
     Args:
         folder: run.output_dir.
-        overrides: come after those of `small`.
+        overrides: come after those of SMALL, and of SHORT for the quick-start.
         expected: exit code that every rank must have.
         logs: where what the ranks print is kept; beside the run's folder by default.
     """
-    argv = [str(config), *small, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
+    short = SHORT if config == QUICKSTART else ()
+    argv = [str(config), *SMALL, *short, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
     logs = logs or folder.parent / f"{folder.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     codes = run_local_ranks(

@@ -221,7 +221,7 @@ def test_a_checkpoint_that_does_not_hold_what_it_says_is_refused(copied: Path) -
     ("override", "told"),
     [
         ("run.seed=7", "run.seed: 0 -> 7: it decides the order of the prompts"),
-        ("data.train.chains.params.num_terms=5", "data.train.chains.params.num_terms: 7 -> 5: it decides the order"),
+        ("data.train.chains.params.num_terms=5", "data.train.chains.params.num_terms: 4 -> 5: it decides the order"),
         ("optimizer.distributed=false", "optimizer.distributed: true -> false: the optimizer's state is laid out"),
     ],
 )
@@ -252,7 +252,7 @@ def test_two_runs_in_one_folder_are_refused(copied: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcomes = train(tmp_path / "file" / "run", *RUN, logs=tmp_path, expected=train_module.EXIT_BAD_INPUT)
-    assert any("cannot be written to: Not a directory" in outcome.output for outcome in outcomes)
+    assert any("cannot be written to: Not a directory" in outcome.said for outcome in outcomes)
 
 
 def test_checkpoints_can_hold_an_export_and_be_written_beside_training(tmp_path: Path, straight: Path) -> None:
