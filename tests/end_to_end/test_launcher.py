@@ -159,9 +159,8 @@ def test_ends_of_a_run_and_how_it_goes_on(runs: Callable[..., Run]) -> None:
 
 
 def test_the_command_that_goes_on_says_resume_where_the_run_does_not(runs: Callable[..., Run]) -> None:
-    run = runs(
-        QUICKSTART, *SMALL, *SHORT, f"train.num_steps={NUM_STEPS}", "--nproc", "2"
-    )  # train.resume is false there
+    # train.resume is false in the quick-start.
+    run = runs(QUICKSTART, *SMALL, *SHORT, f"train.num_steps={NUM_STEPS}", "--nproc", "2")
     run.wait_for_step(0)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.code() == 3
