@@ -11,10 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_fipo.system import uncollected  # isort: skip - before all that is imported
+
 from megatron_fipo import (
     cuda_start,  # noqa: F401 - before the packages that start CUDA
     quiet,  # noqa: F401 - before the packages that it silences
 )
+
+from megatron_fipo.parallel import uncompiled  # isort: skip # noqa: F401 - before Megatron-Core
+
 from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.console.console import Console
 from megatron_fipo.parallel import exchange
@@ -36,6 +41,8 @@ from megatron_fipo.run.scoring import Scoring
 from megatron_fipo.run.step_report import StepClock, step_metrics
 from megatron_fipo.system.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
 from megatron_fipo.system.error_net import EXIT_STOPPED as EXIT_STOPPED
+
+uncollected.begin_to_collect()
 
 
 class Trainer:

@@ -34,7 +34,8 @@ LAUNCHER = "MEGATRON_FIPO_LAUNCHER"
 """Environment variable of the ranks: process id of the launcher; when that process dies, they save and leave."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_TAKEN_BY_TORCH = (*_SIGNALS, signal.SIGQUIT)
+_HANDLED_BY_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Environment variable: the signals on which torch raises an exception, from when it starts processes."""
 _POLL_S = 0.1
 
 
@@ -59,6 +60,8 @@ def launch(num_processes: int, arguments: Sequence[str], command: Sequence[str])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The launcher owns the rendezvous, so that no port is chosen before it is bound; the store outlives every rank.
     store = _store(num_processes)
+    # Not ours: one that comes while processes are being started would end in a traceback, and be passed on to none.
+    os.environ[_HANDLED_BY_TORCH] = signal.SIGQUIT.name
     with tempfile.TemporaryDirectory(prefix="megatron-fipo-launch-") as logs, _Signals() as signals:
         context = start_processes(
             name="megatron-fipo",
@@ -148,18 +151,13 @@ class _Signals:
     def pass_on_to(self, context: SubprocessContext) -> None:
         """Send signals to these processes from now on, and a signal that came before as well."""
         self._context = context
-        self._install()  # torch has put its own in their place
         if self.received:
             self._send(signal.SIGTERM)
 
     def __enter__(self) -> _Signals:
-        self._previous = {number: signal.getsignal(number) for number in _TAKEN_BY_TORCH}
-        self._install()
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._previous[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # torch puts its own in its place
         return self
-
-    def _install(self) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, self._handle)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

@@ -7,13 +7,16 @@ test of what holds has a twin in which it is broken, and fails.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.colocated.fake_gpus import FakeGpus
+from tests.colocated.forking_python import forking_python
 from tests.colocated.training import CAPACITY_IN_MODELS, STATE, WEIGHTS, Case, model_bytes, run
 from tests.models import save_random_model
 from tests.parallel.ranks import RankError, run_ranks
@@ -30,11 +33,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[Path]:
+    """By which servers are started."""
+    with tempfile.TemporaryDirectory(prefix="fipo-") as folder, forking_python(Path(folder)) as path:
+        yield path
+
+
 class Runs:
     """Runs of one test, each with GPUs of its own."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self._folder = model, folder
+    def __init__(self, model: Path, python: Path, folder: Path) -> None:
+        self.model, self._python, self._folder = model, python, folder
         self.gpus: FakeGpus
 
     def run(self, case: Case) -> list[dict[str, Any]]:
@@ -42,7 +52,8 @@ class Runs:
         self.gpus = FakeGpus.create(
             self._folder / "gpus.json", names, int(CAPACITY_IN_MODELS * model_bytes(self.model))
         )
-        return run_ranks(run, case.num_ranks, case, str(self.model), str(self._folder), timeout_s=150)
+        paths = str(self.model), str(self._python), str(self._folder)
+        return run_ranks(run, case.num_ranks, case, *paths, timeout_s=150)
 
     def cache_beside(self, held: int) -> int:
         """What a server of one GPU sizes its cache to where so many bytes are held already: SGLang's rule."""
@@ -52,8 +63,8 @@ class Runs:
 
 
 @pytest.fixture
-def runs(model: Path, tmp_path: Path) -> Runs:
-    return Runs(model, tmp_path)
+def runs(model: Path, python: Path, tmp_path: Path) -> Runs:
+    return Runs(model, python, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def model_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
 
 
-def config_of(case: Case, folder: Path) -> Config:
+def config_of(case: Case, folder: Path, python: str) -> Config:
     gpus = ",".join(map(str, range(case.first_gpu, case.first_gpu + case.num_servers * case.tp)))
     return load_config(
         None,
@@ -152,6 +152,7 @@ def config_of(case: Case, folder: Path) -> Config:
             "rollout.engine=sglang",
             "rollout.max_prompt_tokens=4",
             "rollout.max_response_tokens=4",
+            f"servers.python={python}",
             "servers.device=cuda",
             "servers.placement=colocated",
             f"servers.gpus=[{gpus}]",
@@ -167,7 +168,7 @@ def config_of(case: Case, folder: Path) -> Config:
     )
 
 
-def run(case: Case, model: str, folder: str) -> dict[str, Any]:
+def run(case: Case, model: str, python: str, folder: str) -> dict[str, Any]:
     """One rank: some steps of generation and training, as the trainer makes them.
 
     Returns:
@@ -193,7 +194,7 @@ def run(case: Case, model: str, folder: str) -> dict[str, Any]:
         arguments[DEVICE_ARGUMENT + 1 : DEVICE_ARGUMENT + 3] = memory.file_of(flat), len(flat)
         return CudaHandle(UUID + gpu, tuple(arguments))
 
-    config = config_of(case, Path(model))
+    config = config_of(case, Path(model), python)
     is_slow = rank in case.slow_ranks
     actor = FakeActor(Path(model), gpus, str(rank), partial(_dawdle, case, gpus) if is_slow else _go_on)
     with (
@@ -215,7 +216,7 @@ def _go_on(num_lent: int) -> None:
 def _dawdle(case: Case, gpus: FakeGpus, num_lent: int) -> None:
     """Lend the memory late: where servers do not wait for it, not before they have sized their caches beside it."""
     awaited = {("together", 0): case.num_servers, ("restart", 1): case.num_servers + 1}.get((case.breaks, num_lent), 0)
-    time.sleep(2.0 if num_lent == 1 else 0.5)  # as long as a server takes to start
+    time.sleep(0.5)  # longer than a server takes to start
     while len(gpus.events("sized")) < awaited:
         time.sleep(0.05)
 

@@ -29,13 +29,14 @@ SMALL = (
     "train.num_minibatches=2",
     "train.num_epochs=1",
     "data.evaluation.held_out.num_prompts=2",
-    "data.evaluation.held_out.params.num_terms=2",  # short responses
     "evaluation.num_samples_per_prompt=1",
     "run.num_sample_prints=1",
     "metrics.tensorboard=false",
     "checkpoint.export_huggingface=false",
 )
 """Two updates a step, seconds long."""
+SHORT = ("data.train.chains.params.num_terms=4", "data.evaluation.held_out.params.num_terms=2")
+"""Short responses, by the quick-start's own sources: others make no prompts."""
 
 RUN_MARK = "MEGATRON_FIPO_TEST_RUN"
 """Environment variable of all that a run starts: the run's folder."""
@@ -52,6 +53,11 @@ class Outcome:
     output: str
     """Standard output and standard error."""
 
+    @property
+    def said(self) -> str:
+        """The output as one line: where it was folded depends on how long the paths in it are."""
+        return " ".join(self.output.split())
+
 
 def train(
     folder: Path,
@@ -67,11 +73,12 @@ def train(
 
     Args:
         folder: run.output_dir.
-        overrides: come after those of SMALL.
+        overrides: come after those of SMALL, and of SHORT for the quick-start.
         expected: exit code that every rank must have.
         logs: where what the ranks print is kept; beside the run's folder by default.
     """
-    argv = [str(config), *SMALL, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
+    short = SHORT if config == QUICKSTART else ()
+    argv = [str(config), *SMALL, *short, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
     logs = logs or folder.parent / f"{folder.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     codes = run_local_ranks(

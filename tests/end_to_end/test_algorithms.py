@@ -12,6 +12,8 @@ from megatron_fipo.actor.actor import Actor
 from tests.end_to_end.runs import step_lines, train
 
 NUM_SAMPLES = 8
+ONE_STEP = ("train.num_steps=1", "data.train.chains.params.num_terms=7")
+"""On the prompts that what is known below of a step is known of."""
 RUNS: dict[str, tuple[str, ...]] = {
     "fipo": (),
     "dapo": ("algorithm=dapo",),
@@ -31,9 +33,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, 
     results = {}
     for name, overrides in RUNS.items():
         folder = tmp_path_factory.mktemp("algorithm") / "run"
-        (outcome,) = train(folder, "train.num_steps=1", *overrides, world_size=1, expected=0)
+        (outcome,) = train(folder, *ONE_STEP, *overrides, world_size=1, expected=0)
         (line,) = step_lines(folder)
-        results[name] = line, " ".join(outcome.output.split())
+        results[name] = line, outcome.said
     return results
 
 
@@ -123,7 +125,7 @@ def test_the_noise_floor(runs: dict[str, Any], tmp_path: Path) -> None:
     assert line["policy/log_prob_shift/absmax"] > 0
     assert "Noise makes up" not in output
 
-    train(tmp_path / "run", "train.num_steps=1", world_size=1, prepare=_noisy_old_log_probs, expected=0)
+    train(tmp_path / "run", *ONE_STEP, world_size=1, prepare=_noisy_old_log_probs, expected=0)
     (noisy,) = step_lines(tmp_path / "run")
     assert math.isclose(noisy["noise_floor/log_prob_shift/absmax"], 1e-3, rel_tol=1e-2)
     assert noisy["noise_floor/future_kl/absmax"] > 1e-2

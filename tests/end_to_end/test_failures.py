@@ -65,7 +65,7 @@ def test_groups_that_cannot_be_judged_are_dropped(tmp_path: Path) -> None:
         prepare=_unshuffled,
         expected=0,
     )
-    warnings = " ".join(outcomes[0].output.split()).split("Warning: step 0: dropped a group that could not be judged: ")
+    warnings = outcomes[0].said.split("Warning: step 0: dropped a group that could not be judged: ")
     assert len(warnings) == 4
     for number, (warning, reason) in enumerate(
         zip(

@@ -155,7 +155,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(name: str, straight: Path, 
     signals.mkdir()
     outcomes = _interrupt(folder, signals, case)
     assert [outcome.code for outcome in outcomes] == [train_module.EXIT_STOPPED] * WORLD_SIZE
-    assert "stopped by a signal, and saved; this goes on from the checkpoint:" in outcomes[0].output
+    assert "stopped by a signal, and saved; this goes on from the checkpoint:" in outcomes[0].said
     assert latest_checkpoint_name(folder) == case.checkpoint
     assert not list((folder / "checkpoints").glob("*.partial"))
     assert processes_of(str(folder)) == {}, "something was left running"
@@ -166,7 +166,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(name: str, straight: Path, 
         assert not list((folder / "evaluation").glob("before*")), "an evaluation cut short is no evaluation"
 
     outcomes = train(folder, f"train.num_steps={NUM_STEPS}", "train.resume=true", expected=0)
-    assert f"resumed from {folder / 'checkpoints' / case.checkpoint}" in outcomes[0].output
+    assert f"resumed from {folder / 'checkpoints' / case.checkpoint}" in outcomes[0].said
     assert latest_checkpoint_name(folder) == f"step_{NUM_STEPS:06d}"
     assert processes_of(str(folder)) == {}
     lines = step_lines(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -65,6 +66,20 @@ def assert_same(folder: Path, straight: Path) -> None:
     assert sample_files(folder) == sample_files(straight)
 
 
+@pytest.fixture(scope="module")
+def killed_in_update(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that was killed among the updates of its last step."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    kill(folder, kills.KILLS["in an update"])
+    return folder
+
+
+@pytest.fixture
+def killed(killed_in_update: Path, tmp_path: Path) -> Path:
+    """A copy of it to go on from."""
+    return Path(shutil.copytree(killed_in_update, tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "where",
     ["in a rollout", "in a save", *(pytest.param(name, marks=pytest.mark.ci) for name in list(kills.KILLS)[2:])],
@@ -116,10 +131,9 @@ def _state(folder: Path) -> str:
     return f"{lines} steps, {newest}" + (", in a save" if partial_saves else "")
 
 
-def test_in_another_layout_the_recorded_rollouts_are_replayed(straight: Path, tmp_path: Path) -> None:
+def test_in_another_layout_the_recorded_rollouts_are_replayed(straight: Path, killed: Path) -> None:
     """Context parallelism before, data parallelism after: nothing of what was recorded is generated again."""
-    folder, last = tmp_path / "run", STRAIGHT_STEPS - 1
-    kill(folder, partial(kills.in_update, step=last, num_done=1))
+    folder, last = killed, STRAIGHT_STEPS - 1
     train(folder, *RUN, "parallel.cp=1", prepare=partial(kills.without_generation, last_step=last), expected=0)
     for line, expected in zip(step_lines(folder), step_lines(straight), strict=True):
         for name in ("rollout/response_tokens/mean", "reward/mean", "rollout/generated_groups"):
@@ -152,10 +166,8 @@ def _turn_verdicts_round() -> None:
 
 
 @pytest.mark.parametrize("mistake", [_forget_the_cursor, _turn_verdicts_round])
-def test_a_mistake_in_resuming_is_noticed(mistake: Callable[[], None], straight: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    kill(folder, kills.KILLS["in an update"])
-    train(folder, *RUN, prepare=mistake, expected=0)
+def test_a_mistake_in_resuming_is_noticed(mistake: Callable[[], None], straight: Path, killed: Path) -> None:
+    train(killed, *RUN, prepare=mistake, expected=0)
     with pytest.raises(AssertionError):
-        assert_same(folder, straight)
-    assert differing(exported_weights(folder), exported_weights(straight))
+        assert_same(killed, straight)
+    assert differing(exported_weights(killed), exported_weights(straight))

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import QUICKSTART, ROOT, SMALL, latest_checkpoint_name, marks, processes_of, step_lines
+from tests.end_to_end.runs import (
+    QUICKSTART,
+    ROOT,
+    SHORT,
+    SMALL,
+    latest_checkpoint_name,
+    marks,
+    processes_of,
+    step_lines,
+)
 
 PROGRAM = str(Path(sys.executable).with_name("megatron-fipo"))
 PATIENCE_S = 240.0
@@ -106,7 +115,14 @@ def test_bad_input_ends_with_one_sentence_and_its_exit_code(runs: Callable[..., 
 
 def test_ends_of_a_run_and_how_it_goes_on(runs: Callable[..., Run]) -> None:
     """One run: a rank is killed, then the launcher, then Ctrl-C, whose printed command goes on."""
-    small = (QUICKSTART, *SMALL, f"train.num_steps={NUM_STEPS}", "train.resume=true", "checkpoint.every_num_steps=1")
+    small = (
+        QUICKSTART,
+        *SMALL,
+        *SHORT,
+        f"train.num_steps={NUM_STEPS}",
+        "train.resume=true",
+        "checkpoint.every_num_steps=1",
+    )
     killed = runs(*small)  # cp=2 asks for two processes by itself
     killed.wait_for_step(1)
     ranks = killed.ranks()
@@ -143,7 +159,8 @@ def test_ends_of_a_run_and_how_it_goes_on(runs: Callable[..., Run]) -> None:
 
 
 def test_the_command_that_goes_on_says_resume_where_the_run_does_not(runs: Callable[..., Run]) -> None:
-    run = runs(QUICKSTART, *SMALL, f"train.num_steps={NUM_STEPS}", "--nproc", "2")  # train.resume is false there
+    # train.resume is false in the quick-start.
+    run = runs(QUICKSTART, *SMALL, *SHORT, f"train.num_steps={NUM_STEPS}", "--nproc", "2")
     run.wait_for_step(0)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.code() == 3

@@ -12,10 +12,10 @@ from megatron_fipo import train as train_module
 from tests.end_to_end.runs import differing, exported_weights, latest_checkpoint_name, metric_lines, step_lines, train
 
 OVERRIDES = (
-    "train.num_steps=8",
+    "train.num_steps=6",
     "train.resume=true",
     "rollout.num_prompts=8",
-    "rollout.num_samples_per_prompt=16",
+    "rollout.num_samples_per_prompt=8",
     "train.num_minibatches=8",
     "optimizer.learning_rate=1.0e-4",
     "optimizer.schedule=linear",
@@ -34,7 +34,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ended by its own learning rate, which reaches the bound with the warm-up's last step."""
     folder = tmp_path_factory.mktemp("milestones") / "run"
     outcomes = train(folder, *OVERRIDES, "train.stop_when=optim/learning_rate >= 1.0e-4", expected=0)
-    assert "optim/learning_rate is 0.0001 after 2 steps, and the run ends here" in outcomes[0].output
+    assert "optim/learning_rate is 0.0001 after 2 steps, and the run ends here" in outcomes[0].said
     assert latest_checkpoint_name(folder) == "step_000002"
     return folder
 
@@ -46,7 +46,7 @@ def test_it_stays_ended_until_the_rule_changes(ended: Path) -> None:
     train(ended, *OVERRIDES, "optimizer.num_decay_steps=8", expected=0)
     rates = [line["optim/learning_rate"] for line in step_lines(ended)]
     peak, least, warmup, end = 1e-4, 5e-5, 2, 9
-    expected = [peak / 2, peak] + [peak - (peak - least) * (step + 1 - warmup) / (end - warmup) for step in range(2, 8)]
+    expected = [peak / 2, peak] + [peak - (peak - least) * (step + 1 - warmup) / (end - warmup) for step in range(2, 6)]
     assert rates == pytest.approx(expected, rel=1e-9)
     assert rates[-1] > least, "no step is made at the rate of the end"
 
@@ -63,7 +63,7 @@ def test_the_best_model_is_kept(ended: Path) -> None:
     best = load_file(ended / "best" / "model.safetensors")
     base = load_file(Path("examples/quickstart/base") / "model.safetensors")
     assert best.keys() == base.keys()
-    if record["step"] == 8:
+    if record["step"] == 6:
         assert not differing(best, exported_weights(ended))
     else:
         assert differing(best, exported_weights(ended)), "it is not the last model"
@@ -71,7 +71,7 @@ def test_the_best_model_is_kept(ended: Path) -> None:
 
 def test_a_metric_that_no_step_has_is_named(tmp_path: Path) -> None:
     outcomes = train(tmp_path / "run", "train.num_steps=1", "train.stop_when=policy/entropy >= 3", expected=2)
-    said = " ".join(outcomes[0].output.split()) + " ".join(outcomes[1].output.split())
+    said = outcomes[0].said + outcomes[1].said
     assert "a step of this run has no metric policy/entropy" in said
     assert "policy/entropy/mean" in said
     assert train_module.EXIT_BAD_INPUT == 2

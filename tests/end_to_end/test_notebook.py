@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.end_to_end.runs import QUICKSTART, ROOT, SMALL
+from tests.end_to_end.runs import QUICKSTART, ROOT, SHORT, SMALL
 
 CELLS = """
 import asyncio, sys
@@ -30,7 +30,7 @@ print("both cells ran")
 
 
 def test_two_cells_train_and_a_third_talks(tmp_path: Path) -> None:
-    overrides = (*SMALL, "parallel.cp=1", "train.num_steps=1", "checkpoint.export_huggingface=true")
+    overrides = (*SMALL, *SHORT, "parallel.cp=1", "train.num_steps=1", "checkpoint.export_huggingface=true")
     result = subprocess.run(
         [sys.executable, "-c", CELLS, str(tmp_path), QUICKSTART, *overrides],
         cwd=ROOT,

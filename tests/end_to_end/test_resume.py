@@ -36,8 +36,8 @@ def test_two_steps_and_two_more_are_four(straight: Path, tmp_path: Path) -> None
     assert differing(exported_weights(folder), exported_weights(straight)), "two steps more change the weights"
 
     outcomes = train(folder, "train.num_steps=4", "train.resume=true", "checkpoint.export_huggingface=true", expected=0)
-    assert "resumed from" in outcomes[0].output
-    assert "2 steps are done" in outcomes[0].output
+    assert "resumed from" in outcomes[0].said
+    assert "2 steps are done" in outcomes[0].said
     assert differing(exported_weights(folder), exported_weights(straight)) == []
     assert latest_checkpoint_name(folder) == "step_000004"
 
@@ -55,7 +55,7 @@ def test_an_earlier_run_is_set_aside_unless_resumed(straight: Path, tmp_path: Pa
     outcomes = train(folder, "train.num_steps=1", world_size=1, expected=0)
     assert (tmp_path / "run.1" / "notes.txt").read_text() == "precious"
     assert not (folder / "notes.txt").exists()
-    assert "was renamed to" in outcomes[0].output
+    assert "was renamed to" in outcomes[0].said
 
 
 RUN = ("train.resume=true", "checkpoint.every_num_steps=1", "checkpoint.export_huggingface=true")
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(copied: Path,
     # The step between is trained again on its recorded rollouts.
     replay = partial(kills.without_generation, last_step=1)
     outcomes = train(copied, *RUN, "train.num_steps=2", prepare=replay, expected=0)
-    output = " ".join(outcomes[0].output.split())
+    output = outcomes[0].said
     assert "step_000002 is damaged and is passed over" in output
     assert "step_000001: 1 steps are done" in output
     train(copied, *RUN, "train.num_steps=4", expected=0)
@@ -109,7 +109,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(copied: Path, straight: Pat
     steps = "train.num_steps=4"
     stopped = train_module.EXIT_STOPPED
     outcomes = train(copied, *RUN, steps, prepare=_small_files_only, expected=stopped)
-    messages = " ".join(" ".join(outcome.output.split()) for outcome in outcomes)
+    messages = " ".join(outcome.said for outcome in outcomes)
     assert "error: the checkpoint" in messages
     assert "could not be written" in messages
     assert "File too large" in messages
@@ -164,7 +164,7 @@ def test_a_finished_run_is_left_alone(copied: Path) -> None:
     (copied / "rollouts" / "step_000000").mkdir(parents=True, exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.name != "run.lock"}
     outcomes = train(copied, *RUN, "train.num_steps=2", "optimizer.learning_rate=1e-4", expected=0)
-    output = " ".join(outcomes[0].output.split())
+    output = outcomes[0].said
     assert "the run is finished: its 2 steps are done and saved, and nothing is done again" in output
     assert "Raise train.num_steps to go on" in output
     assert "belong to another configuration" not in output
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_does_not_hold_what_it_says_is_refused(copied: Path) -
     ("override", "told"),
     [
         ("run.seed=7", "run.seed: 0 -> 7: it decides the order of the prompts"),
-        ("data.train.chains.params.num_terms=5", "data.train.chains.params.num_terms: 7 -> 5: it decides the order"),
+        ("data.train.chains.params.num_terms=5", "data.train.chains.params.num_terms: 4 -> 5: it decides the order"),
         ("optimizer.distributed=false", "optimizer.distributed: true -> false: the optimizer's state is laid out"),
     ],
 )
@@ -234,7 +234,7 @@ def test_a_change_that_would_corrupt_the_run_is_refused(two_steps: Path, overrid
 def test_another_change_is_shown(copied: Path) -> None:
     override = "optimizer.learning_rate=1e-4"
     outcomes = train(copied, *RUN, "train.num_steps=3", override, expected=0)
-    output = " ".join(outcomes[0].output.split())
+    output = outcomes[0].said
     assert "changed since the checkpoint: optimizer.learning_rate: " in output
     assert "train.num_steps: 2 -> 3" in output
     assert step_lines(copied)[-1]["optim/learning_rate"] == pytest.approx(1e-4 * 3 / 5), "the third of five to warm up"
@@ -252,7 +252,7 @@ def test_two_runs_in_one_folder_are_refused(copied: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcomes = train(tmp_path / "file" / "run", *RUN, logs=tmp_path, expected=train_module.EXIT_BAD_INPUT)
-    assert any("cannot be written to: Not a directory" in outcome.output for outcome in outcomes)
+    assert any("cannot be written to: Not a directory" in outcome.said for outcome in outcomes)
 
 
 def test_checkpoints_can_hold_an_export_and_be_written_beside_training(tmp_path: Path, straight: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_step_that_was_stopped_half_way_needs_its_recorded_rollouts(tmp_path: 
     assert latest_checkpoint_name(folder) == "step_000000_update_0001"
     shutil.rmtree(folder / "rollouts")
     outcomes = train(folder, *RUN, "train.num_steps=1", expected=train_module.EXIT_BAD_INPUT)
-    output = " ".join(" ".join(outcome.output.split()) for outcome in outcomes)
+    output = " ".join(outcome.said for outcome in outcomes)
     assert "32 of the rollouts that they train on are not recorded any more" in output
     assert "delete the checkpoint to go on from the one before" in output
 

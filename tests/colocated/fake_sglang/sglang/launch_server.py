@@ -63,6 +63,7 @@ class FakeServer:
         self.saves_memory = arguments.enable_memory_saver
         self.changed = threading.Condition()
         self.running = 0
+        self.has_been_asked = False
         self.is_paused = False
         self.released: set[str] = set()
         self.is_updating = False
@@ -113,7 +114,9 @@ class FakeServer:
         with self.changed:
             if self.running:  # whoever is computed for tells enough
                 return
-        self.compute(float(os.environ.get("FAKE_PROBE_S", "0")))
+            seconds = float(os.environ.get("FAKE_PROBE_S", "0")) if self.has_been_asked else 0.0
+            self.has_been_asked = True  # the first one asks whether it is up
+        self.compute(seconds)
 
     def pause(self) -> None:
         with self.changed:
