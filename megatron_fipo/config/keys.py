@@ -31,9 +31,13 @@ _MEANT = {
 """Names that people guess and no other trainer has, for which the most similar key would be the wrong one."""
 
 
-@cache
 def field_types(section: Any) -> dict[str, Any]:
     """Annotation of every field of a dataclass, as the type itself and not as text."""
+    return _field_types(section if isinstance(section, type) else type(section))
+
+
+@cache
+def _field_types(section: type) -> dict[str, Any]:
     return get_type_hints(section)
 
 

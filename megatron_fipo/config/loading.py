@@ -65,7 +65,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
                 if (section := OmegaConf.select(merged, parent)) is not None:
                     with read_write(section):
                         section[name] = {}
-            merged = OmegaConf.unsafe_merge(merged, layer)  # in place
+            OmegaConf.unsafe_merge(merged, layer)  # changes merged itself
         except OmegaConfBaseException as error:
             raise ConfigError(type_problem(error, layer, place)) from error
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -21,5 +20,9 @@ if torch.cuda.is_available():
     import megatron.core
 else:
     # megatron.core.jit keeps the decorator under a name of its own, for what is imported later.
-    with mock.patch.object(torch, "compile", _as_it_is):
+    _compile = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
         import megatron.core  # noqa: F401
+    finally:
+        torch.compile = _compile
