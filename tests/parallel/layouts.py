@@ -85,7 +85,7 @@ class Case:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     distributed: bool = True
     recompute: str = "none"
-    max_tokens: int = 160
+    max_tokens: int = 200
     aggregation: str = "token_mean"
     num_steps: int = 2
     padded_for: str = "none"

@@ -64,6 +64,7 @@ CASES: dict[int, list[Case]] = {
             parallel=P(tp=2, cp=2, sequence_parallel=True),
             distributed=False,
             padded_for="tensorwise",
+            max_tokens=256,
         ),
     ],
     8: [
