@@ -50,7 +50,7 @@ Part = TypeVar("Part")
 
 TEMPERATURE = 0.7
 PAD_TOKEN = 0
-NUM_MINIBATCHES = 3
+NUM_MINIBATCHES = 2
 ADAM_EPSILON = 1e-5
 """Gradients here are about 1e-3 and their rounding 1e-8. Adam's first step is the gradient's sign, so at the usual 1e-8
 an element whose gradient happens to be as small as its rounding (of 45,000 some are) would move a whole learning rate
@@ -124,7 +124,7 @@ def config_of(case: Case, folder: str) -> Config:
 
 @cache
 def groups_of_step(step: int) -> tuple[Group, ...]:
-    """Six groups of four responses, of 1 … 60 tokens behind prompts of 1 … 9.
+    """Four groups of four responses, of 1 … 60 tokens behind prompts of 1 … 9.
 
     `rollout_log_probs` hold what old log-probs are moved by, so that the very first update has ratios other than 1:
     mostly small, some beyond safety_ratio, a few beyond dual_clip (one response has too many of them and is filtered).
@@ -135,7 +135,7 @@ def groups_of_step(step: int) -> tuple[Group, ...]:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     groups = []
-    for prompt_id in range(6):
+    for prompt_id in range(4):
         samples = []
         for index in range(4):
             num_response = 1 if (prompt_id, index) == (0, 0) else integer(2, 60)

@@ -123,7 +123,7 @@ def _train_a_little(folder: str, distributed: bool) -> None:
             for step in range(2):
                 train_step(actor, config, step, Outcome())
             moved = torch.cat([(main - old).abs().flatten() for main, old in zip(mains, before, strict=True)])
-            assert 5e-6 < float(moved.max()) <= 6.1e-6  # six updates of at most one learning rate each
+            assert 3.4e-6 < float(moved.max()) <= 4.06e-6  # four updates of at most one learning rate each
 
 
 def _go_on(folder: str, checkpoints: str, distributed: bool) -> None:

@@ -53,7 +53,7 @@ SAVED = {
     distributed: Case("saved", parallel=P(tp=2), distributed=distributed, max_tokens=ONE_MICROBATCH)
     for distributed in (True, False)
 }
-"""What is saved, by whether the optimizer is sharded: two tensor-parallel ranks, after one step of three updates."""
+"""What is saved, by whether the optimizer is sharded: two tensor-parallel ranks, after one step of two updates."""
 
 GOING_ON: dict[int, list[ParallelSection]] = {
     1: [P()],
