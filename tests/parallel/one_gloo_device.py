@@ -24,7 +24,7 @@ class _OnOneDevice(ProcessGroupGloo):
     """What torch makes of "gloo"."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [_device()]
         options._timeout = timeout
         super().__init__(store, rank, size, options)
@@ -32,4 +32,4 @@ class _OnOneDevice(ProcessGroupGloo):
 
 def install() -> None:
     """For all groups that this process and those forked from it make from now on."""
-    distributed_c10d.ProcessGroupGloo = _OnOneDevice
+    distributed_c10d.ProcessGroupGloo = _OnOneDevice  # type: ignore[misc]
