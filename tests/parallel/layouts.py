@@ -50,7 +50,7 @@ Part = TypeVar("Part")
 
 TEMPERATURE = 0.7
 PAD_TOKEN = 0
-NUM_MINIBATCHES = 3
+NUM_MINIBATCHES = 2
 ADAM_EPSILON = 1e-5
 """Gradients here are about 1e-3 and their rounding 1e-8. Adam's first step is the gradient's sign, so at the usual 1e-8
 an element whose gradient happens to be as small as its rounding (of 45,000 some are) would move a whole learning rate
@@ -85,17 +85,18 @@ class Case:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     distributed: bool = True
     recompute: str = "none"
-    max_tokens: int = 160
+    max_tokens: int = 200
     aggregation: str = "token_mean"
-    num_steps: int = 3
+    num_steps: int = 2
     padded_for: str = "none"
     """Microbatches are as long as this FP8 recipe wants them. FP8 itself needs a GPU."""
 
 
-def save_models(folder: Path) -> dict[str, str]:
-    """Write the models and return their folders by name."""
+def save_models(folder: Path, num_layers: int = 4) -> dict[str, str]:
+    """Write the models and return their folders by name. Four layers do for every layout of four ranks."""
     return {
-        name: str(save_random_model(folder / name, family, **changes)) for name, (family, changes) in MODELS.items()
+        name: str(save_random_model(folder / name, family, num_hidden_layers=num_layers, **changes))
+        for name, (family, changes) in MODELS.items()
     }
 
 
@@ -123,7 +124,7 @@ def config_of(case: Case, folder: str) -> Config:
 
 @cache
 def groups_of_step(step: int) -> tuple[Group, ...]:
-    """Six groups of four responses, of 1 … 60 tokens behind prompts of 1 … 9.
+    """Four groups of four responses, of 1 … 60 tokens behind prompts of 1 … 9.
 
     `rollout_log_probs` hold what old log-probs are moved by, so that the very first update has ratios other than 1:
     mostly small, some beyond safety_ratio, a few beyond dual_clip (one response has too many of them and is filtered).
@@ -134,7 +135,7 @@ def groups_of_step(step: int) -> tuple[Group, ...]:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     groups = []
-    for prompt_id in range(6):
+    for prompt_id in range(4):
         samples = []
         for index in range(4):
             num_response = 1 if (prompt_id, index) == (0, 0) else integer(2, 60)

@@ -14,9 +14,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping  #
 import megatron_fipo.checkpoint.torch_dist  # noqa: E402
 import megatron_fipo.train  # noqa: E402, F401
 from megatron_fipo.parallel import cpu  # noqa: E402
+from tests.parallel import one_gloo_device  # noqa: E402
 
 torch.set_num_threads(1)
 cpu.install()
+one_gloo_device.install()
 get_checkpoint_conversion_mapping("qwen2")  # compiles the names' patterns of all families at the first call
 gc.freeze()
 gc.enable()

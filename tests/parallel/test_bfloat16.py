@@ -40,7 +40,7 @@ ERROR_BOUND = 1.2
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_models(tmp_path_factory.mktemp("models"))
+    return save_models(tmp_path_factory.mktemp("models"), num_layers=2)
 
 
 def _config(folder: str, parallel: ParallelSection, *, distributed: bool, learning_rate: float = 1e-3) -> Config:
@@ -103,10 +103,18 @@ def _main_weights(actor: Actor) -> list[Tensor]:
     return [p for group in actor.optimizer.param_groups for p in group["params"]]
 
 
+def _config_of_one_microbatch(
+    folder: str, parallel: ParallelSection, *, distributed: bool, learning_rate: float = 1e-3
+) -> Config:
+    """How an update is cut into microbatches is nothing to its optimizer."""
+    config = _config(folder, parallel, distributed=distributed, learning_rate=learning_rate)
+    return replace(config, batch=replace(config.batch, max_tokens_per_microbatch=400))
+
+
 def _train_a_little(folder: str, distributed: bool) -> None:
     """Steps of 1e-6 are far below bfloat16's resolution: they add up in float32 main weights or not at all."""
     for parallel in (P(tp=2), P()):
-        config = _config(folder, parallel, distributed=distributed, learning_rate=1e-6)
+        config = _config_of_one_microbatch(folder, parallel, distributed=distributed, learning_rate=1e-6)
         with layout(parallel) as ranks:
             actor = Actor(config, ranks)
             mains = _main_weights(actor)
@@ -115,13 +123,13 @@ def _train_a_little(folder: str, distributed: bool) -> None:
             for step in range(2):
                 train_step(actor, config, step, Outcome())
             moved = torch.cat([(main - old).abs().flatten() for main, old in zip(mains, before, strict=True)])
-            assert 5e-6 < float(moved.max()) <= 6.1e-6  # six updates of at most one learning rate each
+            assert 3.4e-6 < float(moved.max()) <= 4.06e-6  # four updates of at most one learning rate each
 
 
 def _go_on(folder: str, checkpoints: str, distributed: bool) -> None:
     """After one step, and before any: what goes on from a checkpoint is what was never stopped, bit for bit."""
     for num_steps in (0, 1):
-        config = _config(folder, P(tp=2), distributed=distributed)
+        config = _config_of_one_microbatch(folder, P(tp=2), distributed=distributed)
         with layout(P(tp=2)) as ranks:
             actor, unstopped, went_on = Actor(config, ranks), Outcome(), Outcome()
             for step in range(num_steps):

@@ -84,7 +84,7 @@ def _save_as_the_actor_does(
         with layout(parallel) as ranks:
             actor = actor_of(folder, parallel, ranks)
             for step in range(num_steps):
-                train_step(actor, config_of(Case("", "", parallel), folder), step, Outcome())
+                train_step(actor, config_of(Case("", "", parallel, max_tokens=400), folder), step, Outcome())
             begin_checkpoint(actor, f"{target}/{name}", 1, {"next_step": 1}, Keeping(), asynchronous=False).finish()
             weights[name] = {key: tensor.clone() for key, tensor in actor.weights()}
             exchange.barrier(ranks.world)

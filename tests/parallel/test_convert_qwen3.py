@@ -37,7 +37,7 @@ LAYOUTS: dict[str, ParallelSection] = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("qwen3")
     for name, changes in MODELS.items():
-        save_random_model(root / name, "qwen3", **changes)
+        save_random_model(root / name, "qwen3", **({"num_hidden_layers": 2} | changes))
     return root
 
 

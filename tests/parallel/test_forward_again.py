@@ -33,7 +33,7 @@ P = ParallelSection
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return layouts.save_models(tmp_path_factory.mktemp("models"))
+    return layouts.save_models(tmp_path_factory.mktemp("models"), num_layers=2)
 
 
 def in_backward() -> bool:

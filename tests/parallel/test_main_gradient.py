@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -78,13 +80,19 @@ def _train(cases: list[Case], folders: dict[str, str], already_added: Any, overl
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return layouts.save_models(tmp_path_factory.mktemp("models"))
+    return layouts.save_models(tmp_path_factory.mktemp("models"), num_layers=2)
+
+
+@cache
+def reference(folder: str, num_steps: int) -> Outcome:
+    """The same for all cases of a model: they differ in layout and packing alone."""
+    return layouts.train_reference(folder, Case("reference", num_steps=num_steps))
 
 
 def found(case: Case, outcome: Outcome, folders: dict[str, str]) -> dict[str, float]:
-    reference = layouts.train_reference(folders[case.model], case)
-    start = {name: p.detach() for name, p in load(Path(folders[case.model])).named_parameters()}
-    return beyond(deviations(outcome, reference, start))
+    folder = folders[case.model]
+    start = {name: p.detach() for name, p in load(Path(folder)).named_parameters()}
+    return beyond(deviations(outcome, reference(folder, case.num_steps), start))
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -123,6 +131,7 @@ def dropping_the_embeddings(weight: Tensor) -> None:
     ids=lambda value: getattr(value, "name", None) or value.__name__,
 )
 def test_a_mistake_is_noticed(folders: dict[str, str], case: Case, mistake: Any) -> None:
+    case = replace(case, num_steps=1)  # it shows in the first update's gradients
     (outcome,) = run_ranks(_train, 1, [case], folders, mistake, timeout_s=120)[0]
     assert "gradients" in found(case, outcome, folders)
 

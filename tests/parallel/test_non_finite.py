@@ -23,7 +23,7 @@ BAD_RANK, STEP = 1, 1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_models(tmp_path_factory.mktemp("models"))["qwen2"]
+    return save_models(tmp_path_factory.mktemp("models"), num_layers=2)["qwen2"]
 
 
 def _update_with_nan(what: str, parallel: ParallelSection, folder: str) -> tuple[str, bool, bool]:

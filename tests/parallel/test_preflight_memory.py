@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,15 @@ from tests.parallel.ranks import run_ranks
 
 QUICKSTART = "examples/quickstart/base"
 SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152,
+    "vocab_size": 16384,
     "hidden_size": 576,
     "intermediate_size": 1536,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-"""SmolLM2-135M's layers, four of its thirty."""
+"""SmolLM2-135M's layers, two of its thirty, under a third of its vocabulary."""
 TOLERANCE = 0.01
 """Megatron pads each parameter in a buffer to 64 numbers, and each buffer to its shards."""
 
@@ -137,6 +138,15 @@ def measure(case: Case, folder: str) -> tuple[int, dict[str, float], dict[str, f
     return ranks.pp.rank(), counted, expected
 
 
+Measured = list[tuple[int, dict[str, float], dict[str, float]]]
+
+
+@cache
+def measured(case: Case, folder: str) -> Measured:
+    """What each rank measured."""
+    return run_ranks(measure, case.world_size, case, folder, timeout_s=180)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     smollm2 = save_random_model(tmp_path_factory.mktemp("smollm2"), "llama", **SMOLLM2)
@@ -145,7 +155,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bytes_are_those_of_the_actor(case: Case, folders: dict[str, str]) -> None:
-    ranks = run_ranks(measure, case.world_size, case, folders[case.model], timeout_s=180)
+    ranks = measured(case, folders[case.model])
     for name in ("weights", "gradients"):
         for stage, counted, expected in ranks:
             assert counted[name] == pytest.approx(expected[name], rel=TOLERANCE), f"{name} of stage {stage}"
@@ -158,13 +168,13 @@ def saved_bytes(folder: str, recompute: str, parallel: ParallelSection) -> float
     """Bytes per token, on this rank, that an update's forward pass keeps for its backward, weights left out."""
     config = Config(
         model=ModelSection(path=folder, recompute=recompute),
-        rollout=RolloutSection(num_prompts=2, num_samples_per_prompt=2, max_response_tokens=256),
+        rollout=RolloutSection(num_prompts=2, num_samples_per_prompt=2, max_response_tokens=NUM_RESPONSE),
         train=TrainSection(num_minibatches=1),
         parallel=parallel,
     )
     ranks = parallel_groups.initialize(parallel, seed=0)
     actor = Actor(config, ranks)
-    (microbatches,) = build_minibatches(groups_of_one_batch(256), config, ranks, pad_token_id=0)
+    (microbatches,) = build_minibatches(groups_of_one_batch(NUM_RESPONSE), config, ranks, pad_token_id=0)
     (batch,) = microbatches
     (batch.old_log_probs,) = actor.log_probs(microbatches)
     weights = {parameter.untyped_storage().data_ptr() for model in actor.models for parameter in model.parameters()}
@@ -211,26 +221,36 @@ ODD_SIZES = SMOLLM2 | {
 """No part of a layer is as wide as another, or one that is counted twice would stand in for one that is left out."""
 
 
+NUM_RESPONSE = 62
+"""Tokens behind two of a prompt."""
+
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same model with two layers and with four."""
+    root = tmp_path_factory.mktemp("depths")
+    return [
+        str(save_random_model(root / str(depth), "llama", **(ODD_SIZES | {"num_hidden_layers": depth})))
+        for depth in (2, 4)
+    ]
+
+
 @pytest.mark.parametrize(
     ("recompute", "parallel"),
     LAYERS,
     ids=[f"{recompute} tp{layout.tp} cp{layout.cp} sp{int(layout.sequence_parallel)}" for recompute, layout in LAYERS],
 )
 def test_activations_of_a_layer_are_those_of_the_actor(
-    recompute: str, parallel: ParallelSection, tmp_path: Path
+    recompute: str, parallel: ParallelSection, depths: list[str]
 ) -> None:
     """What two layers add to a model of two, so that everything outside of layers drops out."""
-    folders = [
-        str(save_random_model(tmp_path / str(depth), "llama", **(ODD_SIZES | {"num_hidden_layers": depth})))
-        for depth in (2, 4)
-    ]
-    shape = read_model_shape(folders[0])
+    shape = read_model_shape(depths[0])
     (shallow, deep), *_ = run_ranks(
-        saved_of_depths, parallel.tp * parallel.cp, folders, recompute, parallel, timeout_s=180
+        saved_of_depths, parallel.tp * parallel.cp, depths, recompute, parallel, timeout_s=180
     )
-    config = Config(model=ModelSection(path=folders[0], recompute=recompute), parallel=parallel)
-    # Where ranks share short sequences, each query also has a float32 mask over its sequence's 258 keys, padded to 260.
-    mask = 4 * 260 if parallel.cp > 1 and recompute == "none" else 0
+    config = Config(model=ModelSection(path=depths[0], recompute=recompute), parallel=parallel)
+    # Where ranks share short sequences, each query also has a float32 mask over its sequence's 64 keys.
+    mask = 4 * (2 + NUM_RESPONSE) if parallel.cp > 1 and recompute == "none" else 0
     kept = layer_activations(config, shape).kept + mask
     assert (deep - shallow) / 2 == pytest.approx(kept, rel=ACTIVATION_TOLERANCE)
     for other in {"none", "selective", "full"} - {recompute}:
@@ -242,6 +262,6 @@ def test_activations_of_a_layer_are_those_of_the_actor(
 def test_a_wrong_plan_is_noticed(folders: dict[str, str]) -> None:
     """bfloat16 without its float32 main weights, or a state that is not sharded, would be far off."""
     case = CASES[3]
-    (_, counted, expected), _ = run_ranks(measure, case.world_size, case, folders[case.model], timeout_s=180)
+    (_, counted, expected), _ = measured(case, folders[case.model])
     assert counted["optimizer"] != pytest.approx(expected["optimizer"] * 8 / 12, rel=TOLERANCE)
     assert counted["optimizer"] != pytest.approx(expected["optimizer"] * 2, rel=TOLERANCE)

@@ -103,7 +103,7 @@ def squared_error(values: Tensor, batch: PackedBatch) -> SquaredError:
 
 @dataclass
 class Trained:
-    """A critic after one step of three updates."""
+    """A critic after one step of two updates."""
 
     values: BySequence
     """Before the step."""
