@@ -1,4 +1,4 @@
-"""What the launcher does with a signal that comes before it has started its ranks; see also end_to_end/test_launcher."""
+"""What the launcher does with a signal before its ranks are started; the rest is in end_to_end/test_launcher."""
 
 from __future__ import annotations
 
