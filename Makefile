@@ -62,10 +62,10 @@ lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# As many tests at a time as there are cores. A file's tests stay together, because they share what its fixtures made;
-# the files that take minutes come first.
-JOBS ?= auto
-TOGETHER := --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# One test more at a time than there are cores, because some wait; at most eight. A file's tests stay together, because
+# they share what its fixtures made; the files that take minutes come first.
+JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 7 ? cores + 1 : 8)))
+TOGETHER := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint ## style, types and all tests, on all cores (JOBS=1: one at a time)
 	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
