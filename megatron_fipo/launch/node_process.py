@@ -70,4 +70,9 @@ def _leave_it_to_torchrun(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    _status = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An interpreter that ends in the usual way takes its signal handlers back first, and srun sends SIGTERM to other
+    # nodes as soon as one of them is done: the job's exit status would be SIGTERM's.
+    os._exit(_status)
