@@ -199,3 +199,10 @@ def test_only_a_saved_run_is_queued_again(
     assert (tmp_path / "called").exists() == is_queued
     if is_queued:
         assert (tmp_path / "called").read_text() == "requeue 123456\n"
+
+
+def test_a_node_that_has_ended_is_not_taken_for_one_that_was_killed() -> None:
+    """srun sends SIGTERM to all nodes once one is done: also at the moment when another one's process ends."""
+    signals_to_its_end = "(while kill -TERM $PPID 2>/dev/null; do :; done) & exit 3"
+    command = [sys.executable, "-m", "megatron_fipo.launch.node_process", "sh", "-c", signals_to_its_end]
+    assert [subprocess.run(command, timeout=60, check=False).returncode for _ in range(3)] == [3, 3, 3]
