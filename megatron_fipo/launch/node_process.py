@@ -31,6 +31,8 @@ def run(command: Sequence[str]) -> int:
         before its end, so that the job should be queued again.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # torchrun inherits this
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # these torchrun does not inherit
+        signal.signal(number, _leave_it_to_torchrun)
     torchrun = subprocess.Popen(command)
     was_told = False
 
@@ -45,8 +47,6 @@ def run(command: Sequence[str]) -> int:
             except ProcessLookupError:  # it has just ended
                 continue
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _leave_it_to_torchrun)
     signal.signal(signal.SIGUSR1, stop_the_ranks)
     status = torchrun.wait()
     if was_told and status != 0:
