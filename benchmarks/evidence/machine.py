@@ -50,9 +50,16 @@ def software() -> dict[str, Any]:
     """Versions of all that the numbers depend on, null where a package is not installed."""
     versions: dict[str, Any] = dict(run_provenance()["versions"])
     versions |= {name: _installed(name) for name in _ALSO}
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None  # type: ignore
-    return versions | {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": cudnn, "nccl": nccl}
+    return versions | {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": _cudnn_version(), "nccl": nccl}
+
+
+def _cudnn_version() -> int | str | None:
+    """torch's number, or why it has none: it refuses a cuDNN that another package has loaded."""
+    try:
+        return torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    except RuntimeError as error:
+        return str(error)
 
 
 def git_state() -> dict[str, Any]:

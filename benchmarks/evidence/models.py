@@ -208,10 +208,19 @@ def random_weights_in_place(seed: int = 0) -> Iterator[None]:
         trained.load_weights = original
 
 
+_IN_THE_NEXT_MODULE = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Names of norms in Transformer Engine's layers, where they belong to the product behind them, and in Megatron's."""
+
+
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, name: str, seed: int, tp_rank: int) -> None:
     # Shards of a matrix must differ from rank to rank; parameters that each rank holds whole must be equal.
     rank = tp_rank if getattr(parameter, "tensor_model_parallel", False) else 0
+    for transformer_engines, megatrons in _IN_THE_NEXT_MODULE.items():
+        name = name.replace(transformer_engines, megatrons)
     generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name} {rank}".encode()))
     if parameter.dim() == 1:
         parameter.normal_(0.0, 0.1, generator=generator)

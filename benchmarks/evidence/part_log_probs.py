@@ -193,7 +193,7 @@ def run_case(name: str, group: ProcessGroup, settings: Settings) -> dict[str, An
 def _errors(function: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float | None]:
     """Errors against float64, at tokens spread over the whole batch."""
     step = max(len(hidden) // _CHECKED_TOKENS, 1)
-    chosen, chosen_labels = hidden.detach()[::step].clone().requires_grad_(), labels[::step]
+    chosen, chosen_labels = hidden.detach()[::step].clone().requires_grad_(), labels[::step].contiguous()
     log_probs, entropy = function(chosen, weight, chosen_labels)
     exact_log_probs, exact_entropy, *exact_gradients = _exact(chosen, weight, chosen_labels, entropy is not None)
     loss = log_probs.sum() + (0.0 if entropy is None else _ENTROPY_WEIGHT * entropy.sum())

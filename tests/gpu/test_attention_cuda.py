@@ -79,7 +79,7 @@ def in_one_context(channels: int) -> tuple[list[Tensor], Callable[[], Any]]:
     cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32, device="cuda")
 
     def run() -> Tensor:
-        parameters = packed_sequence_params(cu_seqlens, cu_seqlens)
+        parameters = packed_sequence_params(cu_seqlens, cu_seqlens.cpu())
         output: Tensor = attention(channels)(*inputs, packed_seq_params=parameters)
         output.backward(gradient.flatten(1)[:, None])
         return output

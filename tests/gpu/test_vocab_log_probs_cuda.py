@@ -76,6 +76,25 @@ class Problem:
             "weight gradient": weight_gradient,
         }
 
+    def by_pytorch(self) -> dict[str, Tensor]:
+        """By PyTorch's own functions and gradients, from float32 products of the same operands."""
+        hidden = self.hidden.float().clone().requires_grad_()
+        weight = self.weight[: self.vocab_size].float().clone().requires_grad_()
+        if self.hidden.dtype == torch.float32:
+            logits = hidden @ weight.t()
+        else:
+            logits = torch.mm(self.hidden, self.weight[: self.vocab_size].t(), out_dtype=torch.float32)
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
+        log_probs = log_p.gather(-1, self.labels[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        found = {"log_probs": log_probs.detach(), "entropy": entropy.detach()}
+        if self.hidden.dtype == torch.float32:
+            torch.autograd.backward([log_probs, entropy], self.gradients)
+            assert hidden.grad is not None
+            assert weight.grad is not None
+            found |= {"hidden gradient": hidden.grad, "weight gradient": weight.grad}
+        return found
+
     def compute(self, group: dist.ProcessGroup, **changes: Any) -> dict[str, Tensor]:
         hidden, weight = (tensor.clone().requires_grad_() for tensor in (self.hidden, self.weight))
         arguments: dict[str, Any] = {
@@ -98,9 +117,9 @@ class Problem:
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of log-probs and entropy; of gradients ||difference|| / ||expected||."""
+    """Largest error of log-probs and entropy; of gradients, if there are any, ||difference|| / ||expected||."""
     result = {name: float((found[name] - expected[name]).abs().max()) for name in ("log_probs", "entropy")}
-    for name in ("hidden gradient", "weight gradient"):
+    for name in {"hidden gradient", "weight gradient"} & found.keys():
         result[name] = float((found[name].double() - expected[name]).norm() / expected[name].double().norm())
     return result
 
@@ -114,15 +133,20 @@ def within(found: dict[str, float], values: float, gradients: float) -> bool:
 def test_values_and_gradients_are_those_of_float64(
     group: dist.ProcessGroup, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    """In bfloat16 logits are float32 sums of exact products; their gradient is rounded to 8 bits, as is each result."""
+    """The errors are at most twice those of PyTorch's own functions in float32: those of sums of 896 or 5,120 products.
+
+    In bfloat16 logits are float32 sums of exact products; their gradient is rounded to 8 bits, as is each result.
+    """
     problem = Problem(*shape, dtype)
     expected = problem.expected()
-    bounds = (1e-4, 2**-8 if dtype == torch.bfloat16 else 1e-5)
+    theirs = errors(problem.by_pytorch(), expected)
+    bounds = {name: 2 * theirs[name] if name in theirs else 2**-8 for name in expected}
+    assert max(bounds.values()) <= (1e-3 if dtype == torch.float32 else 2**-8), "PyTorch's are no measure"
     found = errors(problem.compute(group), expected)
-    assert within(found, *bounds), found
+    assert all(found[name] <= bounds[name] for name in found), (found, theirs)
 
     wrong = errors(problem.compute(group, temperature=1.0), expected)
-    assert min(wrong.values()) > 10 * max(bounds), wrong
+    assert min(wrong.values()) > 10 * max(bounds.values()), wrong
     if dtype == torch.bfloat16:
         with mock.patch.object(module, "_logits", lambda hidden, weight: (hidden @ weight.t()).float()):
             rounded = errors(problem.compute(group), expected)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_fipo.cuda_start import set_max_connections
+from megatron_fipo.cuda_start import set_max_connections, use_torchs_cudnn
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -69,3 +70,52 @@ def test_the_trainer_sets_it_before_anything_that_starts_cuda(nvidia_smi: Path) 
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert run.stdout.split()[1:] == ["1"], run.stdout + run.stderr
+
+
+CUDNN_PARTS = ("libcudnn.so.9", "libcudnn_graph.so.9")
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins of Transformer Engine and of NVIDIA's package with cuDNN's libraries, which can be loaded."""
+    folder = tmp_path / "packages"
+    libraries = folder / "nvidia" / "cudnn" / "lib"
+    libraries.mkdir(parents=True)
+    for name in CUDNN_PARTS:
+        source = tmp_path / "source.c"
+        source.write_text("int version(void) { return 9; }\n")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", libraries / name, source], check=True)
+    (folder / "transformer_engine").mkdir()
+    (folder / "transformer_engine" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def loaded() -> set[str]:
+    """Paths of the libraries in this process."""
+    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+
+
+def test_one_process_has_torchs_cudnn(packages: Path) -> None:
+    environment: dict[str, str] = {}
+    expected = {str(packages / "nvidia" / "cudnn" / "lib" / name) for name in CUDNN_PARTS}
+    assert not expected & loaded()
+    use_torchs_cudnn(environment)
+    assert environment == {"CUDNN_HOME": str(packages / "nvidia" / "cudnn")}
+    assert expected <= loaded(), "the dynamic loader would take the system's parts"
+
+
+@pytest.mark.parametrize("variable", ["CUDNN_HOME", "CUDNN_PATH"])
+def test_the_users_cudnn_stays(packages: Path, variable: str) -> None:
+    environment = {variable: "/opt/cudnn"}
+    use_torchs_cudnn(environment)
+    assert environment == {variable: "/opt/cudnn"}
+    assert not any(str(packages) in path for path in loaded())
+
+
+@pytest.mark.parametrize("missing", ["transformer_engine", "nvidia"])
+def test_no_cudnn_is_loaded_where_one_of_the_two_is_missing(packages: Path, missing: str) -> None:
+    shutil.rmtree(packages / missing)
+    environment: dict[str, str] = {}
+    use_torchs_cudnn(environment)
+    assert environment == {}

@@ -72,9 +72,11 @@ NOT_THE_TRAINERS: Mapping[str, str | None] = {
     "PYTORCH_ALLOC_CONF": None,
     "PYTORCH_CUDA_ALLOC_CONF": None,
     "CUDA_DEVICE_MAX_CONNECTIONS": None,
+    "CUDNN_HOME": None,
 }
 """Changes to a server's environment on GPUs that take out what the trainer set for itself. Memory that can be released
-lies in pools that do not work with expandable segments; the single hardware queue serves training's communication."""
+lies in pools that do not work with expandable segments; the single hardware queue serves training's communication; the
+server's torch has another cuDNN."""
 
 
 @dataclass(frozen=True)
