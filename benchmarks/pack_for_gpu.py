@@ -2,6 +2,7 @@
 
     python benchmarks/pack_for_gpu.py --out packed                            # tests/gpu and the benchmarks: 3 MiB
     python benchmarks/pack_for_gpu.py --out packed --transformer-engine       # and Transformer Engine: 285 MiB
+    python benchmarks/pack_for_gpu.py --out packed --transformer-engine --only-gpu 9.0    # for Hopper alone: 52 MiB
 
 The machine has no network. It has Python 3.12, torch for CUDA 13, triton, transformers and pytest; for Transformer
 Engine a C++ compiler and ninja as well. In the folder lie wheels/ with the files, or their pieces where one exceeds a
@@ -13,19 +14,25 @@ Versions are those of constraints.txt and constraints-gpu.txt. Whatever the mach
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 import urllib.request
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "engines"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "engines")]
 
 from resolve import canonical, read_pins  # noqa: E402 - one of the tools, which are no package
+
+from benchmarks.fat_binary import empty_other_kernels  # noqa: E402
 
 PINS = (ROOT / "constraints.txt", ROOT / "constraints-gpu.txt")
 BENCHMARKS = ("megatron-core", "omegaconf")
@@ -106,6 +113,38 @@ def download_source(name: str, folder: Path) -> None:
     (folder / wanted).write_bytes(content)
 
 
+def keep_kernels_of(wheel: Path, capability: int) -> None:
+    """Rewrite a wheel: its largest library keeps the kernels of one kind of GPU, and its list of files is right again.
+
+    Args:
+        capability: 90 for compute capability 9.0.
+    """
+    smaller = wheel.with_suffix(".smaller")
+    with (
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as target,
+    ):
+        library = max(source.infolist(), key=lambda member: member.file_size)
+        content = bytearray(source.read(library))
+        empty_other_kernels(content, capability)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        for member in source.infolist():
+            written = source.read(member)
+            if member is library:
+                written = bytes(content)
+            elif member.filename.endswith(".dist-info/RECORD"):
+                rows = [
+                    [name, f"sha256={digest}", size] if name == library.filename else [name, recorded, size]
+                    for name, recorded, size in csv.reader(io.StringIO(written.decode()))
+                ]
+                lines = io.StringIO()
+                csv.writer(lines, lineterminator="\n").writerows(rows)
+                written = lines.getvalue().encode()
+            member.compress_type = zipfile.ZIP_DEFLATED
+            target.writestr(member, written)
+    smaller.replace(wheel)
+
+
 def split(file: Path, piece_bytes: int) -> list[Path]:
     """Replace a file that exceeds a piece's size by its pieces."""
     if file.stat().st_size <= piece_bytes:
@@ -137,12 +176,15 @@ def trips(files: Iterable[Path], limit_bytes: int) -> list[list[Path]]:
     return packed
 
 
-def pack(folder: Path, needed: list[str], transformer_engine: bool, trip_mib: int) -> list[list[Path]]:
+def pack(
+    folder: Path, needed: list[str], transformer_engine: bool, trip_mib: int, capability: int | None = None
+) -> list[list[Path]]:
     """Fill the folder.
 
     Args:
         needed: packages to carry, by name.
         transformer_engine: whether Transformer Engine comes, too.
+        capability: of the GPUs whose kernels Transformer Engine keeps, 90 for 9.0; None keeps all.
         trip_mib: size of a trip, and of a piece.
 
     Returns:
@@ -158,6 +200,9 @@ def pack(folder: Path, needed: list[str], transformer_engine: bool, trip_mib: in
     download_wheels([*needed, *(TRANSFORMER_ENGINE if transformer_engine else ())], wheels)
     if transformer_engine:
         download_source(TRANSFORMER_ENGINE_SOURCE, wheels)
+        if capability is not None:
+            (kernels,) = wheels.glob("transformer_engine_cu*.whl")
+            keep_kernels_of(kernels, capability)
     whole = sorted(wheels.iterdir())
     (folder / FILES).write_text("".join(f"{sha256(file)}  wheels/{file.name}\n" for file in whole))
     pieces = [piece for file in whole for piece in split(file, trip_mib * MIB)]
@@ -167,18 +212,32 @@ def pack(folder: Path, needed: list[str], transformer_engine: bool, trip_mib: in
     return trips(pieces, trip_mib * MIB)
 
 
+def capability_of(text: str) -> int:
+    """90 for "9.0"."""
+    major, _, minor = text.partition(".")
+    if not (major.isdecimal() and len(minor) == 1 and minor.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is no compute capability such as 9.0.")
+    return 10 * int(major) + int(minor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("packed"), help="folder to make")
     parser.add_argument("--transformer-engine", action="store_true", help="and what Transformer Engine needs")
     parser.add_argument("--also", nargs="+", default=[], metavar="PACKAGE", help="packages to carry as well")
     parser.add_argument("--without", nargs="+", default=[], metavar="PACKAGE", help="packages that the machine has")
+    parser.add_argument(
+        "--only-gpu",
+        metavar="N.N",
+        type=capability_of,
+        help="carry Transformer Engine's kernels for this compute capability",
+    )
     parser.add_argument("--trip-mib", type=int, default=60, help="the most that one trip carries")
     arguments = parser.parse_args()
     needed = [*BENCHMARKS, *arguments.also, *(TRANSFORMER_ENGINE_NEEDS if arguments.transformer_engine else ())]
     there = {canonical(name) for name in arguments.without}
     needed = [name for name in dict.fromkeys(map(canonical, needed)) if name not in there]
-    packed = pack(arguments.out, needed, arguments.transformer_engine, arguments.trip_mib)
+    packed = pack(arguments.out, needed, arguments.transformer_engine, arguments.trip_mib, arguments.only_gpu)
     for number, files in enumerate(packed, start=1):
         total = sum(file.stat().st_size for file in files)
         print(f"trip {number}: {total / MIB:.1f} MiB")

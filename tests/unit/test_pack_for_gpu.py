@@ -98,7 +98,9 @@ def test_no_trip_exceeds_its_limit_and_nothing_is_left_behind(tmp_path: Path) ->
 def test_what_the_machine_has_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def pack(folder: Path, needed: list[str], transformer_engine: bool, trip_mib: int) -> list[list[Path]]:
+    def pack(
+        folder: Path, needed: list[str], transformer_engine: bool, trip_mib: int, capability: None
+    ) -> list[list[Path]]:
         asked.extend(needed)
         return []
 
