@@ -392,7 +392,7 @@ def test_hostile_programs_in_the_pool() -> None:
         "x = ' ' * 10**11",
     ]
     jobs = [VerifierJob("code", text, SUM) for program in hostile for text in (program, right)]
-    with VerifierPool(num_workers=2, timeout_s=20.0, verifiers=["code"]) as pool:
+    with VerifierPool(num_workers=2, timeout_s=10.0, verifiers=["code"]) as pool:
         verdicts = pool.judge_all(jobs)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert [verdict.error for verdict in verdicts] == [""] * len(jobs)
