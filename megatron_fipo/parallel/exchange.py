@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_fipo.metrics.reductions import Metrics, merge
+from megatron_fipo.parallel import by_value
 
 T = TypeVar("T")
 
@@ -19,9 +21,9 @@ def all_gather_objects(own: T, group: ProcessGroup) -> list[T]:
     """Every rank's object, by rank. Collective; objects must be picklable."""
     if group.size() == 1:
         return [own]
-    gathered: list[T | None] = [None] * group.size()
-    dist.all_gather_object(gathered, own, group=group)
-    return gathered  # type: ignore[return-value]
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, by_value.dumps(own), group=group)
+    return [pickle.loads(sent) for sent in gathered]
 
 
 def all_gather_tensors(own: Tensor, group: ProcessGroup) -> list[Tensor]:

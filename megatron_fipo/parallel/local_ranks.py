@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from megatron_fipo.parallel import by_value
+
 _SETTLE_S = 0.5
 """After the first failure, failures are collected for this long: a rank that failed as a consequence may report before
 the one that caused it."""
@@ -133,8 +135,8 @@ def _rank_main(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     try:
-        # By value: tensors sent through a pipe's own pickler would be shared with a process that is about to end.
-        answer = pickle.dumps(_Answer(target(*args), None, time.monotonic()))
+        # A pipe's own pickler would share tensors with a process that is about to end.
+        answer = by_value.dumps(_Answer(target(*args), None, time.monotonic()))
     except BaseException:  # noqa: BLE001 - whatever it is, the parent raises it
         answer = pickle.dumps(_Answer(None, traceback.format_exc(), time.monotonic()))
     try:

@@ -202,11 +202,16 @@ def train_reference(folder: str, case: Case) -> Outcome:
         groups = groups_of_step(step)
         per_minibatch = len(groups) // NUM_MINIBATCHES
         samples = [sample for group in groups for sample in group.samples]
-        with torch.no_grad():
-            old = [_plain_log_probs(model, sample)[0] - _shifts(sample) for sample in samples]
+        old: list[Tensor] = []
         for first in range(0, len(groups), per_minibatch):
             members = range(first * 4, (first + per_minibatch) * 4)
-            loss = _plain_loss(model, [(samples[i], old[i]) for i in members], config.objective)
+            parts = [_plain_log_probs(model, samples[i]) for i in members]
+            if first == 0:  # its own log-probs are the old ones; the others' must be taken before the update
+                with torch.no_grad():
+                    rest = [_plain_log_probs(model, sample) for sample in samples[len(parts) :]]
+                now = [log_probs.detach() for log_probs, _ in [*parts, *rest]]
+                old = [log_probs - _shifts(sample) for log_probs, sample in zip(now, samples, strict=True)]
+            loss = _plain_loss([(samples[i], old[i]) for i in members], parts, config.objective)
             optimizer.zero_grad()
             (loss.loss_sum / loss.normalizer).backward()
             _note_update(outcome, [_sums(loss)])
@@ -234,8 +239,9 @@ def _plain_log_probs(model: Any, sample: Trajectory) -> tuple[Tensor, Tensor]:
     return log_p.gather(-1, tokens[1:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-def _plain_loss(model: Any, members: Sequence[tuple[Trajectory, Tensor]], objective: FipoConfig) -> LossOutput:
-    parts = [_plain_log_probs(model, sample) for sample, _ in members]
+def _plain_loss(
+    members: Sequence[tuple[Trajectory, Tensor]], parts: Sequence[tuple[Tensor, Tensor]], objective: FipoConfig
+) -> LossOutput:
     lengths = [len(old) for _, old in members]
     masks = [torch.arange(len(old)) >= len(sample.prompt_ids) - 1 for sample, old in members]
     advantages = [torch.full((len(old),), sample.advantage) for sample, old in members]

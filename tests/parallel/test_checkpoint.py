@@ -108,6 +108,8 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.models = layouts.save_models(folder)
+        self.shallow = layouts.save_models(folder / "shallow", num_layers=2)["qwen2"]
+        """For what lies in a folder, however many layers that is."""
         self.saved = cache(self._saved)
         self.went_on = cache(self._went_on)
 
@@ -212,7 +214,7 @@ def _save_before_any_update(case: Case, model: str, folder: str) -> None:
 def test_a_run_can_be_saved_before_its_first_update(
     checkpoints: Checkpoints, tmp_path: Path, distributed: bool
 ) -> None:
-    run_ranks(_save_before_any_update, 2, SAVED[distributed], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)
+    run_ranks(_save_before_any_update, 2, SAVED[distributed], checkpoints.shallow, str(tmp_path), timeout_s=120)
 
 
 # --- mistakes on purpose ---------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def _save_several(case: Case, model: str, folder: str) -> list[list[str]]:
 
 def test_the_newest_are_kept_and_the_others_deleted(checkpoints: Checkpoints, tmp_path: Path) -> None:
     # As the leader sees it: when it lists the folder, the next save has not begun.
-    arguments = (SAVED[True], checkpoints.models["qwen2"], str(tmp_path))
+    arguments = (SAVED[True], checkpoints.shallow, str(tmp_path))
     seen = run_ranks(_save_several, 2, *arguments, timeout_s=120)[0]
     assert seen[0] == ["latest", "step_000001"]
     assert seen[1] == ["latest", "step_000001", "step_000002"]
@@ -309,7 +311,7 @@ def _die_while_saving(when: str, step: int, case: Case, model: str, folder: str)
 @pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step"])
 @pytest.mark.parametrize("when", ["writing", "before it is whole", "before latest moves"])
 def test_a_killed_save_leaves_the_one_before(checkpoints: Checkpoints, tmp_path: Path, when: str, step: int) -> None:
-    case, model = replace(SAVED[True], parallel=P()), checkpoints.models["qwen2"]
+    case, model = replace(SAVED[True], parallel=P()), checkpoints.shallow
     with pytest.raises(RankError, match="died without a word"):
         run_ranks(_die_while_saving, 1, when, step, case, model, str(tmp_path), timeout_s=120)
     assert latest_name(tmp_path) == "step_000001"
@@ -346,7 +348,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(
     checkpoints: Checkpoints, tmp_path: Path, parallel: ParallelSection
 ) -> None:
     case = replace(SAVED[True], parallel=parallel)
-    run_ranks(_save_in_background, 2, case, checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)
+    run_ranks(_save_in_background, 2, case, checkpoints.shallow, str(tmp_path), timeout_s=120)
 
 
 def _damage(folder: str, step: int) -> None:
@@ -403,7 +405,7 @@ def _find_whole(case: Case, model: str, folder: str) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    run_ranks(_find_whole, 2, SAVED[True], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)
+    run_ranks(_find_whole, 2, SAVED[True], checkpoints.shallow, str(tmp_path), timeout_s=120)
 
 
 def _run_out_of_room(asynchronous: bool, case: Case, model: str, folder: str) -> str:
@@ -423,7 +425,7 @@ def _run_out_of_room(asynchronous: bool, case: Case, model: str, folder: str) ->
 def test_a_full_disk_is_an_error_on_every_rank_and_loses_nothing(
     checkpoints: Checkpoints, tmp_path: Path, asynchronous: bool
 ) -> None:
-    arguments = (asynchronous, SAVED[True], checkpoints.models["qwen2"], str(tmp_path))
+    arguments = (asynchronous, SAVED[True], checkpoints.shallow, str(tmp_path))
     messages = run_ranks(_run_out_of_room, 2, *arguments, timeout_s=120)
     assert all("checkpoint" in message and "could not be written" in message for message in messages)
     # Megatron-Core 0.19 tells the system's words to its log and raises only the error's type.
@@ -432,5 +434,5 @@ def test_a_full_disk_is_an_error_on_every_rank_and_loses_nothing(
     assert "GiB are free there" in messages[0]
     assert latest_name(tmp_path) == "step_000001"
     case = SAVED[True]
-    (went_on,) = run_ranks(_go_on, 2, [case], checkpoints.models["qwen2"], str(tmp_path), timeout_s=120)[0]
+    (went_on,) = run_ranks(_go_on, 2, [case], checkpoints.shallow, str(tmp_path), timeout_s=120)[0]
     assert str(went_on.loop_state) == str(LOOP_STATE)

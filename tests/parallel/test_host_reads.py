@@ -7,7 +7,7 @@ CPU's numbers bit for bit. What is done wrong on purpose is seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -24,10 +24,22 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.parallel.cp_suffix_sum import cp_future_kl
 from megatron_fipo.rl import future_kl, objective, objective_metrics
+from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.segments import Segments
 from tests import pretend_device
 from tests.parallel.loss_cases import BASE, OBJECTIVES, inputs, loss_and_gradients, whole_batch
 from tests.parallel.ranks import run_ranks
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A microbatch's loss on the pretended device and on the CPU, and what crossed on the way to the first."""
+
+    crossings: list[str]
+    there: LossOutput
+    values_there: dict[str, Any]
+    here: LossOutput
+    values_here: dict[str, Any]
 
 
 class Pretended:
@@ -53,29 +65,32 @@ class Pretended:
             loss_and_gradients(*self.there, config, self.group)
         return [str(crossing) for crossing in crossings]
 
-    def differences(self, config: FipoConfig) -> set[str]:
-        """What the device gives otherwise than the CPU, down to the last bit. Collective."""
-        with pretend_device.watching():
-            loss, values = loss_and_gradients(*self.there, config, self.group)
-            metrics = pretend_device.on_host(to_plain(loss.metrics))
-        loss_on_cpu, values_on_cpu = loss_and_gradients(*self.on_cpu, config, self.group)
-        metrics_on_cpu = to_plain(loss_on_cpu.metrics)
-        found = {name for name, value in pretend_device.on_host(values).items() if not same(value, values_on_cpu[name])}
-        return found | {name for name, value in metrics.items() if not same(value, metrics_on_cpu[name])}
-
-    def merging(self, config: FipoConfig) -> tuple[list[str], list[str], bool]:
-        """(what crosses where microbatches' metrics add up, what crosses on their way to other ranks, whether they are
-        those of the CPU). Collective."""
+    def losses(self, config: FipoConfig) -> Losses:
+        """A microbatch's loss here and there. Collective."""
         with pretend_device.watching() as crossings:
-            parts = [loss_and_gradients(*self.there, config, self.group)[0].metrics for _ in range(3)]
-            crossings.clear()
-            merged = merge(list(parts))
+            there = loss_and_gradients(*self.there, config, self.group)
+            found = [str(crossing) for crossing in crossings]
+        return Losses(found, *there, *loss_and_gradients(*self.on_cpu, config, self.group))
+
+    def differences(self, losses: Losses) -> set[str]:
+        """What the device gives otherwise than the CPU, down to the last bit."""
+        with pretend_device.watching():
+            metrics = pretend_device.on_host(to_plain(losses.there.metrics))
+            values = pretend_device.on_host(losses.values_there)
+        metrics_here = to_plain(losses.here.metrics)
+        found = {name for name, value in values.items() if not same(value, losses.values_here[name])}
+        return found | {name for name, value in metrics.items() if not same(value, metrics_here[name])}
+
+    def merging(self, losses: Losses) -> tuple[list[str], list[str], bool]:
+        """(what crosses where the metrics of three such microbatches add up, what crosses on their way to other ranks,
+        whether they are those of the CPU). Collective."""
+        with pretend_device.watching() as crossings:
+            merged = merge([losses.there.metrics] * 3)
             adding_up = [str(crossing) for crossing in crossings]
             crossings.clear()
             over_ranks = exchange.merge_metrics(merged, self.group)
             leaving = [str(crossing) for crossing in crossings]
-        on_cpu = [loss_and_gradients(*self.on_cpu, config, self.group)[0].metrics for _ in range(3)]
-        expected = exchange.merge_metrics(merge(list(on_cpu)), self.group)
+        expected = exchange.merge_metrics(merge([losses.here.metrics] * 3), self.group)
         return adding_up, leaving, same(to_plain(over_ranks), to_plain(expected))
 
     def is_added_to_what_was_saved(self, config: FipoConfig) -> bool:
@@ -152,13 +167,14 @@ def _mistaken(pretended: Pretended, name: str) -> set[str]:
 def _measure(cp_size: int) -> dict[str, Any]:
     group = parallel_groups.initialize(ParallelSection(cp=cp_size), seed=0).cp
     pretended = Pretended(group)
+    losses = {name: pretended.losses(config) for name, config in OBJECTIVES.items()}
     with mock.patch.object(reductions, "_larger", lambda mine, other: max(float(mine), float(other))):
-        merged_on_the_host = pretended.merging(BASE)[0]
+        merged_on_the_host = pretended.merging(losses["fipo"])[0]
     return {
         "sharding": [str(crossing) for crossing in pretended.sharding],
-        "crossings": {name: pretended.crossings(config) for name, config in OBJECTIVES.items()},
-        "differences": {name: pretended.differences(config) for name, config in OBJECTIVES.items()},
-        "merging": {name: pretended.merging(config) for name, config in OBJECTIVES.items()},
+        "crossings": {name: each.crossings for name, each in losses.items()},
+        "differences": {name: pretended.differences(each) for name, each in losses.items()},
+        "merging": {name: pretended.merging(each) for name, each in losses.items()},
         "merged on the host": merged_on_the_host,
         "adds to what was saved": pretended.is_added_to_what_was_saved(BASE),
         "mistakes": {name: _mistaken(pretended, name) for name in MISTAKES},

@@ -109,7 +109,9 @@ class Runs:
         self.start = cache(self._start)
 
     def _outcomes(self, world_size: int) -> list[Outcome]:
-        return run_ranks(_train, world_size, CASES[world_size], self.folders, timeout_s=240)[0]
+        cases = list(dict.fromkeys(CASES[world_size]))
+        outcomes = dict(zip(cases, run_ranks(_train, world_size, cases, self.folders, timeout_s=240)[0], strict=True))
+        return [outcomes[case] for case in CASES[world_size]]
 
     def _reference(self, model: str, num_layers: int, aggregation: str, num_steps: int) -> Outcome:
         case = Case("reference", model, aggregation=aggregation, num_steps=num_steps)

@@ -36,7 +36,7 @@ from tests.parallel.ranks import run_ranks
 
 QUICKSTART = "examples/quickstart/base"
 SMOLLM2: dict[str, Any] = {
-    "vocab_size": 16384,
+    "vocab_size": 4096,
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 2,
@@ -44,7 +44,7 @@ SMOLLM2: dict[str, Any] = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-"""SmolLM2-135M's layers, two of its thirty, under a third of its vocabulary."""
+"""SmolLM2-135M's layers, two of its thirty, a twelfth of its vocabulary."""
 TOLERANCE = 0.01
 """Megatron pads each parameter in a buffer to 64 numbers, and each buffer to its shards."""
 
@@ -215,8 +215,8 @@ ODD_SIZES = SMOLLM2 | {
     "vocab_size": 128,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
+    "hidden_size": 256,
+    "intermediate_size": 704,
 }
 """No part of a layer is as wide as another, or one that is counted twice would stand in for one that is left out."""
 

@@ -24,7 +24,7 @@ def _work_longer_than_a_collective_waits() -> list[str]:
         for number in range(2):
             with Work(ranks.world, f"work {number}"):
                 if ranks.rank == 1:
-                    time.sleep(3.0)
+                    time.sleep(2.0)
             said.append(f"work {number} done")
     return said
 
@@ -36,7 +36,7 @@ def test_work_may_take_longer_than_a_collective_waits() -> None:
 def _collective_that_waits() -> None:
     with layout(P(timeout_s=1.0)) as ranks:
         if ranks.rank == 1:
-            time.sleep(3.0)
+            threading.Event().wait()  # until all ranks are killed, because the other has given up
         exchange.barrier(ranks.world)
 
 
@@ -47,6 +47,7 @@ def test_a_collective_would_have_given_up() -> None:
 
 def _fail_on_one() -> tuple[str, bool]:
     told = threading.Event()
+    waiting.BEAT_S = 0.2
     with layout(P()) as ranks:
         try:
             with Work(ranks.world, "rollout of step 3", on_failure_elsewhere=told.set):

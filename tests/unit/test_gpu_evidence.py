@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,12 +39,31 @@ QUICK = ("future_kl", "fp8", "memory", "ablate")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reports of the quick parts at tiny shapes."""
+    """The reports of the quick parts at tiny shapes, their processes forked from the one that ranks are forked from."""
     folder = tmp_path_factory.mktemp("evidence")
-    command = [sys.executable, str(SCRIPT), ",".join(QUICK), "--device", "cpu", "--tiny", "--out", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = [str(SCRIPT), ",".join(QUICK), "--device", "cpu", "--tiny", "--out", str(folder)]
+    with (
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(gpu_evidence, "_PRELOAD", ("tests.parallel.preload", *gpu_evidence._PRELOAD)),
+        mock.patch.dict(os.environ),  # the script sets variables for all that it starts
+    ):
+        assert gpu_evidence.main() == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["future_kl,no_part"], "part no_part is not known; known are tests, future_kl,"),
+        (["actor", "3b"], "size 3b is not known; known are 0.5b,"),
+    ],
+)
+def test_the_script_refuses_what_it_does_not_know(tmp_path: Path, arguments: list[str], said: str) -> None:
+    command = [sys.executable, str(SCRIPT), *arguments, "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 2
+    assert said in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:

@@ -124,10 +124,10 @@ def test_malformed_references_are_refused(reference: Any) -> None:
 @pytest.mark.parametrize(
     ("program", "problem"),
     [
-        ("while True: pass", "took longer than 1 s"),
-        ("import time; time.sleep(1000)", "took longer than 1 s"),
-        ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass", "took longer than 1 s"),
-        ("9**9**9", "took longer than 1 s"),
+        ("while True: pass", "took longer than 0.5 s"),
+        ("import time; time.sleep(1000)", "took longer than 0.5 s"),
+        ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass", "took longer than 0.5 s"),
+        ("9**9**9", "took longer than 0.5 s"),
         ("x = bytearray(1 << 32)", "exit code 1"),
         ("x = []\nwhile True: x.append(' ' * 10**6)", "exit code 1"),
         ("while True: print('x' * 1000)", "wrote more than 10000 bytes"),
@@ -140,7 +140,7 @@ def test_malformed_references_are_refused(reference: Any) -> None:
     ],
 )
 def test_limits(program: str, problem: str) -> None:
-    wall_s = 1.0 if problem.startswith("took longer") or not problem else 60.0
+    wall_s = 0.5 if problem.startswith("took longer") or not problem else 60.0
     outcome = run(program, limits=Limits(wall_s=wall_s, memory_bytes=2**29, output_bytes=10_000))
     assert not outcome.passed
     assert problem in outcome.problem
@@ -276,7 +276,7 @@ def test_folders_are_deleted_and_processes_gone(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = {process.pid for process in psutil.Process().children(recursive=True)}  # left by earlier tests
     for program in ("print(1)", "while True: pass", "import os\nwhile True: os.fork()"):
-        run(program, limits=Limits(wall_s=1.0))
+        run(program, limits=Limits(wall_s=0.5))
     assert list(tmp_path.iterdir()) == []
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
 
@@ -392,7 +392,7 @@ def test_hostile_programs_in_the_pool() -> None:
         "x = ' ' * 10**11",
     ]
     jobs = [VerifierJob("code", text, SUM) for program in hostile for text in (program, right)]
-    with VerifierPool(num_workers=2, timeout_s=20.0, verifiers=["code"]) as pool:
+    with VerifierPool(num_workers=2, timeout_s=10.0, verifiers=["code"]) as pool:
         verdicts = pool.judge_all(jobs)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert [verdict.error for verdict in verdicts] == [""] * len(jobs)
@@ -401,5 +401,5 @@ def test_hostile_programs_in_the_pool() -> None:
 def test_time_is_shared_by_the_tests_of_a_response() -> None:
     slow = {"inputs": ["1\n"] * 50, "outputs": ["1"] * 50}
     program = "import time\nprint(input(), flush=True)\ntime.sleep(0.5)"
-    assert not judge(program, slow, timeout_s=4.0).correct
+    assert not judge(program, slow, timeout_s=2.0).correct
     assert judge(program, {"inputs": ["1\n"], "outputs": ["1"]}).correct
