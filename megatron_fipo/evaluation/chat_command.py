@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_fipo.system import uncollected
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
@@ -24,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the input ends, or answer the one prompt. Returns the exit status."""
-    from megatron_fipo.evaluation.chat import ChatOptions, talk
+    with uncollected.imports():
+        from megatron_fipo.evaluation.chat import ChatOptions, talk
 
     options = ChatOptions(
         temperature=arguments.temperature,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_fipo.system import uncollected
 from megatron_fipo.system.command_line import add_config_arguments
 
 
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     is_unread = ("data.train.", *["model.path"] * bool(arguments.model))
     require_inputs(config, arguments.config, unread=is_unread)
 
-    from megatron_fipo.evaluation.of_folder import evaluate_and_report
+    with uncollected.imports():
+        from megatron_fipo.evaluation.of_folder import evaluate_and_report
 
     model = arguments.model or config.model.path
     return evaluate_and_report(config, model, Path(arguments.output or f"{config.run.output_dir}/evaluation"))

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from megatron_fipo.system import uncollected
 from megatron_fipo.system.command_line import add_config_arguments
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
         if num_processes > 1:
             validate(config, num_processes)  # each process would refuse it too, once it has started
     if num_processes == 1:
-        from megatron_fipo.train import main
+        with uncollected.imports():
+            from megatron_fipo.train import main
 
         return main(of_each_rank)
-    from megatron_fipo.parallel.launcher import launch
+    with uncollected.imports():
+        from megatron_fipo.parallel.launcher import launch
 
     return launch(num_processes, of_each_rank, ["megatron-fipo", *arguments.typed])
 

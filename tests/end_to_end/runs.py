@@ -80,21 +80,35 @@ def train(
     short = SHORT if config == QUICKSTART else ()
     argv = [str(config), *SMALL, *short, f"parallel.cp={world_size}", f"run.output_dir={folder}", *overrides]
     logs = logs or folder.parent / f"{folder.name}.logs"
+    outcomes = on_ranks(argv, world_size, logs, mark=str(folder), prepare=prepare, timeout_s=timeout_s)
+    if expected is not None:
+        codes = [outcome.code for outcome in outcomes]
+        assert codes == [expected] * world_size, "\n".join(outcome.output[-4000:] for outcome in outcomes)
+    return outcomes
+
+
+def on_ranks(
+    argv: list[str],
+    world_size: int,
+    logs: Path,
+    *,
+    mark: str,
+    prepare: Preparation | None = None,
+    timeout_s: float = 240.0,
+) -> list[Outcome]:
+    """Call `megatron_fipo.train.main` on every rank, with these arguments and no others."""
     logs.mkdir(parents=True, exist_ok=True)
     codes = run_local_ranks(
         _train_on_rank,
         world_size,
         argv,
         logs,
-        str(folder),
+        mark,
         prepare,
         preload=("tests.parallel.preload",),
         timeout_s=timeout_s,
     )
-    outcomes = [Outcome(code, (logs / f"rank{rank}.txt").read_text()) for rank, code in enumerate(codes)]
-    if expected is not None:
-        assert codes == [expected] * world_size, "\n".join(outcome.output[-4000:] for outcome in outcomes)
-    return outcomes
+    return [Outcome(code, (logs / f"rank{rank}.txt").read_text()) for rank, code in enumerate(codes)]
 
 
 def _train_on_rank(argv: list[str], logs: Path, mark: str, prepare: Preparation | None) -> int:

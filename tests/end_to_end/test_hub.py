@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import yaml
+from huggingface_hub import constants
 
+from tests.end_to_end.runs import on_ranks
 from tests.hub_stand_in import StandInHub, serve
 
 ROOT = Path(__file__).parents[2]
@@ -42,19 +46,49 @@ def table(first: int) -> bytes:
     return file.getvalue()
 
 
-def start(hub: StandInHub, folder: Path, *overrides: str, ranks: int, **environment: str) -> tuple[int, str]:
-    """Train in a process of the project's launcher, and return how it ended and what it said."""
-    variables = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+def environment(hub: StandInHub, folder: Path) -> dict[str, str]:
+    """Variables by which the client finds the stand-in, keeps its cache in the folder, and logs in."""
+    return {
         **{"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"},
-        **{"HF_TOKEN": "a-token", "PYTHONPATH": str(ROOT), "COLUMNS": "400"},
-        **environment,
+        **{"HF_TOKEN": "a-token", "COLUMNS": "400"},
     }
-    command = [sys.executable, "-m", "megatron_fipo.cli", "train", "run.yaml", "--nproc", str(ranks), *overrides]
+
+
+def start(hub: StandInHub, folder: Path, *, ranks: int) -> tuple[int, str]:
+    """Train in processes of the project's launcher, and return how it ended and what it said."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        [sys.executable, "-m", "megatron_fipo.cli", "train", "run.yaml", "--nproc", str(ranks)],
+        cwd=folder,
+        env={**variables, **environment(hub, folder), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
     )
     return done.returncode, done.stdout
+
+
+def start_again(hub: StandInHub, folder: Path, *overrides: str, ranks: int, offline: bool = False) -> tuple[int, str]:
+    """The same on forked ranks, whose client reads its variables anew."""
+    variables = environment(hub, folder) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+    outcomes = on_ranks(
+        ["run.yaml", *overrides],
+        ranks,
+        folder / "logs",
+        mark=str(folder),
+        prepare=partial(_as_if_started_with, variables, folder),
+    )
+    (code,) = {outcome.code for outcome in outcomes}
+    return code, "".join(outcome.output for outcome in outcomes)
+
+
+def _as_if_started_with(variables: dict[str, str], folder: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        del os.environ[name]
+    os.environ |= variables
+    importlib.reload(constants)
+    os.chdir(folder)
 
 
 def test_a_run_by_names(tmp_path: Path) -> None:
@@ -75,7 +109,7 @@ def test_a_run_by_names(tmp_path: Path) -> None:
         hub.repository("Qwen/Tiny").commit({**MODEL, "LICENSE": b"new"})
         hub.requests.clear()
         hub.refuses_commits = True
-        code, said = start(hub, tmp_path, "train.num_steps=2", ranks=1)
+        code, said = start_again(hub, tmp_path, "train.num_steps=2", ranks=1)
         assert code == 0, said
         assert "resumed from" in said
         assert f"this run goes on with {model}, with which it began" in " ".join(said.split())
@@ -87,7 +121,7 @@ def test_a_run_by_names(tmp_path: Path) -> None:
 
         # The same command again trains nothing, and makes up the push.
         hub.refuses_commits = False
-        code, said = start(hub, tmp_path, "train.num_steps=2", ranks=1)
+        code, said = start_again(hub, tmp_path, "train.num_steps=2", ranks=1)
         assert code == 0, said
         assert "the run is finished" in said
         assert f"{hub.endpoint}/me/my-model" in said
@@ -99,7 +133,7 @@ def test_a_run_by_names(tmp_path: Path) -> None:
 def test_what_the_hub_does_not_give_is_refused_on_every_rank_and_once(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
     with serve(StandInHub()) as hub:
-        code, said = start(hub, tmp_path, "checkpoint.push_to_hub=", ranks=2, HF_HUB_OFFLINE="1")
+        code, said = start_again(hub, tmp_path, "checkpoint.push_to_hub=", ranks=2, offline=True)
     assert code == 2
     assert said.count("error: model.path=Qwen/Tiny: no folder") == 1
     assert "\n    hf download Qwen/Tiny\n" in said

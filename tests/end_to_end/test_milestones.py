@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from megatron_fipo import train as train_module
 from tests.end_to_end.runs import differing, exported_weights, latest_checkpoint_name, metric_lines, step_lines, train
 
+NUM_STEPS = 4
 OVERRIDES = (
-    "train.num_steps=6",
+    f"train.num_steps={NUM_STEPS}",
     "train.resume=true",
     "rollout.num_prompts=8",
     "rollout.num_samples_per_prompt=8",
@@ -46,7 +47,9 @@ def test_it_stays_ended_until_the_rule_changes(ended: Path) -> None:
     train(ended, *OVERRIDES, "optimizer.num_decay_steps=8", expected=0)
     rates = [line["optim/learning_rate"] for line in step_lines(ended)]
     peak, least, warmup, end = 1e-4, 5e-5, 2, 9
-    expected = [peak / 2, peak] + [peak - (peak - least) * (step + 1 - warmup) / (end - warmup) for step in range(2, 6)]
+    expected = [peak / 2, peak] + [
+        peak - (peak - least) * (step + 1 - warmup) / (end - warmup) for step in range(2, NUM_STEPS)
+    ]
     assert rates == pytest.approx(expected, rel=1e-9)
     assert rates[-1] > least, "no step is made at the rate of the end"
 
@@ -63,7 +66,7 @@ def test_the_best_model_is_kept(ended: Path) -> None:
     best = load_file(ended / "best" / "model.safetensors")
     base = load_file(Path("examples/quickstart/base") / "model.safetensors")
     assert best.keys() == base.keys()
-    if record["step"] == 6:
+    if record["step"] == NUM_STEPS:
         assert not differing(best, exported_weights(ended))
     else:
         assert differing(best, exported_weights(ended)), "it is not the last model"

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from megatron_fipo.evaluation.chat import Chat, ChatOptions
+from megatron_fipo.parallel.local_ranks import run_local_ranks
+from megatron_fipo.train import main
 from tests.end_to_end.runs import QUICKSTART, ROOT, SHORT, SMALL
 
-CELLS = """
-import asyncio, sys
-from megatron_fipo.train import main
-from megatron_fipo.evaluation.chat import Chat, ChatOptions
+OVERRIDES = (*SMALL, *SHORT, "parallel.cp=1", "train.num_steps=1", "checkpoint.export_huggingface=true")
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+"""Variables that whoever starts ranks sets, and a notebook has none of."""
 
-async def cell(arguments):
-    return main(arguments)
 
-async def chat_cell(folder):
+async def _training_cell(folder: str) -> int:
+    return main([QUICKSTART, *OVERRIDES, f"run.output_dir={folder}"])
+
+
+async def _chat_cell(folder: str) -> str:
     return Chat(folder, ChatOptions(temperature=0.0, max_tokens=8)).answer("1+1=")
 
-folder, *arguments = sys.argv[1:]
-for number in range(2):
-    code = asyncio.run(cell([*arguments, f"run.output_dir={folder}/{number}"]))
-    assert code == 0, code
-assert asyncio.run(chat_cell(f"{folder}/1/huggingface"))
-print("both cells ran")
-"""
+
+def _notebook(folder: str) -> str:
+    """Train in two cells; what a third is answered."""
+    for name in OF_A_RANK:
+        del os.environ[name]
+    os.chdir(ROOT)
+    for number in range(2):
+        code = asyncio.run(_training_cell(f"{folder}/{number}"))
+        assert code == 0, code
+    return asyncio.run(_chat_cell(f"{folder}/1/huggingface"))
 
 
 def test_two_cells_train_and_a_third_talks(tmp_path: Path) -> None:
-    overrides = (*SMALL, *SHORT, "parallel.cp=1", "train.num_steps=1", "checkpoint.export_huggingface=true")
-    result = subprocess.run(
-        [sys.executable, "-c", CELLS, str(tmp_path), QUICKSTART, *overrides],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "both cells ran" in result.stdout
+    assert run_local_ranks(_notebook, 1, str(tmp_path), preload=("tests.parallel.preload",), timeout_s=240)[0]

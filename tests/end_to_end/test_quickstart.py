@@ -1,4 +1,4 @@
-"""The quick-start as a user runs it, cut to five small steps: what is shown, measured, saved, and exported."""
+"""The quick-start as a user runs it, cut to three small steps: what is shown, measured, saved, and exported."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ from megatron_fipo.run.samples import read_samples
 from megatron_fipo.verifiers import chain_arithmetic
 from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 SMALLER = (
     f"train.num_steps={NUM_STEPS}",
     "rollout.num_prompts=8",
     "rollout.num_samples_per_prompt=8",
+    "train.num_minibatches=4",
+    "optimizer.num_warmup_steps=2",
     "data.evaluation.held_out.num_prompts=16",
 )
 TIMEOUT_S = 300.0
@@ -129,7 +131,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
 def test_what_is_shown(run: QuickStart) -> None:
     lines = run.output.splitlines()
     assert "FIPO on Megatron-Core" in run.output
-    for fact in (BASE, "8 prompts × 8 responses", "5 steps × 16 updates", "2 = tp 1 × pp 1 × cp 2 × dp 1"):
+    for fact in (BASE, "8 prompts × 8 responses", f"{NUM_STEPS} steps × 8 updates", "2 = tp 1 × pp 1 × cp 2 × dp 1"):
         assert fact in run.output
     steps = [line for line in lines if re.match(rf"\s*\d+/{NUM_STEPS}\s", line)]
     assert [int(line.split("/")[0]) for line in steps] == list(range(NUM_STEPS)), "one line for each step"

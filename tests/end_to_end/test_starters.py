@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.run.samples import read_samples
-from tests.end_to_end.runs import ROOT, metric_lines, step_lines
+from tests.end_to_end.runs import ROOT, SHORT, metric_lines, step_lines
 
 TIMEOUT_S = 240.0
 SMALL = (
@@ -103,7 +103,7 @@ def test_the_tutorials_commands_work_as_typed(shell: Shell, tmp_path: Path) -> N
 
 def test_the_quickstart_trains_without_a_clone_and_goes_on_from_anywhere(shell: Shell, tmp_path: Path) -> None:
     shell("megatron-fipo init")
-    shell("megatron-fipo train quickstart/fipo.yaml parallel.cp=1", *SMALL)
+    shell("megatron-fipo train quickstart/fipo.yaml parallel.cp=1", *SMALL, *SHORT)
     shell("megatron-fipo samples outputs/quickstart --step 0 --full")
     (tmp_path / "elsewhere").mkdir()
     more = ("train.resume=true", "train.num_steps=2")

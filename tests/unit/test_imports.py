@@ -280,3 +280,20 @@ def test_the_configuration_loads_without_torch_or_megatron() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("verifier", "found"),
+    [("exact", []), ("tests.end_to_end.verifiers:always_right", ["asyncio"]), ("http://127.0.0.1:9", ["http.client"])],
+)
+def test_a_verifiers_worker_imports_what_its_kind_needs(verifier: str, found: list[str]) -> None:
+    """Each rank has one. What it judges with is there when it has loaded: once confined, it can read no modules."""
+    code = (
+        "import sys, megatron_fipo.verifiers.worker; from megatron_fipo.verifiers.registry import load_verifier; "
+        f"load_verifier({verifier!r}); print(sorted({{'asyncio', 'http.client', 'torch'}} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PACKAGE.parent, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(found)
