@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_fipo.actor import optimizer_state
+from megatron_fipo.actor import optimizer_state, padded_buckets
 from megatron_fipo.actor.optimizer import single_optimizers
+from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
 _FORMAT = {
@@ -39,7 +40,8 @@ def sharded_state(
         name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for name, model in _by_name(models)
     }
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    with padded_buckets.state_keeps_padding(single_optimizers(optimizer)):
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
     if not is_loading and optimizer_state.counts_per_parameter(optimizer):
         # Megatron leaves out a step count of 0, without which torch's Adam could not load what was saved.
         whole = state["optimizer"].get("optimizer", state["optimizer"])
@@ -51,7 +53,11 @@ def sharded_state(
 def restore_state(
     models: Sequence[nn.Module], optimizer: Any, ranks: ParallelGroups, read: Callable[[State], State]
 ) -> State:
-    """Load weights and optimizer state; see `TrainedModel.restore`."""
+    """Load weights and optimizer state; see `TrainedModel.restore`.
+
+    Raises:
+        OptimizerStateError: on every rank, if what was saved of the optimizer does not belong to the weights.
+    """
     settings = optimizer_state.settings(optimizer)
     for single in single_optimizers(optimizer):
         if hasattr(single, "_set_main_param_and_optimizer_states"):
@@ -59,11 +65,29 @@ def restore_state(
     loaded = read(sharded_state(models, optimizer, ranks, is_loading=True))
     for name, model in _by_name(models):
         model.load_state_dict(loaded[name])
+    shards = padded_buckets.shards_of_weights(single_optimizers(optimizer))
     optimizer.load_state_dict(loaded["optimizer"])
+    _check_main_weights(shards, models, ranks)
     for single in single_optimizers(optimizer):
         optimizer_state.separate_adam_steps(single)
     optimizer_state.set_settings(optimizer, settings)
     return loaded
+
+
+def _check_main_weights(shards: Sequence[Any], models: Sequence[nn.Module], ranks: ParallelGroups) -> None:
+    """Check that the optimizer's main weights are those of the model. Collective.
+
+    Raises:
+        OptimizerStateError: on every rank, if they are not on one of them.
+    """
+    foreign = {id(parameter) for parameter in padded_buckets.foreign_main_weights(shards)}
+    own = [name for model in models for name, parameter in model.named_parameters() if id(parameter) in foreign]
+    names = sorted({name for part in exchange.all_gather_objects(own, ranks.world) for name in part})
+    if names:
+        raise padded_buckets.OptimizerStateError(
+            f"the optimizer's main weights differ from the model's weights in {len(names)} parameters, the first of "
+            f"them {names[0]}"
+        )
 
 
 def _by_name(models: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_fipo.actor.padded_buckets import OptimizerStateError
 from megatron_fipo.actor.trained import TrainedModel
 from megatron_fipo.checkpoint import folder as checkpoint_folder
 from megatron_fipo.checkpoint.error import CheckpointError as CheckpointError
@@ -269,7 +270,15 @@ def load_checkpoint(model: TrainedModel[Any], checkpoint: str | Path) -> dict[st
         except (CheckpointException, CheckpointingException) as error:
             raise could_not_read(Path(checkpoint), error) from error
 
-    loop_state = model.restore(read)["loop"]
+    try:
+        loop_state = model.restore(read)["loop"]
+    except OptimizerStateError as error:
+        raise ValueError(
+            f"no run can go on from {checkpoint}: {error}. Development versions before 0.1.0 wrote such checkpoints "
+            "where pipeline stages share an embedding, or several GPUs summed gradients during backward. The model's "
+            "weights in it are right. Make a model of them with 'megatron-fipo convert megatron-to-hf', and start a "
+            "new run from it."
+        ) from error
     assert isinstance(loop_state, dict)
     return loop_state
 
