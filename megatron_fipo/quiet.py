@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-from megatron_fipo.system import scanned_once  # isort: skip # noqa: F401 - before transformers
-
 from transformers.utils import logging as transformers_logging
 
 for _message in (

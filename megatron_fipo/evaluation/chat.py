@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
 from megatron_fipo.config import read_model_config
@@ -22,9 +23,6 @@ from megatron_fipo.rollout.in_process.engine import InProcessEngine
 from megatron_fipo.system.error_net import say_on_stderr
 from megatron_fipo.system.event_loop import run_to_end
 from megatron_fipo.system.text_hygiene import clean_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_LISTED_CHARACTERS = 100
 """If a tokenizer knows no more characters than this, they are all listed when somebody types another one."""
