@@ -118,6 +118,9 @@ def keep_kernels_of(wheel: Path, capability: int) -> None:
 
     Args:
         capability: 90 for compute capability 9.0.
+
+    Raises:
+        ValueError: if the library has no machine code for it, or cannot be read.
     """
     smaller = wheel.with_suffix(".smaller")
     with (
@@ -126,7 +129,8 @@ def keep_kernels_of(wheel: Path, capability: int) -> None:
     ):
         library = max(source.infolist(), key=lambda member: member.file_size)
         content = bytearray(source.read(library))
-        empty_other_kernels(content, capability)
+        if not empty_other_kernels(content, capability):
+            raise ValueError(f"{library.filename} has no kernels for compute capability {capability / 10}.")
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
         for member in source.infolist():
             written = source.read(member)
@@ -234,6 +238,8 @@ def main() -> None:
     )
     parser.add_argument("--trip-mib", type=int, default=60, help="the most that one trip carries")
     arguments = parser.parse_args()
+    if arguments.only_gpu is not None and not arguments.transformer_engine:
+        parser.error("--only-gpu chooses among Transformer Engine's kernels: add --transformer-engine")
     needed = [*BENCHMARKS, *arguments.also, *(TRANSFORMER_ENGINE_NEEDS if arguments.transformer_engine else ())]
     there = {canonical(name) for name in arguments.without}
     needed = [name for name in dict.fromkeys(map(canonical, needed)) if name not in there]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -54,7 +55,7 @@ def _has_padding_between(actor: Actor) -> bool:
     return any(
         bucket.offset + bucket.numel_unpadded < following.offset
         for buffer in buffers
-        for bucket, following in zip(buffer.buckets, buffer.buckets[1:], strict=False)
+        for bucket, following in pairwise(buffer.buckets)
     )
 
 

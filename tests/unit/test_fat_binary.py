@@ -86,6 +86,8 @@ def test_a_wheels_list_of_files_is_right_again(library: Path, tmp_path: Path) ->
         archive.writestr(
             record, f"lib/library.so,sha256=old,{library.stat().st_size}\nlib/__init__.py,sha256=x,4\n{record},,\n"
         )
+    with pytest.raises(ValueError, match=r"no kernels for compute capability 7\.5"):
+        keep_kernels_of(wheel, 75)
     keep_kernels_of(wheel, 90)
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read("lib/library.so")

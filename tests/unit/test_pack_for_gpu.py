@@ -95,6 +95,22 @@ def test_no_trip_exceeds_its_limit_and_nothing_is_left_behind(tmp_path: Path) ->
     assert [[file.stat().st_size for file in trip] for trip in packed] == [[40, 15, 5], [60], [60], [30]]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only-gpu", "9.0"], "add --transformer-engine"),
+        (["--transformer-engine", "--only-gpu", "Hopper"], "Hopper is no compute capability such as 9.0"),
+    ],
+)
+def test_kernels_of_no_known_gpu_are_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pack_for_gpu.py", *words])
+    with pytest.raises(SystemExit):
+        pack_for_gpu.main()
+    assert said in capsys.readouterr().err
+
+
 def test_what_the_machine_has_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

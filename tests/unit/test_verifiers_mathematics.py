@@ -525,9 +525,9 @@ def test_without_the_limits_a_hostile_answer_costs_a_worker(tmp_path: Path, monk
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(pool_module, "MEMORY_GIB", 2.0)
     jobs = [VerifierJob("careless:verify", text, "7") for text in (HOSTILE["binomial"], "Answer: 7")]
-    with VerifierPool(timeout_s=1.5, verifiers=["careless:verify"]) as pool:
+    with VerifierPool(timeout_s=3.0, verifiers=["careless:verify"]) as pool:
         hostile, honest = pool.judge_all(jobs)
-    assert "took longer than verifier.timeout_s=1.5" in hostile.error
+    assert "took longer than verifier.timeout_s=3" in hostile.error
     assert honest.correct
 
 
