@@ -1,8 +1,11 @@
 """Waiting for work that takes anywhere from a second to hours: on a store, with heartbeats, never inside a collective.
 
 A collective gives up after its time-out although the other ranks may be alive, and if one rank fails, the others stay
-in it. Here each rank posts "done" or its error on a store, and sends heartbeats while it works; a waiting rank reads
-all three.
+in it. Here ranks that are done count themselves, a rank that fails posts its error, and all ranks send heartbeats until
+the last one is done. Each rank listens to one other, the one before it, and posts when that one falls silent.
+
+What this costs the store does not depend on how many ranks wait for how many others: a waiting rank reads two keys at a
+look, and every rank adds to one key and reads two every `BEAT_S` seconds.
 """
 
 from __future__ import annotations
@@ -55,13 +58,13 @@ class Work:
         self._rank, self._size, self._name = group.rank(), group.size(), name
         self._on_failure_elsewhere, self._silence_s = on_failure_elsewhere, silence_s
         self._prefix = f"megatron_fipo/waiting/{next(_numbers)}"
-        self._stopped = threading.Event()
+        self._is_working, self._stopped = True, threading.Event()
         self._beating: threading.Thread | None = None
 
     def __enter__(self) -> Work:
         if self._size > 1:
             self._store: Store = _get_default_store()
-            self._store.add(self._key("beats", self._rank), 1)
+            self._store.add(self._beats(self._rank), 1)
             self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._beating.start()
         return self
@@ -71,52 +74,53 @@ class Work:
     ) -> None:
         if self._beating is None:
             return
-        self._stopped.set()
-        self._beating.join()
-        outcome = "" if error is None else f"{type(error).__name__}: {error}"
-        self._store.set(self._key("failed" if error else "done", self._rank), outcome)
-        if error is not None:
-            self._store.set(self._key("failed"), str(self._rank))
-            return
-        self._wait_for_all()
+        self._is_working = False
+        try:
+            if error is None:
+                self._store.add(self._key("done"), 1)
+                self._wait_for_all()
+            else:
+                self._post(f"rank {self._rank} failed: {type(error).__name__}: {error}")
+        finally:
+            self._stopped.set()
+            self._beating.join()
 
     def _beat(self) -> None:
-        told = False
+        """Send heartbeats, listen to the rank before this one, and tell this rank of a failure while it works."""
+        before = (self._rank - 1) % self._size
+        told, beats, heard_at = False, 0, time.monotonic()
         while not self._stopped.wait(BEAT_S):
-            self._store.add(self._key("beats", self._rank), 1)
-            if not told and self._on_failure_elsewhere is not None and self._store.check([self._key("failed")]):
+            self._store.add(self._beats(self._rank), 1)
+            now, count = time.monotonic(), self._store.add(self._beats(before), 0)
+            if count != beats:
+                beats, heard_at = count, now
+            elif now - heard_at > self._silence_s:
+                self._post(self._silence_of(before))
+            if not told and self._store.check([self._key("failed")]):
                 told = True
-                self._on_failure_elsewhere()
+                if self._is_working and self._on_failure_elsewhere is not None:
+                    self._on_failure_elsewhere()
 
     def _wait_for_all(self) -> None:
-        waiting = {rank: (0, time.monotonic()) for rank in range(self._size) if rank != self._rank}
         pause, longest = _POLL_S
-        while True:
+        while self._store.add(self._key("done"), 0) < self._size:
             if self._store.check([self._key("failed")]):
-                rank = int(self._store.get(self._key("failed")))
-                reason = self._store.get(self._key("failed", rank)).decode()
-                raise OtherRankError(f"{self._name}: rank {rank} failed: {reason}")
-            for rank in list(waiting):
-                if self._store.check([self._key("done", rank)]):
-                    del waiting[rank]
-                else:
-                    waiting[rank] = self._listen(rank, *waiting[rank])
-            if not waiting:
-                return
+                raise OtherRankError(f"{self._name}: {self._store.get(self._key('failed')).decode()}")
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
-    def _listen(self, rank: int, beats: int, heard_at: float) -> tuple[int, float]:
-        """(beats of a rank so far, when the last one was heard)."""
-        now, count = time.monotonic(), self._store.add(self._key("beats", rank), 0)
-        if count != beats:
-            return count, now
-        if now - heard_at > self._silence_s:
-            raise OtherRankError(
-                f"{self._name}: rank {rank} has given no sign of life for {self._silence_s:.0f} s; its process or its "
-                "machine is dead or hangs. Start the same command again: what was saved and recorded is taken up."
-            )
-        return beats, heard_at
+    def _post(self, failure: str) -> None:
+        """Tell all ranks, unless another failure came first."""
+        self._store.compare_set(self._key("failed"), "", failure)
 
-    def _key(self, what: str, rank: int | None = None) -> str:
-        return f"{self._prefix}/{what}" if rank is None else f"{self._prefix}/{what}/{rank}"
+    def _silence_of(self, rank: int) -> str:
+        return (
+            f"rank {rank} has given no sign of life for {self._silence_s:.0f} s; its process or its machine is dead or "
+            "hangs. Start the same command again: what was saved and recorded is taken up."
+        )
+
+    def _beats(self, rank: int) -> str:
+        return self._key(f"beats/{rank}")
+
+    def _key(self, what: str) -> str:
+        return f"{self._prefix}/{what}"
