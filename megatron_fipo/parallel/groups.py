@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from megatron_fipo.config import ParallelSection
+from megatron_fipo.system.open_files import make_room_for
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ def _start_distributed(timeout_s: float) -> None:
                 f"RANK={rank} with WORLD_SIZE={size}: ranks count from 0 to WORLD_SIZE - 1. torchrun sets both; unset "
                 "what is left over from elsewhere."
             )
+        if size.isdigit():
+            make_room_for(int(size))
+        # Else every rank connects to every other one before anything else happens, in each of its groups.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
