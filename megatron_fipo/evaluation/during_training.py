@@ -14,7 +14,7 @@ from megatron_fipo.evaluation.scores import EVALUATION_STEP, ProblemResult, eval
 from megatron_fipo.rl.trajectory import Group, Prompt
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator
-from megatron_fipo.system.disk import DiskError, write_text_whole
+from megatron_fipo.system.disk import write_text_whole
 
 MAX_TYPED_CHARACTERS = 60
 """Longest prompt that is proposed for typing."""
@@ -56,22 +56,17 @@ class HeldOutEvaluation:
             ValueError: there too, if the scores to compare with are damaged.
         """
         metrics: dict[str, float] = {}
-        self._solved = []
-        unwritten: DiskError | None = None
-        for source, prompts in self._sets.items():
-            groups = self._generate(prompts)
-            self._solved += [group.prompt for group in groups if all(sample.accuracy == 1 for sample in group.samples)]
+        # In one call: each has its slowest response, and engines would wait for it once for each source.
+        every = self._generate([prompt for prompts in self._sets.values() for prompt in prompts]) if self._sets else []
+        self._solved = [group.prompt for group in every if all(sample.accuracy == 1 for sample in group.samples)]
+        for source in self._sets:
+            groups = [group for group in every if group.prompt.source == source]
             problems = [ProblemResult.from_group(group) for group in groups]
             metrics |= evaluate_problems(problems)
             if self._folder is not None:
-                try:
-                    write_problems(self._folder / f"{when}_{source}.jsonl", problems)
-                except DiskError as error:  # told at the end, since other ranks go on to generate the next source
-                    unwritten = error
+                write_problems(self._folder / f"{when}_{source}.jsonl", problems)
             if announce:
                 self._show_samples(when, source, groups)
-        if unwritten is not None:
-            raise unwritten
         if self._folder is not None and metrics:
             write_text_whole(self._folder / f"{when}.json", json.dumps(metrics, indent=2) + "\n")
             if announce:
