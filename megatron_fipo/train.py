@@ -62,7 +62,8 @@ class Trainer:
             Interrupted: after a signal, with everything saved.
         """
         parts, place, scoring = self.parts, self.place, self.scoring
-        parts.verifiers.wait_until_ready()  # what cannot judge is told before anything is generated
+        if parts.verifiers is not None:
+            parts.verifiers.wait_until_ready()  # what cannot judge is told before anything is generated
         if self.config.train.resume and place.resume():
             close_run_again(parts, place.at.step)
             return

@@ -42,7 +42,7 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.rl.trajectory import Group, Prompt
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.rollout.generation import build_engine, in_process_engine
+from megatron_fipo.rollout.generation import build_engine, in_process_engine, share_of
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.system.digests import fingerprint
 from megatron_fipo.system.disk import DiskError, disk_error, write_text_whole
@@ -197,7 +197,7 @@ def _engine(config: Config, tokenizer: Any, folder: Path) -> Iterator[RolloutEng
     cpu.install()
     ranks = parallel_groups.initialize(ParallelSection(), config.run.seed)
     try:
-        engine = build_engine(config, ranks, tokenizer, folder)
+        engine = build_engine(config, ranks, share_of(config, ranks), tokenizer, folder)
         try:
             engine.start(None)
             yield engine

@@ -21,7 +21,7 @@ from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import ALL_PROMPTS, RolloutEngine, SamplingParams, Share
 from megatron_fipo.rollout.in_process.engine import InProcessEngine, find_stop_token_ids
 from megatron_fipo.rollout.ledger import RolloutLedger
-from megatron_fipo.rollout.servers.setup import build_server_engine
+from megatron_fipo.rollout.servers.setup import build_server_engine, share_of_servers
 from megatron_fipo.system.event_loop import run_to_end
 
 
@@ -35,7 +35,7 @@ class GroupGenerator:
     def __init__(
         self,
         engine: RolloutEngine,
-        environment: Environment,
+        environment: Environment | None,
         ranks: ParallelGroups,
         run_seed: int,
         ledger: RolloutLedger,
@@ -43,6 +43,7 @@ class GroupGenerator:
     ) -> None:
         """
         Args:
+            environment: answers and judges; None where this rank generates nothing.
             ledger: records training's responses, and returns those that a killed run had recorded.
             leave_if_asked: called on all ranks before and after each generation; raises where the run is to end, so
                 that no generation begins after the signal, and no response that was cut short counts as a whole one.
@@ -86,19 +87,21 @@ class GroupGenerator:
         if round_index is not None:
             on_sample = self._ledger.recording(round_index, on_sample)
         with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
-            own = run_to_end(
-                generate_groups(
-                    self._engine,
-                    own_prompts,
-                    self._environment,
-                    num_samples=num_samples,
-                    sampling=sampling,
-                    run_seed=self._run_seed,
-                    step=step,
-                    on_sample=on_sample,
-                    finished=finished,
+            own: list[Group] = []
+            if self._environment is not None:
+                own = run_to_end(
+                    generate_groups(
+                        self._engine,
+                        own_prompts,
+                        self._environment,
+                        num_samples=num_samples,
+                        sampling=sampling,
+                        run_seed=self._run_seed,
+                        step=step,
+                        on_sample=on_sample,
+                        finished=finished,
+                    )
                 )
-            )
             if round_index is not None:
                 self._ledger.secure()
         self._leave_if_asked()
@@ -139,7 +142,7 @@ class GroupGenerator:
         A repeatable engine generates an unfinished share again from the start: in a smaller batch the missing responses
         would be rounded differently.
         """
-        if round_index is None:
+        if round_index is None or self._environment is None:
             return {}
         finished = self._ledger.finished(step, round_index, own_prompts)
         is_whole = len(finished) == len(own_prompts) * num_samples
@@ -162,11 +165,11 @@ def _make_whole(sample: Trajectory, prompt_ids: Tensor) -> None:
         segment.token_ids = segment.token_ids.long()
 
 
-def in_process_engine(config: Config, tokenizer: Any, share: Share = ALL_PROMPTS) -> InProcessEngine:
+def in_process_engine(config: Config, tokenizer: Any, share: Share | None = ALL_PROMPTS) -> InProcessEngine:
     """The engine of rollout.engine=in_process, on this process's device.
 
     Args:
-        share: this process's share of the prompts.
+        share: this process's share of the prompts; None: it generates nothing.
     """
     return InProcessEngine(
         config.model.path,
@@ -178,15 +181,25 @@ def in_process_engine(config: Config, tokenizer: Any, share: Share = ALL_PROMPTS
     )
 
 
-def build_engine(config: Config, ranks: ParallelGroups, tokenizer: Any, folder: Path) -> RolloutEngine:
+def share_of(config: Config, ranks: ParallelGroups) -> Share | None:
+    """This rank's share of the prompts; None where it generates nothing. Collective over all ranks."""
+    if config.rollout.engine == "in_process":
+        return Share(ranks.rank, ranks.world.size())
+    return share_of_servers(config, ranks)
+
+
+def build_engine(
+    config: Config, ranks: ParallelGroups, share: Share | None, tokenizer: Any, folder: Path
+) -> RolloutEngine:
     """The run's rollout engine, not started yet. Collective over all ranks.
 
     Args:
+        share: this rank's, see `share_of`.
         folder: folder for the servers' logs and snapshots.
 
     Raises:
         ValueError: if the model, the devices or the configuration do not fit together.
     """
     if config.rollout.engine == "in_process":
-        return in_process_engine(config, tokenizer, Share(ranks.rank, ranks.world.size()))
+        return in_process_engine(config, tokenizer, share)
     return build_server_engine(config, ranks, find_stop_token_ids(config.model.path, tokenizer), folder)

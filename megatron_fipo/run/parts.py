@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.config import numbers_fingerprint, verifier_weights
+from megatron_fipo.config import VerifierSection, numbers_fingerprint, verifier_weights
 from megatron_fipo.console.console import Console
 from megatron_fipo.data.prompts import PromptStream, evaluation_sets
 from megatron_fipo.data.tokenizer import load_tokenizer
@@ -13,7 +13,7 @@ from megatron_fipo.environments.single_turn import SingleTurn, decode_with, judg
 from megatron_fipo.environments.verifier_probes import VerifierProbes
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.parallel.groups import ParallelGroups
-from megatron_fipo.rollout.generation import GroupGenerator, build_engine
+from megatron_fipo.rollout.generation import GroupGenerator, build_engine, share_of
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.source import RolloutSource
 from megatron_fipo.rollout.synchronous import SynchronousSource
@@ -24,13 +24,15 @@ from megatron_fipo.run.named_on_hub import NamedRun
 from megatron_fipo.run.records import RunRecords
 from megatron_fipo.run.saved import SavedRun
 from megatron_fipo.system.interrupt import Interrupt
-from megatron_fipo.verifiers.check import inspect_own
+from megatron_fipo.verifiers.check import Findings, inspect_own
 from megatron_fipo.verifiers.isolation import isolation_warnings
 from megatron_fipo.verifiers.pool import VerifierPool
 
 
 class RunParts:
     """A run's model, rollout source, verifiers, records and saved state. Building it is collective over all ranks.
+
+    `verifiers` is None on ranks that generate nothing: they judge nothing, and record nothing in the ledger.
 
     Args:
         named: the configuration, with what it names on the hub fetched.
@@ -51,27 +53,24 @@ class RunParts:
         inspected = told_by_leader(lambda: inspect_own(config), ranks)
         prompts = PromptStream.from_config(config, tokenizer, inspected.row_readers)
         held_out = evaluation_sets(config, tokenizer, inspected.row_readers)
-        # Named at the start: an import that came later would count as its first response's time.
+        share = share_of(config, ranks)
         sources = (*config.data.train.values(), *config.data.evaluation.values())
-        in_use = {name for source in sources for name in verifier_weights(source)}
-        verifier = config.verifier
-        self.verifiers = VerifierPool(
-            verifier.num_workers, verifier.timeout_s, verifiers=sorted(in_use), trusted=verifier.trusted
-        )
+        in_use = sorted({name for source in sources for name in verifier_weights(source)})
+        self.verifiers = None if share is None else _verifier_pool(config.verifier, in_use)
         try:
-            probes = VerifierProbes(self.verifiers, first_prompts(prompts, held_out))
+            probes = self.verifiers and VerifierProbes(self.verifiers, first_prompts(prompts, held_out))
             self.actor = Actor(config, ranks)  # while verifiers are imported and answer
             self.warnings = [
                 *inspected.warnings,
-                *isolation_warnings(in_use, verifier.trusted),
-                *told_by_all(probes.findings(), ranks),
+                *isolation_warnings(in_use, config.verifier.trusted),
+                *told_by_all(probes.findings() if probes else Findings(), ranks),
             ]
         except BaseException:
-            self.verifiers.close()
+            self._close_verifiers()
             raise
         self.records = RunRecords(named, ranks, console)
         folder = self.records.folder
-        engine = build_engine(config, ranks, tokenizer, folder.servers)
+        engine = build_engine(config, ranks, share, tokenizer, folder.servers)
         try:
             engine.start(self.actor)
         except BaseException:
@@ -79,7 +78,7 @@ class RunParts:
             raise
         self.interrupt = Interrupt(engine.abort)
         self.ledger = RolloutLedger(folder.rollouts, ranks.rank, numbers_fingerprint(named.recorded), self.decode)
-        environment = SingleTurn(judge_in(self.verifiers), self.decode)
+        environment = None if self.verifiers is None else SingleTurn(judge_in(self.verifiers), self.decode)
         generator = GroupGenerator(engine, environment, ranks, config.run.seed, self.ledger, leave_if_asked)
         self.source: RolloutSource = SynchronousSource(config, ranks, prompts, engine, generator, console)
         self.saved = SavedRun(config, self.actor, folder, self.ledger, console, named.recorded)
@@ -92,7 +91,16 @@ class RunParts:
 
     def close(self) -> None:
         """Release processes, memory and the folder."""
-        self.verifiers.close()
+        self._close_verifiers()
         self.source.close()
         self.ledger.close()
         self.records.close()
+
+    def _close_verifiers(self) -> None:
+        if self.verifiers is not None:
+            self.verifiers.close()
+
+
+def _verifier_pool(section: VerifierSection, in_use: Sequence[str]) -> VerifierPool:
+    """A pool that imports its verifiers at the start: an import that came later would count as a response's time."""
+    return VerifierPool(section.num_workers, section.timeout_s, verifiers=in_use, trusted=section.trusted)

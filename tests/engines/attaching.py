@@ -17,7 +17,7 @@ from megatron_fipo.environments.single_turn import SingleTurn, decode_with, judg
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.trajectory import Prompt, Trajectory
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.rollout.generation import GroupGenerator, build_engine
+from megatron_fipo.rollout.generation import GroupGenerator, build_engine, share_of
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.api import InferenceServer
 from megatron_fipo.rollout.servers.engine import ServerEngine
@@ -97,7 +97,7 @@ def expect_no_server(model: Path, folder: Path, url: str) -> None:
         for engine in ("sglang", "vllm"):
             config = attached_config(engine, model, [url], "servers.start_timeout_s=0.5")
             words = rf"^{engine}-0 was not ready after 0\.5 s \(servers\.start_timeout_s\): {url}/.*Cannot connect"
-            servers = build_engine(config, ranks, None, folder)
+            servers = build_engine(config, ranks, share_of(config, ranks), None, folder)
             assert isinstance(servers, ServerEngine)
             with pytest.raises(ServerError, match=words):
                 servers.start()
@@ -123,7 +123,7 @@ def expect_other_model_refused(engine: str, model: Path, folder: Path, url: str,
     with rank_of_node([0]) as ranks:
         config = attached_config(engine, model, [url], f"servers.tp={tp}")
         words = rf"{engine}-0 \({url}, .* whose hidden_size is 128; that of model\.path={model} is 64\."
-        servers = build_engine(config, ranks, None, folder)
+        servers = build_engine(config, ranks, share_of(config, ranks), None, folder)
         assert isinstance(servers, ServerEngine)
         with pytest.raises(ServerError, match=words):
             servers.start()
@@ -147,7 +147,7 @@ def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url
         environment = SingleTurn(judge_in(verifiers), decode_with(NumberTokenizer()))
         for number, method in enumerate(("tensor", "distributed", "disk")):
             config = attached_config(engine, models[0], [url], f"servers.tp={tp}", f"servers.weight_sync={method}")
-            servers = build_engine(config, ranks, None, folder)
+            servers = build_engine(config, ranks, share_of(config, ranks), None, folder)
             assert isinstance(servers, ServerEngine)
             servers.start()
             generator = GroupGenerator(servers, environment, ranks, 0, ledger, lambda: None)

@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 @cache
 def _device() -> Any:
-    """Made in the rank itself: its thread would not survive a fork."""
-    return ProcessGroupGloo.create_default_device()
+    """Made in the rank itself: its thread would not survive a fork. Groups that connect late hang if they share one."""
+    return ProcessGroupGloo.create_default_device(lazy_init=False)
 
 
 class _OnOneDevice(ProcessGroupGloo):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torch.distributed import ProcessGroupGloo, distributed_c10d
+
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.parallel import exchange
 from tests.parallel.layouts import layout
@@ -19,6 +21,7 @@ def _sockets() -> int:
 def _connections(lazy: str) -> tuple[int, int]:
     """Sockets (of the groups, once an object was gathered over all ranks)."""
     os.environ["TORCH_GLOO_LAZY_INIT"] = lazy
+    distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # with a device for each group, as outside of tests
     before = _sockets()
     with layout(ParallelSection()) as ranks:
         of_groups = _sockets() - before

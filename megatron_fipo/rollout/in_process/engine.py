@@ -70,7 +70,7 @@ class InProcessEngine:
         tokenizer: Any = None,
         stop_token_ids: Collection[int] | None = None,
         policy_version: int = 0,
-        share: Share = ALL_PROMPTS,
+        share: Share | None = ALL_PROMPTS,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"rollout.max_batch_size must be at least 1; got {max_batch_size}")

@@ -65,7 +65,27 @@ class _Ownership:
     @property
     def share(self) -> Share | None:
         """This rank's share of the prompts; None where it owns no servers."""
-        return Share(self.owners.index(self.rank), len(self.owners)) if self.is_owner else None
+        return _share(self.rank, self.owners)
+
+
+def share_of_servers(config: Config, ranks: ParallelGroups) -> Share | None:
+    """This rank's share of the prompts: of those that the servers of its node generate. Collective over all ranks.
+
+    None where it owns no servers.
+    """
+    local_ranks = exchange.all_gather_objects(int(os.environ.get("LOCAL_RANK", "0")), ranks.world)
+    return _share(ranks.rank, _owners(config, local_ranks))
+
+
+def _owners(config: Config, local_ranks: Sequence[int]) -> list[int]:
+    """The ranks that own servers, ascending: the first of each node."""
+    owners = [rank for rank, local_rank in enumerate(local_ranks) if local_rank == 0]
+    # With fewer servers than nodes, the other nodes' ranks wait for those that have one.
+    return owners[: len(config.servers.urls)] if config.servers.urls else owners
+
+
+def _share(rank: int, owners: Sequence[int]) -> Share | None:
+    return Share(owners.index(rank), len(owners)) if rank in owners else None
 
 
 def build_server_engine(
@@ -114,9 +134,7 @@ def _ownership(config: Config, device: Device, ranks: ParallelGroups, gpu: Train
     """Who owns servers. Collective; an error is raised on every rank."""
     section = config.servers
     places = exchange.all_gather_objects((int(os.environ.get("LOCAL_RANK", "0")), gpu.name), ranks.world)
-    owners = [rank for rank, (local_rank, _) in enumerate(places) if local_rank == 0]
-    if section.urls:  # with fewer servers than nodes, the other nodes' ranks wait for those that have one
-        owners = owners[: len(section.urls)]
+    owners = _owners(config, [local_rank for local_rank, _ in places])
     specs: list[LaunchSpec] = []
     problem = ""
     if ranks.rank in owners:
