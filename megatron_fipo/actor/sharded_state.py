@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_fipo.actor import optimizer_state, padded_buckets
+from megatron_fipo.actor import main_weights, optimizer_shards, optimizer_state
 from megatron_fipo.actor.optimizer import single_optimizers
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 
 _FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank, not each, brings the shards together
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
@@ -34,13 +33,11 @@ def sharded_state(
     metadata = {**_FORMAT, "dp_cp_group": ranks.dp_cp}
     for single in single_optimizers(optimizer):
         optimizer_state.start_adam(single)
-        if hasattr(single, "data_parallel_group_gloo"):
-            single.data_parallel_group_gloo = single.data_parallel_group  # ours all have gloo for the CPU
     state: State = {
         name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for name, model in _by_name(models)
     }
-    with padded_buckets.state_keeps_padding(single_optimizers(optimizer)):
+    with optimizer_shards.shared_out(single_optimizers(optimizer)):
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
     if not is_loading and optimizer_state.counts_per_parameter(optimizer):
         # Megatron leaves out a step count of 0, without which torch's Adam could not load what was saved.
@@ -65,8 +62,9 @@ def restore_state(
     loaded = read(sharded_state(models, optimizer, ranks, is_loading=True))
     for name, model in _by_name(models):
         model.load_state_dict(loaded[name])
-    shards = padded_buckets.shards_of_weights(single_optimizers(optimizer))
-    optimizer.load_state_dict(loaded["optimizer"])
+    shards = main_weights.shards_of_weights(single_optimizers(optimizer))
+    with optimizer_shards.shared_out(single_optimizers(optimizer)):
+        optimizer.load_state_dict(loaded["optimizer"])
     _check_main_weights(shards, models, ranks)
     for single in single_optimizers(optimizer):
         optimizer_state.separate_adam_steps(single)
@@ -80,11 +78,11 @@ def _check_main_weights(shards: Sequence[Any], models: Sequence[nn.Module], rank
     Raises:
         OptimizerStateError: on every rank, if they are not on one of them.
     """
-    foreign = {id(parameter) for parameter in padded_buckets.foreign_main_weights(shards)}
+    foreign = {id(parameter) for parameter in main_weights.foreign_main_weights(shards)}
     own = [name for model in models for name, parameter in model.named_parameters() if id(parameter) in foreign]
     names = sorted({name for part in exchange.all_gather_objects(own, ranks.world) for name in part})
     if names:
-        raise padded_buckets.OptimizerStateError(
+        raise main_weights.OptimizerStateError(
             f"the optimizer's main weights differ from the model's weights in {len(names)} parameters, the first of "
             f"them {names[0]}"
         )

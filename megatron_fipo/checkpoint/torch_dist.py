@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fipo.actor.padded_buckets import OptimizerStateError
+from megatron_fipo.actor.main_weights import OptimizerStateError
 from megatron_fipo.actor.trained import TrainedModel
 from megatron_fipo.checkpoint import folder as checkpoint_folder
 from megatron_fipo.checkpoint.error import CheckpointError as CheckpointError

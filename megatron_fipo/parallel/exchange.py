@@ -26,6 +26,24 @@ def all_gather_objects(own: T, group: ProcessGroup) -> list[T]:
     return [pickle.loads(sent) for sent in gathered]
 
 
+def all_to_all_parts(own: Tensor, to_send: list[int], to_receive: list[int], group: ProcessGroup) -> Tensor:
+    """What every rank has for this one. Collective.
+
+    Args:
+        own: [sum of to_send] this rank's elements for rank 0, then those for rank 1, and so on.
+        to_send: number of elements for each rank.
+        to_receive: number of elements from each rank.
+
+    Returns:
+        [sum of to_receive] by source.
+    """
+    if group.size() == 1:
+        return own
+    received = own.new_empty(sum(to_receive))
+    dist.all_to_all_single(received, own, to_receive, to_send, group=group)
+    return received
+
+
 def all_gather_tensors(own: Tensor, group: ProcessGroup) -> list[Tensor]:
     """Every rank's tensor, by rank; all of one shape and dtype. Collective."""
     if group.size() == 1:

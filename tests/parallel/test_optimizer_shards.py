@@ -1,9 +1,11 @@
-"""What is saved of the optimizer belongs to its parameter, also where buffers have padding between their buckets."""
+"""The optimizer's state in checkpoints: each rank writes a share, what it says belongs to its parameter, and Megatron's
+own functions read and write the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -12,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.actor import padded_buckets
+from megatron_fipo.actor import optimizer_shards
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.optimizer import single_optimizers
+from megatron_fipo.actor.sharded_state import sharded_state
 from megatron_fipo.checkpoint.folder import latest_first
 from megatron_fipo.checkpoint.torch_dist import Keeping, begin_checkpoint, load_checkpoint
 from megatron_fipo.config import ParallelSection
@@ -59,6 +62,13 @@ def _has_padding_between(actor: Actor) -> bool:
     )
 
 
+@contextmanager
+def by_megatron() -> Iterator[None]:
+    """State is saved and loaded by Megatron's own functions."""
+    with mock.patch.object(optimizer_shards, "shared_out", return_value=nullcontext()):
+        yield
+
+
 def _save(actor: Actor, folder: Path) -> None:
     begin_checkpoint(actor, folder, 1, LOOP_STATE, Keeping(last=1), asynchronous=False).finish()
 
@@ -72,7 +82,7 @@ def _load(case: Case, model: str, actor: Actor, folder: Path) -> Actor:
 def _there_and_back(
     case: Case, setting: Setting, other: Case, others_setting: Setting, model: str, folder: str
 ) -> tuple[bool, list[bool], str]:
-    """Save, load in the same layout, load in another, save there, and come back; then save without the mend.
+    """Save, load in the same layout, load in another, save there, and come back; then save as Megatron does.
 
     Returns:
         Whether this rank's buffers have padding between buckets, whether states are the same after each way, and what
@@ -84,7 +94,7 @@ def _there_and_back(
         saved, has_padding = _states(actor), _has_padding_between(actor)
         _save(actor, Path(folder, "first"))
         same = [_same(_states(_load(case, model, actor, Path(folder, "first"))), saved)]
-        with mock.patch.object(padded_buckets, "state_keeps_padding", return_value=nullcontext()):
+        with by_megatron():
             _save(actor, Path(folder, "shifted"))
         try:
             _load(case, model, actor, Path(folder, "shifted"))
@@ -117,3 +127,71 @@ def test_main_weights_and_moments_stay_with_their_parameter(
         assert same == [True, True]
         assert "the optimizer's main weights differ from the model's weights in" in message
         assert "convert" in message
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shared:
+    """What one rank wrote and read, and whether Megatron's own functions agree.
+
+    Attributes:
+        num_written, num_read: elements of the rank's sharded tensors of main weights.
+        num_all, largest: elements of all parameters of its data-parallel group, and of the largest.
+        ours_by_megatron, megatrons_by_us: whether a checkpoint that one wrote is right when the other has read it.
+    """
+
+    num_written: int
+    num_read: int
+    num_all: int
+    largest: int
+    ours_by_megatron: bool
+    megatrons_by_us: bool
+
+
+def _share(case: Case, model: str, folder: str) -> Shared:
+    with layout(case.parallel) as ranks:
+        config = config_of(case, model)
+        actor = Actor(config, ranks)
+        train_step(actor, config, 0, Outcome())
+        saved = _states(actor)
+        counts = [
+            sum(
+                tensors["param"].data.numel()
+                for tensors in sharded_state(actor.models, actor.optimizer, ranks, is_loading=is_loading)["optimizer"][
+                    "param_state"
+                ].values()
+            )
+            for is_loading in (False, True)
+        ]
+        sizes = [p.numel() for chunk in actor.models for p in chunk.parameters()]
+        _save(actor, Path(folder, "ours"))
+        with by_megatron():
+            _save(actor, Path(folder, "megatrons"))
+            ours_by_megatron = _same(_states(_load(case, model, actor, Path(folder, "ours"))), saved)
+        megatrons_by_us = _same(_states(_load(case, model, actor, Path(folder, "megatrons"))), saved)
+        return Shared(*counts, sum(sizes), max(sizes), ours_by_megatron, megatrons_by_us)
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size"),
+    [
+        (Case("dp4", max_tokens=400), 4),
+        (Case("cp2 dp2", parallel=P(cp=2), max_tokens=400), 4),
+        (Case("tp2 dp2", parallel=P(tp=2), max_tokens=400), 4),
+    ],
+    ids=["dp4", "cp2 dp2", "tp2 dp2"],
+)
+def test_each_rank_writes_and_reads_a_share(case: Case, world_size: int, tmp_path: Path) -> None:
+    model = layouts.save_models(tmp_path / "models")["qwen2"]
+    shares = run_ranks(_share, world_size, case, model, str(tmp_path), timeout_s=200)
+    dp_size = world_size // case.parallel.tp
+    for share in shares:
+        assert share.num_written <= share.num_all / dp_size + share.largest
+        assert share.num_read <= share.num_all / dp_size + 2 * share.largest
+        assert share.ours_by_megatron
+        assert share.megatrons_by_us
+    assert sum(share.num_written > 0 for share in shares) == world_size, "a rank stood by"
+    if case.parallel.tp == 1:
+        assert sum(share.num_written for share in shares) == shares[0].num_all
