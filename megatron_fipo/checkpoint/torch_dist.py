@@ -17,8 +17,10 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fipo.actor.main_weights import OptimizerStateError
@@ -85,7 +87,14 @@ def begin_checkpoint(
     try:
         with ended_with_their_parent():
             request = dist_checkpointing.save(
-                state, str(partial), async_sharded_save=asynchronous, **_MEGATRONS_OWN_WRITER
+                state,
+                str(partial),
+                # What several data-parallel ranks have alike, each writes a share of.
+                sharded_strategy=FullyParallelSaveStrategyWrapper(
+                    get_default_save_sharded_strategy(), model.ranks.dp_cp
+                ),
+                async_sharded_save=asynchronous,
+                **_MEGATRONS_OWN_WRITER,
             )
         if extras is not None:
             extras(partial)

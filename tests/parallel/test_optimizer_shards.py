@@ -139,6 +139,7 @@ class Shared:
     Attributes:
         num_written, num_read: elements of the rank's sharded tensors of main weights.
         num_all, largest: elements of all parameters of its data-parallel group, and of the largest.
+        num_bytes: what it wrote into the checkpoint's folder.
         ours_by_megatron, megatrons_by_us: whether a checkpoint that one wrote is right when the other has read it.
     """
 
@@ -146,6 +147,7 @@ class Shared:
     num_read: int
     num_all: int
     largest: int
+    num_bytes: int
     ours_by_megatron: bool
     megatrons_by_us: bool
 
@@ -167,11 +169,13 @@ def _share(case: Case, model: str, folder: str) -> Shared:
         ]
         sizes = [p.numel() for chunk in actor.models for p in chunk.parameters()]
         _save(actor, Path(folder, "ours"))
+        files = latest_first(Path(folder, "ours"))[0].glob(f"__{ranks.rank}_*.distcp")
+        num_bytes = sum(file.stat().st_size for file in files)
         with by_megatron():
             _save(actor, Path(folder, "megatrons"))
             ours_by_megatron = _same(_states(_load(case, model, actor, Path(folder, "ours"))), saved)
         megatrons_by_us = _same(_states(_load(case, model, actor, Path(folder, "megatrons"))), saved)
-        return Shared(*counts, sum(sizes), max(sizes), ours_by_megatron, megatrons_by_us)
+        return Shared(*counts, sum(sizes), max(sizes), num_bytes, ours_by_megatron, megatrons_by_us)
 
 
 @pytest.mark.parametrize(
@@ -193,5 +197,7 @@ def test_each_rank_writes_and_reads_a_share(case: Case, world_size: int, tmp_pat
         assert share.ours_by_megatron
         assert share.megatrons_by_us
     assert sum(share.num_written > 0 for share in shares) == world_size, "a rank stood by"
+    largest_file, all_files = max(share.num_bytes for share in shares), sum(share.num_bytes for share in shares)
+    assert largest_file <= 1.5 * all_files / world_size, [share.num_bytes for share in shares]
     if case.parallel.tp == 1:
         assert sum(share.num_written for share in shares) == shares[0].num_all
