@@ -107,7 +107,16 @@ def _verl() -> LogProbs:
     """verl's Triton kernels, which have the same contract: entropy, temperature, a tensor-parallel group."""
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
-    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, 1.0, "none", None)
+    def log_probs_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs, entropy = linear_cross_entropy(hidden, weight, labels, 1.0, "none", None)
+        for output in (log_probs, entropy):
+            if (
+                output.requires_grad
+            ):  # its backward takes contiguous gradients alone; that of a sum is one number, expanded
+                output.register_hook(Tensor.contiguous)
+        return log_probs, entropy
+
+    return log_probs_and_entropy
 
 
 def _cut_cross_entropy() -> LogProbs:
