@@ -23,11 +23,10 @@ from megatron_fipo.parallel import uncompiled  # isort: skip # noqa: F401 - befo
 from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.console.console import Console
 from megatron_fipo.parallel import exchange
-from megatron_fipo.parallel.batch import build_minibatches
+from megatron_fipo.parallel.batch import build_own_minibatches, divide
 from megatron_fipo.parallel.cp_suffix_sum import exchange_metrics
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.objective import Objective
-from megatron_fipo.rl.advantages import assign_advantages
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rollout.source import StepRollouts
@@ -103,9 +102,8 @@ class Trainer:
             rollouts = self._collect(step, only_recorded=bool(at.updates))
         with clock.phase("handover_to_training"):
             parts.source.take_back(parts.actor)
-        assign_advantages(rollouts.groups, config.advantages.estimator)
-        parts.records.keep_samples(step, rollouts, parts.decode)
-        minibatches = build_minibatches(rollouts.groups, config, self.ranks, parts.pad_token_id)
+        parts.records.keep_samples(step, rollouts, parts.plane, parts.decode)
+        minibatches = self._minibatches(rollouts)
         with clock.phase("old_log_probs"):
             fill_in_log_probs(minibatches, parts.actor, config.objective, at.old_log_probs)
         with clock.phase("update"):
@@ -123,6 +121,16 @@ class Trainer:
         except BatchNotFilledError:
             self.place.save()
             raise
+
+    def _minibatches(self, rollouts: StepRollouts) -> list[list[PackedBatch]]:
+        """This rank's microbatches, of tokens that the ranks which generated them send here."""
+        plan, plane = rollouts.plan, self.parts.plane
+        lengths = plan["num_tokens"].tolist()
+        division = divide(lengths, rollouts.group_sizes, self.config, self.ranks.dp.size())
+        samples = plane.deliver(rollouts.trajectory, plan["leader"], division.wanted)
+        for index, sample in samples.items():
+            sample.advantage = float(plan["advantage"][index])
+        return build_own_minibatches(division, samples, self.config, self.ranks, self.parts.pad_token_id)
 
     def _update(self, step: int, minibatches: list[list[PackedBatch]]) -> Sequence[UpdateResult]:
         """One optimizer step on each minibatch, num_epochs times over; those that are done already are left out."""

@@ -267,9 +267,10 @@ class PromptStream:
             item = self._order(position, epoch)[place]
         return source.prompt(item, prompt_id)
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; moves the cursor past them."""
-        prompts = [self.prompt(self._next_prompt_id + offset) for offset in range(count)]
+    def take(self, count: int, places: slice = slice(None)) -> list[Prompt]:
+        """Of the next `count` prompts those at some places, by default all; moves the cursor past them all."""
+        first = self._next_prompt_id
+        prompts = [self.prompt(prompt_id) for prompt_id in range(first, first + count)[places]]
         self._next_prompt_id += count
         return prompts
 

@@ -11,8 +11,10 @@ from megatron_fipo.config import Config
 from megatron_fipo.console.console import Console
 from megatron_fipo.console.samples import ShownSample
 from megatron_fipo.evaluation.scores import EVALUATION_STEP, ProblemResult, evaluate_problems, write_problems
-from megatron_fipo.rl.trajectory import Group, Prompt
-from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.parallel.agreement import decided_by_leader
+from megatron_fipo.parallel.data_plane import DataPlane
+from megatron_fipo.rl.trajectory import Prompt
+from megatron_fipo.rollout.engine import NO_PLACES, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator
 from megatron_fipo.system.disk import write_text_whole
 
@@ -30,17 +32,20 @@ class HeldOutEvaluation:
         config: Config,
         sets: Mapping[str, Sequence[Prompt]],
         generator: GroupGenerator,
+        plane: DataPlane,
         console: Console,
         folder: Path | None,
     ) -> None:
         """
         Args:
             sets: prompts by source.
+            plane: brings the judged problems to rank 0, which scores them.
             folder: where judged responses are written; None on all ranks but one.
         """
-        self._config, self._sets, self._generator = config, sets, generator
+        self._config, self._sets, self._generator, self._plane = config, sets, generator, plane
         self._console, self._folder = console, folder
-        self._solved: list[Prompt] = []
+        self._solved: list[ProblemResult] = []
+        """Of rank 0, which alone speaks."""
 
     def run(self, when: str, *, compare: bool = False, announce: bool = True) -> dict[str, float]:
         """Scores by flat name, the same on every rank; empty without sources. Collective over all ranks.
@@ -55,18 +60,17 @@ class HeldOutEvaluation:
             DiskError: on the rank that writes, after the last collective call.
             ValueError: there too, if the scores to compare with are damaged.
         """
-        metrics: dict[str, float] = {}
-        # In one call: each has its slowest response, and engines would wait for it once for each source.
-        every = self._generate([prompt for prompts in self._sets.values() for prompt in prompts]) if self._sets else []
-        self._solved = [group.prompt for group in every if all(sample.accuracy == 1 for sample in group.samples)]
+        if not self._sets:
+            return {}
+        every = self._problems()
+        self._solved = [problem for problem in every if all(score == 1 for score in problem.scores)]
+        metrics = decided_by_leader(lambda: evaluate_problems(every), self._plane.world)
         for source in self._sets:
-            groups = [group for group in every if group.prompt.source == source]
-            problems = [ProblemResult.from_group(group) for group in groups]
-            metrics |= evaluate_problems(problems)
+            problems = [problem for problem in every if problem.source == source]
             if self._folder is not None:
                 write_problems(self._folder / f"{when}_{source}.jsonl", problems)
             if announce:
-                self._show_samples(when, source, groups)
+                self._show_samples(when, source, problems)
         if self._folder is not None and metrics:
             write_text_whole(self._folder / f"{when}.json", json.dumps(metrics, indent=2) + "\n")
             if announce:
@@ -83,11 +87,11 @@ class HeldOutEvaluation:
         """
         typed = sorted(
             {
-                prompt.text
-                for prompt in self._solved
-                if len(prompt.text) <= MAX_TYPED_CHARACTERS
-                and prompt.text.isprintable()
-                and not self._config.data.evaluation[prompt.source].chat_template
+                problem.prompt
+                for problem in self._solved
+                if len(problem.prompt) <= MAX_TYPED_CHARACTERS
+                and problem.prompt.isprintable()
+                and not self._config.data.evaluation[problem.source].chat_template
             },
             key=lambda text: (len(text), text),
         )
@@ -105,33 +109,47 @@ class HeldOutEvaluation:
             raise _no_scores(path, "numbers by name were expected")
         return scores
 
-    def _generate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        section, rollout = self._config.evaluation, self._config.rollout
+    def _problems(self) -> list[ProblemResult]:
+        """Every prompt with its judged responses, in the order of the sources, on rank 0; [] elsewhere. Collective."""
+        section, rollout, share = self._config.evaluation, self._config.rollout, self._generator.share
+        # In one call: each has its slowest response, and engines would wait for it once for each source.
+        prompts = [prompt for prompts in self._sets.values() for prompt in prompts]
+        own_places = range(len(prompts))[NO_PLACES if share is None else share.places]
         max_tokens = section.max_response_tokens or rollout.max_response_tokens
         sampling = SamplingParams(max_tokens, section.temperature, section.top_p)
         num_samples = section.num_samples_per_prompt
-        with self._console.evaluation_progress(len(self._generator.own_share(prompts)) * num_samples) as progress:
-            return self._generator.generate(
-                prompts, num_samples, sampling, EVALUATION_STEP, on_sample=lambda sample: progress.advance()
+        with self._console.evaluation_progress(len(own_places) * num_samples) as progress:
+            groups = self._generator.generate(
+                [prompts[place] for place in own_places],
+                num_samples,
+                sampling,
+                EVALUATION_STEP,
+                on_sample=lambda sample: progress.advance(),
             )
+        own = [(place, ProblemResult.from_group(group)) for place, group in zip(own_places, groups, strict=True)]
+        return [problem for _, problem in sorted(self._plane.gathered(own), key=_place)]
 
-    def _show_samples(self, when: str, source: str, groups: Sequence[Group]) -> None:
-        shown = [(group.prompt, group.samples[0]) for group in groups[: self._config.run.num_sample_prints]]
+    def _show_samples(self, when: str, source: str, problems: Sequence[ProblemResult]) -> None:
+        references = {prompt.prompt_id: _reference_text(prompt.reference) for prompt in self._sets[source]}
         self._console.samples(
             f"Responses {when} training: {source}",
             [
                 ShownSample(
-                    prompt=prompt.text,
-                    response=sample.response_text,
-                    reference=_reference_text(prompt.reference),
-                    answer=sample.answer,
-                    accuracy=sample.accuracy,
-                    num_tokens=sample.num_response_tokens,
-                    truncated=sample.truncated,
+                    prompt=problem.prompt,
+                    response=problem.responses[0],
+                    reference=references[problem.prompt_id],
+                    answer=problem.answers[0],
+                    accuracy=problem.scores[0],
+                    num_tokens=problem.response_tokens[0],
+                    truncated=problem.finish_reasons[0] == "length",
                 )
-                for prompt, sample in shown
+                for problem in problems[: self._config.run.num_sample_prints]
             ],
         )
+
+
+def _place(placed: tuple[int, ProblemResult]) -> int:
+    return placed[0]
 
 
 def _no_scores(path: Path, reason: str) -> ValueError:

@@ -40,3 +40,24 @@ def on_every_rank(action: Callable[[], T], world: ProcessGroup) -> T:
 def on_leader(action: Callable[[], T], world: ProcessGroup) -> T | None:
     """Do `on_every_rank` with an action that only rank 0 takes; other ranks get None. Collective."""
     return on_every_rank(action if world.rank() == 0 else lambda: None, world)
+
+
+def decided_by_leader(
+    action: Callable[[], T], world: ProcessGroup, errors: tuple[type[Exception], ...] = (DiskError, ValueError)
+) -> T:
+    """What rank 0 finds out or decides, on every rank. Collective; the others do not call `action`.
+
+    Args:
+        errors: what `action` may raise; it is raised on every rank then. Each is made of a message alone.
+    """
+    told: tuple[T | None, tuple[type[Exception], str] | None] | None = None
+    if world.rank() == 0:
+        try:
+            told = action(), None
+        except errors as error:
+            told = None, (type(error), str(error))
+    result, failed = exchange.broadcast_object(told, world)
+    if failed:
+        kind, message = failed
+        raise kind(message)
+    return result  # type: ignore[return-value] # None is what rank 0 found, then

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packed_layout import round_up
 from megatron_fipo.rl.packing import build_packed_batch, pack, pack_tokens, split_minibatches
 from megatron_fipo.rl.segments import segments_of
-from megatron_fipo.rl.trajectory import Group
+from megatron_fipo.rl.trajectory import Group, Trajectory
 
 _PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs", "sequence_ids")
 _PER_SEQUENCE = ("cu_seqlens_padded", "response_token_counts")
@@ -24,45 +25,90 @@ _SCORING_PAD_TOKEN = 0
 """Padding of scored sequences: every vocabulary has this token, and no other token sees it."""
 
 
-def build_minibatches(
-    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int
-) -> list[list[PackedBatch]]:
-    """Cut a step's groups into minibatches, each of them into this rank's microbatches. No communication.
+@dataclass(frozen=True)
+class Division:
+    """Who trains on what in a step; the same on every rank.
 
-    Every rank sees all groups and comes to the same division: microbatches are balanced in tokens over data-parallel
-    ranks, and all ranks have the same number of them. Where stages pass activations on, all microbatches of a
-    minibatch have the same length.
+    Attributes:
+        minibatches: [minibatch][data-parallel rank][microbatch] (which of the step's samples, tokens and padding).
+    """
 
-    Returns:
-        [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
+    minibatches: Sequence[Sequence[Sequence[tuple[list[int], int]]]]
+
+    @property
+    def wanted(self) -> list[set[int]]:
+        """Which of the step's samples each data-parallel rank trains on."""
+        found: list[set[int]] = [set() for _ in self.minibatches[0]]
+        for shares in self.minibatches:
+            for indices, share in zip(found, shares, strict=True):
+                indices.update(index for microbatch, _ in share for index in microbatch)
+        return found
+
+
+def divide(lengths: Sequence[int], group_sizes: Sequence[int], config: Config, num_ranks: int) -> Division:
+    """Cut a step's samples into minibatches, each of them into the microbatches of all data-parallel ranks.
+
+    Microbatches are balanced in tokens over data-parallel ranks, and all ranks have the same number of them. Where
+    stages pass activations on, all microbatches of a minibatch have the same length.
+
+    Args:
+        lengths: tokens of prompt and response of each of the step's samples, group after group.
+        group_sizes: samples of each group; a minibatch has whole groups.
+        num_ranks: data-parallel ranks.
 
     Raises:
         ValueError: if a sequence alone exceeds batch.max_tokens_per_microbatch.
     """
-    samples = [sample for group in groups for sample in group.samples]
-    position = {id(sample): index for index, sample in enumerate(samples)}
     minibatches = []
-    for members in split_minibatches(groups, config.train.num_minibatches):
-        indices = [position[id(sample)] for group in members for sample in group.samples]
-        lengths = [samples[index].num_tokens for index in indices]
+    starts = [0, *itertools.accumulate(group_sizes)]
+    for groups in split_minibatches(len(group_sizes), config.train.num_minibatches):
+        samples = range(starts[groups.start], starts[groups.stop])
+        shares = _microbatches([lengths[index] for index in samples], config, num_ranks)
         minibatches.append(
-            [
-                shard_batch(
-                    build_packed_batch(
-                        samples,
-                        [indices[place] for place in microbatch],
-                        pad_multiple(config),
-                        pad_token_id,
-                        total_tokens=total_tokens,
-                        mask_truncated=config.reward.mask_truncated,
-                    ),
-                    ranks.cp,
-                    device(),
-                )
-                for microbatch, total_tokens in _own_microbatches(lengths, config, ranks)
-            ]
+            [[([samples[place] for place in places], total) for places, total in share] for share in shares]
         )
-    return minibatches
+    return Division(minibatches)
+
+
+def build_own_minibatches(
+    division: Division, samples: Mapping[int, Trajectory], config: Config, ranks: ParallelGroups, pad_token_id: int
+) -> list[list[PackedBatch]]:
+    """This rank's microbatches of a divided step. No communication.
+
+    Args:
+        samples: those that this data-parallel rank trains on, with their advantages, by their place in the batch.
+
+    Returns:
+        [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
+    """
+    return [
+        [
+            shard_batch(
+                build_packed_batch(
+                    samples,
+                    indices,
+                    pad_multiple(config),
+                    pad_token_id,
+                    total_tokens=total_tokens,
+                    mask_truncated=config.reward.mask_truncated,
+                ),
+                ranks.cp,
+                device(),
+            )
+            for indices, total_tokens in shares[ranks.dp.rank()]
+        ]
+        for shares in division.minibatches
+    ]
+
+
+def build_minibatches(
+    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int
+) -> list[list[PackedBatch]]:
+    """`divide` groups that every rank has, and `build_own_minibatches`. No communication."""
+    samples = [sample for group in groups for sample in group.samples]
+    lengths, group_sizes = [sample.num_tokens for sample in samples], [len(group.samples) for group in groups]
+    division = divide(lengths, group_sizes, config, ranks.dp.size())
+    return build_own_minibatches(division, dict(enumerate(samples)), config, ranks, pad_token_id)
 
 
 def build_scoring_batches(
@@ -71,7 +117,7 @@ def build_scoring_batches(
     """This rank's microbatches of sequences whose tokens, from the second on, are all asked for. No communication.
 
     Their response_mask has every token that another one precedes, and their sample_indices count the sequences. They
-    are shared out as `build_minibatches` does it.
+    are shared out as `divide` does it.
 
     Raises:
         ValueError: if a sequence is empty, or alone exceeds batch.max_tokens_per_microbatch.
@@ -82,7 +128,7 @@ def build_scoring_batches(
             f"sequence {lengths.index(0)} of {len(lengths)} has no token: there is nothing to score in it."
         )
     batches = []
-    for microbatch, total_tokens in _own_microbatches(lengths, config, ranks):
+    for microbatch, total_tokens in _microbatches(lengths, config, ranks.dp.size())[ranks.dp.rank()]:
         tokens = [torch.tensor(sequences[index]) for index in microbatch]
         batch = pack_tokens(tokens, microbatch, pad_multiple(config), _SCORING_PAD_TOKEN, total_tokens)
         for start, of_sequence in zip(batch.layout.cu_seqlens_padded.tolist(), tokens, strict=False):
@@ -91,12 +137,12 @@ def build_scoring_batches(
     return batches
 
 
-def _own_microbatches(lengths: Sequence[int], config: Config, ranks: ParallelGroups) -> list[tuple[list[int], int]]:
-    """(which sequences, tokens with all padding) for each of this rank's microbatches."""
+def _microbatches(lengths: Sequence[int], config: Config, num_ranks: int) -> list[list[tuple[list[int], int]]]:
+    """[data-parallel rank][microbatch]: (which sequences, tokens with all padding)."""
     whole = microbatch_token_multiple(config)
     shares = pack(
         lengths,
-        num_ranks=ranks.dp.size(),
+        num_ranks=num_ranks,
         max_tokens=config.batch.max_tokens_per_microbatch // whole * whole,
         pad_multiple=pad_multiple(config),
         microbatch_multiple=config.parallel.pp if config.parallel.virtual_pp else 1,
@@ -105,7 +151,7 @@ def _own_microbatches(lengths: Sequence[int], config: Config, ranks: ParallelGro
     if config.parallel.pp > 1:
         longest = max(total for of_rank in totals for total in of_rank)
         totals = [[longest] * len(of_rank) for of_rank in totals]
-    return list(zip(shares[ranks.dp.rank()], totals[ranks.dp.rank()], strict=True))
+    return [list(zip(share, of_rank, strict=True)) for share, of_rank in zip(shares, totals, strict=True)]
 
 
 def _padded_tokens(lengths: Sequence[int], config: Config) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,52 @@ def all_gather_objects(own: T, group: ProcessGroup) -> list[T]:
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, by_value.dumps(own), group=group)
     return [pickle.loads(sent) for sent in gathered]
+
+
+def gather_objects(own: T, group: ProcessGroup) -> list[T] | None:
+    """Every rank's object, by rank, at the group's first rank; None elsewhere. Collective."""
+    if group.size() == 1:
+        return [own]
+    gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(by_value.dumps(own), gathered, group=group, group_dst=0)
+    return None if gathered is None else [pickle.loads(sent) for sent in gathered]
+
+
+def broadcast_object(own: T | None, group: ProcessGroup) -> T:
+    """The object of the group's first rank, on every rank. Collective; what others hand in is not looked at."""
+    if group.size() == 1:
+        return cast("T", own)
+    sent = [by_value.dumps(own) if group.rank() == 0 else None]
+    dist.broadcast_object_list(sent, group=group, group_src=0)
+    assert sent[0] is not None
+    received: T = pickle.loads(sent[0])
+    return received
+
+
+def all_to_all_arrays(parts: Sequence[Tensor], group: ProcessGroup) -> Tensor:
+    """What every rank has for this one, joined in the order of the ranks. Collective.
+
+    Args:
+        parts: one for each rank, 1-d, of one dtype, of any lengths.
+    """
+    if group.size() == 1:
+        return parts[0]
+    to_send = torch.tensor([len(part) for part in parts])
+    to_receive = torch.empty_like(to_send)
+    dist.all_to_all_single(to_receive, to_send, group=group)
+    return all_to_all_parts(torch.cat(list(parts)), to_send.tolist(), to_receive.tolist(), group)
+
+
+def broadcast_array(own: Tensor, group: ProcessGroup) -> Tensor:
+    """The 1-d tensor of the group's first rank, of whatever length, on every rank. Collective.
+
+    Args:
+        own: what is sent; of other ranks, dtype and device alone count.
+    """
+    if group.size() == 1:
+        return own
+    length = broadcast(torch.tensor([len(own)], device=own.device), 0, group)
+    return broadcast(own if group.rank() == 0 else own.new_empty(int(length)), 0, group)
 
 
 def all_to_all_parts(own: Tensor, to_send: list[int], to_receive: list[int], group: ProcessGroup) -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_fipo.config import RewardSection
-from megatron_fipo.rl.trajectory import Group, Trajectory
+from megatron_fipo.rl.judged_group import JudgedGroup
+from megatron_fipo.rl.trajectory import Trajectory
 
 STD_EPSILON = 1e-6
 
@@ -71,22 +73,24 @@ def overlong_penalty(length: int, max_response_tokens: int, buffer_tokens: int, 
     return -penalty * min(max(excess / buffer_tokens, 0.0), 1.0)
 
 
-def assign_rewards(groups: Sequence[Group], config: RewardSection, max_response_tokens: int) -> None:
-    """Set `Trajectory.reward`: reward.correct or reward.incorrect, plus the overlong penalty.
+def assign_rewards(groups: Sequence[JudgedGroup], config: RewardSection, max_response_tokens: int) -> None:
+    """Set `JudgedGroup.rewards`: reward.correct or reward.incorrect, plus the overlong penalty.
 
     Raises:
         ValueError: if the overlong buffer does not fit into max_response_tokens.
     """
     for group in groups:
-        for sample in group.samples:
-            verdict = config.correct if is_correct(sample) else config.incorrect
-            sample.reward = verdict + overlong_penalty(
-                sample.num_response_tokens, max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty
-            )
+        group.rewards = np.array(
+            [
+                (config.correct if is_right else config.incorrect)
+                + overlong_penalty(length, max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty)
+                for is_right, length in zip(group.is_right.tolist(), group.rows["num_tokens"].tolist(), strict=True)
+            ]
+        )
 
 
-def assign_advantages(groups: Sequence[Group], estimator: str) -> None:
-    """Set `Trajectory.advantage` from the rewards of its group; call `assign_rewards` first.
+def assign_advantages(groups: Sequence[JudgedGroup], estimator: str) -> None:
+    """Set `JudgedGroup.advantages` from the rewards of the group; call `assign_rewards` first.
 
     Args:
         estimator: group_std, group_mean or leave_one_out.
@@ -97,9 +101,8 @@ def assign_advantages(groups: Sequence[Group], estimator: str) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"advantages.estimator={estimator} is unknown; choose one of {', '.join(ESTIMATORS)}.")
     for group in groups:
-        rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float64)
-        for sample, advantage in zip(group.samples, ESTIMATORS[estimator](rewards).tolist(), strict=True):
-            sample.advantage = advantage
+        assert group.rewards is not None, "assign_rewards comes first"
+        group.advantages = ESTIMATORS[estimator](torch.from_numpy(group.rewards)).numpy()
 
 
 def _check_group(rewards: Tensor) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_fipo.metrics.reductions import Distribution, Last, Mean, Metrics, Std
-from megatron_fipo.rl.advantages import is_correct
 from megatron_fipo.rl.judged import parts_of
-from megatron_fipo.rl.trajectory import Group
+from megatron_fipo.rl.judged_group import RESPONSE, JudgedGroup
 from megatron_fipo.verifiers.verdict import metric_part
 
 NUM_LENGTH_BUCKETS = 8
@@ -21,7 +21,7 @@ LOG_PROB_SHIFT = "policy/log_prob_shift"
 FUTURE_KL = "fipo/future_kl"
 
 
-def rollout_metrics(groups: Sequence[Group], max_response_tokens: int) -> Metrics:
+def rollout_metrics(groups: Sequence[JudgedGroup], max_response_tokens: int) -> Metrics:
     """Rewards, accuracy and response lengths of judged groups, after `assign_rewards`, samples with an error left out.
 
     Give it all groups that were generated to see the policy, or the batch after dynamic sampling to see what is trained
@@ -30,17 +30,18 @@ def rollout_metrics(groups: Sequence[Group], max_response_tokens: int) -> Metric
     `rollout/accuracy_by_length/<a>_to_<b>` is the accuracy of responses of more than a and at most b tokens, in eighths
     of max_response_tokens; the last one has no upper end.
     """
-    samples = [sample for group in groups for sample in group.samples if not sample.error]
-    lengths = torch.tensor([float(sample.num_response_tokens) for sample in samples])
-    correct = torch.tensor([is_correct(sample) for sample in samples], dtype=torch.float64)
+    rows = np.concatenate([np.empty(0, RESPONSE), *(group.rows[group.judged] for group in groups)])
+    rewards = [group.rewards[group.judged] for group in groups if group.rewards is not None]
+    lengths = torch.from_numpy(rows["num_tokens"].astype(np.float32))
+    correct = torch.from_numpy((rows["score"] == 1.0).astype(np.float64))
     metrics: Metrics = {
-        "reward/mean": Mean(sum(sample.reward for sample in samples), len(samples)),
-        "rollout/accuracy/mean": Mean(correct.sum(), len(samples)),
+        "reward/mean": Mean(sum(np.concatenate([np.empty(0), *rewards]).tolist()), len(rows)),
+        "rollout/accuracy/mean": Mean(correct.sum(), len(rows)),
         "rollout/response_tokens": Distribution(lengths),
-        "rollout/response_tokens/mean": Mean(lengths.sum(dtype=torch.float64), len(samples)),
-        "rollout/truncated_share": Mean(sum(sample.truncated for sample in samples), len(samples)),
+        "rollout/response_tokens/mean": Mean(lengths.sum(dtype=torch.float64), len(rows)),
+        "rollout/truncated_share": Mean(int(rows["is_truncated"].sum()), len(rows)),
     }
-    for name, values in parts_of(samples).items():
+    for name, values in parts_of(groups).items():
         metrics[f"reward/verifier/{metric_part(name)}/mean"] = Mean(sum(values), len(values))
     # A response of exactly `end` tokens belongs to the bucket that ends there.
     bounds = [index * max_response_tokens // NUM_LENGTH_BUCKETS for index in range(1, NUM_LENGTH_BUCKETS)]
@@ -51,17 +52,18 @@ def rollout_metrics(groups: Sequence[Group], max_response_tokens: int) -> Metric
     return metrics
 
 
-def advantage_metrics(groups: Sequence[Group]) -> Metrics:
+def advantage_metrics(groups: Sequence[JudgedGroup]) -> Metrics:
     """Advantages of the batch: `advantages/length_weighted_mean` is sum_i sum_t A / sum_i L_i over its responses.
 
     Group-relative advantages have mean 0; weighted by length they do not, and say which way lengths are pushed.
     """
-    samples = [sample for group in groups for sample in group.samples]
-    advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)
-    lengths = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.float64)
+    of_groups = [group.advantages for group in groups if group.advantages is not None]
+    advantages = torch.from_numpy(np.concatenate([np.empty(0), *of_groups]))
+    rows = np.concatenate([np.empty(0, RESPONSE), *(group.rows for group in groups)])
+    lengths = torch.from_numpy(rows["num_tokens"].astype(np.float64))
     return {
         "advantages/length_weighted_mean": Mean((advantages * lengths).sum(), lengths.sum()),
-        "advantages/std": Std(advantages.sum(), advantages.square().sum(), len(samples)),
+        "advantages/std": Std(advantages.sum(), advantages.square().sum(), len(advantages)),
     }
 
 

@@ -1,7 +1,8 @@
 """Dynamic sampling: which of the judged groups a step trains on, and whether another round of generation is needed.
 
 A group whose members are all right or all wrong carries no signal: its advantages are zero, or come from response
-lengths alone. Such groups are dropped and sampling goes on until the batch is full. Every rank keeps the same books:
+lengths alone. Such groups are dropped and sampling goes on until the batch is full. One rank keeps the books, which
+need no token of a response:
 
     sampler.start_step(step)
     while sampler.needs_round:
@@ -14,15 +15,13 @@ make every all-wrong group look mixed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.metrics.reductions import Last, Metrics
-from megatron_fipo.rl.advantages import is_correct
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
-from megatron_fipo.rl.trajectory import Group
+from megatron_fipo.rl.judged_group import JudgedGroup
 
 NUM_NAMED_KINDS = 3
 """Kinds of failure that the account of a batch that was not filled names."""
@@ -66,8 +65,8 @@ class DynamicSampler:
         self._num_groups = num_groups
         self._config = config
         self._step = 0
-        self._ready: list[Group] = []
-        self._judged: list[Group] = []
+        self._ready: list[JudgedGroup] = []
+        self._judged: list[JudgedGroup] = []
         self._counts = _Counts()
         self._taken_ages: list[int] = []
 
@@ -81,21 +80,20 @@ class DynamicSampler:
         self._counts.expired = len(self._ready) - len(young)
         self._ready = young
 
-    def add_round(self, groups: Sequence[Group]) -> None:
+    def add_round(self, groups: Sequence[JudgedGroup]) -> None:
         """Judge one round's groups, each complete and in any order."""
         self._counts.rounds += 1
         self._counts.generated += len(groups)
         self._judged += groups
         for group in groups:
-            errors = [sample.error for sample in group.samples if sample.error]
-            num_correct = sum(is_correct(sample) for sample in group.samples)
-            all_right, all_wrong = num_correct == len(group.samples), num_correct == 0
-            self._counts.failed += bool(errors)
-            self._counts.all_right += all_right and not errors
-            self._counts.all_wrong += all_wrong and not errors
-            if not errors and not (self._config.dynamic and (all_right or all_wrong)):
+            has_failed = not group.judged.all()
+            all_right, all_wrong = bool(group.is_right.all()), not group.is_right.any()
+            self._counts.failed += has_failed
+            self._counts.all_right += all_right and not has_failed
+            self._counts.all_wrong += all_wrong and not has_failed
+            if not has_failed and not (self._config.dynamic and (all_right or all_wrong)):
                 self._ready.append(group)
-        self._ready.sort(key=lambda group: (group.prompt.prompt_id, group.prompt.source))
+        self._ready.sort(key=lambda group: (group.prompt_id, group.source))
 
     @property
     def num_rounds(self) -> int:
@@ -117,7 +115,7 @@ class DynamicSampler:
         """Whether to generate another round: the batch is not full and rounds are left."""
         return not self.full and self._counts.rounds < self._config.max_generation_rounds
 
-    def take(self) -> list[Group]:
+    def take(self) -> list[JudgedGroup]:
         """The step's groups in prompt order. What is left over is kept for later steps, or discarded at age 0.
 
         Returns:
@@ -151,13 +149,14 @@ class DynamicSampler:
             "rollout/group_age_steps/max": Last(max(self._taken_ages, default=0)),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """The surplus groups as plain containers and tensors, for the checkpoint at the end of a step."""
-        return {"surplus": [group.state_dict() for group in self._ready]}
+    @property
+    def surplus(self) -> list[JudgedGroup]:
+        """After `take`, the groups that are kept for later steps."""
+        return list(self._ready)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def restore(self, surplus: Sequence[JudgedGroup]) -> None:
         """Take over the surplus of a checkpoint; ages count on from the steps in which the groups were made."""
-        self._ready = [Group.from_state_dict(group) for group in state["surplus"]]
+        self._ready = list(surplus)
 
     def _diagnosis(self) -> str:
         counts = self._counts

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.rl.trajectory import Group, Trajectory
+import numpy as np
+
+from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.verifiers.registry import shown_name
 
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
@@ -37,18 +39,18 @@ class Failures:
         return self.first if self.count == 1 else f"{self.count} groups, first: {self.first}"
 
 
-def failures_by_kind(groups: Iterable[Group]) -> list[Failures]:
+def failures_by_kind(groups: Iterable[JudgedGroup]) -> list[Failures]:
     """Groups with an error by the kind of their first one, kinds in order of appearance."""
     found: dict[str, Failures] = {}
     for group in groups:
-        error = next((sample.error for sample in group.samples if sample.error), "")
+        error = next(iter(group.errors.values()), "")
         if not error:
             continue
-        kind = f"{group.prompt.source}: {_VARYING.sub('…', error)}"
+        kind = f"{group.source}: {_VARYING.sub('…', error)}"
         if kind in found:
             found[kind] = Failures(kind, found[kind].first, found[kind].count + 1)
         else:
-            found[kind] = Failures(kind, f"{group.prompt.source} prompt {group.prompt.prompt_id}: {error}", 1)
+            found[kind] = Failures(kind, f"{group.source} prompt {group.prompt_id}: {error}", 1)
     return list(found.values())
 
 
@@ -84,33 +86,34 @@ class GradedScores:
         )
 
 
-def graded_scores(groups: Sequence[Group]) -> list[GradedScores]:
+def graded_scores(groups: Sequence[JudgedGroup]) -> list[GradedScores]:
     """Scores strictly between 0 and 1, by source; sources without any are left out."""
     found = []
-    for source in dict.fromkeys(group.prompt.source for group in groups):
-        members = [group for group in groups if group.prompt.source == source]
-        samples = [sample for group in members for sample in group.samples if not sample.error]
-        graded = [sample.accuracy for sample in samples if 0.0 < sample.accuracy < 1.0]
-        if not graded:
+    for source in dict.fromkeys(group.source for group in groups):
+        members = [group for group in groups if group.source == source]
+        scores = np.concatenate([group.rows["score"][group.judged] for group in members])
+        graded = scores[(scores > 0.0) & (scores < 1.0)]
+        if not len(graded):
             continue
         found.append(
             GradedScores(
                 source,
-                members[0].prompt.verifier,
+                members[0].verifier,
                 len(graded),
-                len(samples),
-                sum(sample.accuracy == 1.0 for sample in samples),
-                max(graded),
-                tuple((name, sum(values) / len(values)) for name, values in parts_of(samples).items()),
+                len(scores),
+                int((scores == 1.0).sum()),
+                float(graded.max()),
+                tuple((name, sum(values) / len(values)) for name, values in parts_of(members).items()),
             )
         )
     return found
 
 
-def parts_of(samples: Iterable[Trajectory]) -> dict[str, list[float]]:
-    """Every value of each part of a verdict, by the part's name, in order of first appearance."""
+def parts_of(groups: Iterable[JudgedGroup]) -> dict[str, list[float]]:
+    """Every value of each part of the verdicts that were given, by its name, in order of first appearance."""
     values: dict[str, list[float]] = {}
-    for sample in samples:
-        for name, value in sample.parts.items():
-            values.setdefault(name, []).append(value)
+    for group in groups:
+        for sample_index, parts in group.parts.items():
+            for name, value in parts.items() if sample_index not in group.errors else ():
+                values.setdefault(name, []).append(value)
     return values

@@ -8,35 +8,38 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packed_layout import PackedLayout, round_up
-from megatron_fipo.rl.trajectory import Group, Trajectory
+from megatron_fipo.rl.trajectory import Trajectory
 
 FILLER = -1
 """Sample index of a sequence that only fills a microbatch: no response token, no loss."""
 
 
-def split_minibatches(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
+def split_minibatches(num_groups: int, num_minibatches: int) -> list[range]:
     """Cut a step's groups, whole and in order, into minibatches whose sizes differ by one at most.
 
     A batch of fewer groups than minibatches (sampling.allow_short_batch) gives one minibatch for each group.
 
+    Returns:
+        The groups of each minibatch, by their place in the batch.
+
     Raises:
         ValueError: if there are no groups or fewer than one minibatch is asked for.
     """
-    if not groups or num_minibatches < 1:
+    if num_groups < 1 or num_minibatches < 1:
         raise ValueError(
-            f"cannot cut {len(groups)} groups into {num_minibatches} minibatches; both must be at least 1 "
+            f"cannot cut {num_groups} groups into {num_minibatches} minibatches; both must be at least 1 "
             "(train.num_minibatches)."
         )
-    count = min(num_minibatches, len(groups))
-    bounds = [index * len(groups) // count for index in range(count + 1)]
-    return [list(groups[start:end]) for start, end in itertools.pairwise(bounds)]
+    count = min(num_minibatches, num_groups)
+    bounds = [index * num_groups // count for index in range(count + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 def pack(
@@ -87,7 +90,7 @@ def pack(
 
 
 def build_packed_batch(
-    samples: Sequence[Trajectory],
+    samples: Sequence[Trajectory] | Mapping[int, Trajectory],
     indices: Sequence[int],
     pad_multiple: int,
     pad_token_id: int,
@@ -99,7 +102,7 @@ def build_packed_batch(
     A sequence's last row has no label (0, masked). Padding rows hold pad_token_id.
 
     Args:
-        samples: the batch's samples.
+        samples: the batch's samples, those to pack at least.
         indices: those to pack, in this order; none gives one filler sequence of pad_multiple tokens.
         pad_multiple: each sequence is padded to a multiple of this.
         pad_token_id: input token of padding and filler.

@@ -167,8 +167,6 @@ class Trajectory(OfSegments):
     """Why the verifier could not judge it; the whole group is dropped then."""
     parts: dict[str, float] = field(default_factory=dict)
     """Scores of several verifiers, and other numbers of the verdict, by name; metrics show their means."""
-    reward: float = 0.0
-    """After shaping."""
     advantage: float | Tensor = 0.0
     """One advantage for all tokens, or float32 [R], one for each."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.metrics.reductions import Metrics
-from megatron_fipo.rl.trajectory import OfSegments, Prompt, Segment
+from megatron_fipo.rl.trajectory import OfSegments, Segment
 from megatron_fipo.system.digests import hashed_seed
 
 
@@ -121,12 +121,15 @@ class Share(NamedTuple):
     first: int
     stride: int
 
-    def of(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Its prompts, in order."""
-        return list(prompts[self.first :: self.stride])
+    @property
+    def places(self) -> slice:
+        """Where its prompts are among those of all ranks."""
+        return slice(self.first, None, self.stride)
 
 
 ALL_PROMPTS = Share(0, 1)
+NO_PLACES = slice(0, 0)
+"""Where the prompts of a rank without a share are."""
 
 
 class Policy(Protocol):

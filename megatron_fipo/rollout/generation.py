@@ -1,4 +1,4 @@
-"""Groups of judged responses, generated on all ranks together."""
+"""Groups of judged responses, generated on all ranks together, each on its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from megatron_fipo.config import Config
 from megatron_fipo.convert.dtypes import MODEL_DTYPES
@@ -26,10 +23,10 @@ from megatron_fipo.system.event_loop import run_to_end
 
 
 class GroupGenerator:
-    """Shares prompts out over the ranks' engines and verifiers, and brings the judged groups back to every rank.
+    """Generates judged groups with this rank's engine and verifiers, on all ranks together.
 
     In-process engines are on every rank, so every rank generates, whatever model-parallel group it belongs to. With
-    servers the leader of each node does, and the others wait for it.
+    servers the leader of each node does, and the others wait for it. What a rank has generated stays with it.
     """
 
     def __init__(
@@ -51,13 +48,14 @@ class GroupGenerator:
         self._engine, self._environment, self._ranks = engine, environment, ranks
         self._run_seed, self._ledger, self._leave_if_asked = run_seed, ledger, leave_if_asked
 
-    def own_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts that this rank generates for."""
-        return [] if self._engine.share is None else self._engine.share.of(prompts)
+    @property
+    def share(self) -> Share | None:
+        """Which prompts this rank generates for; None if for none."""
+        return self._engine.share
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        own_prompts: Sequence[Prompt],
         num_samples: int,
         sampling: SamplingParams,
         step: int,
@@ -65,9 +63,10 @@ class GroupGenerator:
         round_index: int | None = None,
         only_recorded: bool = False,
     ) -> list[Group]:
-        """Judged groups of all prompts, in prompt order, the same on every rank. Collective over all ranks.
+        """Judged groups of this rank's prompts, in their order. Collective over all ranks.
 
         Args:
+            own_prompts: those of its share; none where it generates nothing.
             step: part of the key of each response's randomness.
             on_sample: called with each of this rank's trajectories when it is judged, or found in the ledger.
             round_index: which of the step's rounds of generation this is, for the ledger; None keeps out of the ledger.
@@ -78,7 +77,6 @@ class GroupGenerator:
             OtherRankError: if generation failed on another rank.
         """
         self._leave_if_asked()
-        own_prompts = self.own_share(prompts)
         finished = self._finished(step, round_index, own_prompts, num_samples)
         if only_recorded:
             self._check_complete(step, len(own_prompts) * num_samples - len(finished))
@@ -105,7 +103,11 @@ class GroupGenerator:
             if round_index is not None:
                 self._ledger.secure()
         self._leave_if_asked()
-        return self._of_all_ranks(own, prompts, with_text=round_index is None)
+        for group in own:
+            group.prompt = replace(group.prompt, row=None)  # rows are for judging only: checkpoints do without them
+            for sample in group.samples if round_index is not None else ():
+                sample.response_text = ""  # its tokens say the same
+        return own
 
     def _check_complete(self, step: int, own_missing: int) -> None:
         """
@@ -118,21 +120,6 @@ class GroupGenerator:
                 "that they train on are not recorded any more. Bring the run's folder rollouts/ back, or delete the "
                 "checkpoint to go on from the one before."
             )
-
-    def _of_all_ranks(self, own: Sequence[Group], prompts: Sequence[Prompt], *, with_text: bool) -> list[Group]:
-        """The groups of all ranks in the order of `prompts`. Collective."""
-        for group in own:  # rows are for judging only: they go neither to other ranks nor into checkpoints
-            group.prompt = replace(group.prompt, row=None)
-        for sample in (sample for group in own for sample in group.samples):
-            _make_compact(sample, with_text)
-        shares = exchange.all_gather_objects(list(own), self._ranks.world)
-        by_id = {group.prompt.prompt_id: group for share in shares for group in share}
-        groups = [by_id[prompt.prompt_id] for prompt in prompts]
-        for group, prompt in zip(groups, prompts, strict=True):
-            prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
-            for sample in group.samples:
-                _make_whole(sample, prompt_ids)
-        return groups
 
     def _finished(
         self, step: int, round_index: int | None, own_prompts: Sequence[Prompt], num_samples: int
@@ -147,22 +134,6 @@ class GroupGenerator:
         finished = self._ledger.finished(step, round_index, own_prompts)
         is_whole = len(finished) == len(own_prompts) * num_samples
         return finished if is_whole or not self._engine.repeatable else {}
-
-
-def _make_compact(sample: Trajectory, with_text: bool) -> None:
-    """Drop what other ranks do not need; an int32 id and a float32 log-prob per token remain."""
-    sample.prompt_ids = torch.empty(0, dtype=torch.int32)
-    for segment in sample.segments:
-        segment.token_ids = segment.token_ids.int()
-    if not with_text:
-        sample.response_text = ""
-
-
-def _make_whole(sample: Trajectory, prompt_ids: Tensor) -> None:
-    """Undo `_make_compact`, but for the text."""
-    sample.prompt_ids = prompt_ids
-    for segment in sample.segments:
-        segment.token_ids = segment.token_ids.long()
 
 
 def in_process_engine(config: Config, tokenizer: Any, share: Share | None = ALL_PROMPTS) -> InProcessEngine:

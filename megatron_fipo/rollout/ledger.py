@@ -4,11 +4,12 @@ Rollouts are the most expensive part of what a run does between checkpoints. A r
 instead of generating them again, in whatever layout it resumes:
 
     rollouts/step_000012/rank_003.jsonl
+    rollouts/step_000012/plan.json
 
 A line is the CRC-32 of what follows it, a space, and a JSON object. The first line of a file says which configuration
 the responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so nothing is rounded.
 A line is written whole or, on a full disk, not at all. A last line that a killed process left unfinished is ignored;
-any other line with a wrong checksum is an error.
+any other line with a wrong checksum is an error. plan.json is one such line, with the prompts that the step trains on.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rl.trajectory import Prompt, SampleKey, Trajectory, outline, segments_from
-from megatron_fipo.system.disk import append_whole, writing
+from megatron_fipo.system.disk import append_whole, write_text_whole, writing
 
 _STEP = re.compile(r"step_(-?\d+)")
+PLAN = "plan.json"
+"""File of a step's folder that says what it trains on."""
+_NUM_SHOWN = 8
 
 
 class RolloutLedger:
@@ -105,6 +109,29 @@ class RolloutLedger:
             with writing(self._folder):
                 os.fsync(self._file.fileno())
 
+    def note_plan(self, step: int, prompt_ids: Sequence[int], *, must_be_same: bool) -> None:
+        """Record which prompts' groups a step trains on, in this order, as the rank that decides it.
+
+        Args:
+            must_be_same: the step has made updates on what was recorded: this has to be the same.
+
+        Raises:
+            ValueError: if it is not, or the record is damaged.
+            DiskError: if it cannot be written.
+        """
+        path = self._folder / f"step_{step:06d}" / PLAN
+        if must_be_same and path.is_file():
+            recorded = next(_read(path), {})
+            if recorded.get("prompt_ids") != list(prompt_ids):
+                raise ValueError(
+                    f"{path} says that step {step} trains on prompts {_some(recorded.get('prompt_ids', []))}; its "
+                    f"recorded rollouts come to {_some(prompt_ids)}, and updates on the former are made already. Bring "
+                    "the run's folder rollouts/ back as it was, or delete the checkpoint to go on from the one before."
+                )
+            return
+        record = json.dumps({"fingerprint": self._fingerprint, "step": step, "prompt_ids": list(prompt_ids)}).encode()
+        write_text_whole(path, _line(record).decode())
+
     def forget_before(self, step: int) -> None:
         """Delete the records of earlier steps. Only the leader may call this."""
         for path, number in self._step_folders():
@@ -168,7 +195,7 @@ class RolloutLedger:
     def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None, "finished() opens the step"
         text = json.dumps(record).encode()  # ASCII: whatever a verifier answered can be written, lone surrogates too
-        append_whole(self._file, b"%08x %s\n" % (zlib.crc32(text), text), self._path)
+        append_whole(self._file, _line(text), self._path)
 
 
 def _encoded(values: Tensor, dtype: str) -> str:
@@ -192,6 +219,15 @@ def _sample(record: dict[str, Any]) -> tuple[int, Trajectory]:
         parts=record.get("parts", {}),
     )
     return record["round"], trajectory
+
+
+def _line(text: bytes) -> bytes:
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _some(prompt_ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, prompt_ids[:_NUM_SHOWN]))
+    return f"{shown} … ({len(prompt_ids)} of them)" if len(prompt_ids) > _NUM_SHOWN else shown or "none"
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,29 +7,62 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from megatron_fipo.metrics.reductions import Metrics
-from megatron_fipo.rl.trajectory import Group, Prompt
+from megatron_fipo.rl.judged_group import JudgedGroup
+from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 from megatron_fipo.rollout.engine import Policy
 
 
 @dataclass(frozen=True)
-class StepRollouts:
-    """What one step trains on. The same on every rank.
+class JudgedStep:
+    """What is known of a step's responses without their tokens, on rank 0 alone.
 
     Attributes:
-        groups: the groups to train on, in prompt order, with rewards.
-        generated: all groups that were generated for the step, including those dropped or kept for later.
+        trained_on: the step's groups, in prompt order, with rewards and advantages.
+        generated: all groups that were generated for the step, including those dropped or kept for later, with rewards.
     """
 
-    groups: list[Group]
-    generated: list[Group]
+    trained_on: list[JudgedGroup]
+    generated: list[JudgedGroup]
+
+
+@dataclass(frozen=True)
+class StepRollouts:
+    """What one step trains on.
+
+    Attributes:
+        plan: PLANNED [responses that the step trains on], in the batch's order; the same on every rank.
+        group_sizes: responses of each of the batch's groups; the same on every rank.
+        held: the groups whose tokens this rank holds, by prompt: those of the batch and all that the step generated.
+        judged: on rank 0.
+    """
+
+    plan: NDArray[Any]
+    group_sizes: list[int]
+    held: Mapping[int, Group]
+    judged: JudgedStep | None
+
+    def trajectory(self, index: int) -> Trajectory:
+        """What this rank holds of the batch, by its place in it."""
+        planned = self.plan[index]
+        return self.held[int(planned["prompt_id"])].samples[int(planned["sample_index"])]
+
+
+class SourceState(Protocol):
+    """What decides a source's next batch, as this rank has it."""
+
+    def gathered(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint; the same on every rank. Collective over all ranks."""
+        ...
 
 
 class RolloutSource(Protocol):
     """Gives the trainer its batches. Every method but `close` is collective over all ranks.
 
     A step is `give`, `batch`, `take_back`, in this order. A run that was stopped anywhere in a step continues from the
-    `state_dict` of before the step.
+    `state` of before the step.
     """
 
     def give(self, policy: Policy, version: int) -> None:
@@ -56,12 +89,12 @@ class RolloutSource(Protocol):
         """What the step's rollouts and the last `give` took; call it once for each step, after `batch`."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state that decides the next batch, as plain containers and tensors. The same on every rank; local."""
+    def state(self) -> SourceState:
+        """The state that decides the next batch. Local: nothing is copied before `SourceState.gathered`."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`, which may hold further entries."""
+        """Continue from what `SourceState.gathered` gave, which may hold further entries. Local."""
         ...
 
     def close(self) -> None:
@@ -72,8 +105,8 @@ class RolloutSource(Protocol):
 class PromptOrder(Protocol):
     """An endless, deterministic order of prompts."""
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
+    def take(self, count: int, places: slice) -> list[Prompt]:
+        """Of the next `count` prompts those at some places; the others are counted and not made."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

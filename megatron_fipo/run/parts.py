@@ -12,6 +12,7 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.environments.single_turn import SingleTurn, decode_with, judge_in
 from megatron_fipo.environments.verifier_probes import VerifierProbes
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
+from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine, share_of
 from megatron_fipo.rollout.ledger import RolloutLedger
@@ -80,13 +81,16 @@ class RunParts:
         self.ledger = RolloutLedger(folder.rollouts, ranks.rank, numbers_fingerprint(named.recorded), self.decode)
         environment = None if self.verifiers is None else SingleTurn(judge_in(self.verifiers), self.decode)
         generator = GroupGenerator(engine, environment, ranks, config.run.seed, self.ledger, leave_if_asked)
-        self.source: RolloutSource = SynchronousSource(config, ranks, prompts, engine, generator, console)
+        self.plane = DataPlane(ranks, share is not None, config.parallel.timeout_s)
+        self.source: RolloutSource = SynchronousSource(
+            config, ranks, prompts, engine, generator, self.plane, self.ledger, console
+        )
         self.saved = SavedRun(config, self.actor, folder, self.ledger, console, named.recorded)
         self.ending = Ending(config.train.stop_when, folder.metrics, console.info)
         is_leader = ranks.rank == 0
         self.best = BestModel(config.checkpoint.keep_best, folder.best, self.saved.export, is_writer=is_leader)
         self.evaluation = HeldOutEvaluation(
-            config, held_out, generator, console, folder.evaluation if is_leader else None
+            config, held_out, generator, self.plane, console, folder.evaluation if is_leader else None
         )
 
     def close(self) -> None:

@@ -82,8 +82,8 @@ class Place:
         parts, state = self._parts, self._parts.saved.restore()
         if state is None:
             return False
-        self.at = ResumePoint.from_state(state, self._ranks)
-        parts.source.load_state_dict(self.at.rollouts)
+        parts.source.load_state_dict(state)
+        self.at = ResumePoint.from_state(state, self._ranks, parts.source.state())
         if self.at.best:
             parts.best.load_state_dict(self.at.best)
         parts.ending.restore(self.at.ended_by)
@@ -91,4 +91,4 @@ class Place:
 
     def _point(self, step: int, **more: Any) -> ResumePoint:
         parts = self._parts
-        return ResumePoint(step, parts.source.state_dict(), parts.best.state_dict(), parts.ending.ended_by, **more)
+        return ResumePoint(step, parts.source.state(), parts.best.state_dict(), parts.ending.ended_by, **more)

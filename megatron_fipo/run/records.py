@@ -8,13 +8,15 @@ from types import TracebackType
 
 from megatron_fipo.console.console import Console
 from megatron_fipo.metrics.sinks import SinkGroup, open_sinks
+from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import on_every_rank, on_leader
+from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rollout.source import StepRollouts
 from megatron_fipo.run.folder import RunFolder, prepare, record_config
 from megatron_fipo.run.named_on_hub import NamedRun
-from megatron_fipo.run.sample_choice import samples_of_step
-from megatron_fipo.run.samples import forget_samples, write_samples
+from megatron_fipo.run.sample_choice import choose, kept
+from megatron_fipo.run.samples import TrainingSample, forget_samples, write_samples
 
 
 class RunRecords:
@@ -63,18 +65,24 @@ class RunRecords:
         assert sinks is not None, "open() comes first"
         on_every_rank(lambda: sinks.write(step, metrics), self._world)
 
-    def keep_samples(self, step: int, rollouts: StepRollouts, decode: Callable[[list[int]], str]) -> None:
-        """Write some of the step's responses down for people to read."""
+    def keep_samples(
+        self, step: int, rollouts: StepRollouts, plane: DataPlane, decode: Callable[[list[int]], str]
+    ) -> None:
+        """Write some of the step's responses down for people to read: rank 0 chooses, who holds one tells it."""
         config = self._named.local
         count = config.metrics.num_samples_per_step
         if not count:
             return
-
-        def write() -> None:
-            chosen = samples_of_step(step, rollouts.groups, rollouts.generated, count, config.sampling, decode)
-            write_samples(self.folder.samples, step, chosen)
-
-        on_leader(write, self._world)
+        judged = rollouts.judged
+        chosen = exchange.broadcast_object(
+            None if judged is None else choose(judged.trained_on, judged.generated, count, config.sampling), self._world
+        )
+        own = [(place, one) for place, one in enumerate(chosen) if one.leader == plane.leader]
+        told = plane.gathered([(place, kept(step, one, rollouts.held[one.prompt_id], decode)) for place, one in own])
+        on_leader(
+            lambda: write_samples(self.folder.samples, step, [sample for _, sample in sorted(told, key=_place)]),
+            self._world,
+        )
 
     def check(self) -> None:
         """See that nobody has taken the run's folder away, before more is written into it.
@@ -88,3 +96,7 @@ class RunRecords:
         """Let others have the folder. Not collective."""
         if self._lock is not None:
             self._lock.release()
+
+
+def _place(placed: tuple[int, TrainingSample]) -> int:
+    return placed[0]

@@ -12,6 +12,7 @@ from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.token_values import gather_old_log_probs
 from megatron_fipo.rl.packed_batch import PackedBatch
+from megatron_fipo.rollout.source import SourceState
 from megatron_fipo.run.step_report import gather_results, restore_results
 
 
@@ -33,7 +34,7 @@ class ResumePoint:
     """
 
     step: int
-    rollouts: Mapping[str, Any]
+    rollouts: SourceState
     best: Mapping[str, float]
     ended_by: str = ""
     evaluation_is_due: bool = False
@@ -44,7 +45,8 @@ class ResumePoint:
 
     def state(self, ranks: ParallelGroups) -> dict[str, Any]:
         """Return the point as plain containers and tensors, the same on every rank. Collective over all ranks."""
-        state: dict[str, Any] = {"next_step": self.step, **self.rollouts, "best": self.best, "ended_by": self.ended_by}
+        state: dict[str, Any] = {"next_step": self.step, **self.rollouts.gathered()}
+        state |= {"best": self.best, "ended_by": self.ended_by}
         state |= {"evaluation_is_due": True} if self.evaluation_is_due else {}
         state |= {"finished": True} if self.finished else {}
         if self.updates:
@@ -57,12 +59,16 @@ class ResumePoint:
         return state
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], ranks: ParallelGroups) -> ResumePoint:
-        """The point whose `state` this is, in whatever layout it was saved. No communication."""
+    def from_state(cls, state: Mapping[str, Any], ranks: ParallelGroups, rollouts: SourceState) -> ResumePoint:
+        """The point whose `state` this is, in whatever layout it was saved. No communication.
+
+        Args:
+            rollouts: the state of a source that has taken up its part of `state`.
+        """
         is_half_step = bool(state.get("num_updates"))
         return cls(
             step=state["next_step"],
-            rollouts={name: value for name, value in state.items() if name not in _NOT_OF_ROLLOUTS},
+            rollouts=rollouts,
             best=state.get("best", {}),
             ended_by=state.get("ended_by", ""),
             evaluation_is_due=state.get("evaluation_is_due", False),
@@ -70,10 +76,3 @@ class ResumePoint:
             updates=tuple(restore_results(state["results"], ranks)) if is_half_step else (),
             old_log_probs=state["old_log_probs"] if is_half_step else None,
         )
-
-
-_NOT_OF_ROLLOUTS = {
-    *("next_step", "best", "ended_by", "evaluation_is_due", "finished", "num_updates", "old_log_probs", "results"),
-    *("config", "model", "rng"),
-}
-"""Keys of a checkpoint's state that are not the rollout source's."""

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from megatron_fipo.config import SamplingSection
-from megatron_fipo.rl.advantages import is_correct
-from megatron_fipo.rl.trajectory import Group, Trajectory
+from megatron_fipo.rl.judged_group import JudgedGroup
+from megatron_fipo.rl.trajectory import Group
 from megatron_fipo.run.samples import TrainingSample
 
 MAX_REFERENCE_CHARACTERS = 10_000
 """A longer reference, such as a program's tests, is cut."""
 
 
-def samples_of_step(
-    step: int,
-    trained_on: Sequence[Group],
-    generated: Sequence[Group],
-    count: int,
-    config: SamplingSection,
-    decode: Callable[[list[int]], str],
-) -> list[TrainingSample]:
+@dataclass(frozen=True)
+class Chosen:
+    """A response that is kept: where it is, and what the rank that holds it does not know of it.
+
+    Attributes:
+        leader: the rank that holds it, counted among those that generate.
+        advantage: None where it was not trained on.
+        why_not: why it was not; empty where it was.
+    """
+
+    leader: int
+    prompt_id: int
+    sample_index: int
+    reward: float
+    advantage: float | None
+    why_not: str
+
+
+def choose(
+    trained_on: Sequence[JudgedGroup], generated: Sequence[JudgedGroup], count: int, config: SamplingSection
+) -> list[Chosen]:
     """Choose responses to keep: the same for the same groups, and various.
 
     Each is of another group, as long as there are enough. One in four is of a group that was generated and not trained
@@ -29,54 +43,69 @@ def samples_of_step(
 
     Args:
         trained_on: the step's groups, with rewards and advantages.
-        generated: all groups that the step generated.
+        generated: all groups that the step generated, with rewards.
         count: how many responses to keep, at most.
-        decode: text of a response's tokens; where samples come from other ranks, they have none.
     """
-    taken = {(group.prompt.source, group.prompt.prompt_id) for group in trained_on}
-    others = [group for group in generated if (group.prompt.source, group.prompt.prompt_id) not in taken]
+    taken = {(group.source, group.prompt_id) for group in trained_on}
+    others = [group for group in generated if (group.source, group.prompt_id) not in taken]
     num_others = min(count // 4, len(others))
     num_taken = min(count - num_others, len(trained_on))
     num_others = min(count - num_taken, len(others))
-    chosen = [*_various(trained_on)[:num_taken], *_various(others)[:num_others]]
-    samples = []
-    for turn, group in enumerate(chosen):
-        in_training = (group.prompt.source, group.prompt.prompt_id) in taken
-        why_not = "" if in_training else _why_not(group, config)
-        samples.append(_kept(step, group, _pick(group, right=turn % 2 == 0), why_not, decode))
-    return samples
+    groups = [*_various(trained_on)[:num_taken], *_various(others)[:num_others]]
+    chosen = []
+    for turn, group in enumerate(groups):
+        place = _pick(group, right=turn % 2 == 0)
+        row = group.rows[place]
+        in_training = (group.source, group.prompt_id) in taken
+        assert group.rewards is not None, "assign_rewards comes first"
+        chosen.append(
+            Chosen(
+                leader=int(row["leader"]),
+                prompt_id=group.prompt_id,
+                sample_index=int(row["sample_index"]),
+                reward=float(group.rewards[place]),
+                advantage=float(group.advantages[place]) if in_training and group.advantages is not None else None,
+                why_not="" if in_training else _why_not(group, config),
+            )
+        )
+    return chosen
 
 
-def _various(groups: Sequence[Group]) -> list[Group]:
+def _various(groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
     """The groups in their order, except that the first of each source comes before the second of any."""
     seen: dict[str, int] = {}
     keyed = []
     for position, group in enumerate(groups):
-        seen[group.prompt.source] = seen.get(group.prompt.source, 0) + 1
-        keyed.append((seen[group.prompt.source], position, group))
+        seen[group.source] = seen.get(group.source, 0) + 1
+        keyed.append((seen[group.source], position, group))
     return [group for _, _, group in sorted(keyed, key=lambda item: item[:2])]
 
 
-def _pick(group: Group, *, right: bool) -> Trajectory:
-    """The group's first response of the wanted kind, or its first one."""
-    return next((sample for sample in group.samples if is_correct(sample) is right), group.samples[0])
+def _pick(group: JudgedGroup, *, right: bool) -> int:
+    """The place of the group's first response of the wanted kind, or of its first one."""
+    return int((group.is_right == right).argmax())
 
 
-def _why_not(group: Group, config: SamplingSection) -> str:
+def _why_not(group: JudgedGroup, config: SamplingSection) -> str:
     """Why a group that was generated in this step is not in its batch."""
-    if errors := [sample.error for sample in group.samples if sample.error]:
-        return f"dropped: one of its responses could not be judged ({errors[0]})"
-    num_correct = sum(is_correct(sample) for sample in group.samples)
-    if config.dynamic and num_correct in (0, len(group.samples)):
-        return f"dropped: all of its {len(group.samples)} responses are {'right' if num_correct else 'wrong'}"
+    if group.errors:
+        return f"dropped: one of its responses could not be judged ({next(iter(group.errors.values()))})"
+    num_correct = int(group.is_right.sum())
+    if config.dynamic and num_correct in (0, len(group.rows)):
+        return f"dropped: all of its {len(group.rows)} responses are {'right' if num_correct else 'wrong'}"
     if config.max_surplus_age_steps:
         return "left over: the batch was full; kept for the next step"
     return "dropped: the batch was full"
 
 
-def _kept(
-    step: int, group: Group, sample: Trajectory, why_not: str, decode: Callable[[list[int]], str]
-) -> TrainingSample:
+def kept(step: int, chosen: Chosen, group: Group, decode: Callable[[list[int]], str]) -> TrainingSample:
+    """A chosen response in full, made where it is held.
+
+    Args:
+        group: the group that it belongs to.
+        decode: text of a response's tokens.
+    """
+    sample = group.samples[chosen.sample_index]
     reference = str(group.prompt.reference)
     if len(reference) > MAX_REFERENCE_CHARACTERS:
         reference = f"{reference[:MAX_REFERENCE_CHARACTERS]} … ({len(reference)} characters)"
@@ -90,10 +119,10 @@ def _kept(
         reference=reference,
         answer=sample.answer,
         score=float(sample.accuracy),
-        reward=float(sample.reward),
-        advantage=None if why_not else float(sample.advantage),
-        trained_on=not why_not,
-        why_not=why_not,
+        reward=chosen.reward,
+        advantage=chosen.advantage,
+        trained_on=not chosen.why_not,
+        why_not=chosen.why_not,
         tokens=sample.num_response_tokens,
         finish_reason=sample.finish_reason,
         error=sample.error,

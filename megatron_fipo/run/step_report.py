@@ -11,6 +11,7 @@ from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, merge, scalars, to_plain
 from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
 from megatron_fipo.rollout.source import StepRollouts
@@ -53,7 +54,7 @@ def step_metrics(
     """Everything about a step as flat numbers, the same on every rank. Collective over all ranks.
 
     Args:
-        rollouts: the step's rollouts.
+        rollouts: the step's rollouts; what is known of their responses is on rank 0.
         updates: this rank's results, in order.
         more: further metrics, alike on every rank.
 
@@ -68,20 +69,28 @@ def step_metrics(
     norms = [result.grad_norm for result in updates]
     metrics: Metrics = {
         **merge([first, later]),
-        **rollout_metrics(rollouts.generated, config.rollout.max_response_tokens),
-        **advantage_metrics(rollouts.groups),
+        **decided_by_leader(lambda: _rollout_metrics(rollouts, config), ranks.world),
         **noise.metrics,
         "optim/grad_norm": Last(sum(norms) / len(norms)),
         "optim/grad_norm/max": Last(max(norms)),
         "optim/learning_rate": Last(updates[-1].learning_rate),
         "optim/updates": Last(len(updates)),
-        **clock.metrics(sum(sample.num_tokens for group in rollouts.groups for sample in group.samples)),
+        **clock.metrics(int(rollouts.plan["num_tokens"].sum())),
         **more,
     }
     numbers = scalars(metrics)
     if INFLUENCE_STD in later_numbers:
         numbers[f"{INFLUENCE_STD}_after_first_update"] = later_numbers[INFLUENCE_STD]
     return numbers, noise.warning
+
+
+def _rollout_metrics(rollouts: StepRollouts, config: Config) -> Metrics:
+    judged = rollouts.judged
+    assert judged is not None, "rank 0 has what is known of all responses"
+    return {
+        **rollout_metrics(judged.generated, config.rollout.max_response_tokens),
+        **advantage_metrics(judged.trained_on),
+    }
 
 
 def gather_results(results: Sequence[UpdateResult], ranks: ParallelGroups) -> dict[str, Any]:

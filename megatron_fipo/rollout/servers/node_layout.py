@@ -39,17 +39,6 @@ def own_gpu() -> TrainerGpu:
     return TrainerGpu(visible_gpus()[torch.cuda.current_device()] if torch.cuda.is_available() else "")
 
 
-def node_of(rank: int, local_ranks: Sequence[int]) -> list[int]:
-    """Ranks on the same node as `rank`.
-
-    Args:
-        local_ranks: LOCAL_RANK of each rank. The ranks of a node follow one another, and the first of them has 0.
-    """
-    first = max(other for other in range(rank + 1) if local_ranks[other] == 0)
-    behind = [other for other in range(rank + 1, len(local_ranks)) if local_ranks[other] == 0]
-    return list(range(first, min(behind, default=len(local_ranks))))
-
-
 def packers_of_node(
     ranks: Sequence[int], gpu_of: Sequence[str], server_gpus: Sequence[Sequence[str]]
 ) -> dict[int, str]:

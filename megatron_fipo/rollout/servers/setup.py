@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -18,12 +17,13 @@ from megatron_fipo.convert.dtypes import MODEL_DTYPES
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.announcements import Announcements
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.nodes import node_of, own_local_rank
 from megatron_fipo.rollout.engine import Share
 from megatron_fipo.rollout.servers.api import LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.servers.engine import EngineSettings, OwnedServers, ServerEngine
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.nccl_version import check_same_nccl
-from megatron_fipo.rollout.servers.node_layout import TrainerGpu, node_group, node_of, own_gpu, packers_of_node
+from megatron_fipo.rollout.servers.node_layout import TrainerGpu, node_group, own_gpu, packers_of_node
 from megatron_fipo.rollout.servers.packers import NodeGroup, Packers
 from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.proof import DEFAULT_TOLERANCE
@@ -73,7 +73,7 @@ def share_of_servers(config: Config, ranks: ParallelGroups) -> Share | None:
 
     None where it owns no servers.
     """
-    local_ranks = exchange.all_gather_objects(int(os.environ.get("LOCAL_RANK", "0")), ranks.world)
+    local_ranks = exchange.all_gather_objects(own_local_rank(), ranks.world)
     return _share(ranks.rank, _owners(config, local_ranks))
 
 
@@ -133,7 +133,7 @@ def build_server_engine(
 def _ownership(config: Config, device: Device, ranks: ParallelGroups, gpu: TrainerGpu) -> _Ownership:
     """Who owns servers. Collective; an error is raised on every rank."""
     section = config.servers
-    places = exchange.all_gather_objects((int(os.environ.get("LOCAL_RANK", "0")), gpu.name), ranks.world)
+    places = exchange.all_gather_objects((own_local_rank(), gpu.name), ranks.world)
     owners = _owners(config, [local_rank for local_rank, _ in places])
     specs: list[LaunchSpec] = []
     problem = ""
