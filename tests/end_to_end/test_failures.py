@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_fipo import train as train_module
+from megatron_fipo.rollout import synchronous
 from tests.end_to_end.runs import latest_checkpoint_name, processes_of, quickstart_with, step_lines, timeless, train
 
 PROMPTS = [f"{first}+{second}-1+4+6-2=" for first in range(1, 9) for second in range(1, 9)]
@@ -96,15 +97,15 @@ def _unshuffled() -> None:
 
 def _nan_in_step_1() -> None:
     """Make an advantage of step 1's second minibatch NaN, of one response on all ranks."""
-    original, calls = train_module.assign_advantages, []
+    original, calls = synchronous.assign_advantages, []
 
     def spoiling(groups: Any, estimator: str) -> None:
         original(groups, estimator)
         calls.append(estimator)
         if len(calls) == 2:
-            groups[3].samples[1].advantage = torch.nan
+            groups[3].advantages[1] = torch.nan
 
-    train_module.assign_advantages = spoiling
+    synchronous.assign_advantages = spoiling
 
 
 def _nan_weight_in_step_1() -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from megatron_fipo.config import Config, ParallelSection, load_config, validate
 from megatron_fipo.environments.single_turn import SingleTurn, decode_with, judge_in
+from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.trajectory import Prompt, Trajectory
-from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.engine import NO_PLACES, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine, share_of
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.api import InferenceServer
@@ -158,8 +159,10 @@ def roll_out_on_two_nodes(engine: str, models: Sequence[Path], folder: Path, url
                 sequences = canary_sequences(VOCABULARY, 2, num_tokens=16)
                 servers.check_log_probs(sequences, [scores(policy, each).tolist() for each in sequences])
                 own: list[Trajectory] = []
-                groups = generator.generate(prompts, NUM_SAMPLES, SamplingParams(24), number, own.append)
+                own_prompts = prompts[NO_PLACES if generator.share is None else generator.share.places]
+                groups = generator.generate(own_prompts, NUM_SAMPLES, SamplingParams(24), number, own.append)
                 assert len(own) == (NUM_PROMPTS * NUM_SAMPLES if ranks.rank == 0 else 0), "one node has the server"
+                groups = exchange.broadcast_object(groups, ranks.world)
                 assert [group.prompt for group in groups] == prompts
                 samples = [sample for group in groups for sample in group.samples]
                 for sample in samples:

@@ -44,9 +44,11 @@ def _record_rollouts(file: Path, seed_by_rank: bool = False) -> None:
 
     def recording(self: SynchronousSource, step: int, **options: bool) -> StepRollouts:
         rollouts = original(self, step, **options)
-        if os.environ["RANK"] == "0":
-            samples = [sample for group in rollouts.generated for sample in group.samples]
-            torch.save([(s.prompt_id, s.sample_index, s.response_ids.tolist(), s.reward) for s in samples], file)
+        own = {(s.prompt_id, s.sample_index): s.response_ids for g in rollouts.held.values() for s in g.samples}
+        torch.save(own, file.with_name(f"responses_{os.environ['RANK']}.pt"))
+        if rollouts.judged is not None:
+            judged = [(g.prompt_id, *g.rows["sample_index"], *g.rewards) for g in rollouts.judged.generated]
+            torch.save([tuple(map(float, values)) for values in judged], file)
         return rollouts
 
     SynchronousSource.batch = recording  # type: ignore[method-assign]
@@ -95,9 +97,13 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 
 
 def _rollouts(folder: Path) -> list[Any]:
-    samples: list[Any] = torch.load(folder / "rollouts.pt")
-    assert len(samples) >= 32
-    return samples
+    """Rewards by prompt, and all responses."""
+    rewards: list[Any] = torch.load(folder / "rollouts.pt")
+    responses: dict[Any, list[int]] = {}
+    for file in folder.glob("responses_*.pt"):
+        responses |= {key: ids.tolist() for key, ids in torch.load(file).items()}
+    assert len(responses) >= 32
+    return [rewards, sorted(responses.items())]
 
 
 @pytest.mark.parametrize("layout", OTHERS)

@@ -16,9 +16,10 @@ from megatron_fipo.metrics.reductions import Metrics, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
+from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.run.step_report import INFLUENCE_STD, StepClock
 from tests.losses import CORRECTIONS, packed_loss
-from tests.unit.rl_samples import make_group
+from tests.unit.rl_samples import make_group, make_judged
 
 AREAS = (
     "advantages", "canary", "evaluation", "fipo", "mismatch", "noise_floor", "optim", "perf", "policy", "reward",
@@ -32,8 +33,9 @@ _FIELD = "\0"
 def measured_names() -> set[str]:
     """Names that the package's own functions give for a made-up step, under every rollout correction."""
     config = FipoConfig(kl_coefficient=0.1, entropy_coefficient=0.1)
-    groups = [make_group(0, (1.0, 0.0)), make_group(1, (1.0, 1.0, 0.5, 0.0))]
-    groups[0].samples[0].parts = {"math": 1.0}
+    whole = make_group(0, (1.0, 0.0))
+    whole.samples[0].parts = {"math": 1.0}
+    groups = [JudgedGroup.of(whole), make_judged(1, (1.0, 1.0, 0.5, 0.0))]
     assign_rewards(groups, RewardSection(), max_response_tokens=16)
     assign_advantages(groups, "group_std")
     sampler = DynamicSampler(1, SamplingSection())
@@ -49,7 +51,7 @@ def measured_names() -> set[str]:
         metrics |= update
     numbers = scalars(updates[0])
     metrics |= noise_floor(numbers, numbers).metrics
-    evaluations = evaluate_problems([ProblemResult.from_group(groups[0])])
+    evaluations = evaluate_problems([ProblemResult.from_group(whole)])
     return {*scalars(metrics), *evaluations, f"{INFLUENCE_STD}_after_first_update"}
 
 

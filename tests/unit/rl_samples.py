@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
 
 
@@ -17,7 +18,6 @@ def make_sample(
     sample_index: int = 0,
     accuracy: float = 0.0,
     advantage: float = 0.0,
-    reward: float = 0.0,
     finish_reason: str = "stop",
     error: str = "",
 ) -> Trajectory:
@@ -31,7 +31,6 @@ def make_sample(
         finish_reason=finish_reason,
         accuracy=accuracy,
         advantage=advantage,
-        reward=reward,
         error=error,
     )
 
@@ -52,3 +51,10 @@ def make_group(
     ]
     prompt = Prompt(prompt_id, "arithmetic", "1+1=", (100, 101, 102), "exact", {"answer": "2"})
     return Group(prompt=prompt, samples=samples, created_at_step=step)
+
+
+def make_judged(
+    prompt_id: int, accuracies: Sequence[float], *, step: int = 0, error: str = "", lengths: Sequence[int] = ()
+) -> JudgedGroup:
+    """What is known of such a group without its tokens."""
+    return JudgedGroup.of(make_group(prompt_id, accuracies, step=step, error=error, lengths=lengths))

@@ -16,7 +16,8 @@ from megatron_fipo.rl.advantages import (
     leave_one_out,
     overlong_penalty,
 )
-from tests.unit.rl_samples import make_group
+from megatron_fipo.rl.judged_group import JudgedGroup
+from tests.unit.rl_samples import make_judged
 
 REWARDS = torch.tensor([1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
 
@@ -61,29 +62,39 @@ def test_overlong_penalty_scales_and_turns_off() -> None:
         overlong_penalty(1, 20, 30, 1.0)
 
 
+def rewards_of(group: JudgedGroup) -> list[float]:
+    assert group.rewards is not None
+    return group.rewards.tolist()
+
+
+def advantages_of(group: JudgedGroup) -> list[float]:
+    assert group.advantages is not None
+    return group.advantages.tolist()
+
+
 def test_assign_rewards() -> None:
-    group = make_group(0, [1.0, 0.0, 0.99, 1.0], lengths=[4, 4, 4, 9])
+    group = make_judged(0, [1.0, 0.0, 0.99, 1.0], lengths=[4, 4, 4, 9])
     assign_rewards(
         [group], RewardSection(correct=2.0, incorrect=-1.0, overlong_buffer_tokens=4), max_response_tokens=10
     )
     # Partial credit is not right; nine tokens are three quarters into the buffer.
-    assert [sample.reward for sample in group.samples] == [2.0, -1.0, -1.0, 1.25]
+    assert rewards_of(group) == [2.0, -1.0, -1.0, 1.25]
 
 
 def test_assign_advantages() -> None:
-    groups = [make_group(0, [1.0, 0.0]), make_group(1, [1.0, 0.0, 0.0, 0.0])]
+    groups = [make_judged(0, [1.0, 0.0]), make_judged(1, [1.0, 0.0, 0.0, 0.0])]
     assign_rewards(groups, RewardSection(), max_response_tokens=10)
     assign_advantages(groups, "group_std")
     root = math.sqrt(2)
-    assert [sample.advantage for sample in groups[0].samples] == pytest.approx([1 / root, -1 / root], abs=1e-5)
+    assert advantages_of(groups[0]) == pytest.approx([1 / root, -1 / root], abs=1e-5)
     # Each group by itself.
-    assert [sample.advantage for sample in groups[1].samples] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert advantages_of(groups[1]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     assign_advantages(groups, "leave_one_out")
-    assert groups[0].samples[0].advantage == 2.0
+    assert advantages_of(groups[0])[0] == 2.0
 
 
 def test_unknown_estimator() -> None:
     with pytest.raises(
         ValueError, match="estimator=gae is unknown; choose one of group_std, group_mean, leave_one_out"
     ):
-        assign_advantages([make_group(0, [1.0, 0.0])], "gae")
+        assign_advantages([make_judged(0, [1.0, 0.0])], "gae")

@@ -11,17 +11,17 @@ from megatron_fipo.config import FipoConfig, RewardSection
 from megatron_fipo.metrics.reductions import merge, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
+from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.objective import policy_loss
-from megatron_fipo.rl.trajectory import Group
-from tests.unit.rl_samples import make_group
+from tests.unit.rl_samples import make_judged
 
 
-def judged() -> list[Group]:
+def judged() -> list[JudgedGroup]:
     groups = [
-        make_group(0, (1.0, 0.0, 0.0, 0.0), lengths=(2, 4, 6, 16)),
-        make_group(1, (1.0, 1.0, 0.5, 0.0), lengths=(8, 9, 10, 16)),
+        make_judged(0, (1.0, 0.0, 0.0, 0.0), lengths=(2, 4, 6, 16)),
+        make_judged(1, (1.0, 1.0, 0.5, 0.0), lengths=(8, 9, 10, 16)),
     ]
-    groups[0].samples[3].finish_reason = groups[1].samples[3].finish_reason = "length"
+    groups[0].rows["is_truncated"][3] = groups[1].rows["is_truncated"][3] = True
     assign_rewards(groups, RewardSection(), max_response_tokens=16)
     assign_advantages(groups, "group_mean")
     return groups
@@ -48,7 +48,8 @@ def test_rollout_metrics_by_hand() -> None:
 
 def test_samples_without_a_verdict_are_left_out() -> None:
     groups = judged()
-    groups[0].samples[0].error = "no verdict"
+    groups[0].rows["has_failed"][0] = True
+    groups[0].errors[0] = "no verdict"
     measured = scalars(rollout_metrics(groups, max_response_tokens=16))
     assert measured["rollout/accuracy/mean"] == 2 / 7
     assert measured["rollout/response_tokens/min"] == 4

@@ -13,7 +13,7 @@ from megatron_fipo.console.console import Console
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.rl.trajectory import Group, Prompt
 from megatron_fipo.system.disk import DiskError
-from tests.unit.test_prompts_to_try import SOURCE, Answers
+from tests.unit.test_prompts_to_try import SOURCE, Alone, Answers
 
 TEXTS = {"short": ["1+1=", "1+2="], "long": ["1+2+3=", "3+2+1=", "2+2+2="], "one": ["9-8="]}
 WRONG = {"1+2=", "3+2+1=", "2+2+2="}
@@ -41,7 +41,9 @@ def evaluated(names: list[str], folder: Path | None = None) -> tuple[dict[str, f
         for name in names
     }
     answers = CountedAnswers()
-    evaluation = HeldOutEvaluation(config, sets, cast(Any, answers), Console(config, enabled=False), folder)
+    evaluation = HeldOutEvaluation(
+        config, sets, cast(Any, answers), cast(Any, Alone()), Console(config, enabled=False), folder
+    )
     return evaluation.run("after"), answers
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_fipo.rollout.servers.node_layout import TrainerGpu, node_of, own_gpu, packers_of_node, visible_gpus
+from megatron_fipo.parallel.nodes import node_of
+from megatron_fipo.rollout.servers.node_layout import TrainerGpu, own_gpu, packers_of_node, visible_gpus
 
 TWO_NODES = [0, 1, 2, 3, 0, 1, 2, 3]
 """LOCAL_RANK of each rank."""

@@ -12,6 +12,7 @@ from megatron_fipo.config import Config, DataSection, DataSourceConfig, Evaluati
 from megatron_fipo.console.console import Console
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
+from megatron_fipo.rollout.engine import ALL_PROMPTS
 
 SOURCE = DataSourceConfig(kind="chain_arithmetic", verifier="chain_arithmetic", num_prompts=1)
 
@@ -22,8 +23,7 @@ class Answers:
     def __init__(self, wrong: set[str]) -> None:
         self.wrong = wrong
 
-    def own_share(self, prompts: list[Prompt]) -> list[Prompt]:
-        return prompts
+    share = ALL_PROMPTS
 
     def generate(self, prompts: list[Prompt], *arguments: Any, **keywords: Any) -> list[Group]:
         groups = []
@@ -38,6 +38,22 @@ class Answers:
         return groups
 
 
+class Alone:
+    """Stands for the data plane of a run of one rank, and for its process group."""
+
+    def __init__(self) -> None:
+        self.world = self
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+    def gathered(self, own: list[Any]) -> list[Any]:
+        return own
+
+
 def evaluated(texts: dict[str, list[str]], wrong: set[str], **source: Any) -> list[str]:
     config = Config(
         data=DataSection(evaluation={name: replace(SOURCE, **source) for name in texts}),
@@ -48,7 +64,7 @@ def evaluated(texts: dict[str, list[str]], wrong: set[str], **source: Any) -> li
         for name, of_source in texts.items()
     }
     generator = cast(Any, Answers(wrong))
-    evaluation = HeldOutEvaluation(config, sets, generator, Console(config, enabled=False), None)
+    evaluation = HeldOutEvaluation(config, sets, generator, cast(Any, Alone()), Console(config, enabled=False), None)
     assert evaluation.prompts_to_try() == [], "nothing was evaluated yet"
     evaluation.run("after")
     return evaluation.prompts_to_try()

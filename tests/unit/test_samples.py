@@ -7,13 +7,17 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_fipo import cli
-from megatron_fipo.config import SamplingSection
+from megatron_fipo.config import RewardSection, SamplingSection
+from megatron_fipo.rl.advantages import assign_rewards
+from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
-from megatron_fipo.run.sample_choice import MAX_REFERENCE_CHARACTERS, samples_of_step
+from megatron_fipo.run.sample_choice import MAX_REFERENCE_CHARACTERS, choose
+from megatron_fipo.run.sample_choice import kept as in_full
 from megatron_fipo.run.samples import (
     TrainingSample,
     forget_samples,
@@ -38,8 +42,6 @@ def group(prompt_id: int, scores: str, source: str = "sums", error: str = "") ->
             rollout_log_probs=torch.zeros(2),
             finish_reason="stop",
             accuracy=float(letter == "r"),
-            reward=1.0 if letter == "r" else -1.0,
-            advantage=0.5,
             error=error if index == len(scores) - 1 else "",
         )
         for index, letter in enumerate(scores)
@@ -50,8 +52,16 @@ def group(prompt_id: int, scores: str, source: str = "sums", error: str = "") ->
 def kept(
     trained_on: list[Group], others: list[Group], count: int, config: SamplingSection = PAPER
 ) -> list[TrainingSample]:
-    generated = [*others, *trained_on]
-    return samples_of_step(3, trained_on, generated, count, config, decode=lambda ids: f"text of {ids}")
+    """What is kept of groups of two ranks; those with an even prompt are the first one's."""
+    judged = {id(one): JudgedGroup.of(one, one.prompt.prompt_id % 2) for one in [*others, *trained_on]}
+    assign_rewards(list(judged.values()), RewardSection(), max_response_tokens=2)
+    in_training = [judged[id(one)] for one in trained_on]
+    for one in in_training:
+        one.advantages = np.full(len(one.rows), 0.5)
+    held = {one.prompt.prompt_id: one for one in [*others, *trained_on]}
+    chosen = choose(in_training, list(judged.values()), count, config)
+    assert [one.leader for one in chosen] == [one.prompt_id % 2 for one in chosen]
+    return [in_full(3, one, held[one.prompt_id], decode=lambda ids: f"text of {ids}") for one in chosen]
 
 
 # --- which are kept ---------------------------------------------------------------------------------------------------

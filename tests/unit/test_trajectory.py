@@ -117,7 +117,7 @@ def test_a_checkpoint_from_before_there_were_segments_is_read() -> None:
     assert trajectory.key == ("sums", 2, 0)
     assert outline(trajectory.segments) == [("policy", 2, 3), ("policy", 1, 4)]
     assert trajectory.rollout_log_probs.tolist() == [-1, -2, -3]
-    assert (trajectory.response_text, trajectory.reward, trajectory.advantage) == ("x", 1.0, 0.5)
+    assert (trajectory.response_text, trajectory.advantage) == ("x", 0.5)
 
 
 def test_recorded_segments_must_fit_the_tokens() -> None:

@@ -18,12 +18,13 @@ from megatron_fipo.data.records import read_records
 from megatron_fipo.environments.verifier_probes import VerifierProbes
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
+from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.trajectory import Prompt
 from megatron_fipo.verifiers.check import Findings, inspect_own
 from megatron_fipo.verifiers.combined import combine, judge_combined
 from megatron_fipo.verifiers.pool import VerifierPool
 from megatron_fipo.verifiers.verdict import RAISED, Verdict, VerifierJob, combined_name, split_name
-from tests.unit.rl_samples import make_group
+from tests.unit.rl_samples import make_group, make_judged
 
 WEIGHTS = {"math": 1.0, "judges:format": 0.2}
 SOUND = ["model.path=m", "data.train.a.kind=jsonl", "data.train.a.path=p.jsonl"]
@@ -192,8 +193,8 @@ def test_what_cannot_be_loaded_is_named_with_its_key_and_rows_are_asked_for() ->
 
 
 def test_failures_are_told_by_kind_with_a_count() -> None:
-    groups = [make_group(index, (0.0, 1.0), error=f"took {index} s over 'x{index}'") for index in range(48)]
-    groups += [make_group(90, (0.0, 1.0), error="raised KeyError"), make_group(91, (0.0, 1.0))]
+    groups = [make_judged(index, (0.0, 1.0), error=f"took {index} s over 'x{index}'") for index in range(48)]
+    groups += [make_judged(90, (0.0, 1.0), error="raised KeyError"), make_judged(91, (0.0, 1.0))]
     many, one = failures_by_kind(groups)
     assert str(many) == (
         "dropped 48 groups that could not be judged, for one kind of reason; first: arithmetic prompt 0: took 0 s "
@@ -203,23 +204,24 @@ def test_failures_are_told_by_kind_with_a_count() -> None:
 
 
 def test_scores_in_between_are_told_with_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    graded = make_group(0, (0.9, 0.25, 0.0, 0.0))
-    for sample in graded.samples:
+    whole = make_group(0, (0.9, 0.25, 0.0, 0.0))
+    for sample in whole.samples:
         sample.parts = {"math": 1.0, "judges:format": sample.accuracy}
-    (scores,) = graded_scores([graded, make_group(1, (0.0, 0.0))])
+    graded = JudgedGroup.of(whole)
+    (scores,) = graded_scores([graded, make_judged(1, (0.0, 0.0))])
     assert str(scores).startswith(
         "2 of 6 responses of source arithmetic were given a score between 0 and 1 by verifier exact, the largest 0.9; "
         "0 were given 1. Only 1 counts as right"
     )
     assert "Means by verifier: math 1, judges:format 0.287" in str(scores)
-    assert graded_scores([make_group(1, (0.0, 1.0))]) == []
+    assert graded_scores([make_judged(1, (0.0, 1.0))]) == []
 
     from megatron_fipo.config import SamplingSection
 
     sampler = DynamicSampler(1, SamplingSection(max_generation_rounds=1))
     sampler.start_step(0)
-    failed: list[Any] = [make_group(index, (0.0, 1.0), error=f"reason {'abcde'[index]}") for index in range(5)]
-    sampler.add_round([graded, *[make_group(10 + i, (0.5, 0.0)) for i in range(8)], *failed])
+    failed: list[Any] = [make_judged(index, (0.0, 1.0), error=f"reason {'abcde'[index]}") for index in range(5)]
+    sampler.add_round([graded, *[make_judged(10 + i, (0.5, 0.0)) for i in range(8)], *failed])
     with pytest.raises(BatchNotFilledError) as raised:
         sampler.take()
     account = str(raised.value)
