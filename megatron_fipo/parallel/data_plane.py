@@ -13,10 +13,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed import ProcessGroup
 
 from megatron_fipo.parallel import exchange
-from megatron_fipo.parallel.groups import ParallelGroups, subgroup
+from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.nodes import node_of, own_local_rank
 from megatron_fipo.rl.flat_trajectories import flatten, unflatten
 from megatron_fipo.rl.judged_group import JudgedGroup, from_wire, to_wire
@@ -34,34 +33,22 @@ class DataPlane:
         num_leaders: how many ranks generate. Rank 0 is the first of them.
     """
 
-    def __init__(self, ranks: ParallelGroups, generates: bool, timeout_s: float) -> None:
+    def __init__(self, ranks: ParallelGroups, generates: bool) -> None:
         """
         Args:
             generates: whether this rank generates; rank 0 does.
-            timeout_s: longest wait inside one collective.
         """
         places = exchange.all_gather_objects((generates, own_local_rank(), ranks.dp.rank()), ranks.world)
         local_ranks = [local_rank for _, local_rank, _ in places]
-        leaders = [rank for rank, (is_leader, _, _) in enumerate(places) if is_leader]
-        assert leaders[:1] == [0], "rank 0 decides, by what it has generated among others"
-        self.num_leaders = len(leaders)
-        self.leader = leaders.index(ranks.rank) if generates else None
-        self._ranks, self.world = ranks, ranks.world
+        self._leaders = [rank for rank, (is_leader, _, _) in enumerate(places) if is_leader]
+        assert self._leaders[:1] == [0], "rank 0 decides, by what it has generated among others"
+        self.num_leaders = len(self._leaders)
+        self.leader = self._leaders.index(ranks.rank) if generates else None
+        self.world, self._rank, self._dp_rank = ranks.world, ranks.rank, ranks.dp.rank()
         nodes = [node_of(rank, local_ranks) for rank, local_rank in enumerate(local_ranks) if local_rank == 0]
-        node = next(node for node in nodes if ranks.rank in node)
-        movers = sorted({*leaders, *(node[0] for node in nodes)})
-        dp_ranks = {node[0]: {places[rank][2] for rank in node} for node in nodes}
-        self._served = [dp_ranks.get(mover, set()) for mover in movers]
-        """By mover: the data-parallel ranks on the node that it receives for."""
-        self._leaders = self._group(leaders, timeout_s)
-        self._movers = self._leaders if movers == leaders else self._group(movers, timeout_s)
-        self._node = self._group(node, timeout_s)
-
-    def _group(self, ranks: Sequence[int], timeout_s: float) -> ProcessGroup | None:
-        """A group of these ranks; None on others."""
-        if len(ranks) == self._ranks.world.size():
-            return self._ranks.world
-        return subgroup(ranks, timeout_s) if self._ranks.rank in ranks else None
+        self._node = next(node for node in nodes if self._rank in node)
+        self._served = {node[0]: {places[rank][2] for rank in node} for node in nodes}
+        """By the rank that receives for a node: the data-parallel ranks on it."""
 
     def judged(self, own: Sequence[Group]) -> list[JudgedGroup]:
         """What is known of all ranks' groups without their tokens, on rank 0, by prompt and source; [] elsewhere.
@@ -69,16 +56,18 @@ class DataPlane:
         Args:
             own: this rank's groups; none where it generates nothing.
         """
-        if self.leader is None or self._leaders is None:
-            return []
-        wire = to_wire([JudgedGroup.of(group, self.leader) for group in own])
-        return from_wire(exchange.gather_objects(wire, self._leaders) or [])
+        return from_wire(self._at_rank_0(to_wire([JudgedGroup.of(group, self.leader or 0) for group in own])))
 
     def gathered(self, own: Sequence[T]) -> list[T]:
         """What each rank that generates hands in, by rank, on rank 0; [] elsewhere. For small things."""
-        if self._leaders is None:
+        return [one for part in self._at_rank_0(list(own)) for one in part]
+
+    def _at_rank_0(self, own: T) -> list[T]:
+        """What the ranks that generate have, by rank, on rank 0; [] elsewhere."""
+        if self.leader is None:
             return []
-        return [one for part in exchange.gather_objects(list(own), self._leaders) or [] for one in part]
+        sources = self._leaders if self._rank == 0 else []
+        return list(exchange.send_objects({0: own}, sources, self.world).values())
 
     def deliver(
         self,
@@ -96,21 +85,19 @@ class DataPlane:
         Returns:
             Those that this rank trains on, by index.
         """
-        received = torch.empty(0, dtype=torch.int32)
-        if self._movers is not None:
-            parts = [
-                flatten((index, trajectory(index)) for index in self._to_send(dp_ranks, leaders, wanted))
-                for dp_ranks in self._served
-            ]
-            received = exchange.all_to_all_arrays([torch.from_numpy(part) for part in parts], self._movers)
-        assert self._node is not None, "this rank is one of its node's"
-        flat = exchange.broadcast_array(received, self._node).numpy()
-        return dict(unflatten(flat, wanted[self._ranks.dp.rank()]))
-
-    def _to_send(
-        self, dp_ranks: Collection[int], leaders: NDArray[np.int16], wanted: Sequence[Collection[int]]
-    ) -> list[int]:
-        """What this rank holds of that which some data-parallel ranks want, ascending."""
-        if self.leader is None:
-            return []
-        return sorted(index for dp in dp_ranks for index in wanted[dp] if leaders[index] == self.leader)
+        parts, sources = {}, []
+        for receiver, dp_ranks in self._served.items():
+            indices = sorted(set().union(*(wanted[dp] for dp in dp_ranks)))
+            senders = [self._leaders[leader] for leader in leaders[indices].tolist()]
+            if own := [index for index, sender in zip(indices, senders, strict=True) if sender == self._rank]:
+                parts[receiver] = torch.from_numpy(flatten((index, trajectory(index)) for index in own))
+            if receiver == self._rank:
+                sources = sorted(set(senders))
+        received = exchange.send_arrays(parts, sources, torch.int32, self.world)
+        of_node = torch.cat([torch.empty(0, dtype=torch.int32), *received.values()])
+        first, *others = self._node
+        if self._rank == first:
+            exchange.send_arrays(dict.fromkeys(others, of_node), [], torch.int32, self.world)
+        else:
+            (of_node,) = exchange.send_arrays({}, [first], torch.int32, self.world).values()
+        return dict(unflatten(of_node.numpy(), wanted[self._dp_rank]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,9 @@ from megatron_fipo.parallel import by_value
 
 T = TypeVar("T")
 
+_LENGTH_TAG, _PART_TAG = 1, 2
+"""Of the messages of `send_arrays`; all others have 0."""
+
 
 def all_gather_objects(own: T, group: ProcessGroup) -> list[T]:
     """Every rank's object, by rank. Collective; objects must be picklable."""
@@ -25,15 +28,6 @@ def all_gather_objects(own: T, group: ProcessGroup) -> list[T]:
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, by_value.dumps(own), group=group)
     return [pickle.loads(sent) for sent in gathered]
-
-
-def gather_objects(own: T, group: ProcessGroup) -> list[T] | None:
-    """Every rank's object, by rank, at the group's first rank; None elsewhere. Collective."""
-    if group.size() == 1:
-        return [own]
-    gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    dist.gather_object(by_value.dumps(own), gathered, group=group, group_dst=0)
-    return None if gathered is None else [pickle.loads(sent) for sent in gathered]
 
 
 def broadcast_object(own: T | None, group: ProcessGroup) -> T:
@@ -47,30 +41,46 @@ def broadcast_object(own: T | None, group: ProcessGroup) -> T:
     return received
 
 
-def all_to_all_arrays(parts: Sequence[Tensor], group: ProcessGroup) -> Tensor:
-    """What every rank has for this one, joined in the order of the ranks. Collective.
+def send_arrays(
+    parts: Mapping[int, Tensor], sources: Sequence[int], dtype: torch.dtype, group: ProcessGroup
+) -> dict[int, Tensor]:
+    """Send arrays to some ranks, and receive one from each of some others. Nobody else takes part.
+
+    Only ranks that have something for one another connect.
 
     Args:
-        parts: one for each rank, 1-d, of one dtype, of any lengths.
+        parts: 1-d tensors on the CPU, of any lengths, by the rank of the group that each is for.
+        sources: the ranks of the group that send this one something, in this same call.
+        dtype: of what is sent and received.
+
+    Returns:
+        What they sent, by rank. What a rank sends itself is not copied.
     """
-    if group.size() == 1:
-        return parts[0]
-    to_send = torch.tensor([len(part) for part in parts])
-    to_receive = torch.empty_like(to_send)
-    dist.all_to_all_single(to_receive, to_send, group=group)
-    return all_to_all_parts(torch.cat(list(parts)), to_send.tolist(), to_receive.tolist(), group)
+    own = group.rank()
+    works: list[Any] = []
+    for target, part in parts.items():
+        if target != own:
+            works.append(dist.isend(torch.tensor([len(part)]), group=group, group_dst=target, tag=_LENGTH_TAG))
+            works.append(dist.isend(part.contiguous(), group=group, group_dst=target, tag=_PART_TAG))
+    received = {}
+    for source in sources:
+        if source == own:
+            received[source] = parts[own]
+            continue
+        length = torch.empty(1, dtype=torch.int64)
+        dist.recv(length, group=group, group_src=source, tag=_LENGTH_TAG)
+        received[source] = torch.empty(int(length), dtype=dtype)
+        works.append(dist.irecv(received[source], group=group, group_src=source, tag=_PART_TAG))
+    for work in works:
+        work.wait()
+    return received
 
 
-def broadcast_array(own: Tensor, group: ProcessGroup) -> Tensor:
-    """The 1-d tensor of the group's first rank, of whatever length, on every rank. Collective.
-
-    Args:
-        own: what is sent; of other ranks, dtype and device alone count.
-    """
-    if group.size() == 1:
-        return own
-    length = broadcast(torch.tensor([len(own)], device=own.device), 0, group)
-    return broadcast(own if group.rank() == 0 else own.new_empty(int(length)), 0, group)
+def send_objects(parts: Mapping[int, Any], sources: Sequence[int], group: ProcessGroup) -> dict[int, Any]:
+    """`send_arrays` for objects that can be pickled."""
+    sent = {rank: torch.frombuffer(bytearray(by_value.dumps(part)), dtype=torch.uint8) for rank, part in parts.items()}
+    received = send_arrays(sent, sources, torch.uint8, group)
+    return {rank: pickle.loads(part.numpy().tobytes()) for rank, part in received.items()}
 
 
 def all_to_all_parts(own: Tensor, to_send: list[int], to_receive: list[int], group: ProcessGroup) -> Tensor:

@@ -81,7 +81,7 @@ class RunParts:
         self.ledger = RolloutLedger(folder.rollouts, ranks.rank, numbers_fingerprint(named.recorded), self.decode)
         environment = None if self.verifiers is None else SingleTurn(judge_in(self.verifiers), self.decode)
         generator = GroupGenerator(engine, environment, ranks, config.run.seed, self.ledger, leave_if_asked)
-        self.plane = DataPlane(ranks, share is not None, config.parallel.timeout_s)
+        self.plane = DataPlane(ranks, share is not None)
         self.source: RolloutSource = SynchronousSource(
             config, ranks, prompts, engine, generator, self.plane, self.ledger, console
         )
