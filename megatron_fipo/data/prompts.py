@@ -267,12 +267,20 @@ class PromptStream:
             item = self._order(position, epoch)[place]
         return source.prompt(item, prompt_id)
 
-    def take(self, count: int, places: slice = slice(None)) -> list[Prompt]:
-        """Of the next `count` prompts those at some places, by default all; moves the cursor past them all."""
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts; moves the cursor past them."""
         first = self._next_prompt_id
-        prompts = [self.prompt(prompt_id) for prompt_id in range(first, first + count)[places]]
-        self._next_prompt_id += count
-        return prompts
+        self.move_to(first + count)
+        return [self.prompt(prompt_id) for prompt_id in range(first, first + count)]
+
+    @property
+    def position(self) -> int:
+        """The cursor: the first prompt that nobody has used."""
+        return self._next_prompt_id
+
+    def move_to(self, prompt_id: int) -> None:
+        """Move the cursor."""
+        self._next_prompt_id = prompt_id
 
     @property
     def num_skipped(self) -> dict[str, int]:

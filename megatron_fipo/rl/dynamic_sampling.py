@@ -91,9 +91,14 @@ class DynamicSampler:
             self._counts.failed += has_failed
             self._counts.all_right += all_right and not has_failed
             self._counts.all_wrong += all_wrong and not has_failed
-            if not has_failed and not (self._config.dynamic and (all_right or all_wrong)):
+            if self.is_kept(group):
                 self._ready.append(group)
         self._ready.sort(key=lambda group: (group.prompt_id, group.source))
+
+    def is_kept(self, group: JudgedGroup) -> bool:
+        """Whether a group may be trained on: it could be judged, and has a signal if there must be one."""
+        is_uniform = bool(group.is_right.all()) or not group.is_right.any()
+        return bool(group.judged.all()) and not (self._config.dynamic and is_uniform)
 
     @property
     def num_rounds(self) -> int:

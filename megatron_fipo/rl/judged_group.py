@@ -93,7 +93,21 @@ def _row(sample: Trajectory, leader: int) -> tuple[Any, ...]:
     )
 
 
-Wire = tuple[NDArray[Any], Sequence[tuple[str, str, int, int]], Mapping[int, tuple[Any, Any]]]
+def joined(parts: Sequence[JudgedGroup]) -> JudgedGroup:
+    """One group of the responses to one prompt that several ranks have, by sample_index."""
+    first = parts[0]
+    rows = np.concatenate([part.rows for part in parts])
+    return JudgedGroup(
+        first.source,
+        first.verifier,
+        first.created_at_step,
+        rows[np.argsort(rows["sample_index"])],
+        dict(sorted((index, error) for part in parts for index, error in part.errors.items())),
+        dict(sorted((index, numbers) for part in parts for index, numbers in part.parts.items())),
+    )
+
+
+Wire = tuple[bytes, Sequence[tuple[str, str, int, int]], Mapping[int, tuple[Any, Any]]]
 """Groups on their way to another rank: all rows, (source, verifier, step, number of rows) of each group, and (errors,
 parts) of those that have any."""
 
@@ -103,18 +117,19 @@ def to_wire(groups: Sequence[JudgedGroup]) -> Wire:
     rows = np.concatenate([np.empty(0, RESPONSE), *(group.rows for group in groups)])
     heads = [(group.source, group.verifier, group.created_at_step, len(group.rows)) for group in groups]
     more = {place: (group.errors, group.parts) for place, group in enumerate(groups) if group.errors or group.parts}
-    return rows, heads, more
+    return rows.tobytes(), heads, more
 
 
 def from_wire(wires: Sequence[Wire]) -> list[JudgedGroup]:
-    """The groups of several ranks, by prompt and source."""
-    groups = []
-    for rows, heads, more in wires:
-        end = 0
+    """The groups of several ranks, by prompt and source; where ranks have parts of one, the whole of these."""
+    parts: dict[tuple[int, str], list[JudgedGroup]] = {}
+    for content, heads, more in wires:
+        rows, end = np.frombuffer(bytearray(content), RESPONSE), 0
         for place, (source, verifier, step, count) in enumerate(heads):
             first, end = end, end + count
-            groups.append(JudgedGroup(source, verifier, step, rows[first:end], *more.get(place, ({}, {}))))
-    return sorted(groups, key=lambda group: (group.prompt_id, group.source))
+            group = JudgedGroup(source, verifier, step, rows[first:end], *more.get(place, ({}, {})))
+            parts.setdefault((group.prompt_id, source), []).append(group)
+    return [joined(of_prompt) if len(of_prompt) > 1 else of_prompt[0] for _, of_prompt in sorted(parts.items())]
 
 
 PLANNED = np.dtype(

@@ -52,7 +52,7 @@ async def generate_groups(
         if known is not None:
             return known
 
-        trajectory = await environment.play(prompt, key, _speaker(engine, prompt, key, sampling, run_seed, step))
+        trajectory = await environment.play(prompt, key, speaker(engine, prompt, key, sampling, run_seed, step))
         if on_sample is not None:
             on_sample(trajectory)
         return trajectory
@@ -71,7 +71,7 @@ async def generate_groups(
     ]
 
 
-def _speaker(
+def speaker(
     engine: RolloutEngine, prompt: Prompt, key: SampleKey, sampling: SamplingParams, run_seed: int, step: int
 ) -> Speak:
     """The function by which the policy writes its turns of one trajectory."""

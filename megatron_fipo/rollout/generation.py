@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_fipo.convert.dtypes import MODEL_DTYPES
 from megatron_fipo.environments.environment import Environment
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups, device
+from megatron_fipo.parallel.ordered_work import OrderedWork
 from megatron_fipo.parallel.waiting import Work
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.collect import generate_groups
@@ -19,6 +21,7 @@ from megatron_fipo.rollout.engine import ALL_PROMPTS, RolloutEngine, SamplingPar
 from megatron_fipo.rollout.in_process.engine import InProcessEngine, find_stop_token_ids
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.setup import build_server_engine, share_of_servers
+from megatron_fipo.rollout.stream import Stream
 from megatron_fipo.system.event_loop import run_to_end
 
 
@@ -46,7 +49,7 @@ class GroupGenerator:
                 that no generation begins after the signal, and no response that was cut short counts as a whole one.
         """
         self._engine, self._environment, self._ranks = engine, environment, ranks
-        self._run_seed, self._ledger, self._leave_if_asked = run_seed, ledger, leave_if_asked
+        self._run_seed, self._ledger, self.leave_if_asked = run_seed, ledger, leave_if_asked
 
     @property
     def share(self) -> Share | None:
@@ -76,10 +79,10 @@ class GroupGenerator:
             ValueError: if the ledger is damaged, or lacks a response with `only_recorded`.
             OtherRankError: if generation failed on another rank.
         """
-        self._leave_if_asked()
+        self.leave_if_asked()
         finished = self._finished(step, round_index, own_prompts, num_samples)
         if only_recorded:
-            self._check_complete(step, len(own_prompts) * num_samples - len(finished))
+            self.check_complete(step, len(own_prompts) * num_samples - len(finished))
         for sample in finished.values():
             on_sample(sample)
         if round_index is not None:
@@ -102,17 +105,80 @@ class GroupGenerator:
                 )
             if round_index is not None:
                 self._ledger.secure()
-        self._leave_if_asked()
+        self.leave_if_asked()
         for group in own:
             group.prompt = replace(group.prompt, row=None)  # rows are for judging only: checkpoints do without them
             for sample in group.samples if round_index is not None else ():
                 sample.response_text = ""  # its tokens say the same
         return own
 
-    def _check_complete(self, step: int, own_missing: int) -> None:
-        """
+    def stream(
+        self,
+        step: int,
+        work: OrderedWork,
+        sampling: SamplingParams,
+        key_of: Callable[[int], tuple[Prompt, SampleKey]],
+        on_judged: Callable[[Prompt, Trajectory], None],
+        look: Callable[[], None],
+    ) -> int:
+        """Generate and judge one response for each ticket of `work` that this rank takes, until no more are wanted.
+
+        Collective over all ranks.
+
+        Args:
+            key_of: the prompt and the key of a ticket's response.
+            on_judged: called with each of this rank's judged trajectories, and with those found in the ledger.
+            look: called now and then, on ranks that generate.
+
+        Returns:
+            Tokens of this rank's responses that were begun in vain.
+
         Raises:
-            ValueError: on every rank, if any lacks a recorded response.
+            ValueError: if the ledger is damaged.
+            OtherRankError: if generation failed on another rank.
+        """
+        self.leave_if_asked()
+        ledger = self._ledger
+        stream: Stream | None = None
+        with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
+            if self._environment is not None:
+                ledger.begin(step)
+                record = ledger.recording(0, lambda sample: None)
+                stream = Stream(
+                    self._engine,
+                    self._environment,
+                    work,
+                    sampling=sampling,
+                    run_seed=self._run_seed,
+                    step=step,
+                    key_of=key_of,
+                    # A repeatable engine would round the missing responses differently beside other ones.
+                    recorded=(lambda prompt, key: None) if self._engine.repeatable else partial(ledger.found, step, 0),
+                    on_written=record,
+                    on_judged=on_judged,
+                    look=look,
+                )
+                run_to_end(stream.run())
+                ledger.secure()
+        self.leave_if_asked()
+        return 0 if stream is None else stream.num_unused_tokens
+
+    def recorded(self, step: int, wanted: Iterable[tuple[Prompt, SampleKey]]) -> list[Trajectory | None]:
+        """What the ledger has of some responses of a step that was streamed. Local.
+
+        Raises:
+            ValueError: if the ledger is damaged.
+        """
+        if self._environment is None:
+            return []
+        self._ledger.begin(step)
+        return [self._ledger.found(step, 0, prompt, key) for prompt, key in wanted]
+
+    def check_complete(self, step: int, own_missing: int) -> None:
+        """Raise if a response that updates were made on is not recorded any more. Collective over all ranks.
+
+        Raises:
+            ValueError: on every rank, if any lacks one.
         """
         if num_missing := sum(exchange.all_gather_objects(own_missing, self._ranks.world)):
             raise ValueError(

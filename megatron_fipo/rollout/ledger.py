@@ -21,6 +21,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,19 @@ _STEP = re.compile(r"step_(-?\d+)")
 PLAN = "plan.json"
 """File of a step's folder that says what it trains on."""
 _NUM_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step trains on.
+
+    Attributes:
+        prompt_ids: the prompts of the batch's groups, in its order.
+        next_prompt: the first prompt of the next step.
+    """
+
+    prompt_ids: list[int]
+    next_prompt: int
 
 
 class RolloutLedger:
@@ -60,20 +74,35 @@ class RolloutLedger:
         Raises:
             ValueError: if a file is damaged, naming it and the line.
         """
+        self.begin(step)
+        by_prompt = {(prompt.source, prompt.prompt_id): prompt for prompt in prompts}
+        recorded = self._recorded.get(round_index, {})
+        return {
+            key: self._whole(sample, by_prompt[key[:2]]) for key, sample in recorded.items() if key[:2] in by_prompt
+        }
+
+    def begin(self, step: int) -> None:
+        """Read what is recorded of a step, and let `append` add to it.
+
+        Raises:
+            ValueError: if a file is damaged, naming it and the line.
+        """
         if step != self._step:
             self._open(step)
-        by_prompt = {(prompt.source, prompt.prompt_id): prompt for prompt in prompts}
-        found = {}
-        for key, sample in self._recorded.get(round_index, {}).items():
-            prompt = by_prompt.get(key[:2])
-            if prompt is not None:
-                sample.prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
-                sample.response_text = self._decode(sample.response_ids.tolist())
-                found[key] = sample
-        return found
+
+    def found(self, step: int, round_index: int, prompt: Prompt, key: SampleKey) -> Trajectory | None:
+        """Return one recorded response of the step that was begun; None if there is none."""
+        assert step == self._step, "begin() opens the step"
+        sample = self._recorded.get(round_index, {}).get(key)
+        return None if sample is None else self._whole(sample, prompt)
+
+    def _whole(self, sample: Trajectory, prompt: Prompt) -> Trajectory:
+        sample.prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
+        sample.response_text = self._decode(sample.response_ids.tolist())
+        return sample
 
     def append(self, round_index: int, sample: Trajectory) -> None:
-        """Record a judged response of the step that `finished` was last called with.
+        """Record a judged response of the step that was last begun.
 
         Raises:
             DiskError: if it cannot be written, or the file was deleted meanwhile.
@@ -109,8 +138,8 @@ class RolloutLedger:
             with writing(self._folder):
                 os.fsync(self._file.fileno())
 
-    def note_plan(self, step: int, prompt_ids: Sequence[int], *, must_be_same: bool) -> None:
-        """Record which prompts' groups a step trains on, in this order, as the rank that decides it.
+    def note_plan(self, step: int, plan: Plan, *, must_be_same: bool) -> None:
+        """Record what a step trains on, as the rank that decides it.
 
         Args:
             must_be_same: the step has made updates on what was recorded: this has to be the same.
@@ -119,18 +148,37 @@ class RolloutLedger:
             ValueError: if it is not, or the record is damaged.
             DiskError: if it cannot be written.
         """
-        path = self._folder / f"step_{step:06d}" / PLAN
-        if must_be_same and path.is_file():
-            recorded = next(_read(path), {})
-            if recorded.get("prompt_ids") != list(prompt_ids):
-                raise ValueError(
-                    f"{path} says that step {step} trains on prompts {_some(recorded.get('prompt_ids', []))}; its "
-                    f"recorded rollouts come to {_some(prompt_ids)}, and updates on the former are made already. Bring "
-                    "the run's folder rollouts/ back as it was, or delete the checkpoint to go on from the one before."
-                )
-            return
-        record = json.dumps({"fingerprint": self._fingerprint, "step": step, "prompt_ids": list(prompt_ids)}).encode()
-        write_text_whole(path, _line(record).decode())
+        recorded = self.plan(step) if must_be_same else None
+        if recorded is None:
+            content = {"fingerprint": self._fingerprint, "step": step, **asdict(plan)}
+            write_text_whole(self._plan_path(step), _line(json.dumps(content).encode()).decode())
+        elif recorded != plan:
+            raise ValueError(
+                f"{self._plan_path(step)} says that step {step} trains on prompts {_some(recorded.prompt_ids)}; its "
+                f"recorded rollouts come to {_some(plan.prompt_ids)}, and updates on the former are made already. "
+                "Bring the run's folder rollouts/ back as it was, or delete the checkpoint to go on from the one "
+                "before."
+            )
+
+    def plan(self, step: int) -> Plan | None:
+        """What a step trains on, if a run before this one has decided it.
+
+        Raises:
+            ValueError: if the record is damaged.
+        """
+        path = self._plan_path(step)
+        if not path.is_file():
+            return None
+        record = next(_read(path), {})
+        if record.get("fingerprint") != self._fingerprint:
+            return None
+        try:
+            return Plan([int(prompt_id) for prompt_id in record["prompt_ids"]], int(record["next_prompt"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damaged(path, 1, f"it holds no plan: {error!r}") from error
+
+    def _plan_path(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}" / PLAN
 
     def forget_before(self, step: int) -> None:
         """Delete the records of earlier steps. Only the leader may call this."""

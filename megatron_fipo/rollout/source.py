@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.rl.judged_group import JudgedGroup
-from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
+from megatron_fipo.rl.trajectory import Prompt, Trajectory
 from megatron_fipo.rollout.engine import Policy
+from megatron_fipo.rollout.held import Held
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,19 @@ class StepRollouts:
     Attributes:
         plan: PLANNED [responses that the step trains on], in the batch's order; the same on every rank.
         group_sizes: responses of each of the batch's groups; the same on every rank.
-        held: the groups whose tokens this rank holds, by prompt: those of the batch and all that the step generated.
+        held: the responses whose tokens this rank holds: of the batch, and of all that the step generated.
         judged: on rank 0.
     """
 
     plan: NDArray[Any]
     group_sizes: list[int]
-    held: Mapping[int, Group]
+    held: Held
     judged: JudgedStep | None
 
     def trajectory(self, index: int) -> Trajectory:
         """What this rank holds of the batch, by its place in it."""
         planned = self.plan[index]
-        return self.held[int(planned["prompt_id"])].samples[int(planned["sample_index"])]
+        return self.held.samples[int(planned["prompt_id"]), int(planned["sample_index"])]
 
 
 class SourceState(Protocol):
@@ -105,8 +106,17 @@ class RolloutSource(Protocol):
 class PromptOrder(Protocol):
     """An endless, deterministic order of prompts."""
 
-    def take(self, count: int, places: slice) -> list[Prompt]:
-        """Of the next `count` prompts those at some places; the others are counted and not made."""
+    @property
+    def position(self) -> int:
+        """The first prompt that nobody has used."""
+        ...
+
+    def prompt(self, prompt_id: int) -> Prompt:
+        """The prompt at a position, from 0; the same every time."""
+        ...
+
+    def move_to(self, prompt_id: int) -> None:
+        """All prompts before this one are used."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

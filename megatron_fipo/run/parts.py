@@ -14,9 +14,11 @@ from megatron_fipo.environments.verifier_probes import VerifierProbes
 from megatron_fipo.evaluation.during_training import HeldOutEvaluation
 from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rollout.batch_source import SourceParts
 from megatron_fipo.rollout.generation import GroupGenerator, build_engine, share_of
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.source import RolloutSource
+from megatron_fipo.rollout.streaming import StreamingSource
 from megatron_fipo.rollout.synchronous import SynchronousSource
 from megatron_fipo.run.best_model import BestModel
 from megatron_fipo.run.ending import Ending
@@ -82,9 +84,9 @@ class RunParts:
         environment = None if self.verifiers is None else SingleTurn(judge_in(self.verifiers), self.decode)
         generator = GroupGenerator(engine, environment, ranks, config.run.seed, self.ledger, leave_if_asked)
         self.plane = DataPlane(ranks, share is not None)
-        self.source: RolloutSource = SynchronousSource(
-            config, ranks, prompts, engine, generator, self.plane, self.ledger, console
-        )
+        parts = SourceParts(config, ranks, prompts, engine, generator, self.plane, self.ledger, console)
+        kind = StreamingSource if config.sampling.streaming else SynchronousSource
+        self.source: RolloutSource = kind(parts)
         self.saved = SavedRun(config, self.actor, folder, self.ledger, console, named.recorded)
         self.ending = Ending(config.train.stop_when, folder.metrics, console.info)
         is_leader = ranks.rank == 0

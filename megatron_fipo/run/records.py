@@ -78,7 +78,7 @@ class RunRecords:
             None if judged is None else choose(judged.trained_on, judged.generated, count, config.sampling), self._world
         )
         own = [(place, one) for place, one in enumerate(chosen) if one.leader == plane.leader]
-        told = plane.gathered([(place, kept(step, one, rollouts.held[one.prompt_id], decode)) for place, one in own])
+        told = plane.gathered([(place, kept(step, one, rollouts.held, decode)) for place, one in own])
         on_leader(
             lambda: write_samples(self.folder.samples, step, [sample for _, sample in sorted(told, key=_place)]),
             self._world,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.rl.judged_group import JudgedGroup
-from megatron_fipo.rl.trajectory import Group
+from megatron_fipo.rollout.held import Held
 from megatron_fipo.run.samples import TrainingSample
 
 MAX_REFERENCE_CHARACTERS = 10_000
@@ -98,23 +98,23 @@ def _why_not(group: JudgedGroup, config: SamplingSection) -> str:
     return "dropped: the batch was full"
 
 
-def kept(step: int, chosen: Chosen, group: Group, decode: Callable[[list[int]], str]) -> TrainingSample:
+def kept(step: int, chosen: Chosen, held: Held, decode: Callable[[list[int]], str]) -> TrainingSample:
     """A chosen response in full, made where it is held.
 
     Args:
-        group: the group that it belongs to.
+        held: what this rank holds, the chosen response among it.
         decode: text of a response's tokens.
     """
-    sample = group.samples[chosen.sample_index]
-    reference = str(group.prompt.reference)
+    sample, prompt = held.samples[chosen.prompt_id, chosen.sample_index], held.prompts[chosen.prompt_id]
+    reference = str(prompt.reference)
     if len(reference) > MAX_REFERENCE_CHARACTERS:
         reference = f"{reference[:MAX_REFERENCE_CHARACTERS]} … ({len(reference)} characters)"
     return TrainingSample(
         step=step,
-        source=group.prompt.source,
-        prompt_id=group.prompt.prompt_id,
+        source=prompt.source,
+        prompt_id=prompt.prompt_id,
         sample_index=sample.sample_index,
-        prompt=group.prompt.text,
+        prompt=prompt.text,
         response=sample.response_text or decode(sample.response_ids.tolist()),
         reference=reference,
         answer=sample.answer,
@@ -126,5 +126,5 @@ def kept(step: int, chosen: Chosen, group: Group, decode: Callable[[list[int]], 
         tokens=sample.num_response_tokens,
         finish_reason=sample.finish_reason,
         error=sample.error,
-        created_at_step=group.created_at_step,
+        created_at_step=held.created_at_step[chosen.prompt_id],
     )

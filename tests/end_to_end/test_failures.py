@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_fipo import train as train_module
-from megatron_fipo.rollout import synchronous
+from megatron_fipo.rollout import batch_source
 from tests.end_to_end.runs import latest_checkpoint_name, processes_of, quickstart_with, step_lines, timeless, train
 
 PROMPTS = [f"{first}+{second}-1+4+6-2=" for first in range(1, 9) for second in range(1, 9)]
@@ -97,7 +97,7 @@ def _unshuffled() -> None:
 
 def _nan_in_step_1() -> None:
     """Make an advantage of step 1's second minibatch NaN, of one response on all ranks."""
-    original, calls = synchronous.assign_advantages, []
+    original, calls = batch_source.assign_advantages, []
 
     def spoiling(groups: Any, estimator: str) -> None:
         original(groups, estimator)
@@ -105,7 +105,7 @@ def _nan_in_step_1() -> None:
         if len(calls) == 2:
             groups[3].advantages[1] = torch.nan
 
-    synchronous.assign_advantages = spoiling
+    batch_source.assign_advantages = spoiling
 
 
 def _nan_weight_in_step_1() -> None:

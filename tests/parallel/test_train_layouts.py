@@ -44,7 +44,7 @@ def _record_rollouts(file: Path, seed_by_rank: bool = False) -> None:
 
     def recording(self: SynchronousSource, step: int, **options: bool) -> StepRollouts:
         rollouts = original(self, step, **options)
-        own = {(s.prompt_id, s.sample_index): s.response_ids for g in rollouts.held.values() for s in g.samples}
+        own = {key: sample.response_ids for key, sample in rollouts.held.samples.items()}
         torch.save(own, file.with_name(f"responses_{os.environ['RANK']}.pt"))
         if rollouts.judged is not None:
             judged = [(g.prompt_id, *g.rows["sample_index"], *g.rewards) for g in rollouts.judged.generated]

@@ -248,7 +248,7 @@ class World:
             colocated=colocated,
         )
         sender = Sender(pool, max_concurrent_requests, request_timeout_s)
-        owned = OwnedServers(pool, self.thread, sender, sync or self.sync(pool))
+        owned = OwnedServers(pool, self.thread, sender, sync or self.sync(pool), max_concurrent_requests)
         return ServerEngine(owned, settings, **({"agree": lambda problem: [problem]} | options))
 
     def make_group(

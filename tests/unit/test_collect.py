@@ -57,6 +57,7 @@ class FakeEngine:
         return Turn(request, [Segment(token, "policy", torch.zeros(1), 0)], reason)
 
     share: Share | None = None
+    capacity = 64
     repeatable = False
 
     def start(self, policy: Policy | None) -> None:

@@ -16,6 +16,7 @@ from megatron_fipo.config import RewardSection, SamplingSection
 from megatron_fipo.rl.advantages import assign_rewards
 from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.trajectory import Group, Prompt, Trajectory
+from megatron_fipo.rollout.held import Held
 from megatron_fipo.run.sample_choice import MAX_REFERENCE_CHARACTERS, choose
 from megatron_fipo.run.sample_choice import kept as in_full
 from megatron_fipo.run.samples import (
@@ -58,10 +59,10 @@ def kept(
     in_training = [judged[id(one)] for one in trained_on]
     for one in in_training:
         one.advantages = np.full(len(one.rows), 0.5)
-    held = {one.prompt.prompt_id: one for one in [*others, *trained_on]}
+    held = Held.of([*others, *trained_on])
     chosen = choose(in_training, list(judged.values()), count, config)
     assert [one.leader for one in chosen] == [one.prompt_id % 2 for one in chosen]
-    return [in_full(3, one, held[one.prompt_id], decode=lambda ids: f"text of {ids}") for one in chosen]
+    return [in_full(3, one, held, decode=lambda ids: f"text of {ids}") for one in chosen]
 
 
 # --- which are kept ---------------------------------------------------------------------------------------------------

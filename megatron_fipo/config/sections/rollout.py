@@ -115,8 +115,12 @@ class SamplingSection:
     dynamic: bool = True
     """Drop groups whose responses are all right or all wrong, by the verifier's judgement before rewards are shaped,
     and go on sampling until the batch is full."""
+    streaming: bool = False
+    """Generate without rounds: begin responses in the order of prompts as slots become free, judge each as it ends, and
+    stop when the batch is full in that order."""
     max_generation_rounds: int = key(10, least=1)
-    """Rounds of generation after which a batch that is still not full stops the run."""
+    """Rounds of generation after which a batch that is still not full stops the run; with streaming, so many times the
+    prompts of a round."""
     max_surplus_age_steps: int = key(0, least=0)
     """Steps that groups beyond the batch are kept for; 0 discards them, as the paper does."""
     allow_short_batch: bool = False

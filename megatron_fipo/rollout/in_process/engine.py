@@ -91,6 +91,8 @@ class InProcessEngine:
         self.model = model.to(device).eval().requires_grad_(False)
         self.policy_version = policy_version
         self.share: Share | None = share
+        # So many more that a prefill finds enough waiting, see `_admit`.
+        self.capacity = max_batch_size + max(1, max_batch_size // _ADMIT_SHARE)
         self._given: int | None = None
         self._batch: DecodeBatch[_Call] = DecodeBatch(self.model, max_batch_size, self.stop_token_ids)
         self._pending: deque[_Call] = deque()

@@ -38,6 +38,8 @@ class OwnedServers:
     """Shares requests out over them."""
     sync: WeightSync
     """Brings weights in."""
+    capacity: int
+    """Requests that they take at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class ServerEngine:
         check_before_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.owned, self.share = owned, share
+        self.capacity = 0 if owned is None else owned.capacity
         self.stop_token_ids = settings.stop_token_ids
         self._settings, self._agree = settings, agree
         self._packers, self._check_before_start = packers, check_before_start

@@ -195,7 +195,8 @@ def _own(config: Config, ownership: _Ownership, packers: Packers, folder: Path) 
         _snapshots(config, folder, ownership) if section.keep_snapshot else None,
     )
     max_concurrent_requests = max(1, section.max_concurrent_requests * len(specs))
-    return OwnedServers(pool, loop, Sender(pool, max_concurrent_requests, section.request_timeout_s), sync)
+    sender = Sender(pool, max_concurrent_requests, section.request_timeout_s)
+    return OwnedServers(pool, loop, sender, sync, max_concurrent_requests)
 
 
 def _settings(config: Config, vocab_size: int, stop_token_ids: Collection[int]) -> EngineSettings:

@@ -1,0 +1,87 @@
+"""Work that ranks take piece by piece, in one order, until rank 0 has heard enough. Over the store; no collective."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+
+from torch.distributed import Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+_numbers = itertools.count()
+
+
+class OrderedWork:
+    """Tickets 0, 1, 2, … of one piece of work, and words about them to rank 0. Every rank makes it as the n-th one.
+
+    Args:
+        worker: this rank's number among those that take tickets; None if it takes none. Rank 0 is worker 0.
+        num_workers: how many there are. A single one needs no store.
+        num_tickets: tickets that there are at most.
+        is_dealt: every num_workers-th ticket is this rank's, whoever is faster; otherwise each rank takes the next one
+            when it has room.
+        store: the store to use; None takes torch.distributed's.
+    """
+
+    def __init__(
+        self, worker: int | None, num_workers: int, num_tickets: int, *, is_dealt: bool, store: Store | None = None
+    ) -> None:
+        self._prefix = f"megatron_fipo/ordered_work/{next(_numbers)}"
+        self._worker, self._num_tickets = worker, num_tickets
+        self._store: Store | None = None
+        if worker is not None and num_workers > 1:
+            self._store = _get_default_store() if store is None else store
+        self._dealt = itertools.count(worker or 0, num_workers) if is_dealt or self._store is None else None
+        self._own_words: deque[bytes] = deque()
+        self._is_over = False
+
+    def take(self) -> int | None:
+        """The next ticket; None if there is none left, or no more work is wanted."""
+        if self.is_over:
+            return None
+        if self._dealt is not None:
+            ticket = next(self._dealt)
+        else:
+            assert self._store is not None, "with one worker all tickets are dealt to it"
+            ticket = self._store.add(self._key("taken"), 1) - 1
+        return ticket if ticket < self._num_tickets else None
+
+    def tell(self, word: bytes) -> None:
+        """Tell rank 0 something."""
+        if self._worker == 0 or self._store is None:
+            self._own_words.append(word)
+        else:
+            self._store.queue_push(self._key("words"), word)
+
+    def told(self) -> list[bytes]:
+        """What was told since this was last called, on rank 0."""
+        words = list(self._own_words)
+        self._own_words.clear()
+        if self._store is not None:
+            key = self._key("words")
+            words += [self._store.queue_pop(key) for _ in range(self._store.queue_len(key))]
+        return words
+
+    def end(self) -> None:
+        """Tell all ranks that no more work is wanted."""
+        self._is_over = True
+        if self._store is not None:
+            self._store.set(self._key("over"), "")
+
+    def leave(self) -> None:
+        """Take no more tickets, whatever the others do."""
+        self._is_over = True
+
+    def look(self) -> bool:
+        """Look whether a rank has ended the work."""
+        if not self._is_over and self._store is not None:
+            self._is_over = self._store.check([self._key("over")])
+        return self._is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank knows that no more work is wanted."""
+        return self._is_over
+
+    def _key(self, what: str) -> str:
+        return f"{self._prefix}/{what}"

@@ -1,0 +1,171 @@
+"""What sources have in common whose rank 0 decides a step's batch by what it knows of all judged responses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from megatron_fipo.config import Config
+from megatron_fipo.metrics.reductions import Metrics
+from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.agreement import decided_by_leader
+from megatron_fipo.parallel.data_plane import DataPlane
+from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
+from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
+from megatron_fipo.rl.judged import failures_by_kind, graded_scores
+from megatron_fipo.rl.judged_group import JudgedGroup, plan_of
+from megatron_fipo.rl.trajectory import Group
+from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
+from megatron_fipo.rollout.generation import GroupGenerator
+from megatron_fipo.rollout.held import Held
+from megatron_fipo.rollout.ledger import Plan, RolloutLedger
+from megatron_fipo.rollout.source import JudgedStep, Listener, PromptOrder, StepRollouts
+from megatron_fipo.system.disk import DiskError
+
+
+@dataclass(frozen=True)
+class SourceParts:
+    """What a source is made of.
+
+    Attributes:
+        prompts: the order of training prompts.
+        engine: generates.
+        generator: plays prompts on `engine` and has them judged.
+        plane: brings to rank 0 what is known of responses.
+        ledger: records responses, and on rank 0 what each step trains on.
+        listener: shows progress and failures to judge.
+    """
+
+    config: Config
+    ranks: ParallelGroups
+    prompts: PromptOrder
+    engine: RolloutEngine
+    generator: GroupGenerator
+    plane: DataPlane
+    ledger: RolloutLedger
+    listener: Listener
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What rank 0 tells all ranks of a step: what it trains on, and which other groups are kept, by prompt."""
+
+    plan: NDArray[Any]
+    group_sizes: list[int]
+    surplus: set[int]
+    next_prompt: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """A `SourceState`: the position in the order of prompts, and the surplus groups that this rank holds."""
+
+    prompts: dict[str, Any]
+    own_surplus: Sequence[Group]
+    plane: DataPlane
+
+    def gathered(self) -> dict[str, Any]:
+        """See `SourceState`."""
+        own = [group.state_dict() for group in self.own_surplus]
+        of_all = sorted(self.plane.gathered(own), key=lambda group: group["prompt"]["prompt_id"])
+        return {
+            "prompts": self.prompts,
+            "sampler": {"surplus": exchange.broadcast_object(of_all, self.plane.world)},
+        }
+
+
+class BatchSource(ABC):
+    """A `RolloutSource` that generates until dynamic sampling has a batch.
+
+    Rank 0 keeps the books, of what is known of responses without their tokens. The tokens stay on the ranks that
+    generated them.
+    """
+
+    def __init__(self, parts: SourceParts) -> None:
+        self.parts = parts
+        self.rollout, self.world = parts.config.rollout, parts.ranks.world
+        self.sampler = DynamicSampler(parts.config.rollout.num_prompts, parts.config.sampling)
+        """Of rank 0; those of other ranks see nothing."""
+        self.held = Held()
+        """What is left over, and the present step's."""
+        self._surplus: list[Group] = []
+        """Groups that were left over by the steps before."""
+        self.give, self.take_back, self.close = parts.engine.give, parts.engine.take_back, parts.engine.close
+
+    @abstractmethod
+    def generate(self, step: int, *, only_recorded: bool) -> list[JudgedGroup]:
+        """Generate what the step needs; what this rank has of it goes into `held`. Collective.
+
+        Returns:
+            All groups whose responses count, in prompt order, on rank 0, where they are in the sampler; [] elsewhere.
+        """
+
+    @property
+    @abstractmethod
+    def next_prompt(self) -> int:
+        """On rank 0, after `generate`: the first prompt of the next step."""
+
+    def batch(self, step: int, *, only_recorded: bool = False) -> StepRollouts:
+        """See `RolloutSource`."""
+        self.held = Held.of(self._surplus)
+        self.sampler.start_step(step)
+        generated = self.generate(step, only_recorded=only_recorded)
+        for scores in graded_scores(generated):
+            self.parts.listener.warning(f"step {step}: {scores}", kind=f"graded scores of {scores.source}")
+        trained_on: list[JudgedGroup] = []
+
+        def decide() -> _Decision:
+            trained_on.extend(self.sampler.take())
+            assign_advantages(trained_on, self.parts.config.advantages.estimator)
+            plan = Plan([group.prompt_id for group in trained_on], self.next_prompt)
+            self.parts.ledger.note_plan(step, plan, must_be_same=only_recorded)
+            surplus = {group.prompt_id for group in self.sampler.surplus}
+            sizes = [len(group.rows) for group in trained_on]
+            return _Decision(plan_of(trained_on), sizes, surplus, plan.next_prompt)
+
+        told = decided_by_leader(decide, self.world, (BatchNotFilledError, DiskError, ValueError))
+        self.parts.prompts.move_to(told.next_prompt)
+        self._surplus = self.held.groups(sorted(told.surplus))
+        judged = JudgedStep(trained_on, generated) if self.parts.ranks.rank == 0 else None
+        return StepRollouts(told.plan, told.group_sizes, self.held, judged)
+
+    def metrics(self) -> Metrics:
+        """See `RolloutSource`."""
+        of_sampling = decided_by_leader(self.sampler.metrics, self.world)
+        return {**of_sampling, **exchange.merge_metrics(self.parts.engine.metrics(), self.world)}
+
+    def state(self) -> _State:
+        """See `RolloutSource`."""
+        return _State(self.parts.prompts.state_dict(), tuple(self._surplus), self.parts.plane)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `RolloutSource`. The surplus is shared out over the ranks that generate now."""
+        self.parts.prompts.load_state_dict(state["prompts"])
+        surplus = [Group.from_state_dict(group) for group in state["sampler"]["surplus"]]
+        num_leaders = self.parts.plane.num_leaders
+        judged = [JudgedGroup.of(group, place % num_leaders) for place, group in enumerate(surplus)]
+        self._assign_rewards(judged)
+        self.sampler.restore(judged)
+        leader = self.parts.plane.leader
+        self._surplus = [] if leader is None else surplus[leader::num_leaders]
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How responses are sampled."""
+        return SamplingParams(self.rollout.max_response_tokens, self.rollout.temperature, self.rollout.top_p)
+
+    def enter(self, step: int, groups: Sequence[JudgedGroup]) -> None:
+        """Enter whole groups into the books, with rewards, and tell of failures; on rank 0."""
+        self._assign_rewards(groups)
+        if self.parts.ranks.rank == 0:
+            self.sampler.add_round(groups)
+        for failure in failures_by_kind(groups):
+            self.parts.listener.warning(f"step {step}: {failure}", kind=failure.kind)
+
+    def _assign_rewards(self, groups: Sequence[JudgedGroup]) -> None:
+        assign_rewards(groups, self.parts.config.reward, self.rollout.max_response_tokens)
