@@ -17,7 +17,7 @@ class OrderedWork:
     Args:
         worker: this rank's number among those that take tickets; None if it takes none. Rank 0 is worker 0.
         num_workers: how many there are. A single one needs no store.
-        num_tickets: tickets that there are at most.
+        num_tickets: tickets that there are at first; `extend` adds some.
         is_dealt: every num_workers-th ticket is this rank's, whoever is faster; otherwise each rank takes the next one
             when it has room.
         store: the store to use; None takes torch.distributed's.
@@ -32,19 +32,32 @@ class OrderedWork:
         if worker is not None and num_workers > 1:
             self._store = _get_default_store() if store is None else store
         self._dealt = itertools.count(worker or 0, num_workers) if is_dealt or self._store is None else None
+        self._next: int | None = None
+        """A ticket that this rank has taken and may not use yet."""
         self._own_words: deque[bytes] = deque()
         self._is_over = False
 
     def take(self) -> int | None:
-        """The next ticket; None if there is none left, or no more work is wanted."""
-        if self.is_over:
+        """The next ticket; None if there is none now, or no more work is wanted."""
+        if self._is_over:
             return None
-        if self._dealt is not None:
-            ticket = next(self._dealt)
-        else:
-            assert self._store is not None, "with one worker all tickets are dealt to it"
-            ticket = self._store.add(self._key("taken"), 1) - 1
-        return ticket if ticket < self._num_tickets else None
+        if self._next is None:
+            if self._dealt is not None:
+                self._next = next(self._dealt)
+            else:
+                assert self._store is not None, "with one worker all tickets are dealt to it"
+                self._next = self._store.add(self._key("taken"), 1) - 1
+        if self._next >= self._num_tickets:
+            return None  # it is kept until there are more
+        ticket, self._next = self._next, None
+        return ticket
+
+    def extend(self, num_tickets: int) -> None:
+        """There are so many tickets now, not fewer than before; rank 0 says so to all."""
+        if num_tickets > self._num_tickets:
+            self._num_tickets = num_tickets
+            if self._store is not None:
+                self._store.set(self._key("tickets"), str(num_tickets))
 
     def tell(self, word: bytes) -> None:
         """Tell rank 0 something."""
@@ -73,9 +86,11 @@ class OrderedWork:
         self._is_over = True
 
     def look(self) -> bool:
-        """Look whether a rank has ended the work."""
+        """Look whether there are more tickets, and whether a rank has ended the work."""
         if not self._is_over and self._store is not None:
             self._is_over = self._store.check([self._key("over")])
+            if self._next is not None and self._worker != 0 and self._store.check([self._key("tickets")]):
+                self._num_tickets = int(self._store.get(self._key("tickets")))
         return self._is_over
 
     @property

@@ -40,6 +40,8 @@ class _Counts:
     all_right: int = 0
     all_wrong: int = 0
     failed: int = 0
+    unused_tokens: int = 0
+    """Of groups that could have been trained on, and are not."""
     expired: int = 0
     """Surplus groups that were too old at the start of the step."""
 
@@ -78,6 +80,7 @@ class DynamicSampler:
         oldest = step - self._config.max_surplus_age_steps
         young = [group for group in self._ready if group.created_at_step >= oldest]
         self._counts.expired = len(self._ready) - len(young)
+        self._counts.unused_tokens = _num_tokens(self._ready) - _num_tokens(young)
         self._ready = young
 
     def add_round(self, groups: Sequence[JudgedGroup]) -> None:
@@ -134,6 +137,7 @@ class DynamicSampler:
         self._judged = []
         taken, self._ready = self._ready[: self._num_groups], self._ready[self._num_groups :]
         if not self._config.max_surplus_age_steps:
+            self._counts.unused_tokens += _num_tokens(self._ready)
             self._ready = []
         self._taken_ages = [self._step - group.created_at_step for group in taken]
         return taken
@@ -148,6 +152,7 @@ class DynamicSampler:
             "rollout/dropped_groups/all_right_share": Last(counts.all_right / generated),
             "rollout/dropped_groups/all_wrong_share": Last(counts.all_wrong / generated),
             "rollout/dropped_groups/failed_share": Last(counts.failed / generated),
+            "rollout/unused_tokens": Last(counts.unused_tokens),
             "rollout/surplus_groups/kept": Last(len(self._ready)),
             "rollout/surplus_groups/expired": Last(counts.expired),
             "rollout/group_age_steps/mean": Last(sum(self._taken_ages) / max(len(self._taken_ages), 1)),
@@ -202,3 +207,7 @@ class DynamicSampler:
                 "sampling.allow_short_batch=true trains on what there is."
             )
         return "generate more prompts in a round, or raise sampling.max_generation_rounds."
+
+
+def _num_tokens(groups: Sequence[JudgedGroup]) -> int:
+    return sum(int(group.rows["num_tokens"].sum()) for group in groups)

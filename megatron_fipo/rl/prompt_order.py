@@ -7,9 +7,46 @@ signal in the order of the prompts, for any number of servers and any order of c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from megatron_fipo.rl.judged_group import JudgedGroup, joined
+
+_MARGIN = 2.0
+"""Standard deviations by which more groups are begun than are expected to be needed."""
+_MEMORY = 0.5
+"""Weight of what was known of the share that is kept, beside the next step's groups."""
+
+
+@dataclass(frozen=True)
+class KeptShare:
+    """What earlier steps say of the share of groups that are kept. Counts, of which older steps' weigh less."""
+
+    kept: float = 0.0
+    used: float = 0.0
+
+    def after(self, num_kept: int, num_used: int) -> KeptShare:
+        """What is known after another step."""
+        return KeptShare(_MEMORY * self.kept + num_kept, _MEMORY * self.used + num_used)
+
+    def share(self, num_kept: int = 0, num_judged: int = 0) -> float:
+        """The share to expect, with what a step has judged so far; 1 while nothing is known."""
+        used = self.used + num_judged
+        return 1.0 if not used else max(self.kept + num_kept, 0.5) / used
+
+
+def num_groups_to_begin(num_missing: int, share: float) -> int:
+    """Groups to begin so that, but for bad luck, enough of them are kept.
+
+    The number of groups until m are kept has mean m / p and standard deviation sqrt(m (1 - p)) / p.
+
+    Args:
+        num_missing: m, groups that are missing.
+        share: p, the share that is kept, in (0, 1].
+    """
+    m, p = max(num_missing, 0), min(share, 1.0)
+    return math.ceil((m + _MARGIN * math.sqrt(m * (1.0 - p))) / p)
 
 
 class PromptOrderBooks:
@@ -20,16 +57,30 @@ class PromptOrderBooks:
         num_samples: responses to each prompt.
         num_groups: groups that fill the batch.
         is_kept: whether a judged group is trained on, such as `DynamicSampler.is_kept`.
+        known: what earlier steps say of the share that is.
+        is_adaptive: whether `num_to_begin` follows what is judged while others are still in flight. It then depends on
+            which responses end first; the batch never does.
     """
 
     def __init__(
-        self, prompts: range, num_samples: int, num_groups: int, is_kept: Callable[[JudgedGroup], bool]
+        self,
+        prompts: range,
+        num_samples: int,
+        num_groups: int,
+        is_kept: Callable[[JudgedGroup], bool],
+        known: KeptShare = KeptShare(),
+        *,
+        is_adaptive: bool = True,
     ) -> None:
+        self._known, self._is_adaptive = known, is_adaptive
         self._prompts, self._num_samples, self._num_groups, self._is_kept = prompts, num_samples, num_groups, is_kept
         self._parts: dict[int, list[JudgedGroup]] = {}
         self._whole: dict[int, JudgedGroup] = {}
         self._next = prompts.start
         self._num_kept = 0
+        self._num_kept_anywhere = 0
+        self.num_to_begin = min(num_groups_to_begin(num_groups, known.share()), len(prompts))
+        """Prompts, from the first on, whose responses may be begun: others would most likely not be used."""
 
     def add(self, part: JudgedGroup) -> None:
         """Enter one or more responses to one prompt.
@@ -49,13 +100,28 @@ class PromptOrderBooks:
         if len(indices) == self._num_samples:
             self._whole[prompt_id] = joined(parts)
             del self._parts[prompt_id]
+            self._num_kept_anywhere += self._is_kept(self._whole[prompt_id])
             self._advance()
+            self._allow_more()
 
     def _advance(self) -> None:
         """Go past the prompts that are judged whole, as far as the batch needs any."""
         while not self.is_over and self._next in self._whole:
             self._num_kept += self._is_kept(self._whole[self._next])
             self._next += 1
+
+    def _allow_more(self) -> None:
+        num_judged = len(self._whole)
+        if self.is_over or not (self._is_adaptive or num_judged == self.num_to_begin):
+            return
+        share = self._known.share(self._num_kept_anywhere, num_judged)
+        needed = num_judged + num_groups_to_begin(self._num_groups - self._num_kept_anywhere, share)
+        self.num_to_begin = min(max(self.num_to_begin, needed), len(self._prompts))
+
+    @property
+    def kept_share(self) -> KeptShare:
+        """What is known of the share of kept groups after this step."""
+        return self._known.after(self._num_kept, self._next - self._prompts.start)
 
     @property
     def is_over(self) -> bool:

@@ -24,7 +24,7 @@ from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator
 from megatron_fipo.rollout.held import Held
 from megatron_fipo.rollout.ledger import Plan, RolloutLedger
-from megatron_fipo.rollout.source import JudgedStep, Listener, PromptOrder, StepRollouts
+from megatron_fipo.rollout.source import JudgedStep, Listener, PromptOrder, SourceState, StepRollouts
 from megatron_fipo.system.disk import DiskError
 
 
@@ -139,7 +139,7 @@ class BatchSource(ABC):
         of_sampling = decided_by_leader(self.sampler.metrics, self.world)
         return {**of_sampling, **exchange.merge_metrics(self.parts.engine.metrics(), self.world)}
 
-    def state(self) -> _State:
+    def state(self) -> SourceState:
         """See `RolloutSource`."""
         return _State(self.parts.prompts.state_dict(), tuple(self._surplus), self.parts.plane)
 

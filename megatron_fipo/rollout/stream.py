@@ -76,6 +76,7 @@ class Stream:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), LOOKS_EVERY_S)
                 self._look()
+                self._fill()  # there may be more tickets now
         finally:
             await self._abort()
         if self._failures:

@@ -3,22 +3,46 @@
 There are no rounds. Each rank that generates keeps its engine full: as soon as one response is written, it asks for the
 next one in the order of prompts, whatever group that belongs to. A response is judged as it ends. Rank 0 hears 32 bytes
 of each, and says stop when the batch is full in the order of prompts; what is in flight then is aborted, and nobody
-uses it. The next step goes on with the first prompt that was not used up.
+uses it. No more responses are begun than the share of groups that earlier steps have kept makes necessary. The next
+step goes on with the first prompt that was not used up.
 """
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from torch.distributed import ProcessGroup
 
 from megatron_fipo.metrics.reductions import Metrics, Sum
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.ordered_work import OrderedWork
 from megatron_fipo.rl.judged_group import JudgedGroup, from_wire, to_wire
-from megatron_fipo.rl.prompt_order import PromptOrderBooks
+from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.batch_source import BatchSource, SourceParts
+from megatron_fipo.rollout.source import SourceState
+
+UNUSED_TOKENS = "rollout/unused_tokens"
+
+
+@dataclass(frozen=True)
+class _StreamingState:
+    """A `SourceState` with the share of groups that are kept."""
+
+    other: SourceState
+    kept_share: KeptShare
+    """Of rank 0."""
+    world: ProcessGroup
+
+    def gathered(self) -> dict[str, Any]:
+        """See `SourceState`."""
+        state = self.other.gathered()
+        state["sampler"]["kept_share"] = list(exchange.broadcast_object(astuple(self.kept_share), self.world))
+        return state
 
 
 class StreamingSource(BatchSource):
@@ -33,6 +57,8 @@ class StreamingSource(BatchSource):
         super().__init__(parts)
         self._next_prompt = 0
         self._num_unused_tokens = 0
+        self._kept_share = KeptShare()
+        """Of rank 0: what the steps so far say of the share of groups that are kept."""
         self._drawn: dict[int, Prompt] = {}
         """The step's prompts that this rank has made, by prompt_id."""
 
@@ -57,12 +83,23 @@ class StreamingSource(BatchSource):
             limit = first + rounds * (config.num_prompts_per_round or config.num_prompts)
             groups = self._stream(step, range(first, limit))
         self.enter(step, groups)
+        num_kept = sum(self.sampler.is_kept(group) for group in groups)
+        self._kept_share = self._kept_share.after(num_kept, len(groups))
         return groups
 
     def metrics(self) -> Metrics:
         """See `RolloutSource`."""
-        unused: Metrics = {"rollout/unused_tokens": Sum(self._num_unused_tokens)}
+        unused: Metrics = {UNUSED_TOKENS: Sum(self._num_unused_tokens)}
         return {**super().metrics(), **exchange.merge_metrics(unused, self.world)}
+
+    def state(self) -> SourceState:
+        """See `RolloutSource`."""
+        return _StreamingState(super().state(), self._kept_share, self.world)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `RolloutSource`. A run that did not stream before knows of no share."""
+        super().load_state_dict(state)
+        self._kept_share = KeptShare(*state["sampler"].get("kept_share", ()))
 
     def _key_of(self, first_prompt: int, ticket: int) -> tuple[Prompt, SampleKey]:
         """The response that a ticket stands for: they count through all samples of one prompt after the other."""
@@ -101,17 +138,25 @@ class StreamingSource(BatchSource):
         """Generate until the batch is full in the order of prompts. Collective."""
         parts, rollout, num_samples = self.parts, self.rollout, self.rollout.num_samples_per_prompt
         plane, listener = parts.plane, parts.listener
-        work = OrderedWork(
-            plane.leader, plane.num_leaders, len(prompts) * num_samples, is_dealt=parts.engine.repeatable
-        )
         books: PromptOrderBooks | None = None
+        is_repeatable = parts.engine.repeatable
         if parts.ranks.rank == 0:
-            books = PromptOrderBooks(prompts, num_samples, rollout.num_prompts, self.sampler.is_kept)
+            books = PromptOrderBooks(
+                prompts,
+                num_samples,
+                rollout.num_prompts,
+                self.sampler.is_kept,
+                self._kept_share,
+                is_adaptive=not is_repeatable,
+            )
+        num_to_begin: int = exchange.broadcast_object(None if books is None else books.num_to_begin, self.world)
+        work = OrderedWork(plane.leader, plane.num_leaders, num_to_begin * num_samples, is_dealt=is_repeatable)
 
         def look() -> None:
             if books is not None:
                 for part in from_wire([pickle.loads(word) for word in work.told()]):
                     books.add(part)
+                work.extend(books.num_to_begin * num_samples)
                 if books.is_over and not work.is_over:
                     work.end()
 

@@ -56,6 +56,13 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
             f"must divide rollout.num_prompts={rollout.num_prompts}: a minibatch holds whole groups",
             f"Set it to one of {', '.join(divisors)}",
         )
+    if config.sampling.streaming and config.sampling.max_surplus_age_steps:
+        yield Problem(
+            "sampling.max_surplus_age_steps",
+            config.sampling.max_surplus_age_steps,
+            "must be 0 with sampling.streaming: a batch that is full in the order of prompts leaves no group over",
+            "Set it to 0, or sampling.streaming=false",
+        )
     if reward.correct <= reward.incorrect:
         yield Problem("reward.correct", reward.correct, f"must be above reward.incorrect={reward.incorrect}")
     if reward.overlong_buffer_tokens >= rollout.max_response_tokens:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from megatron_fipo.metrics.reductions import Metrics
+from megatron_fipo.metrics.reductions import Mean, Metrics
 from megatron_fipo.rl.trajectory import Segment
 from megatron_fipo.rollout.engine import ALL_PROMPTS, GenerationRequest, Policy, Share, Turn, check_request
 from megatron_fipo.rollout.in_process.decode_batch import DecodeBatch, Row
@@ -101,6 +101,8 @@ class InProcessEngine:
         self._abort_below = 0
         self._sweep_due = False
         self._failure = ""
+        self._num_idle = self._num_slots = 0
+        """Slots of all steps that decoded nothing, and all slots of these steps, since `metrics` was called."""
 
     async def generate(self, request: GenerationRequest, *, on_token: Callable[[int], None] | None = None) -> Turn:
         """Generate one response, after those that were asked for earlier have been admitted.
@@ -145,8 +147,10 @@ class InProcessEngine:
         """See `RolloutEngine`; nothing was lent."""
 
     def metrics(self) -> Metrics:
-        """See `RolloutEngine`; there are none."""
-        return {}
+        """See `RolloutEngine`."""
+        idle, total = self._num_idle, self._num_slots
+        self._num_idle = self._num_slots = 0
+        return {"rollout/idle_slots/share": Mean(idle, total)} if total else {}
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Copy new weights into the model, under their Hugging Face names; each is converted to the model's dtype.
@@ -213,6 +217,8 @@ class InProcessEngine:
 
     def _step(self) -> None:
         batch = self._batch
+        self._num_idle += batch.num_free
+        self._num_slots += batch.max_batch_size
         ended = batch.step()
         for row, call in enumerate(batch.rows):
             if call.on_token is not None:
