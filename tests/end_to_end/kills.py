@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.rollout import generation
 from megatron_fipo.rollout.in_process.engine import InProcessEngine
+from megatron_fipo.rollout.stream import Stream
 
 
 def die() -> None:
@@ -39,6 +40,35 @@ def in_rollout(step: int, num_samples: int) -> None:
         return await original(*args, **keywords)
 
     generation.generate_groups = dying
+
+
+def in_stream(step: int, num_samples: int) -> None:
+    """`in_rollout` for sampling.streaming."""
+    _in_stream(step, num_samples, die)
+
+
+def signalled_in_stream(step: int, num_samples: int) -> None:
+    """Get SIGTERM when so many of this rank's responses of a step are judged, and go on."""
+    _in_stream(step, num_samples, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _in_stream(step: int, num_samples: int, action: Callable[[], None]) -> None:
+    original, seen = Stream.__init__, [0]
+
+    def watched(self: Stream, *args: Any, **keywords: Any) -> None:
+        on_written = keywords["on_written"]
+
+        def counting(sample: Any) -> None:
+            on_written(sample)
+            seen[0] += 1
+            if seen[0] == num_samples:
+                action()
+
+        if keywords["step"] == step:
+            keywords["on_written"] = counting
+        original(self, *args, **keywords)
+
+    Stream.__init__ = watched  # type: ignore[method-assign]
 
 
 def in_log_probs(call: int) -> None:
