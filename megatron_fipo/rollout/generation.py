@@ -50,6 +50,7 @@ class GroupGenerator:
         """
         self._engine, self._environment, self._ranks = engine, environment, ranks
         self._run_seed, self._ledger, self.leave_if_asked = run_seed, ledger, leave_if_asked
+        self._stream: Stream | None = None
 
     @property
     def share(self) -> Share | None:
@@ -139,12 +140,12 @@ class GroupGenerator:
         """
         self.leave_if_asked()
         ledger = self._ledger
-        stream: Stream | None = None
-        with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self._engine.abort):
+        self._stream = None
+        with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self.abort):
             if self._environment is not None:
                 ledger.begin(step)
                 record = ledger.recording(0, lambda sample: None)
-                stream = Stream(
+                self._stream = Stream(
                     self._engine,
                     self._environment,
                     work,
@@ -158,10 +159,16 @@ class GroupGenerator:
                     on_judged=on_judged,
                     look=look,
                 )
-                run_to_end(stream.run())
+                run_to_end(self._stream.run())
                 ledger.secure()
         self.leave_if_asked()
-        return 0 if stream is None else stream.num_unused_tokens
+        return 0 if self._stream is None else self._stream.num_unused_tokens
+
+    def abort(self) -> None:
+        """End the generation that is under way. Safe in a signal handler."""
+        if self._stream is not None:
+            self._stream.abort()
+        self._engine.abort()
 
     def recorded(self, step: int, wanted: Iterable[tuple[Prompt, SampleKey]]) -> list[Trajectory | None]:
         """What the ledger has of some responses of a step that was streamed. Local.

@@ -59,6 +59,7 @@ class Stream:
         self._num_begun = 0
         self._speaking: set[asyncio.Task[None]] = set()
         self._failures: list[BaseException] = []
+        self._is_aborted = False
         self.num_unused_tokens = 0
         """Tokens of responses that were begun and are not judged."""
 
@@ -72,6 +73,9 @@ class Stream:
         try:
             self._fill()
             while not self._work.look() and not self._failures:
+                if self._is_aborted:
+                    self._work.end()
+                    break
                 self._changed.clear()
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), LOOKS_EVERY_S)
@@ -82,9 +86,13 @@ class Stream:
         if self._failures:
             raise self._failures[0]
 
+    def abort(self) -> None:
+        """End the work on all ranks, before anything else begins here. Safe in a signal handler, and in any thread."""
+        self._is_aborted = True
+
     def _fill(self) -> None:
         """Begin responses while the engine has room."""
-        while self._num_begun - self._num_written < self._engine.capacity and not self._failures:
+        while self._num_begun - self._num_written < self._engine.capacity and not (self._failures or self._is_aborted):
             ticket = self._work.take()
             if ticket is None:
                 return
@@ -129,8 +137,8 @@ class Stream:
                 judged = True
                 self._on_written(trajectory)
                 self._on_judged(prompt, trajectory)
-            elif not self._work.is_over:  # somebody asked the engine to end all: a signal, or a failure elsewhere
-                self._work.end()
+            elif not self._work.is_over:  # somebody has told the engine, and it alone, to end all that is in flight
+                self.abort()
         finally:
             if not judged:
                 self.num_unused_tokens += num_tokens

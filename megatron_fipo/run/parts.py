@@ -79,10 +79,10 @@ class RunParts:
         except BaseException:
             engine.close()
             raise
-        self.interrupt = Interrupt(engine.abort)
         self.ledger = RolloutLedger(folder.rollouts, ranks.rank, numbers_fingerprint(named.recorded), self.decode)
         environment = None if self.verifiers is None else SingleTurn(judge_in(self.verifiers), self.decode)
         generator = GroupGenerator(engine, environment, ranks, config.run.seed, self.ledger, leave_if_asked)
+        self.interrupt = Interrupt(generator.abort)
         self.plane = DataPlane(ranks, share is not None)
         parts = SourceParts(config, ranks, prompts, engine, generator, self.plane, self.ledger, console)
         kind = StreamingSource if config.sampling.streaming else SynchronousSource
