@@ -63,6 +63,8 @@ def run_case(name: str, bench: Workbench, settings: Settings) -> dict[str, Any]:
     with _receiver(settings.device) as pipe:
         is_whole = _send(actor, pipe, bucket_bytes, None, checks=True).is_whole
         rounds = [_send(actor, pipe, bucket_bytes, snapshots, checks=False) for _ in range(_ROUNDS)]
+    if snapshots is not None:
+        snapshots.close()
     middle = sorted(rounds, key=lambda sent: sent.seconds)[len(rounds) // 2]
     pack_s = seconds_of(lambda: _pack_alone(actor, bucket_bytes))
     return {
@@ -83,7 +85,7 @@ def run_case(name: str, bench: Workbench, settings: Settings) -> dict[str, Any]:
 
 
 class _Sent:
-    """The measurements of one handover."""
+    """The measurements of one handover. Its snapshot is copied within, and written later."""
 
     def __init__(self) -> None:
         self.seconds = self.snapshot_s = 0.0
@@ -126,8 +128,7 @@ def _send(
         sent.num_bytes, sent.num_buckets = sent.num_bytes + len(bucket.flat), sent.num_buckets + 1
     settle()
     if snapshots is not None:
-        folder = snapshots.commit("1")
-        snapshots.keep_only(folder)
+        snapshots.keep_only(snapshots.commit("1"))
     sent.seconds = time.perf_counter() - start
     return sent
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from datetime import timedelta
+import threading
+import time
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_fipo.parallel.waiting import OtherRankError
 
 _SAID, _FAILED = "said ", "failed "
+_POLL_S = 0.1
 _numbers = itertools.count()
 
 
@@ -42,16 +44,25 @@ class Announcements:
         if self._is_open:
             self._set(_FAILED + reason)
 
-    def wait(self, timeout_s: float) -> str:
+    def wait(self, timeout_s: float, stopped: threading.Event | None = None) -> str:
         """Return what was announced.
 
+        The store is asked again and again: a wait inside it would keep this rank's other threads from the store, and
+        with them its heartbeats.
+
+        Args:
+            stopped: ends the wait, from another thread.
+
         Raises:
-            OtherRankError: if it will not come, or has not come in time.
+            OtherRankError: if it will not come, has not come in time, or the wait was ended.
         """
-        try:
-            self._store.wait([self._key], timedelta(seconds=timeout_s))
-        except DistStoreError as error:
-            raise OtherRankError(f"{self._name}: nothing was heard of it within {timeout_s:.0f} s") from error
+        stopped = threading.Event() if stopped is None else stopped
+        deadline = time.monotonic() + timeout_s
+        while not self._store.check([self._key]):
+            if time.monotonic() > deadline:
+                raise OtherRankError(f"{self._name}: nothing was heard of it within {timeout_s:.0f} s")
+            if stopped.wait(_POLL_S):
+                raise OtherRankError(f"{self._name}: nobody here waits for it any more")
         answer = self._store.get(self._key).decode()
         if answer.startswith(_FAILED):
             raise OtherRankError(f"{self._name}: {answer.removeprefix(_FAILED)}")

@@ -17,7 +17,7 @@ from megatron_fipo.preflight.findings import (
     objective_findings,
 )
 from megatron_fipo.preflight.hardware import Gpu
-from megatron_fipo.preflight.host_memory import host_memory
+from megatron_fipo.preflight.host_memory import HostMemory, host_memory
 from megatron_fipo.preflight.memory import StageMemory, training_memory
 from megatron_fipo.preflight.peaks import Peak, peaks, start_problems
 from megatron_fipo.preflight.rollout_plan import RolloutPlan, placement_problems, rollout_plan
@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         stages: memory at the peak of an update. peaks: of a GPU, when it is fullest, in the run's order.
-        host: what colocated servers push out of one node's GPUs into its memory; None where they push nothing.
+        host: what the run keeps in a node's own memory.
         rollout: where responses are generated. server: memory of one server's GPU.
     """
 
@@ -45,7 +45,7 @@ class Plan:
     assumptions: Assumptions
     stages: list[StageMemory]
     peaks: list[Peak]
-    host: float | None
+    host: HostMemory
     rollout: RolloutPlan
     server: ServerMemory
     batch: BatchPlan
@@ -77,7 +77,7 @@ def make_plan(
     rollout = rollout_plan(config, world_size, gpus_per_node)
     server = server_memory(config, shape, gpu, rollout, max(stage.lasting for stage in stages))
     moments = peaks(config, shape, stages, rollout, server)
-    host = host_memory(stages, min(gpus_per_node, world_size)) if rollout.is_colocated else None
+    host = host_memory(config, shape, stages, rollout, min(gpus_per_node, world_size))
     batch = batch_plan(config, world_size, assumptions)
     cost = step_cost(config, shape, gpu, world_size, gpus_per_node, batch, assumptions, server, rollout)
     findings = [

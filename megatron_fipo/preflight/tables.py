@@ -208,8 +208,10 @@ def _rollout(plan: Plan) -> Table:
     rollout, server = plan.rollout, plan.server
     table.add_row("engine", f"{plan.config.rollout.engine}, {rollout.label}")
     table.add_row("GPUs of a server, servers", f"{rollout.tp}, {rollout.num_gpus // rollout.tp}")
-    if plan.host is not None:
-        table.add_row("the actor in host memory, GiB a node", f"{plan.host:.1f}")
+    if plan.host.actor:
+        table.add_row("the actor in host memory, GiB a node", f"{plan.host.actor:.1f}")
+    if plan.host.snapshot:
+        table.add_row("weights on their way to disk in host memory, GiB on the first node", f"{plan.host.snapshot:.1f}")
     table.add_row("server's weights, GiB a GPU", f"{server.weights:.2f}")
     table.add_row("room for keys and values, GiB a GPU", f"{server.pool:.2f}")
     longest = longest_sequence_tokens(plan.config)

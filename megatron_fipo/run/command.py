@@ -127,7 +127,9 @@ def _train(config: Config, arguments: Sequence[str], make_loop: LoopMaker) -> in
     except Exception as error:  # noqa: BLE001 - told before the groups go, at whose end other ranks would speak up
         return report(error, say_once)
     finally:
-        if loop is not None:
-            loop.parts.close()
-        parallel_groups.shut_down()
+        try:
+            if loop is not None:
+                loop.parts.close()
+        finally:
+            parallel_groups.shut_down()
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import VerifierSection, numbers_fingerprint, verifier_weights
@@ -96,11 +97,14 @@ class RunParts:
         )
 
     def close(self) -> None:
-        """Release processes, memory and the folder."""
-        self._close_verifiers()
-        self.source.close()
-        self.ledger.close()
-        self.records.close()
+        """Release processes, memory and the folder.
+
+        Raises:
+            DiskError: if an engine could not write what it still had to write; everything is released all the same.
+        """
+        with ExitStack() as last_first:
+            for close in (self.records.close, self.ledger.close, self.source.close, self._close_verifiers):
+                last_first.callback(close)
 
     def _close_verifiers(self) -> None:
         if self.verifiers is not None:

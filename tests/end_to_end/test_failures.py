@@ -12,6 +12,8 @@ import torch
 
 from megatron_fipo import train as train_module
 from megatron_fipo.rollout import batch_source
+from megatron_fipo.rollout.in_process.engine import InProcessEngine
+from megatron_fipo.system.disk import DiskError
 from tests.end_to_end.runs import latest_checkpoint_name, processes_of, quickstart_with, step_lines, timeless, train
 
 PROMPTS = [f"{first}+{second}-1+4+6-2=" for first in range(1, 9) for second in range(1, 9)]
@@ -151,3 +153,28 @@ def test_nan_in_a_weight_is_traced_to_its_samples(tmp_path: Path) -> None:
     )
     message = " ".join(" ".join(outcome.output for outcome in outcomes).partition("error: ")[2].split())
     assert message.startswith("step 1, rank 1: the loss is nan; log-probs of samples [")
+
+
+def _nothing_is_written_at_the_end() -> None:
+    """The engine that has something to write is the first rank's, as with servers' snapshots."""
+    if os.environ["RANK"] != "0":
+        return
+    close = InProcessEngine.close
+
+    def fail(engine: InProcessEngine) -> None:
+        close(engine)
+        raise DiskError("the weights could not be written")
+
+    InProcessEngine.close = fail  # type: ignore[method-assign]
+
+
+def test_what_an_engine_cannot_write_when_the_run_ends_is_told_and_all_else_is_released(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first, second = train(folder, "train.num_steps=1", prepare=_nothing_is_written_at_the_end)
+    assert (first.code, second.code) == (train_module.EXIT_STOPPED, 0)
+    assert "error: the weights could not be written" in first.said
+    assert "Traceback" not in first.output
+    assert latest_checkpoint_name(folder) == "step_000001"
+    assert processes_of(str(folder)) == {}
+    outcomes = train(folder, "train.num_steps=1", "train.resume=true", expected=0)
+    assert "error:" not in outcomes[0].said, "the run was done all the same"

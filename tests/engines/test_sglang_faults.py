@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megatron_fipo.config import ServersSection
 from megatron_fipo.rl.trajectory import Trajectory
+from megatron_fipo.rollout.servers import snapshots
 from megatron_fipo.rollout.servers.api import LaunchSpec
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError
@@ -246,7 +248,17 @@ def test_an_answer_cut_short_is_asked_for_again(serving: Serving, monkeypatch: p
         proxy.close()
 
 
-def test_a_server_that_dies_in_an_update_comes_back_with_the_new_weights(serving: Serving) -> None:
+def test_a_server_that_dies_in_an_update_comes_back_with_the_new_weights(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose snapshot is still being written then."""
+    may_write, save_file = threading.Event(), snapshots.save_file
+
+    def save(*arguments: Any, **keywords: Any) -> None:
+        may_write.wait()
+        save_file(*arguments, **keywords)
+
+    monkeypatch.setattr(snapshots, "save_file", save)
     wait_until_ready(serving)
     victim = serving.pool.servers[0]
     weights = serving.weights(0)
@@ -258,7 +270,14 @@ def test_a_server_that_dies_in_an_update_comes_back_with_the_new_weights(serving
             yield pair
 
     start = time.monotonic()
-    serving.engine.update_weights(stream(), 2)
+    try:
+        serving.engine.update_weights(stream(), 2)
+        arrived = serving.pool.arrived
+        assert arrived is not None
+        assert arrived.folder is not None
+        assert (arrived.version, arrived.folder.done(), victim.state) == ("2", False, State.RESTARTING)
+    finally:
+        may_write.set()
     back = wait_until_ready(serving)
     print(f"\nkill -9 in an update: update and restart took {time.monotonic() - start:.1f} s, restart {back:.1f} s")
     sample = _generate_at(serving, victim)

@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import Executor, Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -106,6 +108,30 @@ class PlayedGroup(ExternalGroup):
                 raise RuntimeError("not all members came")
 
 
+class PlayedThread(Executor):
+    """A thread whose work is done at once, or while the test holds it, not before the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+        self._waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._waiting.append((future, partial(function, *arguments, **keywords)))
+        if not self.is_held:
+            self.go_on()
+        return future
+
+    def go_on(self) -> None:
+        self.is_held = False
+        while self._waiting:
+            future, work = self._waiting.pop(0)
+            future.set_result(work())
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.go_on()
+
+
 class World:
     """Servers, their processes, a router, and the clock.
 
@@ -114,6 +140,7 @@ class World:
         breaches: what no server may be asked to do, and was.
         launched: the specification of each process that was started.
         whole: what a server holds that has a version wholly.
+        disk: writes snapshots.
     """
 
     def __init__(self, folder: Path, num_servers: int = 2) -> None:
@@ -135,6 +162,7 @@ class World:
         """Which server joined which group, as what."""
         self.boots: dict[int, list[Fault | None]] = defaultdict(list)
         """What befalls each server's next lives two seconds after their launch."""
+        self.disk = PlayedThread()
         self.boot_s = BOOT_S
         self.launch_problem = ""
         """Why a server of what is asked for cannot be started."""
@@ -224,7 +252,7 @@ class World:
             played if method == "distributed" else make_transfer(method, timeout_s),
             Packers(16, torch.float32, torch.device("cpu")),
             timeout_s,
-            SnapshotWriter(self.folder / "snapshots", self.base) if keeps_snapshot else None,
+            SnapshotWriter(self.folder / "snapshots", self.base, executor=self.disk) if keeps_snapshot else None,
         )
 
     def engine(

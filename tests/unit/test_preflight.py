@@ -39,7 +39,7 @@ from megatron_fipo.preflight.findings import (
     update_noise,
 )
 from megatron_fipo.preflight.hardware import GIB, GPUS
-from megatron_fipo.preflight.host_memory import host_memory
+from megatron_fipo.preflight.host_memory import HostMemory, host_memory
 from megatron_fipo.preflight.memory import (
     RESERVE_GIB,
     RESIDUE_GIB,
@@ -421,9 +421,15 @@ def test_both_policies_are_there_while_weights_go_over() -> None:
 
 def test_host_memory_by_hand() -> None:
     config = with_servers(RECIPE)
-    host = host_memory(training_memory(config, SHAPE_32B, 128), 8)
-    assert host == pytest.approx(8 * (2 + 12 / 16) * 4_096_717_824 / GIB, rel=1e-9)
-    assert plan_of(RECIPE, QWEN_7B).host is None
+    stages, rollout = training_memory(config, SHAPE_32B, 128), rollout_plan(config, 128, 8)
+    host = host_memory(config, SHAPE_32B, stages, rollout, 8)
+    assert host.actor == pytest.approx(8 * (2 + 12 / 16) * 4_096_717_824 / GIB, rel=1e-9)
+    assert host.snapshot == pytest.approx(2 * 32_763_876_352 / GIB, rel=1e-9), "one copy, in the servers' precision"
+    without = replace(config, servers=replace(config.servers, keep_snapshot=False))
+    assert host_memory(without, SHAPE_32B, stages, rollout, 8) == replace(host, snapshot=0.0)
+    dedicated = replace(config, servers=replace(config.servers, placement="dedicated"))
+    assert plan_of(dedicated, QWEN_32B).host == replace(host, actor=0.0)
+    assert plan_of(RECIPE, QWEN_7B).host == HostMemory(0.0, 0.0), "generation in process"
 
 
 @pytest.fixture

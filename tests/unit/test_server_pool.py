@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def arrive(world: World, pool: ServerPool, version: int, *, keeps_folder: bool =
     save_file(dict(world.new_weights(version)), folder / "model.safetensors")
     for machine in world.machines.values():
         machine.weights, machine.version = dict(world.whole[str(version)]), str(version)
-    arrived = ArrivedWeights(str(version), folder if keeps_folder else None, world.whole[str(version)])
+    written: Future[Path] = Future()
+    written.set_result(folder)
+    arrived = ArrivedWeights(str(version), written if keeps_folder else None, world.whole[str(version)])
     world.run(pool.accept(arrived, pool.servers))
 
 
@@ -339,7 +342,7 @@ def test_a_lost_server_is_noticed_restarted_with_the_weights_checked_and_used(
     assert pool.num_restarts == 1
     assert pool.arrived is not None
     assert pool.arrived.folder is not None
-    assert world.launched[2] == replace(world.launched[1], model_path=pool.arrived.folder, weight_version="3")
+    assert world.launched[2] == replace(world.launched[1], model_path=pool.arrived.folder.result(), weight_version="3")
     assert world.machines[1] is not first_life
     assert first_life.exit_status is not None
     after = [asked.route for asked in world.asked[num_asked:] if asked.server == 1]

@@ -1,4 +1,4 @@
-"""Weights on their way: packed into buckets, kept as snapshots, and broadcast to processes of other worlds."""
+"""Weights on their way: packed into buckets, and broadcast to processes of other worlds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from torch.distributed.distributed_c10d import _world
 
 from megatron_fipo.parallel.external_group import ExternalGroup
 from megatron_fipo.rollout.servers.sglang import client as sglang
-from megatron_fipo.rollout.servers.snapshots import SnapshotWriter
 from megatron_fipo.rollout.servers.weight_buckets import pack
-from tests.models import load, save_random_model
 
 pytestmark = pytest.mark.slow
 
@@ -89,38 +87,6 @@ def test_tensors_are_converted_and_may_be_views() -> None:
 def test_a_name_that_comes_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="t0 came twice"):
         list(pack(iter([*weights(1), *weights(1)]), 100, torch.float32, CPU))
-
-
-def test_a_snapshot_is_a_model_folder(tmp_path: Path) -> None:
-    base, other = save_random_model(tmp_path / "base"), load(save_random_model(tmp_path / "other", seed=1))
-    (base / "tokenizer.json").write_text("{}")
-    snapshots = SnapshotWriter(tmp_path / "snapshots", base)
-    folders = []
-    for version in ("7", "8"):
-        snapshots.begin()
-        for bucket in pack(iter(other.state_dict().items()), 20_000, torch.float32, CPU):
-            snapshots.add(bucket)
-        folders.append(snapshots.commit(version))
-    loaded = load(folders[0]).state_dict()
-    assert loaded.keys() == other.state_dict().keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items())
-    assert (folders[0] / "tokenizer.json").exists()
-    assert len(list(folders[0].glob("*.safetensors"))) > 2
-    assert (tmp_path / "snapshots").stat().st_mode & 0o077 == 0, "for this user's servers alone"
-    index = json.loads((folders[0] / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in other.state_dict().values())
-    snapshots.keep_only(folders[1])
-    assert list((tmp_path / "snapshots").iterdir()) == [folders[1]]
-
-
-def test_an_unfinished_snapshot_is_none(tmp_path: Path) -> None:
-    base = save_random_model(tmp_path / "base")
-    snapshots = SnapshotWriter(tmp_path / "snapshots", base)
-    snapshots.begin()
-    snapshots.add(next(pack(iter(weights(4)), 100, torch.float32, CPU)))
-    assert [folder.name for folder in (tmp_path / "snapshots").iterdir()] == ["partial"]
-    snapshots.begin()
-    assert not list((tmp_path / "snapshots/partial").glob("*.safetensors"))
 
 
 # --- the group -------------------------------------------------------------------------------------------------------

@@ -4,18 +4,24 @@ whole. The played servers look at each token they draw (`World.breaches`)."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import Tensor
 
 from megatron_fipo.rl.trajectory import Trajectory
+from megatron_fipo.rollout.servers import backlog, snapshots, sync
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError
 from megatron_fipo.rollout.servers.proof import CanaryError
 from megatron_fipo.rollout.servers.sync import WeightSync
 from megatron_fipo.rollout.servers.transfers import Method
+from megatron_fipo.system.disk import DiskError
 from tests.unit.fake_servers import BUCKET_S, Fault, Machine, die, hang, refuse, unavailable
 from tests.unit.server_world import World, request, tokens_of
 
@@ -374,7 +380,8 @@ def test_a_server_lost_in_an_update_comes_back_with_the_weights_of_that_or_of_th
     if keeps_snapshot:
         run.wait_until_all_are_back()
         assert run.pool.arrived is not None
-        assert world.launched[-1].model_path == run.pool.arrived.folder
+        assert run.pool.arrived.folder is not None
+        assert world.launched[-1].model_path == run.pool.arrived.folder.result()
         assert world.launched[-1].weight_version == "1"
     else:
         world.until(lambda: "it holds weights 'never synced', not '1'" in run.pool.roster.reasons())
@@ -431,12 +438,116 @@ def test_only_the_newest_snapshot_is_kept_and_a_failed_update_leaves_the_one_bef
     run.close()
 
 
+def snapshots_of(world: World) -> list[str]:
+    place = world.folder / "snapshots"
+    return [folder.name for folder in place.iterdir()] if place.exists() else []
+
+
+@pytest.mark.parametrize("method", ["tensor", "distributed"])
+def test_the_disk_does_not_hold_up_an_update_and_a_server_that_died_waits_for_the_whole_snapshot(
+    world: World, method: Method
+) -> None:
+    run = Run(world, method)
+    world.disk.is_held = True
+    run.engine.update_weights(world.new_weights(1), 1)
+    assert snapshots_of(world) == []
+    assert run.versions() == {1}
+    world.machines[1].end(1)
+    world.until(lambda: run.pool.num_restarts)
+    world.advance(100.0)
+    assert len(world.launched) == 2
+    assert run.versions() == {1}, "the other one goes on"
+    world.begin(let_go_on(world))
+    run.wait_until_all_are_back()
+    assert snapshots_of(world) == ["version-1"]
+    assert world.launched[2].model_path == world.folder / "snapshots" / "version-1"
+    assert world.machines[1].weights == world.whole["1"]
+    world.run(run.pool.set_stale(run.pool.servers[0], "so that it is the other one's turn"))
+    assert run.versions() == {1}
+    run.close()
+
+
+async def let_go_on(world: World) -> None:
+    """The disk, in the midst of all else."""
+    world.disk.go_on()
+
+
+def test_a_server_that_waits_for_a_snapshot_as_the_run_ends_does_not_end_its_writing(world: World) -> None:
+    run = Run(world)
+    world.disk.is_held = True
+    run.engine.update_weights(world.new_weights(1), 1)
+    world.machines[1].end(1)
+    world.until(lambda: run.pool.num_restarts)
+    run.close()
+    assert snapshots_of(world) == ["version-1"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_cannot_be_written_are_told_with_the_next_update_or_at_the_end(
+    world: World, method: Method
+) -> None:
+    run, place = Run(world, method), world.folder / "snapshots"
+    place.write_text("a file is in its place")
+    words = rf"could not be written to {place}: .*servers\.snapshot_dir"
+    if method == "disk":
+        with pytest.raises(ServerError, match=words):
+            run.engine.update_weights(world.new_weights(1), 1)
+        run.close()  # it has been told
+        return
+    run.engine.update_weights(world.new_weights(1), 1)
+    with pytest.raises(ServerError, match=words):
+        run.engine.update_weights(world.new_weights(2), 2)
+    assert run.versions() == {1}, "no server was touched"
+    run.engine.update_weights(world.new_weights(2), 2)
+    with pytest.raises(DiskError, match=words):
+        run.close()
+    assert not asyncio.all_tasks(world.loop)
+    world.expect_sound()
+
+
+def test_a_server_whose_snapshot_could_not_be_written_is_lost_with_the_reason(world: World) -> None:
+    run, place = Run(world), world.folder / "snapshots"
+    place.write_text("a file is in its place")
+    run.engine.update_weights(world.new_weights(1), 1)
+    world.machines[1].end(1)
+    world.until(lambda: f"could not be written to {place}" in run.pool.roster.reasons())
+    assert run.versions() == {1}
+    with pytest.raises(DiskError, match="could not be written"):
+        run.close()
+    world.expect_sound()
+
+
+def test_what_the_disk_takes_is_a_time_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes on by a second whenever it is asked, and by a hundred for each file."""
+    run, clock = Run(world), itertools.count()
+    monkeypatch.setattr(sync, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+
+    def write(*arguments: Any, **keywords: Any) -> None:
+        for _ in range(100):
+            next(clock)
+
+    monkeypatch.setattr(snapshots, "save_file", write)
+
+    def wait(futures: object) -> None:
+        world.disk.go_on()
+        world.disk.is_held = True
+
+    monkeypatch.setattr(backlog, "wait", wait)
+    world.disk.is_held = True
+    reports = [run.sync.run(world.new_weights(version), str(version)) for version in (1, 2)]
+    assert [report.transfer_s for report in reports] == [1.0, 1.0]
+    assert [report.snapshot_wait_s for report in reports] == [1.0, 301.0]
+    assert reports[1].metrics()["weight_sync/snapshot_wait_s"].value() == 301.0
+    assert "weight_sync/snapshot_wait_s" not in replace(reports[1], snapshot_wait_s=None).metrics()
+    run.close()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_closing_after_an_update_that_failed_ends_everything(world: World, method: Method) -> None:
     run = Run(world, method)
     befall(world, 0, method, len(ROUTES[method]) - 3, refuse("no"))
-    sync: WeightSync = run.sync
+    sync_of_run: WeightSync = run.sync
     with pytest.raises(ServerError):
-        sync.run(world.new_weights(1), "1")
+        sync_of_run.run(world.new_weights(1), "1")
     run.close()
     assert all(meeting.has_been_left for meeting in world.meetings.values())

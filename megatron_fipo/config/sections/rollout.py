@@ -86,7 +86,7 @@ class ServersSection:
     """Weights are sent in buckets of this many MiB; two are held at a time, with weight_sync=tensor on every GPU."""
     keep_snapshot: bool = True
     """Keep the newest weights on disk, so that a server that died comes back with them; disk needs it. One process of
-    the run writes them, for all nodes."""
+    the run writes them, for all nodes, while the run goes on; its host's memory holds a copy of the model."""
     snapshot_dir: Optional[str] = key(None, text="path")
     """Folder of those snapshots, which all nodes must see; null takes the run's."""
     request_timeout_s: float = seconds(3600.0)

@@ -125,14 +125,21 @@ class ServerEngine:
             lender.onload()
 
     def close(self) -> None:
-        """End the servers that were started here. Not collective: a rank that fails alone ends its own, too."""
+        """End the servers that were started here. Not collective: a rank that fails alone ends its own, too.
+
+        Raises:
+            DiskError: if the weights could not be written for servers that start anew, and nobody has heard of it yet.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         if self.owned is not None:
-            self.owned.sync.close()
-            self._run(self.owned.pool.close())
-            self.owned.loop.stop()
+            try:
+                self.owned.sync.close()
+                self._run(self.owned.pool.close())
+                self.owned.loop.stop()
+            finally:  # while it is written the servers have ended
+                self.owned.sync.finish_snapshot()
 
     # --- generating -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import ServersSection
+from megatron_fipo.parallel.waiting import OtherRankError
+from megatron_fipo.rollout.servers.api import LaunchSpec
 from megatron_fipo.rollout.servers.http import ServerError
 from megatron_fipo.rollout.servers.roster import Roster
 from megatron_fipo.rollout.servers.server import Server, State
 from megatron_fipo.rollout.servers.starting import POLL_S, PROBE_TIMEOUT_S, Starter
+from megatron_fipo.system.disk import DiskError
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +31,13 @@ class ArrivedWeights:
 
     Attributes:
         version: as servers report it.
-        folder: the same weights on disk, in Hugging Face format; None if no snapshot is kept.
+        folder: the same weights on disk, in Hugging Face format, as soon as they are there; None if no snapshot is
+            kept.
         checksums: what every server must answer.
     """
 
     version: str
-    folder: Path | None
+    folder: concurrent.futures.Future[Path] | None
     checksums: dict[str, str] | None
 
 
@@ -149,10 +154,11 @@ class Revival:
         await self._start_anew(server)
 
     async def _start_anew(self, server: Server) -> None:
-        """Kill a server and start it with the weights that arrived last, where they are on disk.
+        """Kill a server and start it with the weights that arrived last, where they are on disk or will be.
 
         Raises:
             ServerError: if it has been started anew too often, or does not come up.
+            DiskError: if the weights could not be written.
         """
         assert server.process is not None, "servers of others are not started here"
         server.incarnation += 1
@@ -161,12 +167,17 @@ class Revival:
         if server.num_restarts >= self._settings.max_restarts:
             raise ServerError(f"{server.reason}\n(restarted {server.num_restarts} times: servers.max_restarts)")
         server.num_restarts += 1
-        spec = server.spec
-        if self.arrived is not None:
-            folder = self.arrived.folder
-            version = _NO_VERSION if folder is None else self.arrived.version
-            spec = replace(spec, model_path=folder or spec.model_path, weight_version=version)
-        await self._starter.launch(server, spec)
+        await self._starter.launch(server, await self._with_arrived(server.spec))
+
+    async def _with_arrived(self, spec: LaunchSpec) -> LaunchSpec:
+        """The specification of a server that starts with the weights that arrived last, once they are on disk."""
+        arrived = self.arrived
+        if arrived is None:
+            return spec
+        if arrived.folder is None:
+            return replace(spec, weight_version=_NO_VERSION)
+        folder = await asyncio.wrap_future(arrived.folder)
+        return replace(spec, model_path=folder, weight_version=arrived.version)
 
     async def _difference(self, server: Server) -> str:
         """How a server's weights differ from those that arrived last; "" if they do not."""
@@ -200,6 +211,7 @@ class Revival:
 
 def _in_words(error: Exception) -> str:
     """An error as a reason; one that nobody expected is named by its kind, since its text alone may say nothing."""
-    if isinstance(error, (ServerError, OSError, ValueError)):  # adapters raise the last kind for what they cannot start
+    # Adapters raise a ValueError for what they cannot start.
+    if isinstance(error, (ServerError, DiskError, OtherRankError, OSError, ValueError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -35,9 +35,12 @@ class SyncReport:
     num_servers: int
     """Servers that hold them now."""
     transfer_s: float
-    """Time until the last server had taken the last tensor over, packing and snapshot included."""
+    """Time until the last server had taken the last tensor over, packing and the snapshot's copy included; where
+    servers read the snapshot, its writing too."""
     check_s: float
     """Time that the checksums took after that."""
+    snapshot_wait_s: float | None
+    """Time before all of this that the writing of the snapshot before took; None where none is kept."""
 
     @property
     def gigabytes_per_s(self) -> float:
@@ -46,7 +49,7 @@ class SyncReport:
 
     def metrics(self) -> Metrics:
         """The report as metrics, to be merged over ranks."""
-        return {
+        metrics: Metrics = {
             "weight_sync/transfer_s": Max(self.transfer_s),
             "weight_sync/check_s": Max(self.check_s),
             "weight_sync/gigabytes_per_s": Min(self.gigabytes_per_s),
@@ -54,6 +57,9 @@ class SyncReport:
             "weight_sync/buckets": Max(self.num_buckets),
             "weight_sync/servers": Sum(self.num_servers),
         }
+        if self.snapshot_wait_s is not None:
+            metrics["weight_sync/snapshot_wait_s"] = Max(self.snapshot_wait_s)
+        return metrics
 
 
 class WeightSync:
@@ -99,26 +105,28 @@ class WeightSync:
         Raises:
             ServerError: if a server refuses, or none is left. All are STALE then.
             CanaryError: if a server answers with other checksums. All are STALE then.
+            DiskError: if the last update's snapshot could not be written, or this one's where servers read it.
             ValueError: if the stream of weights lacks or repeats a tensor.
         """
         stream = iter(tensors)
         self._packers.begin()
         try:
-            if self._snapshots is not None:
-                self._snapshots.begin()
+            snapshot_wait_s = self._begin_snapshot()
             beforehand()
-            return self._run(stream, version, keep_held)
+            return self._run(stream, version, keep_held, snapshot_wait_s)
         except BaseException as error:
             self._packers.fail(str(error) or type(error).__name__)
             if self._snapshots is not None:
-                self._snapshots.abandon(str(error) or type(error).__name__)
+                self._snapshots.abandon(error)
             raise
         finally:
             for _ in stream:  # other ranks send into it
                 pass
 
     def forget_older_snapshots(self) -> None:
-        """Delete all snapshots but the newest. Call it while no rank is in an update, which may need an older one."""
+        """Delete all snapshots but the newest, once that is written. Call it while no rank is in an update, which may
+        need an older one.
+        """
         arrived = self._loop.call(lambda: self._pool.arrived)
         if self._snapshots is not None and arrived is not None and arrived.folder is not None:
             self._snapshots.keep_only(arrived.folder)
@@ -127,7 +135,26 @@ class WeightSync:
         """Release what is kept from one update to the next."""
         self._transfer.close()
 
-    def _run(self, stream: Iterator[tuple[str, Tensor]], version: str, keep_held: bool) -> SyncReport:
+    def finish_snapshot(self) -> None:
+        """Wait until the last snapshot is written; updates are over.
+
+        Raises:
+            DiskError: if it could not be written, or older ones not be deleted.
+        """
+        if self._snapshots is not None:
+            self._snapshots.close()
+
+    def _begin_snapshot(self) -> float | None:
+        """Seconds that this waited for the snapshot before; None where none is kept."""
+        if self._snapshots is None:
+            return None
+        start = time.perf_counter()
+        self._snapshots.begin()
+        return time.perf_counter() - start
+
+    def _run(
+        self, stream: Iterator[tuple[str, Tensor]], version: str, keep_held: bool, snapshot_wait_s: float | None
+    ) -> SyncReport:
         start = time.perf_counter()
         session = UpdateSession(self._loop, self._loop.run(self._pool.hold()))
         try:
@@ -141,8 +168,8 @@ class WeightSync:
                 if self._snapshots is not None:
                     self._snapshots.add(bucket)
                 num_bytes, num_buckets = num_bytes + len(bucket.flat), num_buckets + 1
-            folder = None if self._snapshots is None else self._snapshots.commit(version)
-            self._transfer.finish(session, version, folder)
+            snapshot = None if self._snapshots is None else self._snapshots.commit(version)
+            self._transfer.finish(session, version, snapshot)
             transferred = time.perf_counter()
             expected = expecting.expected()
             session.each(lambda server: _check(server, expected, self._timeout_s))
@@ -153,10 +180,17 @@ class WeightSync:
             for server in session.all:
                 self._loop.run(self._pool.set_stale(server, f"the update to weights {version} failed: {error}"))
             raise
-        arrived = ArrivedWeights(version, folder, expected)
+        arrived = ArrivedWeights(version, snapshot, expected)
         self._loop.run(self._pool.accept(arrived, session.servers, session.died, keep_held=keep_held))
         checked = time.perf_counter()
-        return SyncReport(num_bytes, num_buckets, len(session.servers), transferred - start, checked - transferred)
+        return SyncReport(
+            num_bytes,
+            num_buckets,
+            len(session.servers),
+            transferred - start,
+            checked - transferred,
+            snapshot_wait_s,
+        )
 
 
 async def _check(server: Server, expected: dict[str, str], timeout_s: float) -> None:

@@ -39,11 +39,11 @@ class Transfer(Protocol):
         """Wait until what was sent has arrived."""
         ...
 
-    def finish(self, session: UpdateSession, version: str, folder: Path | None) -> None:
+    def finish(self, session: UpdateSession, version: str, snapshot: concurrent.futures.Future[Path] | None) -> None:
         """Return when all servers have everything and report the version.
 
         Args:
-            folder: the snapshot of the weights; None if none is kept.
+            snapshot: the weights on disk, as soon as they are there; None if none are kept.
         """
         ...
 
@@ -82,7 +82,7 @@ class TensorTransfer:
         if self._sending is not None:
             self._sending.result()
 
-    def finish(self, session: UpdateSession, version: str, folder: Path | None) -> None:
+    def finish(self, session: UpdateSession, version: str, snapshot: concurrent.futures.Future[Path] | None) -> None:
         self.settle()
         session.each(lambda server: server.client.end_update(version))
 
@@ -105,8 +105,9 @@ class DiskTransfer:
     def settle(self) -> None:
         pass
 
-    def finish(self, session: UpdateSession, version: str, folder: Path | None) -> None:
-        assert folder is not None, "disk updates go over snapshots"
+    def finish(self, session: UpdateSession, version: str, snapshot: concurrent.futures.Future[Path] | None) -> None:
+        assert snapshot is not None, "disk updates go over snapshots"
+        folder = snapshot.result()
 
         async def load(server: Server) -> None:
             await _open_update(server.client)
@@ -164,7 +165,7 @@ class DistributedTransfer:
     def settle(self) -> None:
         pass
 
-    def finish(self, session: UpdateSession, version: str, folder: Path | None) -> None:
+    def finish(self, session: UpdateSession, version: str, snapshot: concurrent.futures.Future[Path] | None) -> None:
         session.each(lambda server: server.client.end_update(version))
 
     def close(self) -> None:
