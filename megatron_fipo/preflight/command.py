@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--response-tokens", type=float, metavar="N", help="mean (default: half the longest)")
     parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: a quarter of the longest)")
     parser.add_argument("--kept-share", type=float, default=0.5, help="of groups, by dynamic sampling (default: 0.5)")
+    parser.add_argument(
+        "--schedules",
+        action="store_true",
+        help="simulate schedules of generation and training, and print what each costs",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         gpu=arguments.gpu,
         model_config=arguments.model_config,
         check_files=not arguments.sizes_only,
+        schedules=arguments.schedules,
         assumptions=Assumptions(
             mfu=arguments.mfu,
             rollout_tokens_per_s=arguments.rollout_tokens_per_s,

@@ -26,6 +26,8 @@ from megatron_fipo.preflight.findings import FAILS, MISSING, WARNS
 from megatron_fipo.preflight.hardware import GPUS
 from megatron_fipo.preflight.parameters import whole_parameters
 from megatron_fipo.preflight.plan import Plan, make_plan
+from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare
+from megatron_fipo.preflight.schedules.table import show_schedules
 from megatron_fipo.preflight.work import Assumptions
 from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_FAULT
 from megatron_fipo.system.text_hygiene import clean_text
@@ -43,6 +45,7 @@ class Options:
         gpu: a name in `GPUS`.
         model_config: a config.json instead of the one in model.path, which need not be here.
         check_files: whether model, tokenizer and data must be here.
+        schedules: whether to simulate schedules, too.
     """
 
     world_size: int | None = None
@@ -50,6 +53,7 @@ class Options:
     gpu: str = "h100-80gb"
     model_config: str | None = None
     check_files: bool = True
+    schedules: bool = False
     assumptions: Assumptions = field(default_factory=Assumptions)
 
 
@@ -61,10 +65,15 @@ def report(config: Config, options: Options) -> int:
     """
     try:
         plan = plan_of(config, options)
+        assumed = ScheduleAssumptions()
+        comparison = compare(plan, assumed) if options.schedules else None
     except ValueError as error:
         print(clean_text(without_secrets(f"megatron-fipo preflight: {error}")), file=sys.stderr)
         return EXIT_BAD_INPUT
-    show(plan, Console(width=WIDTH, highlight=False))
+    console = Console(width=WIDTH, highlight=False)
+    show(plan, console)
+    if comparison is not None:
+        show_schedules(plan, comparison, assumed, console)
     return 0 if plan.fits else EXIT_FAULT
 
 

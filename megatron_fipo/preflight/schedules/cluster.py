@@ -8,15 +8,18 @@ from collections.abc import Callable
 
 from megatron_fipo.preflight.schedules.decoding import Decoding
 from megatron_fipo.preflight.schedules.server import Response, Server
+from megatron_fipo.preflight.schedules.workload import Lengths
 
 
 class Cluster:
     """All servers of a run. `now` is the time of the last event."""
 
-    def __init__(self, decoding: Decoding, num_servers: int, prompt: int, longest: int) -> None:
+    def __init__(self, decoding: Decoding, num_servers: int, lengths: Lengths, claims: int) -> None:
         if num_servers < 1:
             raise ValueError(f"num_servers={num_servers}: must be at least 1.")
-        self.servers = [Server(decoding, number, prompt, longest) for number in range(num_servers)]
+        self.servers = [
+            Server(decoding, number, lengths.prompt, lengths.longest, claims) for number in range(num_servers)
+        ]
         self.now = 0.0
         self._events: list[tuple[float, int, int]] = []
         self._loads: list[tuple[int, int]] = [(0, number) for number in range(num_servers)]

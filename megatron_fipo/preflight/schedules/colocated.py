@@ -14,8 +14,7 @@ def simulate_colocated(setup: Setup, books: Books, *, steps: int) -> list[Step]:
     A step's generation ends as soon as the books can close it. What is in flight then is aborted; what the books keep
     goes on in the next step from where it was, after its keys and values have been computed anew.
     """
-    lengths = books.workload.lengths
-    cluster = Cluster(setup.decoding, setup.num_servers, lengths.prompt, lengths.longest)
+    cluster = Cluster(setup.decoding, setup.num_servers, books.workload.lengths, setup.claims)
     recorder = Recorder(books)
     now = 0.0
     for _ in range(steps):

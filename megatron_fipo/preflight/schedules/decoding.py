@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 
 ESTIMATED_TOKENS = 4096
-"""Tokens that a server's scheduler expects a new response to write at most, when it looks for room."""
+"""Tokens that a server's scheduler expects a response to write still, at most, when it looks for room."""
 
-ESTIMATED_SHARE = 0.1
-"""Share of them that it keeps free for each response that runs.
+FIRST_SHARE, LEAST_SHARE, DECAY_STEPS = 0.7, 0.098, 600
+"""Of these tokens a share is kept free for each response that runs: it falls from the first to the least in so many
+decoding steps, and is set to what responses have written of what they may once the cache was full.
 
-Both follow SGLang's scheduler: SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION, and its new-token ratio, which falls to a
-seventh of 0.7 while nothing has to be taken out.
+All this is SGLang's scheduler (SGLANG_INIT_NEW_TOKEN_RATIO, SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR,
+SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS, SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION).
 """
 
 
@@ -72,21 +73,22 @@ class Decoding:
             low, high = (middle, high) if self.seconds(running, cached, middle) < seconds else (low, middle)
         return high
 
-    def has_room(self, running: int, cached: int, context: int, still: int) -> bool:
+    def has_room(self, running: int, cached: int, context: int, still: int, share: float = LEAST_SHARE) -> bool:
         """Whether the scheduler lets another response in.
 
         Args:
             context: tokens that it brings along.
             still: tokens that it may still write.
+            share: of ESTIMATED_TOKENS, kept free for each that runs.
         """
         if running == 0:
             return True
-        reserve = ESTIMATED_SHARE * ESTIMATED_TOKENS * running + min(still, ESTIMATED_TOKENS)
+        reserve = share * ESTIMATED_TOKENS * running + min(still, ESTIMATED_TOKENS)
         return running < self.slots and cached + context + reserve <= self.pool
 
     def saturated(self, context: float) -> int:
         """Responses that run at a time when there are always more, of this many tokens in the cache on average."""
-        room = (self.pool - ESTIMATED_TOKENS) / (context + ESTIMATED_SHARE * ESTIMATED_TOKENS)
+        room = (self.pool - ESTIMATED_TOKENS) / (context + LEAST_SHARE * ESTIMATED_TOKENS)
         return max(min(int(room), self.slots), 1)
 
     def tokens_per_s(self, context: float) -> float:

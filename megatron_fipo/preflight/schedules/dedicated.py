@@ -15,8 +15,7 @@ def simulate_dedicated(setup: Setup, books: Books, *, steps: int, keeps_cache: b
     Args:
         keeps_cache: whether keys and values of older weights stay in use. Otherwise they are computed anew.
     """
-    lengths = books.workload.lengths
-    cluster = Cluster(setup.decoding, setup.num_servers, lengths.prompt, lengths.longest)
+    cluster = Cluster(setup.decoding, setup.num_servers, books.workload.lengths, setup.claims)
     recorder = Recorder(books)
     trainer_ends, trainer_is_free, before = math.inf, 0.0, 0.0
     cluster.hand_out(books.peek, books.take)

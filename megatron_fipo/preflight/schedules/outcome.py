@@ -23,6 +23,8 @@ class Setup:
         batch: groups that a step trains on.
         training_seconds: time to train on responses of these lengths, on training_gpus.
         handover: seconds in which weights go over and nothing else happens on the servers.
+        claims: responses that a server claims at a time where any server may take any response. More than fit are only
+            put out of a full cache again, and then finish last.
         servers_per_node: servers that one node's leader sends to.
     """
 
@@ -34,6 +36,7 @@ class Setup:
     batch: int
     training_seconds: Callable[[Sequence[int]], float]
     handover: float
+    claims: int
     servers_per_node: int = 1
 
 

@@ -22,8 +22,7 @@ def simulate_rounds(
             time as its servers have slots, and a group goes whole to the server that has the least then.
         surplus_age: steps for which groups beyond the batch are kept.
     """
-    lengths = workload.lengths
-    cluster = Cluster(setup.decoding, setup.num_servers, lengths.prompt, lengths.longest)
+    cluster = Cluster(setup.decoding, setup.num_servers, workload.lengths, setup.claims)
     books = Books(workload, setup.batch, surplus_age, restarts=False)
     recorder = Recorder(books)
     now = 0.0

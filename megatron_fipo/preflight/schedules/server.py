@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 
-from megatron_fipo.preflight.schedules.decoding import Decoding
+from megatron_fipo.preflight.schedules.decoding import DECAY_STEPS, FIRST_SHARE, LEAST_SHARE, Decoding
 
 
 @dataclass(eq=False, slots=True)
@@ -65,11 +66,12 @@ class Server:
     the token of the step that was under way.
     """
 
-    def __init__(self, decoding: Decoding, number: int, prompt: int, longest: int) -> None:
+    def __init__(self, decoding: Decoding, number: int, prompt: int, longest: int, claims: int) -> None:
         """
         Args:
             prompt: tokens of every prompt.
             longest: tokens that a response may have.
+            claims: responses that it takes at a time where it may choose.
         """
         if prompt + longest > decoding.pool:
             raise ValueError(
@@ -79,13 +81,14 @@ class Server:
         self.decoding, self.number, self.version = decoding, number, 0
         self.clock = self.busy = 0.0
         self.tokens = self.prefilled = self.retracted = 0
-        self.running: set[Response] = set()
+        self.running: dict[Response, int] = {}
         self.waiting: deque[Response] = deque()
         self.stamp = 0
-        self._prompt, self._longest = prompt, longest
+        self._prompt, self._longest, self._claims = prompt, longest, claims
         self._steps = self._cached = 0
         self._ends: list[tuple[int, int, Response]] = []
         self._arrivals = 0
+        self._share = FIRST_SHARE
 
     @property
     def load(self) -> int:
@@ -107,25 +110,29 @@ class Server:
             self._pass(min(until, self._steps_to_event()))
 
     def finish(self) -> list[Response]:
-        """Go to the next event; returns who is finished. A full cache puts its shortest responses back to wait."""
+        """Go to the next event; returns who is finished. A full cache puts those who came last back to wait.
+
+        vLLM does so; SGLang puts out those with the fewest tokens, which are nearly always the same.
+        """
         self._pass(self._steps_to_event())
         done = []
-        while self._ends and self._ends[0][0] <= self._steps:
+        while self._first_end() <= self._steps:
             response = heapq.heappop(self._ends)[2]
             self._leave(response)
             done.append(response)
-        while len(self.running) > 1 and self._cached + len(self.running) > self.decoding.pool:
-            shortest = min(self._ends, key=lambda end: (self._made(end[2]), -end[1]))
-            self._ends.remove(shortest)
-            heapq.heapify(self._ends)
-            self._leave(shortest[2])
-            self.waiting.appendleft(shortest[2])
+        if self._is_full:
+            written = self._cached / len(self.running) - self._prompt
+            self._share = max(min(written / self._longest, 1.0), LEAST_SHARE)
+        while self._is_full:
+            last = next(reversed(self.running))
+            self._leave(last)
+            self.waiting.appendleft(last)
             self.retracted += 1
         return done
 
     def fits(self, response: Response) -> bool:
-        """Whether it may come in at once, which it may not while others wait."""
-        return not self.waiting and self._has_room(response)
+        """Whether the server takes it, which it does not while others wait."""
+        return not self.waiting and self.load < self._claims and self._has_room(response)
 
     def admit(self) -> None:
         """Let in whoever waits, in order, as long as there is room."""
@@ -136,14 +143,13 @@ class Server:
         """Begin or go on with a response: keys and values of what is there are computed, and all others wait for it."""
         context = self._prompt + response.made
         response.entered = self._steps
-        self.running.add(response)
         self._push(response)
         self._cached += context
         self._prefill(context)
 
     def abort(self) -> list[Response]:
         """Put everything out, in the order in which it came; what has been written stays written."""
-        out = [end[2] for end in sorted(self._ends, key=lambda end: end[1])]
+        out = list(self.running)
         for response in out:
             self._leave(response)
         self._ends.clear()
@@ -153,16 +159,14 @@ class Server:
 
     def drop(self, responses: set[Response]) -> None:
         """Put these out, as far as they are here."""
-        for response in [end[2] for end in self._ends if end[2] in responses]:
+        for response in responses & self.running.keys():
             self._leave(response)
-        self._ends = [end for end in self._ends if end[2] not in responses]
-        heapq.heapify(self._ends)
         self.waiting = deque(response for response in self.waiting if response not in responses)
 
     def take_weights(self, version: int, seconds: float, keeps_cache: bool) -> None:
         """New weights come in while requests are in flight, which takes a time, and perhaps the cache anew."""
-        ends, self._ends = sorted(self._ends, key=lambda end: end[1]), []
-        for _, _, response in ends:
+        self._ends.clear()
+        for response in list(self.running):
             self._settle(response)
             response.entered = self._steps
             self._push(response)
@@ -171,16 +175,27 @@ class Server:
         if not keeps_cache:
             self._prefill(self._cached)
 
+    @property
+    def _is_full(self) -> bool:
+        """Whether the next step's tokens have no room."""
+        return len(self.running) > 1 and self._cached + len(self.running) > self.decoding.pool
+
     def _has_room(self, response: Response) -> bool:
         context, still = self._prompt + response.made, self._longest - response.made
-        return self.decoding.has_room(len(self.running), self._cached, context, still)
+        return self.decoding.has_room(len(self.running), self._cached, context, still, self._share)
 
     def _steps_to_event(self) -> int:
         running = len(self.running)
-        to_end = self._ends[0][0] - self._steps
+        to_end = self._first_end() - self._steps
         if running > 1:
             to_end = min(to_end, (self.decoding.pool - self._cached) // running)
         return max(to_end, 0)
+
+    def _first_end(self) -> int:
+        """Number of the step after which the next response is finished; beyond all steps if none runs."""
+        while self._ends and self.running.get(self._ends[0][2]) != self._ends[0][1]:
+            heapq.heappop(self._ends)  # of one that has been put out since
+        return self._ends[0][0] if self._ends else sys.maxsize
 
     def _pass(self, steps: int) -> None:
         if steps:
@@ -189,6 +204,7 @@ class Server:
             self.clock += seconds
             self.busy += seconds
             self._steps += steps
+            self._share = max(self._share - steps * (FIRST_SHARE - LEAST_SHARE) / DECAY_STEPS, LEAST_SHARE)
             self._cached += running * steps
             self.tokens += running * steps
 
@@ -200,10 +216,8 @@ class Server:
 
     def _push(self, response: Response) -> None:
         self._arrivals += 1
+        self.running[response] = self._arrivals
         heapq.heappush(self._ends, (self._steps + response.length - response.made, self._arrivals, response))
-
-    def _made(self, response: Response) -> int:
-        return response.made + self._steps - response.entered
 
     def _settle(self, response: Response) -> None:
         new = self._steps - response.entered
@@ -213,5 +227,5 @@ class Server:
 
     def _leave(self, response: Response) -> None:
         self._settle(response)
-        self.running.discard(response)
+        del self.running[response]
         self._cached -= self._prompt + response.made

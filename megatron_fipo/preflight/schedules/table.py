@@ -1,0 +1,80 @@
+"""What `megatron-fipo preflight --schedules` prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fipo.preflight.plan import Plan
+from megatron_fipo.preflight.schedules.comparison import Comparison, ScheduleAssumptions
+
+
+def show_schedules(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumptions, console: Console) -> None:
+    """Print the table, what it assumes, and how stale tokens must be to fill the servers."""
+    console.print()
+    console.print(_table(comparison))
+    for line in (*_fill(plan, comparison), *_assumed(plan, comparison, assumptions)):
+        console.print(line, markup=False)
+
+
+def _table(comparison: Comparison) -> Table:
+    gpus = comparison.setup.gpus
+    table = Table(title=f"Schedules, simulated on {gpus} GPUs", title_justify="left", title_style="bold", expand=False)
+    columns = ("", "s a step", "speed", "generation", "training", "no work", "dropped", "wasted", "stale mean, max")
+    for column in (*columns, "response"):
+        table.add_column(column, justify="left" if not column else "right")
+    today = comparison.outcomes[0].seconds
+    for outcome in comparison.outcomes:
+        table.add_row(
+            outcome.name,
+            f"{outcome.seconds:,.0f}",
+            f"{today / outcome.seconds:.2f}x",
+            f"{outcome.generation:,.0f}",
+            f"{outcome.training:,.0f}",
+            f"{outcome.without_work:.0%}",
+            f"{outcome.dropped:.0%}",
+            f"{outcome.wasted:.0%}",
+            f"{outcome.staleness:.2f}, {outcome.stalest}",
+            f"{outcome.response:,.0f}",
+        )
+    table.add_row("ideal", f"{comparison.ideal:,.0f}", f"{today / comparison.ideal:.2f}x")
+    return table
+
+
+def _fill(plan: Plan, comparison: Comparison) -> list[str]:
+    setup, context = comparison.setup, comparison.workload.context
+    each, needed = setup.decoding.saturated(context), plan.batch.samples / comparison.workload.kept
+    return [
+        f"To keep all servers full, tokens must be {comparison.fill:.2f} steps old: {setup.num_servers} servers x {each} "
+        f"responses in flight over {needed:,.0f} that a step needs. Below 1, carry-over is enough."
+    ]
+
+
+def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumptions) -> list[str]:
+    workload, setup, decoding = comparison.workload, comparison.setup, comparison.setup.decoding
+    lengths = workload.lengths
+    full = decoding.saturated(workload.context)
+    lines = [
+        "Staleness counts steps between the weights that wrote a token and those that it trains first. Dropped are tokens "
+        "of groups without a signal, wasted are those that nothing needed. Assumed:",
+        f"- responses of {lengths.mean:,.0f} tokens on average and {lengths.longest:,} at most, prompts of "
+        f"{lengths.prompt:,}; logarithms of lengths spread by {lengths.between:.2f} between prompts and "
+        f"{lengths.within:.2f} within; wrong responses {lengths.wrong:.2f} longer; {workload.kept:.0%} of groups kept;",
+        f"- servers of {setup.server_gpus} GPUs with room for {decoding.pool:,} tokens: a decoding step takes "
+        f"{1000 * decoding.seconds(1, lengths.prompt, 1):.1f} ms alone and "
+        f"{1000 * decoding.seconds(full, round(full * workload.context), 1):.1f} ms with {full} responses of "
+        f"{workload.context:,.0f}, which is {decoding.tokens_per_s(workload.context) / setup.server_gpus:,.0f} tokens/s a "
+        f"GPU; a server claims at most {setup.claims} where responses are spread;",
+        f"- hand-over of {setup.handover:.0f} s colocated, {assumptions.dedicated_handover_s:.0f} s dedicated with keys "
+        "and values computed anew; nothing fails, and verifying takes no time;",
+        '- bounds hold for the start of a prompt; with "kept" a step also waits for groups that would exceed it.',
+    ]
+    if comparison.split:
+        generating, training = comparison.split
+        lines.append(f"- Dedicated: {generating} GPUs generate and {training} train, the best split that fits.")
+    if assumptions.generation_factor != 1 or assumptions.training_factor != 1:
+        lines.append(
+            f"- Calibrated: generation takes {assumptions.generation_factor:.2f} times, training "
+            f"{assumptions.training_factor:.2f} times what was computed."
+        )
+    return lines
