@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedules",
         action="store_true",
-        help="simulate schedules of generation and training, and print what each costs",
+        help="simulate schedules of generation and training",
     )
 
 

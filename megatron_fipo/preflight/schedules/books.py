@@ -30,8 +30,8 @@ class Books:
     """Dynamic sampling in the order of prompts, with a bound on how old a group may be.
 
     The groups of a step are the first mixed ones in prompt order. A group that was started `bound` versions before the
-    present one is due: left over for the next step it would be older than the bound. So a step is not closed while a due
-    group is unfinished that comes before the last of its batch. With bound 0 every group is due, and the batch is
+    present one is due: left over for the next step it would be older than the bound. So a step is not closed while a
+    due group is unfinished that comes before the last of its batch. With bound 0 every group is due, and the batch is
     exactly the first mixed groups in prompt order, whatever order they were finished in.
     """
 
@@ -75,9 +75,9 @@ class Books:
     def may_start(self) -> bool:
         """Whether another prompt may be started: groups that are expected to be kept do not exceed what is wanted.
 
-        AReaL's rule (arXiv 2505.24298), counted in prompts: at most (bound + 1) batches may be in flight, ready
-        or in the trainer, so that what is started now is trained on in time. With bound 0 there is no later step to make up for a batch
-        that is not filled, so that one standard deviation more are started than are expected to do.
+        AReaL's rule (arXiv 2505.24298), counted in prompts: at most (bound + 1) batches may be in flight, ready or in
+        the trainer, so that what is started now is trained on in time. With bound 0 there is no later step to make up
+        for a batch that is not filled, so that one standard deviation more are started than are expected to do.
         """
         kept, running = self.workload.kept, len(self._unfinished)
         expected = kept * running

@@ -34,7 +34,8 @@ class ScheduleAssumptions:
         decode_overhead_s: seconds of a decoding step besides reading and multiplying. It is 0 because preflight's
             share of the memory's bandwidth stands for all of a step.
         prefill_efficiency: share of the peak that the computing of keys and values reaches.
-        handover_s: seconds in which colocated servers and trainer change places and weights go over; in process it is 0.
+        handover_s: seconds in which colocated servers and trainer change places and weights go over; in process it
+            is 0.
         dedicated_handover_s: seconds in which dedicated servers stand still for new weights.
         generation_factor, training_factor: what a run took, over what the simulation says without them.
         seed: of the prompts and their lengths.
@@ -81,18 +82,20 @@ def compare(plan: Plan, assumptions: ScheduleAssumptions) -> Comparison:
     workload = _workload(plan, assumptions)
     setup = colocated_setup(plan, workload, assumptions)
     split = best_split(plan, workload, setup, assumptions)
-    needed = needed_responses(plan, workload)
-    in_flight = setup.num_servers * setup.decoding.saturated(workload.context)
-    generation = needed * workload.lengths.mean / _rate(setup.decoding, workload, setup.num_servers)
-    training = setup.training_seconds([round(workload.lengths.mean)]) * plan.batch.samples
+    generation = _tokens_needed(plan, workload) / _rate(setup.decoding, workload, setup.num_servers)
     return Comparison(
         outcomes=[summary(name, used, steps) for name, used, steps in _runs(plan, workload, setup, split, assumptions)],
         workload=workload,
         setup=setup,
         split=split,
-        ideal=generation + training,
-        fill=in_flight / needed,
+        ideal=generation + _usual_training(workload, setup),
+        fill=fill_of(plan, workload, setup),
     )
+
+
+def fill_of(plan: Plan, workload: Workload, setup: Setup) -> float:
+    """How stale one must be to fill the servers: responses in flight at saturation over those that a step needs."""
+    return setup.num_servers * setup.decoding.saturated(workload.context) / (plan.batch.samples / workload.kept)
 
 
 def _runs(
@@ -103,20 +106,31 @@ def _runs(
     assumptions: ScheduleAssumptions,
 ) -> Iterator[tuple[str, Setup, Sequence[Step]]]:
     """(name, setup, steps that count) of each schedule."""
-    yield "rounds, a group on one server", setup, run_today(plan, workload, setup)
-    yield "rounds, responses spread", setup, run_today(plan, workload, setup, spread=True)
-    yield "streaming in prompt order", setup, simulate_colocated(setup, Books(workload, setup.batch), steps=3)
-    for name, bound, waits in (("1", 1, False), ("1, kept", 1, True), ("2", 2, False)):
-        books = Books(workload, setup.batch, bound, waits=waits)
-        steps = simulate_colocated(setup, books, steps=WARM_UP + 4)
-        yield f"carry-over, bound {name}", setup, steps[WARM_UP:]
+    yield "rounds", setup, run_today(plan, workload, setup)
+    yield "rounds, spread", setup, run_today(plan, workload, setup, spread=True)
+    yield "streaming", setup, simulate_colocated(setup, Books(workload, setup.batch), steps=3)
+    full_at = fill_of(plan, workload, setup)
+    for bound in (1, 2):
+        if bound > 1 and full_at < bound / 2:
+            continue  # the smaller bound fills the servers amply: the steps would be the same
+        steps = _carry_over(workload, setup, bound, waits=False)
+        yield f"carry-over {bound}", setup, steps
+        if any(step.late for step in steps):
+            yield f"carry-over {bound}, kept", setup, _carry_over(workload, setup, bound, waits=True)
     if split is None:
         return
     apart = split_setup(setup, plan, split, assumptions)
-    for bound in (1, 2):
+    for bound in (1, 2, 4):
+        if bound > 2 and full_at < bound / 4:
+            continue
         books = Books(workload, setup.batch, bound, waits=False)
-        steps = simulate_dedicated(apart, books, steps=WARM_UP + 5, keeps_cache=False)
-        yield f"dedicated servers, bound {bound}", apart, steps[WARM_UP:]
+        steps = simulate_dedicated(apart, books, steps=WARM_UP + 5, keeps_cache=False)[WARM_UP:]
+        yield f"dedicated {bound}", apart, steps
+
+
+def _carry_over(workload: Workload, setup: Setup, bound: int, waits: bool) -> list[Step]:
+    books = Books(workload, setup.batch, bound, waits=waits)
+    return simulate_colocated(setup, books, steps=WARM_UP + 4)[WARM_UP:]
 
 
 def run_today(plan: Plan, workload: Workload, setup: Setup, spread: bool = False) -> list[Step]:
@@ -140,9 +154,15 @@ def _workload(plan: Plan, assumptions: ScheduleAssumptions) -> Workload:
     return Workload(lengths, rollout.num_samples_per_prompt, kept, assumptions.seed)
 
 
-def needed_responses(plan: Plan, workload: Workload) -> float:
-    """Responses that have to be generated until a batch is expected to be full."""
-    return plan.batch.samples / workload.kept
+def _tokens_needed(plan: Plan, workload: Workload) -> float:
+    """Tokens that have to be generated until a batch is expected to be full."""
+    return plan.batch.samples / workload.kept * workload.lengths.mean
+
+
+def _usual_training(workload: Workload, setup: Setup) -> float:
+    """Seconds of training on a batch of usual lengths."""
+    groups = [workload.group(prompt)[0] for prompt in range(256)]
+    return setup.training_seconds([length for group in groups for length in group]) * setup.batch / len(groups)
 
 
 def decoding_of(plan: Plan, workload: Workload, assumptions: ScheduleAssumptions) -> Decoding:
@@ -211,8 +231,8 @@ def best_split(
     if config.rollout.engine == "in_process":
         return None
     copy = config.parallel.tp * config.parallel.pp * config.parallel.cp
-    tokens = needed_responses(plan, workload) * workload.lengths.mean
-    whole = setup.training_seconds([round(workload.lengths.mean)]) * plan.batch.samples * setup.training_gpus
+    tokens = _tokens_needed(plan, workload)
+    whole = _usual_training(workload, setup) * setup.training_gpus
     best: tuple[float, tuple[int, int]] | None = None
     for training in range(math.lcm(copy, tp), setup.gpus, math.lcm(copy, tp)):
         generating = (setup.gpus - training) // tp * tp

@@ -20,9 +20,9 @@ def show_schedules(plan: Plan, comparison: Comparison, assumptions: ScheduleAssu
 def _table(comparison: Comparison) -> Table:
     gpus = comparison.setup.gpus
     table = Table(title=f"Schedules, simulated on {gpus} GPUs", title_justify="left", title_style="bold", expand=False)
-    columns = ("", "s a step", "speed", "generation", "training", "no work", "dropped", "wasted", "stale mean, max")
+    columns = ("", "step, s", "speed", "generation", "training", "no work", "dropped", "wasted", "staleness")
     for column in (*columns, "response"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     today = comparison.outcomes[0].seconds
     for outcome in comparison.outcomes:
         table.add_row(
@@ -46,7 +46,7 @@ def _fill(plan: Plan, comparison: Comparison) -> list[str]:
     each, needed = setup.decoding.saturated(context), plan.batch.samples / comparison.workload.kept
     return [
         f"To keep all servers full, tokens must be {comparison.fill:.2f} steps old: {setup.num_servers} servers x {each} "
-        f"responses in flight over {needed:,.0f} that a step needs. Below 1, carry-over is enough."
+        f"responses in flight, over {needed:,.0f} that a step needs. Below 1, carry-over with bound 1 does it."
     ]
 
 
@@ -54,20 +54,24 @@ def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumption
     workload, setup, decoding = comparison.workload, comparison.setup, comparison.setup.decoding
     lengths = workload.lengths
     full = decoding.saturated(workload.context)
+    alone = 1000 * decoding.seconds(1, lengths.prompt, 1)
+    together = 1000 * decoding.seconds(full, round(full * workload.context), 1)
+    rate = decoding.tokens_per_s(workload.context) / setup.server_gpus
     lines = [
-        "Staleness counts steps between the weights that wrote a token and those that it trains first. Dropped are tokens "
-        "of groups without a signal, wasted are those that nothing needed. Assumed:",
+        "Rounds are what this version runs. Spread: any server takes any response. Streaming: prompts one by one in "
+        "order, until the first mixed groups fill the batch; exactly on-policy. Carry-over and dedicated: with a bound on "
+        "how many steps before its training a prompt is started; kept: a step also waits for groups that would exceed it.",
+        "Staleness, mean and most: steps between the weights that wrote a token and those that it trains first. Dropped: "
+        "tokens of groups without a signal. Wasted: tokens that nothing needed. Response: mean length trained on.",
+        "Assumed:",
         f"- responses of {lengths.mean:,.0f} tokens on average and {lengths.longest:,} at most, prompts of "
         f"{lengths.prompt:,}; logarithms of lengths spread by {lengths.between:.2f} between prompts and "
         f"{lengths.within:.2f} within; wrong responses {lengths.wrong:.2f} longer; {workload.kept:.0%} of groups kept;",
         f"- servers of {setup.server_gpus} GPUs with room for {decoding.pool:,} tokens: a decoding step takes "
-        f"{1000 * decoding.seconds(1, lengths.prompt, 1):.1f} ms alone and "
-        f"{1000 * decoding.seconds(full, round(full * workload.context), 1):.1f} ms with {full} responses of "
-        f"{workload.context:,.0f}, which is {decoding.tokens_per_s(workload.context) / setup.server_gpus:,.0f} tokens/s a "
-        f"GPU; a server claims at most {setup.claims} where responses are spread;",
+        f"{alone:.1f} ms for one response and {together:.1f} ms for {full} of {workload.context:,.0f} tokens, which is "
+        f"{rate:,.0f} tokens/s a GPU; a server claims at most {setup.claims} where responses are spread;",
         f"- hand-over of {setup.handover:.0f} s colocated, {assumptions.dedicated_handover_s:.0f} s dedicated with keys "
-        "and values computed anew; nothing fails, and verifying takes no time;",
-        '- bounds hold for the start of a prompt; with "kept" a step also waits for groups that would exceed it.',
+        "and values computed anew; nothing fails, and verifying takes no time.",
     ]
     if comparison.split:
         generating, training = comparison.split
