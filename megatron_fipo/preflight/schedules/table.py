@@ -45,8 +45,8 @@ def _fill(plan: Plan, comparison: Comparison) -> list[str]:
     setup, context = comparison.setup, comparison.workload.context
     each, needed = setup.decoding.saturated(context), plan.batch.samples / comparison.workload.kept
     return [
-        f"To keep all servers full, tokens must be {comparison.fill:.2f} steps old: {setup.num_servers} servers x {each} "
-        f"responses in flight, over {needed:,.0f} that a step needs. Below 1, carry-over with bound 1 does it."
+        f"To keep all servers full, tokens must be {comparison.fill:.2f} steps old: {setup.num_servers} servers x "
+        f"{each} responses in flight, over {needed:,.0f} that a step needs. Below 1, carry-over with bound 1 does it."
     ]
 
 
@@ -58,9 +58,10 @@ def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumption
     together = 1000 * decoding.seconds(full, round(full * workload.context), 1)
     rate = decoding.tokens_per_s(workload.context) / setup.server_gpus
     lines = [
-        "Rounds are what this version runs. Spread: any server takes any response. Streaming: prompts one by one in "
-        "order, until the first mixed groups fill the batch; exactly on-policy. Carry-over and dedicated: with a bound on "
-        "how many steps before its training a prompt is started; kept: a step also waits for groups that would exceed it.",
+        "Rounds are as the configuration has them. Spread: any server takes any response. Streaming: prompts one by "
+        "one in order, until the first mixed groups fill the batch; exactly on-policy. Carry-over and dedicated: with a "
+        "bound on how many steps before its training a prompt is started; kept: a step also waits for groups that "
+        "would exceed it.",
         "Staleness, mean and most: steps between the weights that wrote a token and those that it trains first. Dropped: "
         "tokens of groups without a signal. Wasted: tokens that nothing needed. Response: mean length trained on.",
         "Assumed:",
@@ -68,8 +69,8 @@ def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumption
         f"{lengths.prompt:,}; logarithms of lengths spread by {lengths.between:.2f} between prompts and "
         f"{lengths.within:.2f} within; wrong responses {lengths.wrong:.2f} longer; {workload.kept:.0%} of groups kept;",
         f"- servers of {setup.server_gpus} GPUs with room for {decoding.pool:,} tokens: a decoding step takes "
-        f"{alone:.1f} ms for one response and {together:.1f} ms for {full} of {workload.context:,.0f} tokens, which is "
-        f"{rate:,.0f} tokens/s a GPU; a server claims at most {setup.claims} where responses are spread;",
+        f"{alone:.1f} ms for one response and {together:.1f} ms for {full} of {workload.context:,.0f} tokens, which "
+        f"is {rate:,.0f} tokens/s a GPU; a server claims at most {setup.claims} where responses are spread;",
         f"- hand-over of {setup.handover:.0f} s colocated, {assumptions.dedicated_handover_s:.0f} s dedicated with keys "
         "and values computed anew; nothing fails, and verifying takes no time.",
     ]

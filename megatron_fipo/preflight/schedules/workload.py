@@ -102,7 +102,9 @@ class Workload:
         right = random.random((BLOCK, self.samples)) < rates[:, None]
         prompts = lengths.hardness * hard + math.sqrt(1 - lengths.hardness**2) * other
         each = lengths.within * random.standard_normal((BLOCK, self.samples)) + lengths.wrong * ~right
-        mixed = (right.any(axis=1) & ~right.all(axis=1)) | (self.kept == 1)
+        mixed = np.full(BLOCK, True)
+        if self.kept < 1:
+            mixed = np.asarray(right.any(axis=1) & ~right.all(axis=1))
         return lengths.between * prompts[:, None] + each, mixed
 
 
