@@ -59,11 +59,11 @@ def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumption
     rate = decoding.tokens_per_s(workload.context) / setup.server_gpus
     lines = [
         "Rounds are as the configuration has them. Spread: any server takes any response. Streaming: prompts one by "
-        "one in order, until the first mixed groups fill the batch; exactly on-policy. Carry-over and dedicated: with a "
-        "bound on how many steps before its training a prompt is started; kept: a step also waits for groups that "
+        "one in order, until the first mixed groups fill the batch; exactly on-policy. Carry-over and dedicated: with "
+        "a bound on how many steps before its training a prompt is started; kept: a step also waits for groups that "
         "would exceed it.",
-        "Staleness, mean and most: steps between the weights that wrote a token and those that it trains first. Dropped: "
-        "tokens of groups without a signal. Wasted: tokens that nothing needed. Response: mean length trained on.",
+        "Staleness, mean and most: steps between the weights that wrote a token and those that it trains first. Dropped"
+        ": tokens of groups without a signal. Wasted: tokens that nothing needed. Response: mean length trained on.",
         "Assumed:",
         f"- responses of {lengths.mean:,.0f} tokens on average and {lengths.longest:,} at most, prompts of "
         f"{lengths.prompt:,}; logarithms of lengths spread by {lengths.between:.2f} between prompts and "
@@ -71,8 +71,8 @@ def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumption
         f"- servers of {setup.server_gpus} GPUs with room for {decoding.pool:,} tokens: a decoding step takes "
         f"{alone:.1f} ms for one response and {together:.1f} ms for {full} of {workload.context:,.0f} tokens, which "
         f"is {rate:,.0f} tokens/s a GPU; a server claims at most {setup.claims} where responses are spread;",
-        f"- hand-over of {setup.handover:.0f} s colocated, {assumptions.dedicated_handover_s:.0f} s dedicated with keys "
-        "and values computed anew; nothing fails, and verifying takes no time.",
+        f"- hand-over of {setup.handover:.0f} s colocated, {assumptions.dedicated_handover_s:.0f} s dedicated with "
+        "keys and values computed anew; nothing fails, and verifying takes no time.",
     ]
     if comparison.split:
         generating, training = comparison.split
