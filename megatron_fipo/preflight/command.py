@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="simulate schedules of generation and training",
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="RUN",
+        help="the same, with lengths and speed as measured by a run with this configuration",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         gpu=arguments.gpu,
         model_config=arguments.model_config,
         check_files=not arguments.sizes_only,
-        schedules=arguments.schedules,
+        schedules=arguments.schedules or arguments.calibrate is not None,
+        calibrate=arguments.calibrate,
         assumptions=Assumptions(
             mfu=arguments.mfu,
             rollout_tokens_per_s=arguments.rollout_tokens_per_s,

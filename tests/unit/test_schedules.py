@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from megatron_fipo import cli
 from megatron_fipo.preflight.schedules import colocated, dedicated, rounds
 from megatron_fipo.preflight.schedules.books import Books
+from megatron_fipo.preflight.schedules.calibration import read_run
 from megatron_fipo.preflight.schedules.cluster import Cluster
 from megatron_fipo.preflight.schedules.colocated import simulate_colocated
 from megatron_fipo.preflight.schedules.decoding import Decoding
@@ -353,3 +355,55 @@ def test_the_command_prints_the_schedules(capsys: pytest.CaptureFixture[str]) ->
 def test_the_command_refuses_a_share_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SMALL, "--schedules", "rollout.num_samples_per_prompt=2"]) == 2
     assert "of groups of 2 responses at most 0.5 can be mixed" in capsys.readouterr().err
+
+
+def metrics_of(generation: float, training: float, **changes: float) -> dict[str, float]:
+    return {
+        "rollout/response_tokens/mean": 6000.0,
+        "rollout/response_tokens/p25": 3000.0,
+        "rollout/response_tokens/p75": 8000.0,
+        "rollout/dropped_groups/all_right_share": 0.2,
+        "rollout/dropped_groups/all_wrong_share": 0.15,
+        "rollout/dropped_groups/failed_share": 0.05,
+        "time_s/rollout": generation,
+        "time_s/old_log_probs": training / 4,
+        "time_s/update": 3 * training / 4,
+        **changes,
+    }
+
+
+def test_a_run_calibrates_the_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own schedule then takes what it took. The mean of 700 and 900 s is 800; early steps do not count."""
+    early = [metrics_of(5.0, 5.0)] * 3
+    late = [metrics_of(700.0, 90.0)] * 10 + [metrics_of(900.0, 110.0)] * 10
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*early, *late, {"step": 9}]))
+    measured = read_run(str(tmp_path))
+    assert (measured.response_tokens, measured.kept_share) == (6000, pytest.approx(0.6))
+    assert measured.spread == pytest.approx(np.log(8 / 3) / 1.349, rel=1e-3)
+    assert cli.main([*SMALL, "--calibrate", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if line.startswith("│ rounds  "))
+    assert [cell.strip() for cell in row.split("│")][2:6] == ["930", "1.00x", "800", "100"]  # 30 s of hand-over
+    assert "responses of 6,000 tokens on average" in text
+    assert "60% of groups kept" in text
+    assert "Calibrated: generation takes" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("{}\n", "has no step with lengths and times"),
+        (json.dumps(metrics_of(1, 1) | {"rollout/response_tokens/p25": None}), "no number rollout/response_tokens/p25"),
+        (json.dumps(metrics_of(1, 1) | {"rollout/dropped_groups/all_right_share": 0.8}), "nothing to simulate"),
+    ],
+)
+def test_a_run_that_cannot_calibrate(
+    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert cli.main([*SMALL, "--calibrate", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err

@@ -79,7 +79,7 @@ def compare(plan: Plan, assumptions: ScheduleAssumptions) -> Comparison:
     Raises:
         ValueError: if a response does not fit a server, or no group could be kept in the share that is assumed.
     """
-    workload = _workload(plan, assumptions)
+    workload = workload_of(plan, assumptions)
     setup = colocated_setup(plan, workload, assumptions)
     split = best_split(plan, workload, setup, assumptions)
     generation = _tokens_needed(plan, workload) / _rate(setup.decoding, workload, setup.num_servers)
@@ -144,7 +144,8 @@ def run_today(plan: Plan, workload: Workload, setup: Setup, spread: bool = False
     return steps if age == 0 else steps[WARM_UP:]
 
 
-def _workload(plan: Plan, assumptions: ScheduleAssumptions) -> Workload:
+def workload_of(plan: Plan, assumptions: ScheduleAssumptions) -> Workload:
+    """The prompts of the plan's configuration."""
     rollout = plan.config.rollout
     prompt, response = plan.assumptions.resolve(plan.config)
     lengths = Lengths(
