@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 
 from megatron_fipo import cli
+from megatron_fipo.config import load_config
 from megatron_fipo.preflight.schedules import colocated, dedicated, rounds
 from megatron_fipo.preflight.schedules.books import Books
 from megatron_fipo.preflight.schedules.calibration import read_run
 from megatron_fipo.preflight.schedules.cluster import Cluster
 from megatron_fipo.preflight.schedules.colocated import simulate_colocated
+from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare
 from megatron_fipo.preflight.schedules.decoding import Decoding
 from megatron_fipo.preflight.schedules.dedicated import simulate_dedicated
 from megatron_fipo.preflight.schedules.outcome import Setup, Step, summary
 from megatron_fipo.preflight.schedules.rounds import simulate_rounds
 from megatron_fipo.preflight.schedules.server import Group, Server, make_group
 from megatron_fipo.preflight.schedules.workload import Lengths, Workload
+from megatron_fipo.preflight.tables import Options, plan_of
 
 ROOT = Path(__file__).parents[2]
 ONE_SECOND = Decoding(fixed=1.0, weights=0, cached_token=0, response=0, prefilled_token=0, pool=10**9, slots=1)
@@ -407,3 +410,24 @@ def test_a_run_that_cannot_calibrate(
         (tmp_path / "metrics.jsonl").write_text(content)
     assert cli.main([*SMALL, "--calibrate", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_readmes_schedules_are_these() -> None:
+    folder = ROOT / "examples/qwen2_5_32b"
+    options = Options(128, 8, model_config=str(folder / "model_config.json"), check_files=False)
+    comparison = compare(plan_of(load_config(folder / "fipo.yaml"), options), ScheduleAssumptions())
+    lines = (folder / "README.md").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| schedule |")) + 2
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : start + 7]]
+    expected = [
+        [
+            outcome.name,
+            f"{outcome.seconds:,.0f}",
+            f"{outcome.without_work:.0%}",
+            f"{outcome.wasted:.0%}",
+            f"{outcome.staleness:.2f}, {outcome.stalest}",
+        ]
+        for outcome in comparison.outcomes
+    ]
+    assert rows == [*expected, ["ideal", f"{comparison.ideal:,.0f}", "", "", ""]]

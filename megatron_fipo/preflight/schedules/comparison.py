@@ -22,7 +22,8 @@ CLAIM_SHARE = 1.1
 """Responses that a server claims, over those that its cache holds on average."""
 
 WARM_UP = 3
-"""Steps after which what is carried over has settled."""
+"""Steps after which what is carried over has settled, where a step needs more than is in flight; else there are more.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,14 @@ def _runs(
     yield "rounds, spread", setup, run_today(plan, workload, setup, spread=True)
     yield "streaming", setup, simulate_colocated(setup, Books(workload, setup.batch), steps=3)
     full_at = fill_of(plan, workload, setup)
+    waves = math.ceil(max(full_at, 0.5) + 0.5)
     for bound in (1, 2):
         if bound > 1 and full_at < bound / 2:
             continue  # the smaller bound fills the servers amply: the steps would be the same
-        steps = _carry_over(workload, setup, bound, waits=False)
+        steps = _carry_over(workload, setup, bound, waves, waits=False)
         yield f"carry-over {bound}", setup, steps
         if any(step.late for step in steps):
-            yield f"carry-over {bound}, kept", setup, _carry_over(workload, setup, bound, waits=True)
+            yield f"carry-over {bound}, kept", setup, _carry_over(workload, setup, bound, waves, waits=True)
     if split is None:
         return
     apart = split_setup(setup, plan, split, assumptions)
@@ -124,13 +126,15 @@ def _runs(
         if bound > 2 and full_at < bound / 4:
             continue
         books = Books(workload, setup.batch, bound, waits=False)
-        steps = simulate_dedicated(apart, books, steps=WARM_UP + 5, keeps_cache=False)[WARM_UP:]
+        steps = simulate_dedicated(apart, books, steps=waves * (WARM_UP + 4), keeps_cache=False)
+        steps = steps[waves * WARM_UP :]
         yield f"dedicated {bound}", apart, steps
 
 
-def _carry_over(workload: Workload, setup: Setup, bound: int, waits: bool) -> list[Step]:
+def _carry_over(workload: Workload, setup: Setup, bound: int, waves: int, *, waits: bool) -> list[Step]:
+    """Steps that count: more of them where what is in flight lasts for several, and comes and goes in waves."""
     books = Books(workload, setup.batch, bound, waits=waits)
-    return simulate_colocated(setup, books, steps=WARM_UP + 4)[WARM_UP:]
+    return simulate_colocated(setup, books, steps=waves * (WARM_UP + 4))[waves * WARM_UP :]
 
 
 def run_today(plan: Plan, workload: Workload, setup: Setup, spread: bool = False) -> list[Step]:
