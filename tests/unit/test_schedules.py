@@ -65,7 +65,7 @@ def setup_of(decoding: Decoding = ONE_SECOND, num_servers: int = 2, batch: int =
 
 
 @pytest.mark.parametrize("running", [1, 3, 20])
-@pytest.mark.parametrize("response", [0.0, 5e-5, 1.0])
+@pytest.mark.parametrize("response", [0.0, 1e-4, 1.0])
 def test_time_of_steps_is_the_sum_of_each(running: int, response: float) -> None:
     """Also where arithmetic takes longer than reading at first, and no longer does later."""
     decoding = Decoding(2e-3, 1e-3, 1e-6, response, 0.0, 10**6, 64)
@@ -129,11 +129,46 @@ def test_dedicated_servers_by_hand() -> None:
     assert second.staleness == {1: 10, 0: 15}
 
 
+def test_a_trainer_waits_until_its_weights_are_over() -> None:
+    """The second batch is there after 10 s, the first is trained on until 14 s, its weights are over after 16 s."""
+    one = setup_of(num_servers=1, gpus=2, training_gpus=1)
+    books = Books(Given((4, True), (6, True)), 1, bound=1)
+    first, second = simulate_dedicated(one, books, steps=2, keeps_cache=True)
+    assert (first.seconds, second.seconds) == (16, 10 + 2)
+    assert second.staleness == {1: 6}
+
+
+def test_how_many_prompts_may_be_started() -> None:
+    """With a bound of 1 two batches of 3, half of the groups kept: 12 in flight. Three of them turn out to be
+    mixed, so that six more are started. What the trainer has counts until its weights are there."""
+    workload = Workload(RANDOM, samples=4, kept=0.5)
+    books = Books(workload, 3, bound=1)
+
+    def start_all() -> list[Group]:
+        groups = []
+        while books.may_start:
+            groups.append(books.start())
+        return groups
+
+    groups = start_all()
+    assert len(groups) == 12
+    for group in groups:
+        for response in group.responses:
+            books.finish(response)
+    assert books.num_ready == sum(group.mixed for group in groups) == 3
+    assert len(start_all()) == 6
+    books.close(lambda responses: None)
+    assert not books.may_start
+    books.next_version()
+    assert len(start_all()) == 6
+
+
 def test_a_full_cache_puts_out_who_came_last() -> None:
     """Room for 6,000 tokens, two responses of 10 + 3,000. After 2,990 steps it is full; the second waits for ten, and
-    its 3,000 tokens are computed anew (3 s, as the 20 of the prompts take 0.02 s) before its last ten steps."""
+    its 3,000 tokens are computed anew (3 s, as the 20 of the prompts take 0.02 s) before its last ten steps. A third,
+    of 100, has waited from the start, and still comes after it."""
     server = Server(replace(ONE_SECOND, slots=8, pool=6000, prefilled_token=0.001), 0, 10, 3000, claims=8)
-    group = make_group(0, [3000, 3000], True, 0)
+    group = make_group(0, [3000, 3000, 100], True, 0)
     server.waiting.extend(group.responses)
     server.admit()
     done = []
@@ -141,8 +176,8 @@ def test_a_full_cache_puts_out_who_came_last() -> None:
         done += server.finish()
         server.admit()
     assert done == group.responses
-    assert (server.clock, server.retracted, server.tokens) == (pytest.approx(3013.02), 1, 6000)
-    assert [response.made for response in done] == [3000, 3000]
+    assert (server.clock, server.retracted, server.tokens) == (pytest.approx(3013.02 + 100.01), 1, 6100)
+    assert [response.made for response in done] == [3000, 3000, 100]
 
 
 def test_what_is_longer_than_the_cache_is_refused() -> None:

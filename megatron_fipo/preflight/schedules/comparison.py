@@ -111,7 +111,7 @@ def _runs(
     yield "rounds, spread", setup, run_today(plan, workload, setup, spread=True)
     yield "streaming", setup, simulate_colocated(setup, Books(workload, setup.batch), steps=3)
     full_at = fill_of(plan, workload, setup)
-    waves = math.ceil(max(full_at, 0.5) + 0.5)
+    waves = min(math.ceil(full_at), 3)
     for bound in (1, 2):
         if bound > 1 and full_at < bound / 2:
             continue  # the smaller bound fills the servers amply: the steps would be the same
