@@ -90,12 +90,13 @@ class Cluster:
         self._changed(server)
 
     def abort(self) -> list[Response]:
-        """Stop everything. Returns what was in flight, server by server."""
+        """Stop everything, once the steps under way are over. Returns what was in flight, server by server."""
         out = []
         for server in self.servers:
             server.advance(self.now)
             out += server.abort()
             self._changed(server)
+        self.now = max(server.clock for server in self.servers)
         return out
 
     def drop(self, responses: list[Response]) -> None:

@@ -27,18 +27,22 @@ def _table(comparison: Comparison) -> Table:
     for outcome in comparison.outcomes:
         table.add_row(
             outcome.name,
-            f"{outcome.seconds:,.0f}",
+            _seconds(outcome.seconds),
             f"{today / outcome.seconds:.2f}x",
-            f"{outcome.generation:,.0f}",
-            f"{outcome.training:,.0f}",
+            _seconds(outcome.generation),
+            _seconds(outcome.training),
             f"{outcome.without_work:.0%}",
             f"{outcome.dropped:.0%}",
             f"{outcome.wasted:.0%}",
             f"{outcome.staleness:.2f}, {outcome.stalest}",
             f"{outcome.response:,.0f}",
         )
-    table.add_row("ideal", f"{comparison.ideal:,.0f}", f"{today / comparison.ideal:.2f}x")
+    table.add_row("ideal", _seconds(comparison.ideal), f"{today / comparison.ideal:.2f}x")
     return table
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.3g}"
 
 
 def _fill(plan: Plan, comparison: Comparison) -> list[str]:
