@@ -26,6 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--response-tokens", type=float, metavar="N", help="mean (default: half the longest)")
     parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: a quarter of the longest)")
     parser.add_argument("--kept-share", type=float, default=0.5, help="of groups, by dynamic sampling (default: 0.5)")
+    parser.add_argument(
+        "--schedules",
+        action="store_true",
+        help="simulate schedules of generation and training",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="RUN",
+        help="the same, with lengths and speed as measured by a run with this configuration",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         gpu=arguments.gpu,
         model_config=arguments.model_config,
         check_files=not arguments.sizes_only,
+        schedules=arguments.schedules or arguments.calibrate is not None,
+        calibrate=arguments.calibrate,
         assumptions=Assumptions(
             mfu=arguments.mfu,
             rollout_tokens_per_s=arguments.rollout_tokens_per_s,

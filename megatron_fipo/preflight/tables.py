@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from megatron_fipo.preflight.findings import FAILS, MISSING, WARNS
 from megatron_fipo.preflight.hardware import GPUS
 from megatron_fipo.preflight.parameters import whole_parameters
 from megatron_fipo.preflight.plan import Plan, make_plan
+from megatron_fipo.preflight.schedules.calibration import read_run, with_lengths, with_speed
+from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare
+from megatron_fipo.preflight.schedules.table import show_schedules
 from megatron_fipo.preflight.work import Assumptions
 from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_FAULT
 from megatron_fipo.system.text_hygiene import clean_text
@@ -43,6 +46,8 @@ class Options:
         gpu: a name in `GPUS`.
         model_config: a config.json instead of the one in model.path, which need not be here.
         check_files: whether model, tokenizer and data must be here.
+        schedules: whether to simulate schedules, too.
+        calibrate: folder of a run from which they take lengths and speed.
     """
 
     world_size: int | None = None
@@ -50,6 +55,8 @@ class Options:
     gpu: str = "h100-80gb"
     model_config: str | None = None
     check_files: bool = True
+    schedules: bool = False
+    calibrate: str | None = None
     assumptions: Assumptions = field(default_factory=Assumptions)
 
 
@@ -60,11 +67,19 @@ def report(config: Config, options: Options) -> int:
         0 if the run fits, EXIT_FAULT if it does not, EXIT_BAD_INPUT if the configuration cannot run at all.
     """
     try:
+        measured = read_run(options.calibrate) if options.calibrate else None
+        if measured is not None:
+            options = replace(options, assumptions=with_lengths(options.assumptions, measured))
         plan = plan_of(config, options)
+        assumed = ScheduleAssumptions() if measured is None else with_speed(plan, measured)
+        comparison = compare(plan, assumed) if options.schedules else None
     except ValueError as error:
         print(clean_text(without_secrets(f"megatron-fipo preflight: {error}")), file=sys.stderr)
         return EXIT_BAD_INPUT
-    show(plan, Console(width=WIDTH, highlight=False))
+    console = Console(width=WIDTH, highlight=False)
+    show(plan, console)
+    if comparison is not None:
+        show_schedules(plan, comparison, assumed, console)
     return 0 if plan.fits else EXIT_FAULT
 
 
