@@ -131,13 +131,19 @@ class BatchSource(ABC):
         told = decided_by_leader(decide, self.world, (BatchNotFilledError, DiskError, ValueError))
         self.parts.prompts.move_to(told.next_prompt)
         self._surplus = self.held.groups(sorted(told.surplus))
+        self.held.forget_from(told.next_prompt)
         judged = JudgedStep(trained_on, generated) if self.parts.ranks.rank == 0 else None
         return StepRollouts(told.plan, told.group_sizes, self.held, judged)
 
     def metrics(self) -> Metrics:
         """See `RolloutSource`."""
         of_sampling = decided_by_leader(self.sampler.metrics, self.world)
-        return {**of_sampling, **exchange.merge_metrics(self.parts.engine.metrics(), self.world)}
+        own = {**self.parts.engine.metrics(), **self.own_metrics()}
+        return {**of_sampling, **exchange.merge_metrics(own, self.world)}
+
+    def own_metrics(self) -> Metrics:
+        """This rank's part of further metrics of the step; they replace those of sampling of the same name."""
+        return {}
 
     def state(self) -> SourceState:
         """See `RolloutSource`."""

@@ -34,6 +34,10 @@ class Held:
         for sample in group.samples:
             self.samples[group.prompt.prompt_id, sample.sample_index] = sample
 
+    def forget_from(self, prompt_id: int) -> None:
+        """Let go of the responses to prompts from this one on."""
+        self.samples = {key: sample for key, sample in self.samples.items() if key[0] < prompt_id}
+
     def groups(self, prompt_ids: Iterable[int]) -> list[Group]:
         """What is held of some prompts' groups, in the order given; nothing of those that are not held."""
         by_prompt: dict[int, list[Trajectory]] = {}

@@ -87,10 +87,9 @@ class StreamingSource(BatchSource):
         self._kept_share = self._kept_share.after(num_kept, len(groups))
         return groups
 
-    def metrics(self) -> Metrics:
-        """See `RolloutSource`."""
-        unused: Metrics = {UNUSED_TOKENS: Sum(self._num_unused_tokens)}
-        return {**super().metrics(), **exchange.merge_metrics(unused, self.world)}
+    def own_metrics(self) -> Metrics:
+        """See `BatchSource`."""
+        return {UNUSED_TOKENS: Sum(self._num_unused_tokens)}
 
     def state(self) -> SourceState:
         """See `RolloutSource`."""
