@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Metrics
-from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.rl.advantages import assign_rewards
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
@@ -57,7 +57,7 @@ class SynchronousSource:
 
     def metrics(self) -> Metrics:
         """See `RolloutSource`."""
-        return {**self._sampler.metrics(), **exchange.merge_metrics(self._engine.metrics(), self._ranks.world)}
+        return {**self._sampler.metrics(), **merge_metrics(self._engine.metrics(), self._ranks.world)}
 
     def state_dict(self) -> dict[str, Any]:
         """See `RolloutSource`."""
