@@ -182,7 +182,7 @@ class Reader:
             return "tensors", len(self._tensors) - 1
         if what == "set tensor":
             dtype, shape, start = rest
-            value = _set_tensor(self._settings, dtype, tuple(shape), start)
+            value: Any = _set_tensor(self._settings, dtype, tuple(shape), start)
         else:
             value = tuple(tuple(part) for part in rest[0]) if isinstance(rest[0], list) else rest[0]  # JSON's tuples
         self.values_set.append(value)
@@ -192,7 +192,7 @@ class Reader:
         """Metrics of which nothing is copied: tensors are views of the content."""
         raw = content.numpy()
         types = raw[len(raw) - self._num_numbers :].tobytes().decode()
-        numbers = struct.unpack_from(f"<{types}", raw, len(raw) - len(types) - struct.calcsize(f"<{types}"))
+        numbers = struct.unpack_from(f"<{types}", raw.data, len(raw) - len(types) - struct.calcsize(f"<{types}"))
         place, tensors = 0, []
         for length, dtype, shape in self._tensors:
             tensor, place = _read(content, place, dtype, (numbers[length], *shape))
