@@ -7,8 +7,8 @@
 4. Rank 0 broadcasts the sum, and what it is only if some rank lacks it.
 
 So a rank sends its content and receives a sum however many ranks there are, and connects to rank 0 and to its
-neighbours in a broadcast. Rank 0 alone receives from each. The sum has the bits of one process that adds up the ranks'
-metrics one after the other: no tree of ranks does.
+neighbours in a broadcast, which are at most log2 of the ranks. Rank 0 alone receives from each: only one that has all
+parts adds them up in the order of ranks, to the bits that one process would get.
 """
 
 from __future__ import annotations
@@ -137,13 +137,13 @@ def _share_of(own: Metrics | None) -> _Share:
     try:
         flat = flatten(on_cpu(own))
     except _RAISED as error:
-        return _failure(error)
+        return _failure(error, f"rank {dist.get_rank()}: ")
     return _Share(_COUNTS, flat.content, (flat.kinds, flat.settings))
 
 
-def _failure(error: Exception) -> _Share:
+def _failure(error: Exception, place: str = "") -> _Share:
     index = next(index for index, kind in enumerate(_RAISED) if isinstance(error, kind))
-    return _Share(_FAILED, as_tensor(bytes([index]) + str(error).encode()))
+    return _Share(_FAILED, as_tensor(bytes([index]) + f"{place}{error}".encode()))
 
 
 def _gather(offer: Tensor, group: ProcessGroup) -> list[Tensor] | None:
@@ -156,7 +156,8 @@ def _gather(offer: Tensor, group: ProcessGroup) -> list[Tensor] | None:
 def _answer(offers: Sequence[Tensor]) -> Tensor:
     """int64 [5]: the first rank that is not absent (the number of ranks if all are), and its digests."""
     first = next((rank for rank, offer in enumerate(offers) if int(offer[0]) != _ABSENT), len(offers))
-    return torch.cat([torch.tensor([first]), offers[first % len(offers)][4:]])
+    digests = offers[first][4:] if first < len(offers) else torch.zeros(4, dtype=torch.int64)
+    return torch.cat([torch.tensor([first]), digests])
 
 
 def _merge_on_the_adding_rank(share: _Share, offers: Sequence[_Offer], first: int, group: ProcessGroup) -> Metrics:

@@ -115,7 +115,7 @@ def test_what_one_rank_alone_sees_is_raised_on_all() -> None:
             "is 0.0 here and 1.0 there",
             "a Sum here and a Max",
             "different edges",
-            "total of metric a name is",
+            "rank 1: total of metric a name is",
             "64 bits",
         ],
         strict=True,
