@@ -22,10 +22,10 @@ from megatron_fipo.parallel import uncompiled  # isort: skip # noqa: F401 - befo
 
 from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.console.console import Console
-from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.batch import build_own_minibatches, divide
 from megatron_fipo.parallel.cp_suffix_sum import exchange_metrics
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError
 from megatron_fipo.rl.packed_batch import PackedBatch
@@ -108,7 +108,7 @@ class Trainer:
             fill_in_log_probs(minibatches, parts.actor, config.objective, at.old_log_probs)
         with clock.phase("update"):
             updates = self._update(step, minibatches)
-        exchanged = exchange.merge_metrics(exchange_metrics(minibatches, config, self.ranks), self.ranks.world)
+        exchanged = merge_metrics(exchange_metrics(minibatches, config, self.ranks), self.ranks.world)
         more = {**parts.source.metrics(), **exchanged}
         numbers, warning = step_metrics(rollouts, updates, clock, more, config, self.ranks)
         if warning:

@@ -27,6 +27,7 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.metrics.reductions import Mean, Metrics, scalars
 from megatron_fipo.parallel import cpu, exchange, groups
 from megatron_fipo.parallel.batch import shard_batch
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.trajectory import Trajectory
@@ -112,7 +113,7 @@ def train(model_folder: Path, output: Path, num_updates: int) -> None:
         batch = build_packed_batch(samples, range(len(samples)), 1, tokenizer.pad_token_id)
         result = actor.update([shard_batch(batch, ranks.cp, groups.device())], supervised_loss, update)
         if update % 50 == 0 or update == num_updates - 1:
-            loss = scalars(exchange.merge_metrics(result.metrics, ranks.world))["loss"]
+            loss = scalars(merge_metrics(result.metrics, ranks.world))["loss"]
             if ranks.rank == 0:
                 print(f"update {update}: loss {loss:.4f}, gradient norm {result.grad_norm:.3f}", flush=True)
     export_folder(actor.weights(), model_folder, output, is_writer=ranks.rank == 0, dtype=torch.bfloat16)

@@ -217,7 +217,7 @@ def scalars(metrics: Mapping[str, Reduction]) -> dict[str, float]:
     return numbers
 
 
-_KINDS = {kind.__name__: kind for kind in (Sum, Mean, Std, Max, Min, Last, Histogram, Distribution)}
+KINDS = {kind.__name__: kind for kind in (Sum, Mean, Std, Max, Min, Last, Histogram, Distribution)}
 
 
 def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:
@@ -238,6 +238,6 @@ def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:
 def from_plain(plain: Mapping[str, Mapping[str, Any]]) -> Metrics:
     """The inverse of `to_plain`."""
     return {
-        name: _KINDS[values["kind"]](**{key: value for key, value in values.items() if key != "kind"})
+        name: KINDS[values["kind"]](**{key: value for key, value in values.items() if key != "kind"})
         for name, values in plain.items()
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_fipo.metrics.reductions import Metrics, merge
 from megatron_fipo.parallel import by_value
 
 T = TypeVar("T")
@@ -125,35 +123,6 @@ def any_rank(flag: bool, group: ProcessGroup) -> bool:
     total = torch.tensor(float(flag), device=_device(group))
     dist.all_reduce(total, op=dist.ReduceOp.MAX, group=group)
     return bool(total.item())
-
-
-def merge_metrics(own: Metrics | None, group: ProcessGroup) -> Metrics:
-    """Add up every rank's metrics; None where a rank's do not count. The same result everywhere. Collective."""
-    return merge([part for part in all_gather_objects(_on_cpu(own), group) if part is not None])
-
-
-def _on_cpu(metrics: Metrics | None) -> Metrics | None:
-    """Return the metrics with every tensor on the CPU, 0-d ones as numbers. Waits for a device once for each dtype."""
-    if metrics is None:
-        return None
-    tensors = {
-        id(value): value for metric in metrics.values() for value in vars(metric).values() if isinstance(value, Tensor)
-    }
-    kinds = {(tensor.device, tensor.dtype) for tensor in tensors.values()}
-    on_cpu: dict[int, Any] = {}
-    for kind in kinds:
-        alike = {key: tensor for key, tensor in tensors.items() if (tensor.device, tensor.dtype) == kind}
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike.values()]).cpu()
-        parts = flat.split([tensor.numel() for tensor in alike.values()])
-        for (key, tensor), part in zip(alike.items(), parts, strict=True):
-            # A clone, because pickling a part would take the whole along.
-            on_cpu[key] = part.clone().view(tensor.shape) if tensor.dim() else part.item()
-    return {
-        name: replace(
-            metric, **{field: on_cpu[id(value)] for field, value in vars(metric).items() if isinstance(value, Tensor)}
-        )
-        for name, metric in metrics.items()
-    }
 
 
 def barrier(group: ProcessGroup) -> None:

@@ -15,6 +15,7 @@ from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
@@ -139,7 +140,7 @@ class BatchSource(ABC):
         """See `RolloutSource`."""
         of_sampling = decided_by_leader(self.sampler.metrics, self.world)
         own = {**self.parts.engine.metrics(), **self.own_metrics()}
-        return {**of_sampling, **exchange.merge_metrics(own, self.world)}
+        return {**of_sampling, **merge_metrics(own, self.world)}
 
     def own_metrics(self) -> Metrics:
         """This rank's part of further metrics of the step; they replace those of sampling of the same name."""

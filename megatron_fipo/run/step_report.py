@@ -13,6 +13,7 @@ from megatron_fipo.metrics.reductions import Last, Metrics, Sum, from_plain, mer
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
 from megatron_fipo.rollout.source import StepRollouts
 
@@ -61,9 +62,9 @@ def step_metrics(
     Returns:
         (numbers by name, a warning where rounding noise dominates Future-KL, else empty).
     """
-    first = exchange.merge_metrics(updates[0].metrics if ranks.reports_loss else None, ranks.world)
+    first = merge_metrics(updates[0].metrics if ranks.reports_loss else None, ranks.world)
     own_later = merge([result.metrics for result in updates[1:]]) if ranks.reports_loss else None
-    later = exchange.merge_metrics(own_later, ranks.world)
+    later = merge_metrics(own_later, ranks.world)
     later_numbers = scalars(later)
     noise = noise_floor(scalars(first), later_numbers)
     norms = [result.grad_norm for result in updates]

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from megatron_fipo.config import Config, FipoConfig, ParallelSection, TrainSection
 from megatron_fipo.metrics.reductions import Last, Metrics, scalars
-from megatron_fipo.parallel import cp_suffix_sum, exchange
+from megatron_fipo.parallel import cp_suffix_sum
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import build_minibatches
 from megatron_fipo.parallel.cp_suffix_sum import carries_into_chunks, cp_future_kl, exchanged_bytes
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.parallel.sharded_sequences import ShardedSequences
 from megatron_fipo.rl.future_kl import future_kl_reference
@@ -257,7 +258,7 @@ def _own_and_merged(config: Config, ranks: ParallelGroups) -> tuple[list[list[Pa
     group = make_group(0, [0.0] * len(SAMPLES), lengths=SAMPLES)
     minibatches = build_minibatches([group], config, ranks, pad_token_id=0)
     own = cp_suffix_sum.exchange_metrics(minibatches, config, ranks)
-    return minibatches, own, scalars(exchange.merge_metrics(own, ranks.world))["perf/suffix_sum_exchange_bytes"]
+    return minibatches, own, scalars(merge_metrics(own, ranks.world))["perf/suffix_sum_exchange_bytes"]
 
 
 def _received_by_the_loss(minibatches: list[list[PackedBatch]], objective: Objective) -> int:

@@ -15,6 +15,7 @@ from megatron_fipo.config import ParallelSection
 from megatron_fipo.metrics.reductions import Distribution, Max, Mean, Sum, scalars
 from megatron_fipo.parallel import by_value, exchange, local_ranks
 from megatron_fipo.parallel import groups as parallel_groups
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from tests.parallel.layouts import layout
 from tests.parallel.ranks import RankError, run_ranks
 
@@ -45,7 +46,7 @@ def _exchange(world_size: int) -> None:
             f"only/{rank}": Sum(rank),
         }
         counts = rank < last or world_size == 1
-        merged = exchange.merge_metrics(metrics if counts else None, world)  # type: ignore[arg-type]
+        merged = merge_metrics(metrics if counts else None, world)  # type: ignore[arg-type]
         counted = range(max(last, 1))
         numbers = scalars(merged)
         assert numbers["sum"] == sum(1 + r for r in counted)

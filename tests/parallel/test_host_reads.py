@@ -19,10 +19,11 @@ from torch import Tensor
 from megatron_fipo.config import FipoConfig, ParallelSection
 from megatron_fipo.metrics import reductions
 from megatron_fipo.metrics.reductions import from_plain, merge, to_plain
-from megatron_fipo.parallel import cp_suffix_sum, exchange
+from megatron_fipo.parallel import cp_suffix_sum
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.parallel.cp_suffix_sum import cp_future_kl
+from megatron_fipo.parallel.metric_merge import merge_metrics
 from megatron_fipo.rl import future_kl, objective, objective_metrics
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.segments import Segments
@@ -88,9 +89,9 @@ class Pretended:
             merged = merge([losses.there.metrics] * 3)
             adding_up = [str(crossing) for crossing in crossings]
             crossings.clear()
-            over_ranks = exchange.merge_metrics(merged, self.group)
+            over_ranks = merge_metrics(merged, self.group)
             leaving = [str(crossing) for crossing in crossings]
-        expected = exchange.merge_metrics(merge([losses.here.metrics] * 3), self.group)
+        expected = merge_metrics(merge([losses.here.metrics] * 3), self.group)
         return adding_up, leaving, same(to_plain(over_ranks), to_plain(expected))
 
     def is_added_to_what_was_saved(self, config: FipoConfig) -> bool:
@@ -98,9 +99,9 @@ class Pretended:
         with pretend_device.watching():
             there = loss_and_gradients(*self.there, config, self.group)[0].metrics
             saved = from_plain(pretend_device.on_host(to_plain(there)))
-            both = exchange.merge_metrics(merge([saved, there]), self.group)
+            both = merge_metrics(merge([saved, there]), self.group)
         here = loss_and_gradients(*self.on_cpu, config, self.group)[0].metrics
-        return same(to_plain(both), to_plain(exchange.merge_metrics(merge([here, here]), self.group)))
+        return same(to_plain(both), to_plain(merge_metrics(merge([here, here]), self.group)))
 
 
 def same(ours: Any, theirs: Any) -> bool:
