@@ -105,7 +105,7 @@ class Trainer:
             parts.source.take_back(parts.actor)
         assign_advantages(rollouts.groups, config.advantages.estimator)
         parts.records.keep_samples(step, rollouts, parts.decode)
-        minibatches = build_minibatches(rollouts.groups, config, self.ranks, parts.pad_token_id)
+        minibatches = build_minibatches(rollouts.groups, config, self.ranks, parts.pad_token_id, version=step)
         with clock.phase("old_log_probs"):
             fill_in_log_probs(minibatches, parts.actor, config.objective, at.old_log_probs)
         with clock.phase("update"):

@@ -18,20 +18,32 @@ from megatron_fipo.rl.packing import build_packed_batch, pack, pack_tokens, spli
 from megatron_fipo.rl.segments import segments_of
 from megatron_fipo.rl.trajectory import Group
 
-_PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs", "sequence_ids")
+_PER_TOKEN = (
+    "input_ids",
+    "labels",
+    "position_ids",
+    "response_mask",
+    "advantages",
+    "rollout_log_probs",
+    "staleness_steps",
+    "sequence_ids",
+)
 _PER_SEQUENCE = ("cu_seqlens_padded", "response_token_counts")
 _SCORING_PAD_TOKEN = 0
 """Padding of scored sequences: every vocabulary has this token, and no other token sees it."""
 
 
 def build_minibatches(
-    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int
+    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int, version: int | None = None
 ) -> list[list[PackedBatch]]:
     """Cut a step's groups into minibatches, each of them into this rank's microbatches. No communication.
 
     Every rank sees all groups and comes to the same division: microbatches are balanced in tokens over data-parallel
     ranks, and all ranks have the same number of them. Where stages pass activations on, all microbatches of a
     minibatch have the same length.
+
+    Args:
+        version: of the policy that trains on them; None leaves every token's staleness unknown.
 
     Returns:
         [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
@@ -55,6 +67,7 @@ def build_minibatches(
                         pad_token_id,
                         total_tokens=total_tokens,
                         mask_truncated=config.reward.mask_truncated,
+                        version=version,
                     ),
                     ranks.cp,
                     device(),

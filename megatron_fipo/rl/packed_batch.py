@@ -41,6 +41,8 @@ class PackedBatch:
     """int64 [S], True entries of response_mask in the whole of each sequence."""
     rollout_log_probs: Tensor
     """float32 [T], 0 outside the response."""
+    staleness_steps: Tensor
+    """int32 [T], the version that trains on it less the one that wrote it; -1 where nobody recorded one of them."""
     sample_indices: list[int]
     """Position of each sequence's sample in the step's batch; -1 for a sequence that only fills the microbatch."""
     old_log_probs: Tensor | None = None

@@ -93,6 +93,7 @@ def build_packed_batch(
     pad_token_id: int,
     total_tokens: int | None = None,
     mask_truncated: bool = False,
+    version: int | None = None,
 ) -> PackedBatch:
     """Pack samples into one microbatch on the CPU, predictor-aligned: row t predicts the token that follows it.
 
@@ -106,6 +107,7 @@ def build_packed_batch(
         total_tokens: pad the whole to this length with one more filler sequence, so that all microbatches of a
             pipeline are alike; a multiple of pad_multiple.
         mask_truncated: leave responses that were cut at the length limit out of the loss.
+        version: of the policy that trains on them, from which staleness counts; None where it has none.
 
     Raises:
         ValueError: if the sequences do not fit into total_tokens or a sample lacks a prompt.
@@ -122,6 +124,9 @@ def build_packed_batch(
         first = start + len(sample.prompt_ids) - 1
         response = slice(first, first + sample.num_response_tokens)
         batch.rollout_log_probs[response] = sample.rollout_log_probs
+        if version is not None:
+            for written_by, begin, end in sample.policy_versions:
+                batch.staleness_steps[first + begin : first + end] = version - written_by
         if not (mask_truncated and sample.truncated):
             batch.response_mask[response] = sample.policy_mask
             batch.advantages[response] = sample.advantage
@@ -163,6 +168,7 @@ def pack_tokens(
         cu_seqlens_padded=cu_padded.int(),
         response_token_counts=torch.zeros(layout.num_sequences, dtype=torch.int64),
         rollout_log_probs=torch.zeros(num_tokens),
+        staleness_steps=torch.full((num_tokens,), -1, dtype=torch.int32),
         sample_indices=sample_indices,
     )
 

@@ -29,6 +29,7 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 BASE = FipoConfig(influence_min=0.8, sequence_sum_tokens=100, rollout_ratio_min=0.9, rollout_ratio_max=1.1)
 OBJECTIVES = {
     "fipo": BASE,
+    "behaviour in Future-KL": replace(BASE, future_kl_reference="behaviour"),
     "dapo": replace(BASE, future_kl=False),
     "kl and entropy": replace(BASE, kl_coefficient=0.1, entropy_coefficient=0.01),
     **{
