@@ -61,8 +61,8 @@ def _behaviour_in_future_kl(config: Config, model_config: ModelConfig) -> Iterat
     if objective.future_kl and objective.future_kl_reference == "behaviour":
         yield (
             "objective.future_kl_reference=behaviour is an ablation: Future-KL then sums up how far the actor lies "
-            "from the policies that wrote the tokens, and influence weights follow staleness and the engine's rounding in "
-            "place of credit. Train with proximal; objective.rollout_correction is for that gap."
+            "from the policies that wrote the tokens, and influence weights follow staleness and the engine's rounding "
+            "in place of credit. Train with proximal; objective.rollout_correction is for that gap."
         )
 
 
