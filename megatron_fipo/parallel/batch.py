@@ -43,7 +43,7 @@ def build_minibatches(
     minibatch have the same length.
 
     Args:
-        version: of the policy that trains on them; None leaves every token's staleness unknown.
+        version: of the policy that trains on them; None leaves their staleness untold.
 
     Returns:
         [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
@@ -142,6 +142,7 @@ def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device
     cp_layout.check_padded(cu_seqlens_padded, layout.cp_size)
     rows = cp_layout.local_indices(cu_seqlens_padded, layout.cp_size, layout.cp_rank)
     cu_segments = cp_layout.local_cu_segments(cu_seqlens_padded, layout.cp_size)
-    fields: dict[str, Any] = {name: getattr(batch, name)[rows].to(device) for name in _PER_TOKEN}
+    given = {name: getattr(batch, name) for name in _PER_TOKEN}
+    fields: dict[str, Any] = {name: value[rows].to(device) for name, value in given.items() if value is not None}
     fields |= {name: getattr(batch, name).to(device) for name in _PER_SEQUENCE}
     return replace(batch, layout=layout, segments=segments_of(cu_segments, len(rows), device), **fields)

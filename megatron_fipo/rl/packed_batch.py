@@ -41,13 +41,14 @@ class PackedBatch:
     """int64 [S], True entries of response_mask in the whole of each sequence."""
     rollout_log_probs: Tensor
     """float32 [T], 0 outside the response."""
-    staleness_steps: Tensor
-    """int32 [T], the version that trains on it less the one that wrote it; -1 where nobody recorded one of them."""
     sample_indices: list[int]
     """Position of each sequence's sample in the step's batch; -1 for a sequence that only fills the microbatch."""
     old_log_probs: Tensor | None = None
     """float32 [T], set before the step's first update."""
     reference_log_probs: Tensor | None = None
     """float32 [T], set where there is a KL penalty."""
+    staleness_steps: Tensor | None = None
+    """int32 [T], the version that trains on it less the one that wrote it, -1 where nobody recorded that; None where it
+    is not told which version trains."""
     segments: Segments | None = None
     """This rank's stretches of each sequence, for Future-KL; set where the batch is brought to its rank's device."""

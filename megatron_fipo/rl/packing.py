@@ -107,7 +107,7 @@ def build_packed_batch(
         total_tokens: pad the whole to this length with one more filler sequence, so that all microbatches of a
             pipeline are alike; a multiple of pad_multiple.
         mask_truncated: leave responses that were cut at the length limit out of the loss.
-        version: of the policy that trains on them, from which staleness counts; None where it has none.
+        version: of the policy that trains on them, from which staleness counts; None where there is none to tell.
 
     Raises:
         ValueError: if the sequences do not fit into total_tokens or a sample lacks a prompt.
@@ -115,6 +115,8 @@ def build_packed_batch(
     chosen = [samples[index] for index in indices]
     tokens = [torch.cat([sample.prompt_ids, sample.response_ids]) for sample in chosen]
     batch = pack_tokens(tokens, indices, pad_multiple, pad_token_id, total_tokens)
+    if version is not None:
+        batch.staleness_steps = torch.full_like(batch.labels, -1, dtype=torch.int32)
     for position, (sample, start) in enumerate(zip(chosen, batch.layout.cu_seqlens_padded.tolist(), strict=False)):
         if not len(sample.prompt_ids):
             raise ValueError(
@@ -124,7 +126,7 @@ def build_packed_batch(
         first = start + len(sample.prompt_ids) - 1
         response = slice(first, first + sample.num_response_tokens)
         batch.rollout_log_probs[response] = sample.rollout_log_probs
-        if version is not None:
+        if batch.staleness_steps is not None and version is not None:
             for written_by, begin, end in sample.policy_versions:
                 batch.staleness_steps[first + begin : first + end] = version - written_by
         if not (mask_truncated and sample.truncated):
@@ -168,7 +170,6 @@ def pack_tokens(
         cu_seqlens_padded=cu_padded.int(),
         response_token_counts=torch.zeros(layout.num_sequences, dtype=torch.int64),
         rollout_log_probs=torch.zeros(num_tokens),
-        staleness_steps=torch.full((num_tokens,), -1, dtype=torch.int32),
         sample_indices=sample_indices,
     )
 

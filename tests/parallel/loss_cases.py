@@ -50,7 +50,7 @@ def whole_batch(cp_size: int) -> PackedBatch:
             Trajectory.of_response(0, index, torch.ones(3).long(), torch.ones(length).long(), rollout, "stop")
         )
         samples[-1].advantage = 1.0 - index
-    batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0)
+    batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0, version=2)
     return replace(batch, old_log_probs=torch.where(batch.response_mask, -1.0, 0.0))
 
 
