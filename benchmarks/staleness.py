@@ -32,6 +32,8 @@ REFERENCES, CORRECTIONS = ("proximal", "behaviour"), ("none", "token_truncated")
 NUM_UNCOUNTED = 8
 """Steps at the start whose numbers are left out: the learning rate still rises, or no weights are k steps old yet."""
 QUANTILES = (0.01, 0.99)
+FOLLOWING = ((1, 8), (9, 16), (17, 32), (33, 96))
+"""Numbers of tokens that Future-KL sums up, the token's own included: ranges of which the sums are compared."""
 SETTINGS = (
     "rollout.num_prompts=8",
     "sampling.max_surplus_age_steps=0",  # surplus groups would be one step older than the others
@@ -131,6 +133,8 @@ class Watching:
         self.first: list[Tensor] = []
         """Of the first microbatch of each step: no weight has moved."""
         self.later: list[Tensor] = []
+        self.summed: list[Tensor] = []
+        """Of each token of `first`, how many tokens its F sums up."""
 
     def begin(self, step: int) -> None:
         """A step begins."""
@@ -141,8 +145,17 @@ class Watching:
         if self._step >= NUM_UNCOUNTED:
             into = self.later if self._microbatches else self.first
             into.append(output.future_kl[batch.response_mask].clone())
+            if not self._microbatches:
+                self.summed.append(tokens_to_the_end(batch))
         self._microbatches += 1
         return output
+
+
+def tokens_to_the_end(batch: Any) -> Tensor:
+    """Of each response token, from it to its response's last one, itself included; responses are of one turn."""
+    counts, ids = batch.response_token_counts, batch.sequence_ids[batch.response_mask]
+    before = counts.cumsum(0) - counts
+    return counts[ids] - (torch.arange(len(ids)) - before[ids])
 
 
 def summary(lines: Sequence[dict[str, Any]], watched: Watching) -> dict[str, Any]:
@@ -159,6 +172,7 @@ def summary(lines: Sequence[dict[str, Any]], watched: Watching) -> dict[str, Any
     return {
         "first": spread(watched.first),
         "later": spread(watched.later),
+        "by_length": by_length(watched),
         "mismatch": mean("mismatch/log_prob_difference/absmean"),
         "mismatch_mean": mean("mismatch/log_prob_difference/mean"),
         "newest": mean("mismatch/newest_version/log_prob_difference/absmean"),
@@ -173,12 +187,22 @@ def summary(lines: Sequence[dict[str, Any]], watched: Watching) -> dict[str, Any
     }
 
 
+def by_length(watched: Watching) -> list[dict[str, float]]:
+    """The F of first updates, apart by how many tokens it sums up."""
+    future, summed = torch.cat(watched.first), torch.cat(watched.summed)
+    return [
+        {"from": least, "to": most, **spread([future[(summed >= least) & (summed <= most)]])}
+        for least, most in FOLLOWING
+    ]
+
+
 def spread(parts: Sequence[Tensor]) -> dict[str, float]:
     """Of F: its standard deviation, percentiles and the share whose weight exp(F) is clipped to [0.8, 1.2]."""
     future = torch.cat(list(parts)).double()
     low, high = torch.quantile(future.float()[: 2**24], torch.tensor(QUANTILES)).tolist()
     weights = future.exp()
     return {
+        "mean": float(future.mean()),
         "std": float(future.std()),
         "p1": low,
         "p99": high,
@@ -227,6 +251,21 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def length_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Of the naive form without a correction, before any update: mean of F and share clipped, by the tokens summed."""
+    naive = [run for run in runs if (run["reference"], run["correction"]) == ("behaviour", "none")]
+    ranges = [f"{least} to {most} tokens" for least, most in FOLLOWING]
+    lines = [f"| k | {' | '.join(ranges)} |", f"|---:|{'---:|' * len(ranges)}"]
+    for staleness in sorted({run["staleness"] for run in naive}):
+        sums = [run["by_length"] for run in naive if run["staleness"] == staleness]
+        cells = []
+        for of_range in zip(*sums, strict=True):
+            mean, clipped = (sum(part[name] for part in of_range) / len(of_range) for name in ("mean", "clipped"))
+            cells.append(f"{mean:+.3f}, {clipped:.1%}")
+        lines.append(f"| {staleness} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _with_deviation(values: Tensor) -> str:
     deviation = f" ± {float(values.std()):.3f}" if len(values) > 1 else ""
     return f"{float(values.mean()):.3f}{deviation}"
@@ -259,7 +298,8 @@ def main() -> None:
             with arguments.out.open("a") as file:
                 file.write(json.dumps({**asdict(case), **found}) + "\n")
             print(f"{case}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(table(read(arguments.out)))
+    runs = read(arguments.out)
+    print(table(runs), length_table(runs), sep="\n\n")
 
 
 if __name__ == "__main__":
