@@ -103,7 +103,7 @@ class Trainer:
         with clock.phase("handover_to_training"):
             parts.source.take_back(parts.actor)
         parts.records.keep_samples(step, rollouts, parts.plane, parts.decode)
-        minibatches = self._minibatches(rollouts)
+        minibatches = self._minibatches(rollouts, step)
         with clock.phase("old_log_probs"):
             fill_in_log_probs(minibatches, parts.actor, config.objective, at.old_log_probs)
         with clock.phase("update"):
@@ -122,7 +122,7 @@ class Trainer:
             self.place.save()
             raise
 
-    def _minibatches(self, rollouts: StepRollouts) -> list[list[PackedBatch]]:
+    def _minibatches(self, rollouts: StepRollouts, version: int) -> list[list[PackedBatch]]:
         """This rank's microbatches, of tokens that the ranks which generated them send here."""
         plan, plane = rollouts.plan, self.parts.plane
         lengths = plan["num_tokens"].tolist()
@@ -130,7 +130,7 @@ class Trainer:
         samples = plane.deliver(rollouts.trajectory, plan["leader"], division.wanted)
         for index, sample in samples.items():
             sample.advantage = float(plan["advantage"][index])
-        return build_own_minibatches(division, samples, self.config, self.ranks, self.parts.pad_token_id)
+        return build_own_minibatches(division, samples, self.config, self.ranks, self.parts.pad_token_id, version)
 
     def _update(self, step: int, minibatches: list[list[PackedBatch]]) -> Sequence[UpdateResult]:
         """One optimizer step on each minibatch, num_epochs times over; those that are done already are left out."""

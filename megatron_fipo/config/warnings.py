@@ -56,6 +56,17 @@ def _equal_weights(config: Config, model_config: ModelConfig) -> Iterator[str]:
 
 
 @warns
+def _behaviour_in_future_kl(config: Config, model_config: ModelConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.future_kl and objective.future_kl_reference == "behaviour":
+        yield (
+            "objective.future_kl_reference=behaviour is an ablation: Future-KL then sums up how far the actor lies "
+            "from the policies that wrote the tokens, and influence weights follow staleness and the engine's rounding "
+            "in place of credit. Train with proximal; objective.rollout_correction is for that gap."
+        )
+
+
+@warns
 def _corrections(config: Config, model_config: ModelConfig) -> Iterator[str]:
     objective, longest = config.objective, config.rollout.max_response_tokens
     if objective.rollout_correction == "sequence_masked" and longest > LONGEST_FOR_SEQUENCE_RATIOS:

@@ -19,7 +19,16 @@ from megatron_fipo.rl.packing import build_packed_batch, pack, pack_tokens, spli
 from megatron_fipo.rl.segments import segments_of
 from megatron_fipo.rl.trajectory import Group, Trajectory
 
-_PER_TOKEN = ("input_ids", "labels", "position_ids", "response_mask", "advantages", "rollout_log_probs", "sequence_ids")
+_PER_TOKEN = (
+    "input_ids",
+    "labels",
+    "position_ids",
+    "response_mask",
+    "advantages",
+    "rollout_log_probs",
+    "staleness_steps",
+    "sequence_ids",
+)
 _PER_SEQUENCE = ("cu_seqlens_padded", "response_token_counts")
 _SCORING_PAD_TOKEN = 0
 """Padding of scored sequences: every vocabulary has this token, and no other token sees it."""
@@ -71,12 +80,18 @@ def divide(lengths: Sequence[int], group_sizes: Sequence[int], config: Config, n
 
 
 def build_own_minibatches(
-    division: Division, samples: Mapping[int, Trajectory], config: Config, ranks: ParallelGroups, pad_token_id: int
+    division: Division,
+    samples: Mapping[int, Trajectory],
+    config: Config,
+    ranks: ParallelGroups,
+    pad_token_id: int,
+    version: int | None = None,
 ) -> list[list[PackedBatch]]:
     """This rank's microbatches of a divided step. No communication.
 
     Args:
         samples: those that this data-parallel rank trains on, with their advantages, by their place in the batch.
+        version: of the policy that trains on them; None leaves their staleness untold.
 
     Returns:
         [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
@@ -91,6 +106,7 @@ def build_own_minibatches(
                     pad_token_id,
                     total_tokens=total_tokens,
                     mask_truncated=config.reward.mask_truncated,
+                    version=version,
                 ),
                 ranks.cp,
                 device(),
@@ -102,13 +118,13 @@ def build_own_minibatches(
 
 
 def build_minibatches(
-    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int
+    groups: Sequence[Group], config: Config, ranks: ParallelGroups, pad_token_id: int, version: int | None = None
 ) -> list[list[PackedBatch]]:
     """`divide` groups that every rank has, and `build_own_minibatches`. No communication."""
     samples = [sample for group in groups for sample in group.samples]
     lengths, group_sizes = [sample.num_tokens for sample in samples], [len(group.samples) for group in groups]
     division = divide(lengths, group_sizes, config, ranks.dp.size())
-    return build_own_minibatches(division, dict(enumerate(samples)), config, ranks, pad_token_id)
+    return build_own_minibatches(division, dict(enumerate(samples)), config, ranks, pad_token_id, version)
 
 
 def build_scoring_batches(
@@ -175,6 +191,7 @@ def shard_batch(batch: PackedBatch, cp_group: ProcessGroup, device: torch.device
     cp_layout.check_padded(cu_seqlens_padded, layout.cp_size)
     rows = cp_layout.local_indices(cu_seqlens_padded, layout.cp_size, layout.cp_rank)
     cu_segments = cp_layout.local_cu_segments(cu_seqlens_padded, layout.cp_size)
-    fields: dict[str, Any] = {name: getattr(batch, name)[rows].to(device) for name in _PER_TOKEN}
+    given = {name: getattr(batch, name) for name in _PER_TOKEN}
+    fields: dict[str, Any] = {name: value[rows].to(device) for name, value in given.items() if value is not None}
     fields |= {name: getattr(batch, name).to(device) for name in _PER_SEQUENCE}
     return replace(batch, layout=layout, segments=segments_of(cu_segments, len(rows), device), **fields)

@@ -42,6 +42,7 @@ class Objective:
             reference_log_probs=batch.reference_log_probs,
             entropy=entropy,
             rollout_log_probs=batch.rollout_log_probs,
+            staleness_steps=batch.staleness_steps,
         )
         sequences = ShardedSequences(batch.sequence_ids, batch.segments, self.cp_group, batch.response_token_counts)
         return policy_loss(tokens, sequences, self.config)

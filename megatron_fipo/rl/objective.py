@@ -6,6 +6,11 @@ length S describes whole sequences; what needs the other ranks is asked of `Sequ
     log_prob_shift -> participates -> suffix sum -> influence_weights -> clipped_token_loss -> rollout correction
     -> aggregation
 
+Three policies have a part: behaviour wrote the tokens, each token under its own version of the weights; proximal is
+the actor before the step's first update (`old_log_probs`); current is the one that is trained. Shift, Future-KL and
+clip take current over proximal. What lies between behaviour and proximal is the rollout correction's alone: it weighs a
+token's loss and never enters the suffix sum, so that with equal weights F is 0 however stale a token is.
+
 Source: FIPO, arXiv 2603.19835, and its public code, which is followed where the two differ (safety clip, sequence
 filter). Everything is float32 at least, whatever the model's dtype: in bfloat16 gamma itself would be another one.
 """
@@ -169,11 +174,24 @@ def _influence(shift: Tensor, tokens: TokenValues, sequences: Sequences, config:
         kept = torch.ones(sequences.num, dtype=torch.bool, device=shift.device)
         return _Influence(torch.ones_like(shift), None, kept)
     ratio = shift.exp()
-    x = torch.where(tokens.response_mask & participates(ratio, config), shift, 0.0)
+    x = _summed(shift, ratio, tokens, config)
     clipped = dual_clipped(ratio, tokens.advantages, tokens.response_mask, config)
     future_kl, num_clipped = sequences.suffix_sum(x, clipped, config.half_life_tokens)
     weights = influence_weights(future_kl, ratio, tokens.advantages, config)
     return _Influence(weights, future_kl, num_clipped <= config.max_dual_clipped_tokens)
+
+
+def _summed(shift: Tensor, ratio: Tensor, tokens: TokenValues, config: FipoConfig) -> Tensor:
+    """[T] what the suffix sum adds up: the shift of the response tokens that take part, 0 elsewhere; detached.
+
+    The ablation future_kl_reference=behaviour sums up, and judges by `participates`, the shift against the policy that
+    wrote the token. Everything else that a shift decides stays with the proximal policy.
+    """
+    if config.future_kl_reference == "behaviour":
+        assert tokens.rollout_log_probs is not None, "_check demands them"
+        shift = log_prob_shift(tokens.log_probs, tokens.rollout_log_probs).detach()
+        ratio = shift.exp()
+    return torch.where(tokens.response_mask & participates(ratio, config), shift, 0.0)
 
 
 def _token_loss(
@@ -248,7 +266,9 @@ def _check(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -> Non
             f"the sequences were made for {sequences.ids.device} but log_probs lie on {tokens.log_probs.device}. Make "
             "them with device=log_probs.device."
         )
+    sums_behaviour = config.future_kl and config.future_kl_reference == "behaviour"
     for key, value, name in (
+        ("future_kl_reference", sums_behaviour and config.future_kl_reference, "rollout_log_probs"),
         ("kl_coefficient", config.kl_coefficient, "reference_log_probs"),
         ("entropy_coefficient", config.entropy_coefficient, "entropy"),
         ("rollout_correction", config.rollout_correction != "none" and config.rollout_correction, "rollout_log_probs"),

@@ -47,5 +47,8 @@ class PackedBatch:
     """float32 [T], set before the step's first update."""
     reference_log_probs: Tensor | None = None
     """float32 [T], set where there is a KL penalty."""
+    staleness_steps: Tensor | None = None
+    """int32 [T], the version that trains on it less the one that wrote it, -1 where nobody recorded that; None where it
+    is not told which version trains."""
     segments: Segments | None = None
     """This rank's stretches of each sequence, for Future-KL; set where the batch is brought to its rank's device."""

@@ -96,6 +96,7 @@ def build_packed_batch(
     pad_token_id: int,
     total_tokens: int | None = None,
     mask_truncated: bool = False,
+    version: int | None = None,
 ) -> PackedBatch:
     """Pack samples into one microbatch on the CPU, predictor-aligned: row t predicts the token that follows it.
 
@@ -109,6 +110,7 @@ def build_packed_batch(
         total_tokens: pad the whole to this length with one more filler sequence, so that all microbatches of a
             pipeline are alike; a multiple of pad_multiple.
         mask_truncated: leave responses that were cut at the length limit out of the loss.
+        version: of the policy that trains on them, from which staleness counts; None where there is none to tell.
 
     Raises:
         ValueError: if the sequences do not fit into total_tokens or a sample lacks a prompt.
@@ -116,6 +118,8 @@ def build_packed_batch(
     chosen = [samples[index] for index in indices]
     tokens = [torch.cat([sample.prompt_ids, sample.response_ids]) for sample in chosen]
     batch = pack_tokens(tokens, indices, pad_multiple, pad_token_id, total_tokens)
+    if version is not None:
+        batch.staleness_steps = torch.full_like(batch.labels, -1, dtype=torch.int32)
     for position, (sample, start) in enumerate(zip(chosen, batch.layout.cu_seqlens_padded.tolist(), strict=False)):
         if not len(sample.prompt_ids):
             raise ValueError(
@@ -125,6 +129,9 @@ def build_packed_batch(
         first = start + len(sample.prompt_ids) - 1
         response = slice(first, first + sample.num_response_tokens)
         batch.rollout_log_probs[response] = sample.rollout_log_probs
+        if batch.staleness_steps is not None and version is not None:
+            for written_by, begin, end in sample.policy_versions:
+                batch.staleness_steps[first + begin : first + end] = version - written_by
         if not (mask_truncated and sample.truncated):
             batch.response_mask[response] = sample.policy_mask
             batch.advantages[response] = sample.advantage

@@ -45,7 +45,8 @@ def padded_policy_loss(
         config: the objective.
         reference_log_probs: [B, L] of the frozen reference policy; needed if kl_coefficient is not 0.
         entropy: [B, L] of the policy; needed if entropy_coefficient is not 0, otherwise only logged.
-        rollout_log_probs: [B, L] by the rollout engine; needed for a rollout_correction, otherwise only logged.
+        rollout_log_probs: [B, L] by the rollout engine; needed for a rollout_correction and for
+            future_kl_reference=behaviour, otherwise only logged.
 
     Returns:
         What `policy_loss` returns, with everything per token as [B, L]. Where the mask is 0, future_kl holds what

@@ -1,7 +1,9 @@
 """How far the rollout engine's policy lies from the actor's, and corrections of the loss for it.
 
-The engine samples from mu, which has the actor's weights but other kernels, precision or batching; the actor's pi_old
-scores the same tokens differently. The gap makes every update off-policy before the first one is taken.
+The engine samples from mu, the behaviour policy. It has other kernels, precision or batching than the actor, and where
+rollouts are older than the step that trains on them, older weights: each token those of its own version. pi_old, the
+proximal policy, is the actor at the start of the step. The gap makes every update off-policy before the first one is
+taken.
 
 Shapes: T packed tokens (local ones on a context-parallel rank), S whole sequences. With
 
@@ -81,6 +83,8 @@ def correct(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -> Co
     mask, ids = tokens.response_mask, sequences.ids
     difference = log_prob_difference(tokens.old_log_probs, tokens.rollout_log_probs)
     metrics = mismatch_metrics(difference, tokens.rollout_log_probs, mask)
+    if tokens.staleness_steps is not None:
+        metrics |= metrics_by_version(difference, tokens.staleness_steps, mask)
     weights, accepted_tokens = torch.ones_like(difference), torch.ones_like(mask)
     accepted_sequences = torch.ones(sequences.num, dtype=torch.bool, device=difference.device)
     kind, low, high = config.rollout_correction, config.rollout_ratio_min, config.rollout_ratio_max
@@ -148,6 +152,29 @@ def mismatch_metrics(difference: Tensor, rollout_log_probs: Tensor, response_mas
     for low, high in BANDS:
         outside = ~_inside(difference, low, high)
         metrics[f"mismatch/share_outside_{low:g}_to_{high:g}"] = masked_share(outside, response_mask, count)
+    return metrics
+
+
+def metrics_by_version(difference: Tensor, staleness_steps: Tensor, response_mask: Tensor) -> Metrics:
+    """The gap apart for what the step's own weights wrote and for what older ones did, in one microbatch.
+
+    Between the same weights it is the engine's rounding alone; between others, rounding and what the updates in between
+    have changed. Tokens whose version nobody recorded count in neither.
+
+    Args:
+        difference: [T], from `log_prob_difference`.
+        staleness_steps: int [T], -1 where unknown.
+    """
+    metrics: Metrics = {}
+    for name, chosen in (("newest_version", staleness_steps == 0), ("older_versions", staleness_steps > 0)):
+        mask = response_mask & chosen
+        count = mask.sum()
+        metrics |= {
+            f"mismatch/{name}/log_prob_difference/mean": masked_mean(difference, mask, count),
+            f"mismatch/{name}/log_prob_difference/std": masked_std(difference, mask, count),
+            f"mismatch/{name}/log_prob_difference/absmean": masked_mean(difference.abs(), mask, count),
+            f"mismatch/{name}/share": Mean(count, response_mask.sum()),
+        }
     return metrics
 
 

@@ -32,7 +32,11 @@ class TokenValues:
     entropy: Tensor | None = None
     """[T] of the policy; needed if entropy_coefficient is not 0, otherwise only logged."""
     rollout_log_probs: Tensor | None = None
-    """[T] by the rollout engine; needed for a rollout_correction, otherwise only logged."""
+    """[T] under the policy that wrote each token, by the rollout engine; needed for a rollout_correction and for
+    future_kl_reference=behaviour, otherwise only logged."""
+    staleness_steps: Tensor | None = None
+    """int [T], by how many versions the weights that wrote the token are older than those of the step's start; -1 where
+    nobody recorded it. Only logged: it splits the mismatch."""
 
     def __post_init__(self) -> None:
         shape, device = self.log_probs.shape, self.log_probs.device

@@ -29,6 +29,7 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 BASE = FipoConfig(influence_min=0.8, sequence_sum_tokens=100, rollout_ratio_min=0.9, rollout_ratio_max=1.1)
 OBJECTIVES = {
     "fipo": BASE,
+    "behaviour in Future-KL": replace(BASE, future_kl_reference="behaviour"),
     "dapo": replace(BASE, future_kl=False),
     "kl and entropy": replace(BASE, kl_coefficient=0.1, entropy_coefficient=0.01),
     **{
@@ -49,7 +50,7 @@ def whole_batch(cp_size: int) -> PackedBatch:
             Trajectory.of_response(0, index, torch.ones(3).long(), torch.ones(length).long(), rollout, "stop")
         )
         samples[-1].advantage = 1.0 - index
-    batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0)
+    batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0, version=2)
     return replace(batch, old_log_probs=torch.where(batch.response_mask, -1.0, 0.0))
 
 

@@ -45,7 +45,8 @@ def whole_batch(cp_size: int) -> PackedBatch:
         sample.advantage = 1.0 - index
         samples.append(sample)
     batch = build_packed_batch(samples, range(len(samples)), pad_multiple=2 * cp_size, pad_token_id=0)
-    return replace(batch, old_log_probs=torch.where(batch.response_mask, -1.0, 0.0))
+    staleness = (torch.arange(len(batch.labels)) % 4 - 1).int()  # unknown, none, one step, two
+    return replace(batch, old_log_probs=torch.where(batch.response_mask, -1.0, 0.0), staleness_steps=staleness)
 
 
 def objective(kind: str, aggregation: str) -> FipoConfig:
@@ -59,8 +60,8 @@ def objective(kind: str, aggregation: str) -> FipoConfig:
     )
 
 
-def compare(config: FipoConfig, group: dist.ProcessGroup) -> set[str]:
-    """What of the loss over all ranks differs from one process's. Collective."""
+def compare(config: FipoConfig, group: dist.ProcessGroup, config_here: FipoConfig | None = None) -> set[str]:
+    """What of the loss over all ranks, by `config_here` if given, differs from one process's. Collective."""
     batch = whole_batch(group.size())
     log_probs = batch.old_log_probs + 0.1 * torch.sin(torch.arange(len(batch.labels)))
     entropy = torch.zeros_like(log_probs)
@@ -73,16 +74,21 @@ def compare(config: FipoConfig, group: dist.ProcessGroup) -> set[str]:
         response_mask=batch.response_mask,
         entropy=entropy,
         rollout_log_probs=batch.rollout_log_probs,
+        staleness_steps=batch.staleness_steps,
     )
     local = shard_batch(replace(batch, old_log_probs=None), group, torch.device("cpu"))
     rows = shard_batch(replace(batch, rollout_log_probs=torch.arange(len(log_probs))), group, torch.device("cpu"))
     own = rows.rollout_log_probs
     local.old_log_probs = batch.old_log_probs[own]
-    part = Objective(config, group)(log_probs[own], entropy[own], local)
+    part = Objective(config_here or config, group)(log_probs[own], entropy[own], local)
     parts: list[LossOutput] = exchange.all_gather_objects(part, group)
     found = set()
     if not torch.equal(part.final_mask, whole.final_mask[own]):
         found.add("mask")
+    assert part.future_kl is not None
+    assert whole.future_kl is not None
+    if not torch.allclose(part.future_kl, whole.future_kl[own], rtol=0, atol=2e-5):
+        found.add("future_kl")
     if sum(int(each.normalizer) for each in parts) != int(whole.normalizer):
         found.add("normalizer")
     if sum(float(each.loss_sum) for each in parts) != pytest.approx(float(whole.loss_sum), rel=1e-5):
@@ -100,6 +106,10 @@ def _check(cp_size: int) -> dict[str, set[str]]:
         for kind in CORRECTIONS
         for aggregation in ("token_mean", "sequence_mean", "sequence_sum")
     }
+    proximal = objective("token_truncated", "token_mean")
+    behaviour = replace(proximal, future_kl_reference="behaviour")
+    results["behaviour in Future-KL"] = compare(behaviour, group)
+    results["proximal for behaviour"] = compare(behaviour, group, config_here=proximal)
     with mock.patch.object(ShardedSequences, "total", lambda self, per_sequence: per_sequence):
         for kind in ("sequence_masked", "geometric_masked"):
             results[f"own rows only, {kind}"] = compare(objective(kind, "token_mean"), group)
@@ -113,6 +123,8 @@ def test_corrections_are_those_of_one_process(cp_size: int) -> None:
         found = set().union(*(results[name] for results in ranks))
         if name.startswith("own rows only"):
             assert "loss" in found, f"{name}: not noticed"
+        elif name == "proximal for behaviour":
+            assert {"loss", "future_kl", "metrics"} <= found, f"{name}: not noticed"
         else:
             assert found == set(), name
 

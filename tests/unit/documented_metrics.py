@@ -68,6 +68,7 @@ def _update_metrics(config: FipoConfig, correction: str) -> Metrics:
         reference_log_probs=tokens,
         entropy=torch.ones(8),
         rollout_log_probs=tokens,
+        staleness_steps=torch.arange(8) % 2,
     )
     return output.metrics
 

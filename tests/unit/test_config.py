@@ -17,6 +17,7 @@ from megatron_fipo.config import (
     Config,
     ConfigError,
     DataSourceConfig,
+    FipoConfig,
     load_config,
     log_prob_chunk_tokens,
     microbatch_token_multiple,
@@ -30,6 +31,7 @@ from megatron_fipo.config import (
     with_absolute_paths,
 )
 from megatron_fipo.config.errors import NOT_SHOWN, Problem, choice_problem, shown_value
+from megatron_fipo.config.presets import correction_by_default
 
 SOUND = """
 model:
@@ -328,6 +330,7 @@ REFUSED = {
     "objective.dual_clip=1": ("objective.dual_clip", "or null to turn it off"),
     "objective.dual_clip=null": ("objective.dual_clip", "objective.dual_clip=10"),
     "objective.old_log_probs=rollout": ("objective.old_log_probs", "objective.old_log_probs=actor"),
+    "objective.future_kl_reference=rollout": ("objective.future_kl_reference", "proximal, behaviour"),
     "objective.rollout_correction=icepop": ("objective.rollout_correction", "geometric_masked"),
     "objective.rollout_ratio_min=1": ("objective.rollout_ratio_min", ""),
     "objective.rollout_ratio_max=1": ("objective.rollout_ratio_max", ""),
@@ -640,6 +643,7 @@ def test_one_update_per_step_makes_fipo_inert(sound: Path) -> None:
         ("rollout.top_p=0.9", "rollout.top_p=0.9 samples from a truncated distribution"),
         ("train.num_steps=9", "the learning rate never reaches 1e-06"),
         ("objective.influence_max=1", "influence weights cannot vary"),
+        ("objective.future_kl_reference=behaviour", "objective.future_kl_reference=behaviour is an ablation"),
         ("objective.rollout_correction=geometric_masked", "hardly masks anything"),
         ("verifier.trusted=[chain_arithmetic]", "chain_arithmetic judges what the model writes with all rights"),
     ],
@@ -648,6 +652,30 @@ def test_warnings(sound: Path, override: str, fragment: str) -> None:
     assert warnings_for(load_config(sound)) == []
     found = warnings_for(load_config(sound, [override]))
     assert [fragment in text for text in found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("max_staleness_steps", "old_log_probs", "expected"),
+    [
+        (0, "actor", FipoConfig.rollout_correction),
+        (0, "rollout", FipoConfig.rollout_correction),
+        (1, "actor", "token_truncated"),
+        (4, "actor", "token_truncated"),
+        (1, "rollout", "none"),
+    ],
+)
+def test_staleness_is_corrected_for_by_default(max_staleness_steps: int, old_log_probs: str, expected: str) -> None:
+    assert correction_by_default(max_staleness_steps, old_log_probs) == expected
+
+
+def test_the_ablation_is_warned_about_where_there_is_future_kl(sound: Path) -> None:
+    """Beside a file with the key, algorithm=dapo still gives the comparison, and has nothing to warn about."""
+    ablation = "objective.future_kl_reference=behaviour"
+    config = load_config(sound, [ablation, "algorithm=dapo"])
+    validate(config, world_size=4)
+    assert warnings_for(config) == []
+    message = message_of(sound, ablation, "objective.old_log_probs=rollout")
+    assert "objective.old_log_probs=rollout: rollout log-probs as π_old are refused" in message
 
 
 def test_corrections_that_do_not_suit_the_length(sound: Path) -> None:

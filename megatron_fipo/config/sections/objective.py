@@ -69,6 +69,9 @@ class FipoConfig:
     """Weight of the entropy bonus."""
     old_log_probs: str = key("actor", choices=("actor", "rollout"))
     """Old policy's log-probs: actor (recomputed before the step's first update) or rollout (refused with future_kl)."""
+    future_kl_reference: str = key("proximal", choices=("proximal", "behaviour"))
+    """What Future-KL sums the policy's log-probs against: proximal (the old policy), or behaviour (each token's own
+    author), an ablation that takes staleness for credit; see docs/staleness.md."""
     rollout_correction: str = key(
         "none", choices=("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
     )
