@@ -31,19 +31,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever the script is called from
 
-from megatron_fipo import quiet  # noqa: E402, F401, I001 - before the packages that it silences
+from megatron_fipo import quiet  # noqa: F401, I001 - before the packages that it silences
 
-from benchmarks.plane import former, traffic  # noqa: E402
-from benchmarks.plane.responses import Responses, decide, recipe  # noqa: E402
-from benchmarks.plane.traffic import CountedMessages, Places, kernel_counters  # noqa: E402
-from megatron_fipo.config import Config  # noqa: E402
-from megatron_fipo.parallel import cpu, exchange, groups  # noqa: E402
-from megatron_fipo.parallel.agreement import decided_by_leader  # noqa: E402
-from megatron_fipo.parallel.batch import divide  # noqa: E402
-from megatron_fipo.parallel.data_plane import DataPlane  # noqa: E402
-from megatron_fipo.parallel.groups import ParallelGroups  # noqa: E402
-from megatron_fipo.parallel.local_ranks import run_local_ranks  # noqa: E402
-from megatron_fipo.rl.trajectory import Group, Trajectory  # noqa: E402
+from benchmarks.plane import former, traffic
+from benchmarks.plane.responses import Responses, decide, recipe
+from benchmarks.plane.traffic import CountedMessages, Places, kernel_counters
+from megatron_fipo.config import Config
+from megatron_fipo.parallel import cpu, exchange, groups
+from megatron_fipo.parallel.agreement import decided_by_leader
+from megatron_fipo.parallel.batch import divide
+from megatron_fipo.parallel.data_plane import DataPlane
+from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.parallel.local_ranks import run_local_ranks
+from megatron_fipo.rl.trajectory import Group, Trajectory
 
 RECIPE_TP, RECIPE_GPUS_PER_NODE = 8, 8
 CLUSTERS = (128, 1024)
