@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.nodes import node_of, own_local_rank
-from megatron_fipo.rl.flat_trajectories import flatten, unflatten
+from megatron_fipo.rl.flat_trajectories import flatten, select, unflatten
 from megatron_fipo.rl.judged_group import JudgedGroup, from_wire, to_wire
 from megatron_fipo.rl.trajectory import Group, Trajectory
 
@@ -46,7 +46,9 @@ class DataPlane:
         self.leader = self._leaders.index(ranks.rank) if generates else None
         self.world, self._rank, self._dp_rank = ranks.world, ranks.rank, ranks.dp.rank()
         nodes = [node_of(rank, local_ranks) for rank, local_rank in enumerate(local_ranks) if local_rank == 0]
-        self._node = next(node for node in nodes if self._rank in node)
+        node = next(node for node in nodes if self._rank in node)
+        self._node = {rank: places[rank][2] for rank in node}
+        """The ranks of this one's node, each with its data-parallel rank."""
         self._served = {node[0]: {places[rank][2] for rank in node} for node in nodes}
         """By the rank that receives for a node: the data-parallel ranks on it."""
 
@@ -95,9 +97,14 @@ class DataPlane:
                 sources = sorted(set(senders))
         received = exchange.send_arrays(parts, sources, torch.int32, self.world)
         of_node = torch.cat([torch.empty(0, dtype=torch.int32), *received.values()])
-        first, *others = self._node
+        first = min(self._node)
         if self._rank == first:
-            exchange.send_arrays(dict.fromkeys(others, of_node), [], torch.int32, self.world)
+            shares = {
+                dp_rank: torch.from_numpy(select(of_node.numpy(), wanted[dp_rank])) for dp_rank in self._served[first]
+            }
+            others = {rank: shares[dp_rank] for rank, dp_rank in self._node.items() if rank != first}
+            exchange.send_arrays(others, [], torch.int32, self.world)
+            flat = shares[self._dp_rank]
         else:
-            (of_node,) = exchange.send_arrays({}, [first], torch.int32, self.world).values()
-        return dict(unflatten(of_node.numpy(), wanted[self._dp_rank]))
+            (flat,) = exchange.send_arrays({}, [first], torch.int32, self.world).values()
+        return dict(unflatten(flat.numpy()))

@@ -53,20 +53,38 @@ def unflatten(flat: NDArray[np.int32], wanted: Collection[int] | None = None) ->
     Args:
         wanted: indices; what has another one is passed over. None wants all.
     """
+    for index, one in _places(flat):
+        if wanted is None or index in wanted:
+            yield index, _trajectory(flat[one])
+
+
+def select(flat: NDArray[np.int32], wanted: Collection[int]) -> NDArray[np.int32]:
+    """The part of a `flatten`ed array whose trajectories have one of the wanted indices."""
+    chosen = [flat[one] for index, one in _places(flat) if index in wanted]
+    return np.concatenate([np.empty(0, np.int32), *chosen])
+
+
+def _places(flat: NDArray[np.int32]) -> Iterator[tuple[int, slice]]:
+    """(index, where it is) of each trajectory."""
     place = 0
     while place < len(flat):
-        index, prompt_id, sample_index, finish, num_prompt, num_segments = flat[place : place + _HEAD].tolist()
-        place += _HEAD
-        outline = flat[place : place + 3 * num_segments].reshape(num_segments, 3).tolist()
-        place += 3 * num_segments
-        num_response = sum(count for _, count, _ in outline)
-        start, place = place, place + num_prompt + 2 * num_response
-        if wanted is not None and index not in wanted:
-            continue
-        prompt_ids, response_ids, bits = np.split(flat[start:place], [num_prompt, num_prompt + num_response])
-        key = SampleKey("", prompt_id & 0xFFFFFFFF, sample_index)
-        segments = list(_segments(outline, response_ids, bits.view(np.float32)))
-        yield index, Trajectory(key, torch.from_numpy(prompt_ids).long(), segments, _FINISH_REASONS[finish])
+        index, _, _, _, num_prompt, num_segments = flat[place : place + _HEAD].tolist()
+        outline = place + _HEAD
+        tokens = outline + 3 * num_segments
+        num_response = int(flat[outline + 1 : tokens : 3].sum())
+        start, place = place, tokens + num_prompt + 2 * num_response
+        yield index, slice(start, place)
+
+
+def _trajectory(flat: NDArray[np.int32]) -> Trajectory:
+    _, prompt_id, sample_index, finish, num_prompt, num_segments = flat[:_HEAD].tolist()
+    tokens = _HEAD + 3 * num_segments
+    outline = flat[_HEAD:tokens].reshape(num_segments, 3).tolist()
+    num_response = sum(count for _, count, _ in outline)
+    prompt_ids, response_ids, bits = np.split(flat[tokens:], [num_prompt, num_prompt + num_response])
+    segments = list(_segments(outline, response_ids, bits.view(np.float32)))
+    key = SampleKey("", prompt_id & 0xFFFFFFFF, sample_index)
+    return Trajectory(key, torch.from_numpy(prompt_ids).long(), segments, _FINISH_REASONS[finish])
 
 
 def _segments(outline: list[Any], response_ids: NDArray[np.int32], log_probs: NDArray[np.float32]) -> Iterator[Segment]:

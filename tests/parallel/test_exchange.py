@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_fipo.config import ParallelSection
 from megatron_fipo.metrics.reductions import Distribution, Max, Mean, Sum, scalars
 from megatron_fipo.parallel import by_value, exchange, local_ranks
 from megatron_fipo.parallel import groups as parallel_groups
+from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.metric_merge import merge_metrics
+from megatron_fipo.system.disk import DiskError
 from tests.parallel.layouts import layout
 from tests.parallel.ranks import RankError, run_ranks
 
@@ -55,6 +58,83 @@ def _exchange(world_size: int) -> None:
         assert sorted(merged["values"].values.tolist()) == list(counted)  # type: ignore[union-attr]
         assert {name for name in merged if name.startswith("only/")} == {f"only/{r}" for r in counted}
         exchange.barrier(world)
+        _send_arrays(world)
+        _send_objects(world)
+        _broadcast_objects(world)
+        _decide(world)
+
+
+def _send_arrays(world: ProcessGroup) -> None:
+    """From each rank to itself and to the next one, arrays of lengths that no other has and of none."""
+    own, size = world.rank(), world.size()
+    before, behind = (own - 1) % size, (own + 1) % size
+    assert exchange.send_arrays({}, [], torch.float32, world) == {}
+    for dtype in (torch.int32, torch.float64, torch.uint8):
+        parts = {behind: torch.full((own,), own, dtype=dtype), own: torch.arange(3).to(dtype)}
+        received = exchange.send_arrays(parts, sorted({before, own}), dtype, world)
+        assert received.keys() == {before, own}
+        assert received[own] is parts[own], "what stays is not copied"
+        if before != own:
+            assert torch.equal(received[before], torch.full((before,), before, dtype=dtype))
+            assert received[before].dtype is dtype
+    if size == 1:
+        return
+    # The last rank sends and receives nothing; what is not contiguous arrives in its order.
+    parts = {1: torch.arange(8).view(4, 2).t().reshape(-1)[::2]} if own == 0 else {}
+    received = exchange.send_arrays(parts, [0] if own == 1 else [], torch.int64, world)
+    assert {rank: part.tolist() for rank, part in received.items()} == ({0: [0, 4, 1, 5]} if own == 1 else {})
+    # More than any buffer between the two takes in: one that sends before it receives would wait for ever.
+    if own < 2:
+        large = torch.full((_LARGE,), own + 7, dtype=torch.uint8)
+        (received_large,) = exchange.send_arrays({1 - own: large}, [1 - own], torch.uint8, world).values()
+        assert len(received_large) == _LARGE
+        assert bool((received_large == 1 - own + 7).all())
+
+
+_LARGE = 64 * 2**20
+"""Bytes."""
+
+
+def _send_objects(world: ProcessGroup) -> None:
+    own, size = world.rank(), world.size()
+    sent = {0: (own, torch.full((own,), 0.5), None)}
+    received = exchange.send_objects(sent, list(range(size)) if own == 0 else [], world)
+    assert list(received) == (list(range(size)) if own == 0 else [])
+    for rank, (number, tensor, nothing) in received.items():
+        assert (number, tensor.tolist(), nothing) == (rank, rank * [0.5], None)
+    assert exchange.send_objects({own: None}, [own], world) == {own: None}
+
+
+def _broadcast_objects(world: ProcessGroup) -> None:
+    cannot_be_pickled = lambda: None  # noqa: E731
+    for told in (None, 0, {"all": [torch.arange(3)]}):
+        received = exchange.broadcast_object(told if world.rank() == 0 else cannot_be_pickled, world)  # type: ignore[misc]
+        assert str(received) == str(told)
+
+
+class _OwnError(RuntimeError):
+    pass
+
+
+def _decide(world: ProcessGroup) -> None:
+    """By rank 0 alone, with its errors on every rank."""
+    for decision in (None, False, 17):
+        asked: list[int] = []
+
+        def action(asked: list[int] = asked, decision: object = decision) -> object:
+            asked.append(world.rank())
+            return decision
+
+        assert decided_by_leader(action, world) is decision
+        assert asked == ([0] if world.rank() == 0 else [])
+    for kind, errors in ((DiskError, ()), (ValueError, ()), (_OwnError, ((_OwnError,),))):
+
+        def fail(kind: type[Exception] = kind) -> None:
+            raise kind("what rank 0 met")
+
+        with pytest.raises(kind, match=r"^what rank 0 met$") as met:
+            decided_by_leader(fail, world, *errors)
+        assert type(met.value) is kind
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
