@@ -27,13 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.data.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples/quickstart/fipo.yaml"
 SIDES = ROOT / "benchmarks/beside_trl"
 LEARNING_RATE = 1e-6
@@ -47,21 +45,24 @@ class Side:
 
     Attributes:
         processes, threads: of each process.
-        options: our configuration's, or TRL's settings.
+        options: of our configuration.
+        is_before: ours, from the checkout that --before names.
     """
 
     is_ours: bool
     processes: int
     threads: int
-    options: dict[str, Any]
+    options: tuple[str, ...] = ()
+    is_before: bool = False
 
 
 ALL_SIDES = {
-    "dp2": Side(True, 2, 1, {"parallel.cp": 1}),
-    "cp2": Side(True, 2, 1, {"parallel.cp": 2}),
-    "trl_1x2": Side(False, 1, 2, {"continuous_batching": False}),
-    "trl_2x1": Side(False, 2, 1, {"continuous_batching": False}),
-    "trl_2x1_continuous": Side(False, 2, 1, {"continuous_batching": True}),
+    "dp2": Side(True, 2, 1, ("parallel.cp=1",)),
+    "cp2": Side(True, 2, 1, ("parallel.cp=2",)),
+    "dp2_before": Side(True, 2, 1, ("parallel.cp=1",), is_before=True),
+    "cp2_before": Side(True, 2, 1, ("parallel.cp=2",), is_before=True),
+    "trl_1x2": Side(False, 1, 2),
+    "trl_2x1": Side(False, 2, 1),
 }
 
 
@@ -89,6 +90,9 @@ class Times:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", type=Path, help="Python of an environment with TRL")
+    parser.add_argument(
+        "--before", type=Path, help="another checkout of this project, for the sides dp2_before, cp2_before"
+    )
     parser.add_argument("--sides", default="dp2,cp2,trl_1x2,trl_2x1", help=f"of {', '.join(ALL_SIDES)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--num-steps", type=int, default=6, help="of each training, with the first")
@@ -99,6 +103,8 @@ def main() -> None:
         parser.error(f"no side is named {unknown[0]!r}; there are {', '.join(ALL_SIDES)}")
     if any(not ALL_SIDES[name].is_ours for name in names) and arguments.trl_python is None:
         parser.error("TRL's sides need --trl-python PYTHON")
+    if any(ALL_SIDES[name].is_before for name in names) and arguments.before is None:
+        parser.error("what is to be compared with before needs --before FOLDER")
     config = load_config(QUICKSTART, our_options(arguments.algorithm, arguments.num_steps))
     settings = trl_settings(config)
     times: dict[str, list[Times]] = {name: [] for name in names}
@@ -106,7 +112,9 @@ def main() -> None:
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             times[name].append(train(ALL_SIDES[name], arguments, settings))
             print(f"repeat {repeat}: {name}: {times[name][-1]}", file=sys.stderr, flush=True)
-    print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, ours: algorithm={arguments.algorithm}")
+    print(
+        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, ours: algorithm={arguments.algorithm}"
+    )
     report(times)
 
 
@@ -156,15 +164,20 @@ def train(side: Side, arguments: argparse.Namespace, settings: dict[str, Any]) -
     """
     with tempfile.TemporaryDirectory() as folder:
         if side.is_ours:
-            options = [f"{name}={value}" for name, value in side.options.items()]
-            options += [*our_options(arguments.algorithm, arguments.num_steps), f"run.output_dir={folder}/run"]
+            options = [*side.options, *our_options(arguments.algorithm, arguments.num_steps)]
+            options += [f"run.output_dir={folder}/run"]
             command = [sys.executable, *_torchrun(side), f"{SIDES}/our_side.py", folder, str(QUICKSTART), *options]
         else:
-            told = {**settings, **side.options, "processes": side.processes, "threads": side.threads}
+            told = {**settings, "processes": side.processes, "threads": side.threads}
             (Path(folder) / "settings.json").write_text(json.dumps(told))
             command = [f"{arguments.trl_python}", *_torchrun(side), f"{SIDES}/trl_side.py"]
             command += [f"{folder}/settings.json", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(side.threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(side.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -203,7 +216,11 @@ def report(times: dict[str, list[Times]]) -> None:
     columns = ("step_s", "rollout_s", "training_s", "cpu_s", "response_tokens", "trained_tokens", "us_per_token")
     print(f"| side | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, of_side in times.items():
-        print(f"| {name} | " + " | ".join(_spread([getattr(each, column) for each in of_side]) for column in columns) + " |")
+        print(
+            f"| {name} | "
+            + " | ".join(_spread([getattr(each, column) for each in of_side]) for column in columns)
+            + " |"
+        )
     theirs = [name for name in times if not ALL_SIDES[name].is_ours]
     if not theirs:
         return
@@ -213,7 +230,12 @@ def report(times: dict[str, list[Times]]) -> None:
     print(f"| side | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name in times:
         ratios = [
-            _spread([_per_token(mine, column) / _per_token(peer, column) for mine, peer in zip(times[name], times[best], strict=True)])
+            _spread(
+                [
+                    _per_token(mine, column) / _per_token(peer, column)
+                    for mine, peer in zip(times[name], times[best], strict=True)
+                ]
+            )
             for column in columns
         ]
         print(f"| {name} | {' | '.join(ratios)} |")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[2])]  # torchrun puts this file's own folder there
 
 from megatron_fipo.train import Trainer, run_rank  # isort: skip - before all that imports torch
 
 from benchmarks.beside_trl.stopwatch import Stopwatch
+from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.console.console import Console
 from megatron_fipo.parallel.groups import ParallelGroups
+from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rollout.source import StepRollouts
 from megatron_fipo.run.named_on_hub import NamedRun
 
@@ -46,7 +47,7 @@ class TimedTrainer(Trainer):
             )
         return rollouts
 
-    def _update(self, step, minibatches):  # type: ignore[no-untyped-def]
+    def _update(self, step: int, minibatches: list[list[PackedBatch]]) -> Sequence[UpdateResult]:
         updates = super()._update(step, minibatches)
         if self.ranks.rank == 0:
             self.watch.count(updates=len(updates))

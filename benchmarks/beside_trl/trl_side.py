@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch
 from datasets import Dataset
@@ -101,12 +98,9 @@ def main() -> None:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            use_transformers_continuous_batching=given["continuous_batching"],
             seed=given["seed"],
         )
-        trainer = TimedTrainer(
-            model, reward, config, Dataset.from_list(given["prompts"]), processing_class=tokenizer
-        )
+        trainer = TimedTrainer(model, reward, config, Dataset.from_list(given["prompts"]), processing_class=tokenizer)
         trainer.train()
         trainer.watch.end(arguments.folder, trainer.accelerator.process_index)
 
