@@ -3,8 +3,8 @@
     python benchmarks/trl_step.py --trl-python PYTHON [--repeats 5] [--num-steps 6] [--sides dp2,cp2,trl_2x1]
 
 PYTHON is that of an environment with TRL (benchmarks/README.md says how to make it). In each repeat every side trains
-once, one after the other, in another order each time, and the first step of each training does not count. Both sides
-take the same prompts, draw 16 responses of at most 96 tokens to each of 16, judge them with the same function, and make
+once, one after the other, in another order each time; the first and the last step of each training do not count. Both
+sides take the same prompts, draw 16 responses of at most 96 tokens to each of 16, judge them with the same function, and make
 8 updates with Adam in float32. TRL has no FIPO, so ours is `algorithm=dapo` unless told otherwise; its loss is that of
 TRL's default.
 
@@ -68,7 +68,7 @@ ALL_SIDES = {
 
 @dataclass(frozen=True)
 class Times:
-    """A training's mean step, without the first: seconds, and what was done."""
+    """A training's mean step, without the first and the last: seconds, and what was done."""
 
     step_s: float
     rollout_s: float
@@ -95,7 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--sides", default="dp2,cp2,trl_1x2,trl_2x1", help=f"of {', '.join(ALL_SIDES)}")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-steps", type=int, default=6, help="of each training, with the first")
+    parser.add_argument("--num-steps", type=int, default=6, help="of each training, with those that do not count")
     parser.add_argument("--algorithm", default="dapo", help="ours; TRL's loss is DAPO's")
     arguments = parser.parse_args()
     names = arguments.sides.split(",")

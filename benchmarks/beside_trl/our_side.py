@@ -28,7 +28,7 @@ class TimedTrainer(Trainer):
 
     def run(self) -> None:
         super().run()
-        self.watch.end(FOLDER, self.ranks.rank)
+        self.watch.write(FOLDER, self.ranks.rank)
 
     def train_step(self, step: int) -> dict[str, float]:
         self.watch.begin_step()

@@ -11,7 +11,11 @@ from pathlib import Path
 
 
 class Stopwatch:
-    """One rank's steps. A step lasts from its beginning to the next one's, so that nothing between them is left out."""
+    """One rank's steps.
+
+    A step lasts from its beginning to the next one's, so that nothing between them is left out. The last one has no end:
+    what follows it is the end of a training, which saves the model.
+    """
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, float]] = []
@@ -20,7 +24,7 @@ class Stopwatch:
 
     def begin_step(self) -> None:
         """The next step begins."""
-        self._mark()
+        self._marks.append((time.perf_counter(), processor_seconds()))
         self._rollouts.append(0.0)
         self._counts.append({})
 
@@ -36,19 +40,15 @@ class Stopwatch:
         for name, number in numbers.items():
             self._counts[-1][name] = self._counts[-1].get(name, 0) + number
 
-    def end(self, folder: Path, rank: int) -> None:
-        """The last step is over. Writes `rank-RANK.json`: an object for each step."""
-        self._mark()
+    def write(self, folder: Path, rank: int) -> None:
+        """Write `rank-RANK.json`: an object for each step but the last."""
         steps = [
             {"step_s": after[0] - before[0], "cpu_s": after[1] - before[1], "rollout_s": rollout, **counts}
             for before, after, rollout, counts in zip(
-                self._marks[:-1], self._marks[1:], self._rollouts, self._counts, strict=True
+                self._marks[:-1], self._marks[1:], self._rollouts[:-1], self._counts[:-1], strict=True
             )
         ]
         (folder / f"rank-{rank}.json").write_text(json.dumps(steps))
-
-    def _mark(self) -> None:
-        self._marks.append((time.perf_counter(), processor_seconds()))
 
 
 def processor_seconds() -> float:

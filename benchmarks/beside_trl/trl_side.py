@@ -102,7 +102,7 @@ def main() -> None:
         )
         trainer = TimedTrainer(model, reward, config, Dataset.from_list(given["prompts"]), processing_class=tokenizer)
         trainer.train()
-        trainer.watch.end(arguments.folder, trainer.accelerator.process_index)
+        trainer.watch.write(arguments.folder, trainer.accelerator.process_index)
 
 
 if __name__ == "__main__":
