@@ -4,9 +4,9 @@
 
 PYTHON is that of an environment with TRL (benchmarks/README.md says how to make it). In each repeat every side trains
 once, one after the other, in another order each time; the first and the last step of each training do not count. Both
-sides take the same prompts, draw 16 responses of at most 96 tokens to each of 16, judge them with the same function, and make
-8 updates with Adam in float32. TRL has no FIPO, so ours is `algorithm=dapo` unless told otherwise; its loss is that of
-TRL's default.
+sides take the same prompts, draw 16 responses of at most 96 tokens to each of 16, judge them with the same function,
+and make 8 updates with Adam in float32. TRL has no FIPO, so ours is `algorithm=dapo` unless told otherwise; TRL's loss
+is its default, which is DAPO's.
 
 For each side: seconds a step, of them rollouts (with judging) and training (all else), processor seconds of all its
 processes, tokens, and the same per token, as medians over the repeats with the least and the largest.

@@ -13,8 +13,8 @@ from pathlib import Path
 class Stopwatch:
     """One rank's steps.
 
-    A step lasts from its beginning to the next one's, so that nothing between them is left out. The last one has no end:
-    what follows it is the end of a training, which saves the model.
+    A step lasts from its beginning to the next one's, so that nothing between them is left out. The last one has no
+    end: what follows it is the end of a training, which saves the model.
     """
 
     def __init__(self) -> None:
