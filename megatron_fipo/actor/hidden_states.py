@@ -14,6 +14,21 @@ from torch import Tensor, nn
 class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns hidden states: log-probs are computed from them in chunks, without logits."""
 
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Megatron's, with the rotary angles of each token of packed sequences looked up once for all layers.
+
+        Without a fused kernel Megatron would, for queries and for keys of every layer, cut the batch into its sequences
+        and put their angles together, from lengths that it reads from the device. Told that the batch is a plain one,
+        it turns each token by the angles that it is given for it: the same numbers.
+        """
+        found: tuple[Any, ...] = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        packed = kwargs.get("packed_seq_params")
+        if packed is None or self.config.apply_rope_fusion:
+            return found
+        decoder_input, angles, *others = found
+        packed.qkv_format = "sbhd"  # of this forward pass alone, whose attention has lengths of its own
+        return decoder_input, angles[position_ids[0]], *others
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[T_local, 1, H] after the final norm (T_local / tp rows under sequence parallelism)."""
         return hidden_states

@@ -233,9 +233,6 @@ def _rounded_longest(cu_seqlens: Tensor) -> int:
     """The longest sequence's tokens, rounded up to a multiple of LENGTH_MULTIPLE.
 
     Megatron keeps the rotary angles of the lengths that it was last asked for, so it must be asked for few different
-    ones. But if the unfused rotary embedding finds as many angles as the batch has tokens, it takes them for positions
-    in the whole batch, which is right only if the batch is one sequence.
+    ones.
     """
-    longest = -(-int(cu_seqlens.diff().max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    is_taken_for_positions = longest == int(cu_seqlens[-1]) and len(cu_seqlens) > 2
-    return longest + LENGTH_MULTIPLE if is_taken_for_positions else longest
+    return -(-int(cu_seqlens.diff().max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -59,7 +59,7 @@ class _Batch:
     """Sequences of like length, attended to together.
 
     Attributes:
-        query_rows: int64 [n, Q] local rows, -1 beyond a sequence's end.
+        query_rows: int64 [n, Q] local rows; beyond a sequence's end row 0, whose output here nothing reads.
         key_rows: int64 [n, K] rows of the gathered keys, 0 beyond the end (masked, or causally out of reach).
         mask: bool [n, 1, Q, K], True where a query may look; None where queries and keys are the same whole sequences.
     """
@@ -80,11 +80,16 @@ class _Block:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Which queries meet which keys on one rank; the same for every layer of a microbatch."""
+    """Which queries meet which keys on one rank; the same for every layer of a microbatch.
+
+    Attributes:
+        places: int64 [T_local], where each local row is among the outputs of all batches and then all blocks, padding
+            included. Every row is in exactly one of them.
+    """
 
     batches: list[_Batch]
     blocks: list[_Block]
-    num_rows: int
+    places: Tensor
 
 
 def build_layout(
@@ -107,12 +112,22 @@ def build_layout(
     starts = cu_seqlens_padded.long().tolist()
     lengths = cu_seqlens_padded.diff().tolist()
     batches, blocks = [], []
+    places = torch.empty_like(local_positions)
+    num_outputs = 0
     for members in _like_lengths(lengths):
-        batches.append(_batch(members, starts, lengths, gathered_row, local_positions, cp_size))
+        batch, is_query = _batch(members, starts, lengths, gathered_row, local_positions, cp_size)
+        outputs = num_outputs + torch.arange(is_query.numel(), device=device).view_as(is_query)
+        places[batch.query_rows[is_query]] = outputs[is_query]
+        num_outputs += is_query.numel()
+        batches.append(batch)
     for index, length in enumerate(lengths):
         if length > _LONGEST_BATCHED_LENGTH:
             blocks += _blocks(starts[index], length, gathered_row, cp_size, cp_rank)
-    return AttentionLayout(batches, blocks, num_rows=len(local_positions))
+    for block in blocks:
+        num_queries = block.stop - block.start
+        places[block.start : block.stop] = num_outputs + torch.arange(num_queries, device=device)
+        num_outputs += num_queries
+    return AttentionLayout(batches, blocks, places)
 
 
 def _like_lengths(lengths: list[int]) -> list[list[int]]:
@@ -135,7 +150,8 @@ def _batch(
     gathered_row: Tensor,
     local_positions: Tensor,
     cp_size: int,
-) -> _Batch:
+) -> tuple[_Batch, Tensor]:
+    """The batch, and which of its queries are rows and no padding: bool [n, Q]."""
     device = gathered_row.device
     first = to_device(torch.tensor([starts[i] for i in members]), device)[:, None]
     length = to_device(torch.tensor([lengths[i] for i in members]), device)[:, None]
@@ -146,12 +162,12 @@ def _batch(
     )
     query_offsets = torch.arange(longest // cp_size, device=device)[None]
     is_query = query_offsets < length // cp_size
-    query_rows = torch.where(is_query, first // cp_size + query_offsets, -1)
+    query_rows = torch.where(is_query, first // cp_size + query_offsets, 0)
     if cp_size == 1:
-        return _Batch(query_rows, key_rows, None)
-    query_position = local_positions[query_rows.clamp(min=0)] - first
+        return _Batch(query_rows, key_rows, None), is_query
+    query_position = local_positions[query_rows] - first
     mask = key_offsets[:, None, :] <= torch.where(is_query, query_position, 0)[:, :, None]
-    return _Batch(query_rows, key_rows, mask[:, None])
+    return _Batch(query_rows, key_rows, mask[:, None]), is_query
 
 
 def _blocks(first: int, length: int, gathered_row: Tensor, cp_size: int, cp_rank: int) -> list[_Block]:
@@ -177,19 +193,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
     Returns:
         [T_local, h, d].
     """
-    rows, attended = [], []
+    attended = []
     for batch in layout.batches:
-        is_query = batch.query_rows >= 0
-        queries = query[batch.query_rows.clamp(min=0)]
-        attended.append(_sdpa(queries, key[batch.key_rows], value[batch.key_rows], batch.mask, scale)[is_query])
-        rows.append(batch.query_rows[is_query])
+        queries, keys, values = query[batch.query_rows], key[batch.key_rows], value[batch.key_rows]
+        attended.append(_sdpa(queries, keys, values, batch.mask, scale).flatten(0, 1))
     for block in layout.blocks:
         queries = query[block.start : block.stop]
         arguments = (queries, key, value, block.key_rows, scale)
         attended.append(checkpoint(_attend_block, *arguments, use_reentrant=False, preserve_rng_state=False))
-        rows.append(torch.arange(block.start, block.stop, device=query.device))
-    # Every local row is in exactly one batch or block, so this only brings them into order.
-    return torch.cat(attended)[torch.argsort(torch.cat(rows))]
+    return torch.cat(attended)[layout.places]
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, scale: float) -> Tensor:
@@ -252,15 +264,15 @@ class ContextParallelAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [T_local, h, d] packed, or [L / cp, B, h, d].
+            query: [T_local, h, d] or [T_local, 1, h, d] packed, or [L / cp, B, h, d].
             key, value: the same with g heads.
             packed_seq_params: `actor.model.packed_sequence_params`; None for a plain batch.
 
         Returns:
             [T_local, 1, h * d], or [L / cp, B, h * d].
         """
-        plain_shape = query.shape[:2] if query.dim() == 4 else None
-        if plain_shape is not None:
+        plain_shape = query.shape[:2] if packed_seq_params is None else None
+        if query.dim() == 4:
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         layout = self._layout(query, packed_seq_params, plain_shape)
         if self.cp_group.size() > 1:

@@ -427,13 +427,18 @@ def test_every_key_that_a_row_sees_is_of_its_own_sequence_and_past() -> None:
         rows = zigzag_rows(cu_seqlens, 2, rank)
         order = torch.cat([zigzag_rows(cu_seqlens, 2, r) for r in range(2)])
         sequence = torch.bucketize(torch.arange(72), cu_seqlens[1:], right=True)
-        seen: set[int] = set()
-        for batch in layout.batches:
-            assert batch.mask is not None
-            for n, q in (batch.query_rows >= 0).nonzero().tolist():
-                position = int(rows[batch.query_rows[n, q]])
-                keys = order[batch.key_rows[n][batch.mask[n, 0, q]]].sort().values
-                expected = torch.arange(int(cu_seqlens[sequence[position]]), position + 1)
-                assert torch.equal(keys, expected)
-                seen.add(position)
-        assert seen == set(rows.tolist())
+        outputs = [
+            (row, batch.key_rows[n][batch.mask[n, 0, q]])
+            for batch in layout.batches
+            if batch.mask is not None
+            for n, row_of in enumerate(batch.query_rows.tolist())
+            for q, row in enumerate(row_of)
+        ]
+        assert len(outputs) == sum(batch.query_rows.numel() for batch in layout.batches)
+        for row, place in enumerate(layout.places.tolist()):
+            query, keys = outputs[place]
+            assert query == row
+            position = int(rows[row])
+            expected = torch.arange(int(cu_seqlens[sequence[position]]), position + 1)
+            assert torch.equal(order[keys].sort().values, expected)
+        assert len(layout.places) == len(rows)

@@ -22,6 +22,7 @@ from megatron_fipo.actor import schedule
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.config import Config, ParallelSection
 from megatron_fipo.parallel import batch as batches
+from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.rl.packed_batch import PackedBatch
@@ -32,9 +33,8 @@ from tests.parallel.layouts import PAD_TOKEN, Case, config_of, groups_of_step, l
 from tests.parallel.ranks import run_ranks
 
 RIGHT_PARAMS, ROUNDED = actor_model.packed_sequence_params, actor_model._rounded_longest
-OF_ATTENTION = ("/rope_utils.py:", "/cp_attention.py:", "index_put.default at backward")
-"""Megatron's unfused rotary embedding asks for lengths, and attention without Transformer Engine selects by masks, in
-its gradient too. Both are others with Transformer Engine."""
+OF_ATTENTION = ("/cp_attention.py:",)
+"""Attention without Transformer Engine selects by masks when it makes a microbatch's layout."""
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,15 @@ def _samples(lengths: Sequence[int]) -> list[Trajectory]:
     ]
 
 
-def _log_probs(actor: Actor, lengths: Sequence[int], longest: Callable[[Tensor], int]) -> Tensor:
+def _log_probs(
+    actor: Actor, lengths: Sequence[int], longest: Callable[[Tensor], int], *, row_as_position: bool = False
+) -> Tensor:
     """The actor's log-probs of packed sequences, Megatron being told what `longest` says. Collective."""
     samples, cp_group = _samples(lengths), actor.ranks.cp
     whole = build_packed_batch(samples, range(len(samples)), 2 * cp_group.size(), PAD_TOKEN)
     batch = batches.shard_batch(whole, cp_group, torch.device("cpu"))
+    if row_as_position:
+        batch.position_ids = cp_layout.local_indices(batch.layout.cu_seqlens_padded, cp_group.size(), cp_group.rank())
     with mock.patch.object(actor_model, "_rounded_longest", longest):
         return actor.log_probs([batch])[0].clone()
 
@@ -149,9 +153,9 @@ def _all_tokens(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens[-1])
 
 
-def _compare_lengths(folder: str, cp_size: int) -> dict[str, tuple[bool, bool]]:
-    """For batches by name: (whether the rounded length gives the bits of the exact one, whether the number of all
-    tokens, in its place, does). Collective."""
+def _compare_lengths(folder: str, cp_size: int) -> dict[str, tuple[bool, bool, bool]]:
+    """For batches by name: whether the bits are those of the exact length with the rounded one, with the number of all
+    tokens in its place, and with positions counted through the batch. Collective."""
     found, case = {}, Case("", parallel=ParallelSection(cp=cp_size), distributed=False)
     with layout(case.parallel) as ranks:
         actor = Actor(config_of(case, folder), ranks)
@@ -165,16 +169,20 @@ def _compare_lengths(folder: str, cp_size: int) -> dict[str, tuple[bool, bool]]:
             rounded, exact, all_tokens = (
                 _log_probs(actor, lengths, longest) for longest in (ROUNDED, _exactly, _all_tokens)
             )
-            found[name] = torch.equal(rounded, exact), torch.equal(all_tokens, exact)
+            through = _log_probs(actor, lengths, _all_tokens, row_as_position=True)
+            found[name] = torch.equal(rounded, exact), torch.equal(all_tokens, exact), torch.equal(through, exact)
     return found
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_the_rounded_length_changes_no_bit(folder: str, cp_size: int) -> None:
     for found in run_ranks(_compare_lengths, cp_size, folder, cp_size, timeout_s=120):
-        for name, (is_same, is_same_for_all_tokens) in found.items():
+        for name, (is_same, is_same_for_all_tokens, is_same_by_row) in found.items():
             assert is_same, name
-            assert is_same_for_all_tokens == name.startswith("one"), f"{name}: positions of the whole batch"
+            assert is_same_for_all_tokens, (
+                f"{name}: as many angles as the batch has tokens were taken for its positions"
+            )
+            assert is_same_by_row == name.startswith("one"), f"{name}: positions of the whole batch are not noticed"
 
 
 def _angles_computed(folder: str) -> dict[str, int]:

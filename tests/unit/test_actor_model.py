@@ -146,14 +146,12 @@ def test_lengths_with_and_without_padding_are_one_tensor() -> None:
         ([4, 8], 1024),
         ([1024, 8], 1024),
         ([1025, 8], 2048),
-        ([1024], 1024),  # as many as all tokens, but of one sequence: its positions are those of the batch
-        ([1000, 24], 2048),
-        ([1500, 548], 3072),
+        ([1024], 1024),
+        ([1000, 24], 1024),
+        ([1500, 548], 2048),
     ],
 )
-def test_the_longest_length_is_rounded_up_but_never_to_that_of_several_sequences(
-    lengths: list[int], expected: int
-) -> None:
+def test_the_longest_length_is_rounded_up(lengths: list[int], expected: int) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     params = packed_sequence_params(cu_seqlens.int(), cu_seqlens)
     assert params.max_seqlen_q == params.max_seqlen_kv == expected
