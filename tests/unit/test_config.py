@@ -325,6 +325,10 @@ REFUSED = {
     "reward.correct=-1": ("reward.correct", "reward.incorrect=-1.0"),
     "reward.overlong_buffer_tokens=50": ("reward.overlong_buffer_tokens", "rollout.max_response_tokens=50"),
     "sampling.max_generation_rounds=0": ("sampling.max_generation_rounds", ""),
+    "sampling={streaming: true, max_surplus_age_steps: 1}": (
+        "sampling.max_surplus_age_steps",
+        "must be 0 with sampling.streaming",
+    ),
     "advantages.estimator=gae": ("advantages.estimator", ""),
     "objective.clip_ratio_low=1.5": ("objective.clip_ratio_low", ""),
     "objective.dual_clip=1": ("objective.dual_clip", "or null to turn it off"),

@@ -24,3 +24,11 @@ Topics = dict[str, tuple[ForeignKey, ...]]
 def key(name: str, ours: str = "", note: str = "") -> ForeignKey:
     """An entry; several keys of ours are separated by blanks."""
     return ForeignKey(name, tuple(ours.split()), note)
+
+
+NO_CARRY_OVER = (
+    "sampling.streaming sampling.max_surplus_age_steps",
+    "Unfinished responses do not go on in the next step: streaming throws them away. max_surplus_age_steps keeps whole "
+    "groups that rounds have left over.",
+)
+"""Keys and note of what continues responses in a later step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import Topics, key
+from megatron_fipo.config.foreign_keys.entry import NO_CARRY_OVER, Topics, key
 
 SLIME: Topics = {
     "Batches, steps and updates": (
@@ -32,13 +32,19 @@ SLIME: Topics = {
         key("--log-probs-max-tokens-per-gpu", "batch.max_tokens_per_microbatch"),
         key("--log-probs-chunk-size", "model.log_prob_chunk_mib", "In MiB of logits, not tokens."),
         key("--balance-data", "", "Microbatches are balanced by tokens anyway."),
-        key("--over-sampling-batch-size", "rollout.num_prompts_per_round"),
+        key(
+            "--over-sampling-batch-size",
+            "sampling.streaming rollout.num_prompts_per_round",
+            "slime trains on the groups that finish first, and aborts the others. streaming aborts them too, but its "
+            "batch is full in the order of prompts; rounds abort nothing.",
+        ),
         key(
             "--dynamic-sampling-filter-path",
             "sampling.dynamic",
             "Groups whose rewards are all equal are dropped; on with fipo and dapo.",
         ),
-        key("--partial-rollout", "sampling.max_surplus_age_steps", "Whole groups are kept, unfinished ones never."),
+        key("--partial-rollout", *NO_CARRY_OVER),
+        key("--mask-offpolicy-in-partial-rollout", "", "No response is written by the weights of two steps."),
     ),
     "Model and layout": (
         key("--hf-checkpoint", "model.path", "Weights, configuration and tokenizer are all read from there."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import Topics, key
+from megatron_fipo.config.foreign_keys.entry import NO_CARRY_OVER, Topics, key
 
 _ACTOR, _ROLLOUT, _REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -121,6 +121,14 @@ VERL: Topics = {
     "Rollouts": (
         key(f"{_ROLLOUT}.name", "rollout.engine", "sglang, vllm, or in_process."),
         key(f"{_ROLLOUT}.mode", "rollout.engine", "Servers always answer asynchronously; training waits for them."),
+        key(
+            f"{_ROLLOUT}.over_sample_rate",
+            "sampling.streaming",
+            "Nothing reads it in verl 0.9. streaming aborts what a batch in the order of prompts does not need.",
+        ),
+        key("async_training.staleness_threshold", "", "A step's rollouts are those of its own weights."),
+        key("async_training.partial_rollout", *NO_CARRY_OVER),
+        key("async_training.trigger_parameter_sync_step", "", "Weights go over after every step."),
         key(f"{_ROLLOUT}.temperature", "rollout.temperature"),
         key(f"{_ROLLOUT}.top_p", "rollout.top_p"),
         key(f"{_ROLLOUT}.top_k", "", "Tokens are drawn from the whole distribution, or with rollout.top_p."),
@@ -146,6 +154,12 @@ VERL: Topics = {
         key("algorithm.filter_groups.enable", "sampling.dynamic", "On here with fipo and dapo."),
         key("algorithm.filter_groups.metric", "sampling.dynamic", "Groups whose rewards are all equal are dropped."),
         key("algorithm.filter_groups.max_num_gen_batches", "sampling.max_generation_rounds"),
+        key(
+            "algorithm.filter_groups.max_inflight_gen_batches",
+            "sampling.streaming",
+            "When its batch is full, verl waits for all that is in flight; streaming aborts it. How many are begun "
+            "follows from the share of groups that is kept.",
+        ),
         key(f"{_ACTOR}.policy_loss.loss_mode", "algorithm", "fipo, dapo, grpo, dr_grpo, rloo and others."),
         key(f"{_ACTOR}.clip_ratio", "objective.clip_ratio_low objective.clip_ratio_high"),
         key(f"{_ACTOR}.clip_ratio_low", "objective.clip_ratio_low"),
