@@ -170,9 +170,12 @@ class DynamicSampler:
 
     def _diagnosis(self) -> str:
         counts = self._counts
+        limit = f"sampling.max_generation_rounds={self._config.max_generation_rounds}"
+        after = f"{counts.rounds} rounds of generation ({limit})"
+        if self._config.streaming:
+            after = f"{counts.generated} prompts, all that a step may use ({limit} times those of a round)"
         lines = [
-            f"step {self._step}: {len(self._ready)} of {self._num_groups} groups after {counts.rounds} rounds of "
-            f"generation (sampling.max_generation_rounds={self._config.max_generation_rounds}). Of {counts.generated} "
+            f"step {self._step}: {len(self._ready)} of {self._num_groups} groups after {after}. Of {counts.generated} "
             f"generated groups {counts.all_right} were all right, {counts.all_wrong} all wrong, {counts.failed} failed "
             "in generation or verification."
         ]

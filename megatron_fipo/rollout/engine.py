@@ -212,6 +212,10 @@ class RolloutEngine(Protocol):
         """End every request in flight. Safe in a signal handler."""
         ...
 
+    def forget_load(self) -> None:
+        """Leave out of `metrics` what was generated since it was last called: it was no part of a step."""
+        ...
+
     def metrics(self) -> Metrics:
         """What generation and the last `give` took since this was last called; to be merged over ranks."""
         ...

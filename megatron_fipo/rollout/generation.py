@@ -107,6 +107,8 @@ class GroupGenerator:
             if round_index is not None:
                 self._ledger.secure()
         self.leave_if_asked()
+        if round_index is None:
+            self._engine.forget_load()
         for group in own:
             group.prompt = replace(group.prompt, row=None)  # rows are for judging only: checkpoints do without them
             for sample in group.samples if round_index is not None else ():

@@ -9,7 +9,6 @@ step goes on with the first prompt that was not used up.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -20,13 +19,17 @@ from megatron_fipo.metrics.reductions import Metrics, Sum
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.ordered_work import OrderedWork
-from megatron_fipo.rl.judged_group import JudgedGroup, from_wire, to_wire
+from megatron_fipo.rl.judged_group import JudgedGroup, from_bytes, to_bytes
 from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.batch_source import BatchSource, SourceParts
 from megatron_fipo.rollout.source import SourceState
 
 UNUSED_TOKENS = "rollout/unused_tokens"
+
+
+class GenerationAbortedError(RuntimeError):
+    """Somebody else has ended the requests of a step."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class StreamingSource(BatchSource):
 
         def look() -> None:
             if books is not None:
-                for part in from_wire([pickle.loads(word) for word in work.told()]):
+                for part in from_bytes(work.told()):
                     books.add(part)
                 work.extend(books.num_to_begin * num_samples)
                 if books.is_over and not work.is_over:
@@ -163,7 +166,7 @@ class StreamingSource(BatchSource):
 
             def on_judged(prompt: Prompt, sample: Trajectory) -> None:
                 one = self._hold(step, prompt, sample)
-                work.tell(pickle.dumps(to_wire([JudgedGroup.of(one, plane.leader or 0)])))
+                work.tell(to_bytes([JudgedGroup.of(one, plane.leader or 0)]))
                 progress.advance()
                 look()
 
@@ -175,7 +178,10 @@ class StreamingSource(BatchSource):
             return []
         look()
         if not books.is_over:
-            raise RuntimeError(f"step {step}: generation was aborted before its batch was full")
+            raise GenerationAbortedError(
+                f"step {step}: generation was aborted before its batch was full, and not by this run. Let nobody else "
+                "end requests of the run's servers, and run the same command again: what is recorded is taken up."
+            )
         self._next_prompt = books.next_prompt
         self._num_unused_tokens += books.num_tokens_beyond
         return books.groups()

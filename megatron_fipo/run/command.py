@@ -33,6 +33,7 @@ from megatron_fipo.parallel.waiting import OtherRankError
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError
 from megatron_fipo.rollout.engine import NotFiniteError
 from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.streaming import GenerationAbortedError
 from megatron_fipo.run.closing import command_that_resumes
 from megatron_fipo.run.named_on_hub import NamedRun, resolve_for_run
 from megatron_fipo.run.parts import RunParts
@@ -120,7 +121,7 @@ def _train(config: Config, arguments: Sequence[str], make_loop: LoopMaker) -> in
         return EXIT_STOPPED
     except (
         *(BatchNotFilledError, NonFiniteError, NotFiniteError, CheckpointError, DiskError),
-        *(ServerError, OtherRankError, WorkerStartError),
+        *(ServerError, OtherRankError, WorkerStartError, GenerationAbortedError),
     ) as error:
         say_once(f"error: {error}")
         return EXIT_STOPPED

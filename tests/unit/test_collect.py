@@ -69,6 +69,9 @@ class FakeEngine:
     def take_back(self, policy: Policy) -> None:
         raise NotImplementedError
 
+    def forget_load(self) -> None:
+        raise NotImplementedError
+
     def metrics(self) -> Metrics:
         raise NotImplementedError
 

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.rl.judged_group import NO_VERSION, PLANNED, RESPONSE, JudgedGroup, from_wire, plan_of, to_wire
+from megatron_fipo.rl.judged_group import (
+    NO_VERSION,
+    PLANNED,
+    RESPONSE,
+    JudgedGroup,
+    from_bytes,
+    from_wire,
+    plan_of,
+    to_bytes,
+    to_wire,
+)
 from megatron_fipo.rl.trajectory import Segment
 from tests.unit.rl_samples import make_group, make_judged
 
@@ -78,3 +88,15 @@ def test_the_plan_has_the_batch_in_order() -> None:
 def test_a_prompt_beyond_the_field_is_refused() -> None:
     with pytest.raises(OverflowError):
         make_judged(2**32, (1.0, 0.0))
+
+
+def test_what_rank_0_reads_from_the_store_is_data_and_not_code() -> None:
+    group = make_group(0, (0.5, 1.0), error='no "verdict"\n½')
+    group.samples[1].parts = {"math": 1 / 3}
+    sent = JudgedGroup.of(group, 7)
+    (received,) = from_bytes([to_bytes([sent])])
+    assert np.array_equal(received.rows, sent.rows)
+    assert (received.errors, received.parts) == (sent.errors, sent.parts)
+    assert (received.source, received.verifier, received.created_at_step) == ("arithmetic", "exact", 0)
+    with pytest.raises(ValueError, match="can't decode"):
+        from_bytes([pickle.dumps([sent])])

@@ -146,10 +146,14 @@ class InProcessEngine:
     def take_back(self, policy: Policy) -> None:
         """See `RolloutEngine`; nothing was lent."""
 
+    def forget_load(self) -> None:
+        """See `RolloutEngine`."""
+        self._num_idle = self._num_slots = 0
+
     def metrics(self) -> Metrics:
         """See `RolloutEngine`."""
         idle, total = self._num_idle, self._num_slots
-        self._num_idle = self._num_slots = 0
+        self.forget_load()
         return {"rollout/idle_slots/share": Mean(idle, total)} if total else {}
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:

@@ -171,6 +171,11 @@ class ServerEngine:
         if self.owned is not None:
             self.owned.loop.call_soon(self.owned.sender.abort)
 
+    def forget_load(self) -> None:
+        """See `RolloutEngine`."""
+        if self.owned is not None:
+            self.owned.loop.call(self.owned.sender.forget_load)
+
     def metrics(self) -> Metrics:
         """What generation and the last handover took since this was last called; to be merged over ranks."""
         if self.owned is None:

@@ -106,6 +106,10 @@ class Sender:
             metrics["time_s/rollout_tail"] = Max(ends[-1] - ends[int(_TAIL_SHARE * (len(ends) - 1))])
         return metrics
 
+    def forget_load(self) -> None:
+        """Begin anew with what `take_metrics` tells, but for requests that were sent again, which are faults."""
+        self._load = _Load(num_resent=self._load.num_resent)
+
     async def _send_until_answered(
         self, request: GenerationRequest, number: int, stop_token_ids: Sequence[int]
     ) -> Completion:
