@@ -91,8 +91,12 @@ class Stream:
         self._is_aborted = True
 
     def _fill(self) -> None:
-        """Begin responses while the engine has room."""
-        while self._num_begun - self._num_written < self._engine.capacity and not (self._failures or self._is_aborted):
+        """Begin responses while the engine has room, and this rank has less than its share of what there is."""
+        while not (self._failures or self._is_aborted):
+            share = self._work.fair_share
+            room = self._engine.capacity if share is None else min(self._engine.capacity, share)
+            if self._num_begun - self._num_written >= room:
+                return
             ticket = self._work.take()
             if ticket is None:
                 return
