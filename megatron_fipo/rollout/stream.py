@@ -156,8 +156,12 @@ class Stream:
     async def _abort(self) -> None:
         """End what is in flight, and wait until nothing is."""
         self._work.leave()
-        for task in self._tasks - self._speaking:
-            task.cancel()
+        cancelled: set[asyncio.Task[None]] = set()
         while self._tasks:
+            # Some that are still speaking will have ended by themselves meanwhile: their verdicts are not waited for.
+            judging = self._tasks - self._speaking - cancelled
+            for task in judging:
+                task.cancel()
+            cancelled |= judging
             self._engine.abort()
             await asyncio.wait({*self._tasks}, timeout=_ABORT_AGAIN_S)
