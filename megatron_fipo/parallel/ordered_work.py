@@ -19,7 +19,7 @@ class OrderedWork:
         num_workers: how many there are. A single one needs no store.
         num_tickets: tickets that there are at first; `extend` adds some.
         is_dealt: every num_workers-th ticket is this rank's, whoever is faster; otherwise each rank takes the next one
-            when it has room.
+            when it has room, see `fair_share`.
         store: the store to use; None takes torch.distributed's.
     """
 
@@ -27,7 +27,11 @@ class OrderedWork:
         self, worker: int | None, num_workers: int, num_tickets: int, *, is_dealt: bool, store: Store | None = None
     ) -> None:
         self._prefix = f"megatron_fipo/ordered_work/{next(_numbers)}"
-        self._worker, self._num_tickets = worker, num_tickets
+        self._worker, self._num_workers, self._num_tickets = worker, num_workers, num_tickets
+        self._num_told = 0
+        """Words that rank 0 has heard, one about each ticket that is done."""
+        self._num_done = 0
+        """How many it had heard when there came to be so many tickets."""
         self._store: Store | None = None
         if worker is not None and num_workers > 1:
             self._store = _get_default_store() if store is None else store
@@ -52,12 +56,22 @@ class OrderedWork:
         ticket, self._next = self._next, None
         return ticket
 
+    @property
+    def fair_share(self) -> int | None:
+        """Tickets that this rank may be at work on and still take another one; None where that does not matter.
+
+        Who has room for all of them and comes first would leave the others nothing to do.
+        """
+        if self._dealt is not None or self._next is not None:
+            return None  # nobody else can take it
+        return -(-(self._num_tickets - self._num_done) // self._num_workers)
+
     def extend(self, num_tickets: int) -> None:
         """There are so many tickets now, not fewer than before; rank 0 says so to all."""
         if num_tickets > self._num_tickets:
-            self._num_tickets = num_tickets
+            self._num_tickets, self._num_done = num_tickets, self._num_told
             if self._store is not None:
-                self._store.set(self._key("tickets"), str(num_tickets))
+                self._store.set(self._key("tickets"), f"{num_tickets} {self._num_done}")
 
     def tell(self, word: bytes) -> None:
         """Tell rank 0 something."""
@@ -73,6 +87,7 @@ class OrderedWork:
         if self._store is not None:
             key = self._key("words")
             words += [self._store.queue_pop(key) for _ in range(self._store.queue_len(key))]
+        self._num_told += len(words)
         return words
 
     def end(self) -> None:
@@ -89,8 +104,9 @@ class OrderedWork:
         """Look whether there are more tickets, and whether a rank has ended the work."""
         if not self._is_over and self._store is not None:
             self._is_over = self._store.check([self._key("over")])
-            if self._next is not None and self._worker != 0 and self._store.check([self._key("tickets")]):
-                self._num_tickets = int(self._store.get(self._key("tickets")))
+            may_want_more = self._next is not None or self._dealt is None
+            if may_want_more and self._worker != 0 and self._store.check([self._key("tickets")]):
+                self._num_tickets, self._num_done = map(int, self._store.get(self._key("tickets")).split())
         return self._is_over
 
     @property

@@ -91,8 +91,12 @@ class Stream:
         self._is_aborted = True
 
     def _fill(self) -> None:
-        """Begin responses while the engine has room."""
-        while self._num_begun - self._num_written < self._engine.capacity and not (self._failures or self._is_aborted):
+        """Begin responses while the engine has room, and this rank has less than its share of what there is."""
+        while not (self._failures or self._is_aborted):
+            share = self._work.fair_share
+            room = self._engine.capacity if share is None else min(self._engine.capacity, share)
+            if self._num_begun - self._num_written >= room:
+                return
             ticket = self._work.take()
             if ticket is None:
                 return
@@ -152,8 +156,12 @@ class Stream:
     async def _abort(self) -> None:
         """End what is in flight, and wait until nothing is."""
         self._work.leave()
-        for task in self._tasks - self._speaking:
-            task.cancel()
+        cancelled: set[asyncio.Task[None]] = set()
         while self._tasks:
+            # Some that are still speaking will have ended by themselves meanwhile: their verdicts are not waited for.
+            judging = self._tasks - self._speaking - cancelled
+            for task in judging:
+                task.cancel()
+            cancelled |= judging
             self._engine.abort()
             await asyncio.wait({*self._tasks}, timeout=_ABORT_AGAIN_S)

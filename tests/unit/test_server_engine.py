@@ -112,6 +112,28 @@ def test_no_more_requests_are_in_flight_than_are_allowed(world: World) -> None:
     close(world, engine)
 
 
+def test_a_group_goes_on_elsewhere_when_its_server_is_full(world: World) -> None:
+    """Slots that become free on one server, one by one, are given to a group that began on the other."""
+    pool = world.pool(max_concurrent_requests=4)
+    engine = world.engine(pool, max_concurrent_requests=8)
+    engine.start()
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, *(server.num_in_flight for server in pool.servers))
+            await asyncio.sleep(0.1)
+
+    watching = world.begin(watch())
+    start = world.loop.time()
+    world.run(_all(engine, [request(sample, group=sample // 6, num_tokens=10) for sample in range(24)]))
+    assert most == 4, "none waits at a server while another one is idle"
+    assert world.loop.time() - start < 3 * 10 * TOKEN_S + 1
+    watching.cancel()
+    close(world, engine)
+
+
 def test_what_no_engine_could_generate_is_not_sent(world: World) -> None:
     engine = started(world)
     with pytest.raises(ValueError, match="the prompt is empty"):

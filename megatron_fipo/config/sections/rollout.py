@@ -74,7 +74,7 @@ class ServersSection:
     """Port of each node's first server, others following; null takes free ones."""
     router: bool = False
     """Put sglang-router before each node's servers; without it each group goes to the server with the fewest requests
-    in flight."""
+    in flight, and on to another one when that is full."""
     reproducible: bool = False
     """Draw tokens from each sample's seed where that costs speed (SGLang on GPUs); vLLM does so anyway."""
     extra_args: List[str] = key([])

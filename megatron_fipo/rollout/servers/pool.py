@@ -144,12 +144,15 @@ class ServerPool:
     def choose(self, group_id: int) -> Server | None:
         """The server for a request: its group's, or the one with the least in flight; None while none may generate.
 
+        A group goes on elsewhere when its server is full: there its requests would wait beside idle servers.
+
         Ask it before the next await: until then nobody else sees that it has one request more, and it may be held.
         """
         ready = self.roster.in_state(State.READY)
         # A group stays together: its prompt is computed once.
         server = self._affinity.get(group_id)
-        if ready and server not in ready:
+        most = self.settings.max_concurrent_requests
+        if ready and (server is None or server not in ready or server.num_in_flight >= most):
             server = min(ready, key=lambda candidate: candidate.num_in_flight)
             self._affinity[group_id] = server
             while len(self._affinity) > _MOST_GROUPS:
