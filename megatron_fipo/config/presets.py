@@ -37,17 +37,3 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
 }
 """What each algorithm sets; a key the user sets wins, except where `validate` names a contradiction."""
-
-
-def correction_by_default(max_staleness_steps: int, old_log_probs: str) -> str:
-    """What objective.rollout_correction is where nobody sets it.
-
-    With staleness whole updates lie between the policies that wrote the tokens and the actor, and truncated importance
-    weights are the default. Without it only the engine's rounding does, and where the old policy is the engine's own,
-    there is no gap: none.
-
-    Args:
-        max_staleness_steps: the oldest rollouts that a step may train on, in steps.
-        old_log_probs: objective.old_log_probs.
-    """
-    return "token_truncated" if max_staleness_steps and old_log_probs == "actor" else "none"

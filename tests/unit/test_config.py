@@ -17,7 +17,6 @@ from megatron_fipo.config import (
     Config,
     ConfigError,
     DataSourceConfig,
-    FipoConfig,
     load_config,
     log_prob_chunk_tokens,
     microbatch_token_multiple,
@@ -31,7 +30,6 @@ from megatron_fipo.config import (
     with_absolute_paths,
 )
 from megatron_fipo.config.errors import NOT_SHOWN, Problem, choice_problem, shown_value
-from megatron_fipo.config.presets import correction_by_default
 
 SOUND = """
 model:
@@ -656,20 +654,6 @@ def test_warnings(sound: Path, override: str, fragment: str) -> None:
     assert warnings_for(load_config(sound)) == []
     found = warnings_for(load_config(sound, [override]))
     assert [fragment in text for text in found] == [True]
-
-
-@pytest.mark.parametrize(
-    ("max_staleness_steps", "old_log_probs", "expected"),
-    [
-        (0, "actor", FipoConfig.rollout_correction),
-        (0, "rollout", FipoConfig.rollout_correction),
-        (1, "actor", "token_truncated"),
-        (4, "actor", "token_truncated"),
-        (1, "rollout", "none"),
-    ],
-)
-def test_staleness_is_corrected_for_by_default(max_staleness_steps: int, old_log_probs: str, expected: str) -> None:
-    assert correction_by_default(max_staleness_steps, old_log_probs) == expected
 
 
 def test_the_ablation_is_warned_about_where_there_is_future_kl(sound: Path) -> None:
