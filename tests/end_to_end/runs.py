@@ -154,8 +154,9 @@ def sample_files(folder: Path) -> dict[str, bytes]:
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
-    """A step's metrics without those that no two runs share."""
-    return {name: value for name, value in line.items() if not name.startswith(("time_s/", "perf/tokens_per_s"))}
+    """A step's metrics without those that no two runs share: how long it took, and what engines did in this process."""
+    of_processes = ("time_s/", "perf/tokens_per_s", "rollout/idle_slots/")
+    return {name: value for name, value in line.items() if not name.startswith(of_processes)}
 
 
 def exported_weights(folder: Path) -> dict[str, Tensor]:
