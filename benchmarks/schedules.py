@@ -32,9 +32,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -54,8 +54,8 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 MAX_PROMPT, MAX_RESPONSE = 40, 200
 LONG = {"kind": "chain_arithmetic", "verifier": "chain_arithmetic", "params": {"min_terms": 12, "num_terms": 20}}
 
-NUM_PROMPTS, NUM_SAMPLES = 32, 8
-KEPT = 0.6
+NUM_PROMPTS, NUM_SAMPLES = 128, 4
+KEPT = 0.5
 """Share of the groups that are kept in this task, as measured; it only sets the number of slots."""
 SCHEDULES: dict[str, dict[str, Any]] = {
     "rounds": {"rollout": {"num_prompts_per_round": 4 * NUM_PROMPTS}},
@@ -117,7 +117,7 @@ def configuration(folder: Path, schedule: str, slots: int, **sections: dict[str,
     config["model"]["path"] = str(QUICKSTART / "base")
     config["data"]["train"]["chains"]["weight"] = 2
     config["data"]["train"]["long"] = LONG
-    base = {
+    base: dict[str, dict[str, Any]] = {
         "run": {"output_dir": str(folder / "run"), "num_sample_prints": 0},
         "rollout": {
             "num_prompts": NUM_PROMPTS,
@@ -263,7 +263,7 @@ def simulate(schedule: str, groups: Sequence[Group], slots: int, num_steps: int)
     setup = Setup(engine, 1, 1, 1, 1, NUM_PROMPTS, lambda lengths: 0.0, 0.0, claims=slots)
     workload = Recorded(groups)
     if schedule == "streaming":
-        steps = simulate_colocated(setup, Books(workload, NUM_PROMPTS), steps=num_steps)
+        steps = simulate_colocated(setup, Books(workload, NUM_PROMPTS, adapts=False), steps=num_steps)
     else:
         per_round = SCHEDULES[schedule].get("rollout", {}).get("num_prompts_per_round")
         steps = simulate_rounds(setup, workload, per_round=per_round, spread=True, steps=num_steps)
@@ -274,37 +274,37 @@ def simulate(schedule: str, groups: Sequence[Group], slots: int, num_steps: int)
 
 
 def show_counts(title: str, counted: dict[str, list[Counts]]) -> None:
-    """A table of averages over the steps, with what is idle or wasted as shares of what rounds lose."""
+    """A table of averages over the steps, with what is lost by idle slots and by waste over what rounds lose."""
     print(f"\n{title}")
-    print(
-        "| schedule | decoding steps | idle slots | tokens | trained | wasted | all beyond the batch | idle + wasted |"
-    )
+    print("| schedule | decoding steps | idle slots | tokens | trained | wasted | beyond the batch | lost |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    lost: dict[str, float] = {}
+    of_rounds: tuple[float, float] | None = None
     for name, steps in counted.items():
-        run, idle, generated, trained, beyond = (
-            fmean(values)
-            for values in zip(*((s.decode_steps, s.idle, s.generated, s.trained, s.beyond) for s in steps))
-        )
-        unused = [step.unused for step in steps if step.unused is not None]
-        slots = run * steps[0].slots
-        lost[name] = idle + fmean(unused)
+        idle, generated = mean(steps, "idle"), mean(steps, "generated")
+        unused, beyond = mean(steps, "unused"), mean(steps, "beyond")
+        of_rounds = of_rounds or (idle + unused, idle + beyond)
         print(
-            f"| {name} | {run:,.0f} | {idle:,.0f} ({idle / slots:.1%}) | {generated:,.0f} | {trained:,.0f} | "
-            f"{fmean(unused):,.0f} ({fmean(unused) / generated:.1%}) | {beyond:,.0f} ({beyond / generated:.1%}) | "
-            f"{lost[name]:,.0f} ({lost[name] / lost['rounds']:.2f}) |"
+            f"| {name} | {mean(steps, 'decode_steps'):,.0f} | {idle:,.0f} ({idle / (idle + generated):.1%}) | "
+            f"{generated:,.0f} | {mean(steps, 'trained'):,.0f} | {unused:,.0f} ({unused / generated:.1%}) | "
+            f"{beyond:,.0f} ({beyond / generated:.1%}) | "
+            f"{(idle + unused) / of_rounds[0]:.2f}, {(idle + beyond) / of_rounds[1]:.2f} |"
         )
+
+
+def mean(steps: Sequence[Counts], name: str) -> float:
+    """Average of one of the counts."""
+    return fmean(getattr(step, name) for step in steps)
 
 
 def show_simulation(groups: Sequence[Group], counted: dict[str, list[Counts]]) -> None:
     """What the simulation says, over what was counted, on average over the steps."""
-    print("\n| schedule | decoding steps, simulated / counted | idle slots | tokens | all beyond the batch |")
+    print("\n| schedule | decoding steps, simulated / counted | idle slots | tokens | beyond the batch |")
     print("|---|---:|---:|---:|---:|")
     for name, steps in counted.items():
         simulated = simulate(name, groups, steps[0].slots, len(steps))
         cells = []
-        for of_step in (lambda s: s.decode_steps, lambda s: s.idle, lambda s: s.generated, lambda s: s.beyond):
-            said, was = (fmean(of_step(step) for step in of_one) for of_one in (simulated, steps))
+        for column in ("decode_steps", "idle", "generated", "beyond"):
+            said, was = mean(simulated, column), mean(steps, column)
             cells.append(f"{said:,.0f} / {was:,.0f} ({said / was:.2f})")
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -333,19 +333,29 @@ def run_count(arguments: argparse.Namespace) -> None:
 def record(path: Path, groups: Sequence[Group], counted: dict[str, list[Counts]]) -> None:
     """Write down what was counted, and the groups, one a line."""
     steps = {name: [astuple(step) for step in steps] for name, steps in counted.items()}
-    head = {"command": " ".join(["python", "benchmarks/schedules.py", *sys.argv[1:]]), "counted": steps}
+    command = " ".join(["python", "benchmarks/schedules.py", *sys.argv[1:]])
+    head = {"command": command, "num_prompts": NUM_PROMPTS, "counted": steps}
     lines = [json.dumps(head), *(json.dumps([lengths, mixed]) for lengths, mixed in groups)]
     path.write_text("\n".join(lines) + "\n")
 
 
 def read_record(path: Path) -> tuple[list[Group], dict[str, list[Counts]]]:
-    """What `record` has written."""
+    """What `record` has written.
+
+    Raises:
+        ValueError: if it was written by runs with another batch.
+    """
     head, *groups = map(json.loads, path.read_text().splitlines())
+    if head["num_prompts"] != NUM_PROMPTS:
+        raise ValueError(
+            f"{path}: steps of {head['num_prompts']} prompts, and {NUM_PROMPTS} are simulated. Record anew."
+        )
     counted = {name: [Counts(*step) for step in steps] for name, steps in head["counted"].items()}
     return [(lengths, mixed) for lengths, mixed in groups], counted
 
 
 LEARNING_STEPS, EVALUATED_EVERY = 8, 4
+LEARNING_BATCH = {"num_prompts": 16, "num_samples_per_prompt": 8, "num_prompts_per_round": 64}
 
 
 def learn(schedule: str, seed: int, folder: Path) -> list[tuple[int, int, float]]:
@@ -354,15 +364,17 @@ def learn(schedule: str, seed: int, folder: Path) -> list[tuple[int, int, float]
     file = configuration(
         place,
         schedule,
-        96,
-        run={"output_dir": str(place / "run"), "num_sample_prints": 0, "seed": seed},
+        48,
+        run={"seed": seed},
+        rollout=LEARNING_BATCH,
         train={"num_steps": LEARNING_STEPS},
         evaluation={"every_num_steps": EVALUATED_EVERY, "num_samples_per_prompt": 4},
     )
     generated, points = 0, []
     for line in train(file):
         if "optim/grad_norm" in line:
-            generated += round(line["rollout/response_tokens/mean"] * line["rollout/generated_groups"] * NUM_SAMPLES)
+            num_responses = line["rollout/generated_groups"] * LEARNING_BATCH["num_samples_per_prompt"]
+            generated += round(line["rollout/response_tokens/mean"] * num_responses)
             if schedule == "streaming":
                 generated += round(line["rollout/unused_tokens"])
         if "evaluation/held_out/avg@4" in line:

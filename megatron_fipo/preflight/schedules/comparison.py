@@ -137,9 +137,9 @@ def _runs(
     assumptions: ScheduleAssumptions,
 ) -> Iterator[tuple[str, Setup, Sequence[Step]]]:
     """(name, setup, steps that count) of each schedule."""
-    yield "rounds", setup, run_today(plan, workload, setup)
-    yield "rounds, spread", setup, run_today(plan, workload, setup, spread=True)
-    yield "streaming", setup, simulate_colocated(setup, Books(workload, setup.batch), steps=3)
+    yield "rounds", setup, run_rounds(plan, workload, setup)
+    yield "rounds, spread", setup, run_rounds(plan, workload, setup, spread=True)
+    yield "streaming", setup, run_stream(plan, workload, setup, steps=3)
     full_at = _fill(plan, workload, setup).steps
     waves = min(math.ceil(full_at), 3)
     for bound in (1, 2):
@@ -167,8 +167,21 @@ def _carry_over(workload: Workload, setup: Setup, bound: int, waves: int, *, wai
     return simulate_colocated(setup, books, steps=waves * (WARM_UP + 4))[waves * WARM_UP :]
 
 
-def run_today(plan: Plan, workload: Workload, setup: Setup, spread: bool = False) -> list[Step]:
-    """Steps as the configuration has them now, or with any server taking any response."""
+def run_stream(plan: Plan, workload: Workload, setup: Setup, steps: int) -> list[Step]:
+    """Steps with sampling.streaming."""
+    adapts = plan.config.rollout.engine != "in_process"
+    return simulate_colocated(setup, Books(workload, setup.batch, adapts=adapts), steps=steps)
+
+
+def run_own(plan: Plan, workload: Workload, setup: Setup) -> list[Step]:
+    """Steps as the configuration has them."""
+    if plan.config.sampling.streaming:
+        return run_stream(plan, workload, setup, steps=3)
+    return run_rounds(plan, workload, setup)
+
+
+def run_rounds(plan: Plan, workload: Workload, setup: Setup, spread: bool = False) -> list[Step]:
+    """Steps in rounds of the configuration's size, as they are now, or with any server taking any response."""
     config = plan.config
     age = config.sampling.max_surplus_age_steps
     per_round = config.rollout.num_prompts_per_round
