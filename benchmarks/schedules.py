@@ -17,8 +17,8 @@ A decoding step writes one token in each slot that is taken, so that slots times
 slots. Wasted are tokens that were generated, not trained on, and not dropped for lack of signal: the metric
 rollout/unused_tokens. A wider count adds the groups without a signal that a round has generated beyond the batch.
 
-`count` also gives the simulation of `megatron-fipo preflight --schedules` the lengths and verdicts of the run in
-rounds, its slots, and decoding steps of one second each, and prints what it says beside what was counted.
+`count` also gives the simulation of `megatron-fipo preflight --schedules` the lengths and verdicts of each step, the
+slots, and decoding steps of one second each, and prints what it says beside what was counted.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from megatron_fipo.preflight.schedules.decoding import Decoding  # noqa: E402
 from megatron_fipo.preflight.schedules.outcome import Setup  # noqa: E402
 from megatron_fipo.preflight.schedules.rounds import simulate_rounds  # noqa: E402
 from megatron_fipo.preflight.schedules.workload import Lengths, Workload  # noqa: E402
+from megatron_fipo.rl.prompt_order import KeptShare  # noqa: E402
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 MAX_PROMPT, MAX_RESPONSE = 40, 200
@@ -226,8 +227,8 @@ def counts_of(line: dict[str, Any], responses: Sequence[Response], slots: int, *
     return Counts(round(steps), slots, generated, trained, unused, behind + in_vain)
 
 
-def count(schedule: str, slots: int, num_steps: int, folder: Path) -> tuple[list[Counts], list[Group]]:
-    """Train for some steps. Returns the counts of each, and all groups, step by step."""
+def count(schedule: str, slots: int, num_steps: int, folder: Path) -> Run:
+    """Train for some steps, and count."""
     place = folder / f"{schedule}-{slots}"
     file = configuration(
         place,
@@ -240,37 +241,62 @@ def count(schedule: str, slots: int, num_steps: int, folder: Path) -> tuple[list
     responses = [responses_of(place, step) for step in range(num_steps)]
     is_stream = schedule == "streaming"
     steps = [counts_of(line, one, slots, is_stream=is_stream) for line, one in zip(lines, responses, strict=True)]
-    return steps, [group for of_step in responses for group in groups_of(of_step)]
+    return Run(steps, [groups_of(of_step) for of_step in responses])
 
 
 class Recorded(Workload):
-    """The groups of a run, in its order, again and again."""
+    """The groups of a step, in its order, then others.
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        lengths = [length for group, _ in groups for length in group]
-        kept = fmean(mixed for _, mixed in groups)
-        super().__init__(Lengths(fmean(lengths), MAX_RESPONSE, MAX_PROMPT), len(groups[0][0]), kept)
-        self._groups = groups
+    Args:
+        kept: share of groups that are kept, as far as the run knew when the step began.
+    """
+
+    def __init__(self, groups: Sequence[Group], others: Sequence[Group], kept: float) -> None:
+        tokens = [length for lengths, _ in groups for length in lengths]
+        super().__init__(Lengths(fmean(tokens), MAX_RESPONSE, MAX_PROMPT), NUM_SAMPLES)
+        self.kept = kept
+        self._groups, self._others = groups, others
 
     def group(self, prompt: int) -> Group:
         """See `Workload`."""
-        return self._groups[prompt % len(self._groups)]
+        behind = prompt - len(self._groups)
+        return self._groups[prompt] if behind < 0 else self._others[behind % len(self._others)]
 
 
-def simulate(schedule: str, groups: Sequence[Group], slots: int, num_steps: int) -> list[Counts]:
-    """What the simulation says of an engine with these groups, whose decoding steps take a second each."""
+def simulate(schedule: str, groups: Sequence[Group], others: Sequence[Group], slots: int, kept: float) -> Counts:
+    """What the simulation says of a step, on an engine whose decoding steps take a second each.
+
+    Args:
+        groups: those that the step has used up, in order. others: what comes behind them.
+        kept: share of groups that are kept, as far as the run knew when the step began.
+    """
     engine = Decoding(fixed=1, weights=0, cached_token=0, response=0, prefilled_token=0, pool=10**9, slots=slots)
     setup = Setup(engine, 1, 1, 1, 1, NUM_PROMPTS, lambda lengths: 0.0, 0.0, claims=slots)
-    workload = Recorded(groups)
+    workload = Recorded(groups, others, kept)
     if schedule == "streaming":
-        steps = simulate_colocated(setup, Books(workload, NUM_PROMPTS, adapts=False), steps=num_steps)
+        (step,) = simulate_colocated(setup, Books(workload, NUM_PROMPTS, adapts=False), steps=1)
     else:
         per_round = SCHEDULES[schedule].get("rollout", {}).get("num_prompts_per_round")
-        steps = simulate_rounds(setup, workload, per_round=per_round, spread=True, steps=num_steps)
-    return [
-        Counts(round(step.generation), slots, step.generated, step.tokens.trained, None, step.tokens.wasted)
-        for step in steps
-    ]
+        (step,) = simulate_rounds(setup, workload, per_round=per_round, spread=True, steps=1)
+    return Counts(round(step.generation), slots, step.generated, step.tokens.trained, None, step.tokens.wasted)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A schedule's run: the counts of its steps, and the groups that each has used up."""
+
+    counts: list[Counts]
+    groups: list[list[Group]]
+
+    def simulated(self, schedule: str, others: Sequence[Group]) -> list[Counts]:
+        """What the simulation says of the steps after the first, in which a stream does not know yet how many groups
+        are kept, under this schedule or another one."""
+        known, slots, found = KeptShare(), self.counts[0].slots, []
+        for groups in self.groups:
+            if known.used:
+                found.append(simulate(schedule, groups, others, slots, known.share()))
+            known = known.after(sum(mixed for _, mixed in groups), len(groups))
+        return found
 
 
 def show_counts(title: str, counted: dict[str, list[Counts]]) -> None:
@@ -296,15 +322,15 @@ def mean(steps: Sequence[Counts], name: str) -> float:
     return fmean(getattr(step, name) for step in steps)
 
 
-def show_simulation(groups: Sequence[Group], counted: dict[str, list[Counts]]) -> None:
-    """What the simulation says, over what was counted, on average over the steps."""
+def show_simulation(runs: dict[str, Run]) -> None:
+    """What the simulation says beside what was counted, on average over the steps after the first."""
+    others = [group for of_step in runs["rounds"].groups for group in of_step]
     print("\n| schedule | decoding steps, simulated / counted | idle slots | tokens | beyond the batch |")
     print("|---|---:|---:|---:|---:|")
-    for name, steps in counted.items():
-        simulated = simulate(name, groups, steps[0].slots, len(steps))
-        cells = []
+    for name, one in runs.items():
+        simulated, cells = one.simulated(name, others), []
         for column in ("decode_steps", "idle", "generated", "beyond"):
-            said, was = mean(simulated, column), mean(steps, column)
+            said, was = mean(simulated, column), mean(one.counts[1:], column)
             cells.append(f"{said:,.0f} / {was:,.0f} ({said / was:.2f})")
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -313,45 +339,57 @@ def run_count(arguments: argparse.Namespace) -> None:
     """Count every schedule at one fill."""
     slots = round(arguments.fill * NUM_PROMPTS * NUM_SAMPLES / KEPT)
     with tempfile.TemporaryDirectory() as scratch:
-        results = in_turn_or_beside(
+        found = in_turn_or_beside(
             arguments.jobs, lambda name: count(name, slots, arguments.steps, Path(scratch)), SCHEDULES
         )
-    counted = {name: steps for name, (steps, _) in zip(SCHEDULES, results, strict=True)}
-    groups = results[0][1]
+    runs = dict(zip(SCHEDULES, found, strict=True))
+    if arguments.record:
+        record(arguments.record, runs)
+    show(runs)
+
+
+def show(runs: dict[str, Run]) -> None:
+    """Print what the task is like, what was counted, and the simulation."""
+    groups = [group for of_step in runs["rounds"].groups for group in of_step]
     lengths = sorted(length for group, _ in groups for length in group)
     quartiles = [lengths[len(lengths) * part // 4] for part in (1, 2, 3)]
     print(
         f"{len(lengths):,} responses in rounds: from {lengths[0]} to {lengths[-1]} tokens, quartiles {quartiles}, mean "
         f"{fmean(lengths):.1f}; {fmean(mixed for _, mixed in groups):.0%} of groups with a signal"
     )
-    show_counts(f"{slots} slots (fill {arguments.fill}), averages over {arguments.steps} steps", counted)
-    show_simulation(groups, counted)
-    if arguments.record:
-        record(arguments.record, groups, counted)
+    counted = {name: one.counts for name, one in runs.items()}
+    show_counts(f"{counted['rounds'][0].slots} slots, all {len(counted['rounds'])} steps", counted)
+    show_counts("The same without the first step", {name: steps[1:] for name, steps in counted.items()})
+    show_simulation(runs)
 
 
-def record(path: Path, groups: Sequence[Group], counted: dict[str, list[Counts]]) -> None:
-    """Write down what was counted, and the groups, one a line."""
-    steps = {name: [astuple(step) for step in steps] for name, steps in counted.items()}
+def record(path: Path, runs: dict[str, Run]) -> None:
+    """Write down what was counted and the groups: a line of JSON for each step."""
     command = " ".join(["python", "benchmarks/schedules.py", *sys.argv[1:]])
-    head = {"command": command, "num_prompts": NUM_PROMPTS, "counted": steps}
-    lines = [json.dumps(head), *(json.dumps([lengths, mixed]) for lengths, mixed in groups)]
-    path.write_text("\n".join(lines) + "\n")
+    lines: list[dict[str, Any]] = [{"command": command, "num_prompts": NUM_PROMPTS}]
+    for name, one in runs.items():
+        for counts, groups in zip(one.counts, one.groups, strict=True):
+            lines.append({"schedule": name, "counts": astuple(counts), "groups": groups})
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
-def read_record(path: Path) -> tuple[list[Group], dict[str, list[Counts]]]:
+def read_record(path: Path) -> dict[str, Run]:
     """What `record` has written.
 
     Raises:
         ValueError: if it was written by runs with another batch.
     """
-    head, *groups = map(json.loads, path.read_text().splitlines())
+    head, *lines = map(json.loads, path.read_text().splitlines())
     if head["num_prompts"] != NUM_PROMPTS:
         raise ValueError(
             f"{path}: steps of {head['num_prompts']} prompts, and {NUM_PROMPTS} are simulated. Record anew."
         )
-    counted = {name: [Counts(*step) for step in steps] for name, steps in head["counted"].items()}
-    return [(lengths, mixed) for lengths, mixed in groups], counted
+    runs: dict[str, Run] = {}
+    for line in lines:
+        one = runs.setdefault(line["schedule"], Run([], []))
+        one.counts.append(Counts(*line["counts"]))
+        one.groups.append([(lengths, mixed) for lengths, mixed in line["groups"]])
+    return runs
 
 
 LEARNING_STEPS, EVALUATED_EVERY = 8, 4
@@ -359,7 +397,7 @@ LEARNING_BATCH = {"num_prompts": 16, "num_samples_per_prompt": 8, "num_prompts_p
 
 
 def learn(schedule: str, seed: int, folder: Path) -> list[tuple[int, int, float]]:
-    """Train. Returns (steps, tokens generated by then, held-out accuracy) of each evaluation."""
+    """Train. Returns (steps that are done, tokens generated by then, held-out accuracy) of each evaluation."""
     place = folder / f"{schedule}-{seed}"
     file = configuration(
         place,
@@ -370,16 +408,18 @@ def learn(schedule: str, seed: int, folder: Path) -> list[tuple[int, int, float]
         train={"num_steps": LEARNING_STEPS},
         evaluation={"every_num_steps": EVALUATED_EVERY, "num_samples_per_prompt": 4},
     )
-    generated, points = 0, []
+    done, generated = 0, 0
+    points: dict[int, tuple[int, int, float]] = {}
     for line in train(file):
         if "optim/grad_norm" in line:
+            done += 1
             num_responses = line["rollout/generated_groups"] * LEARNING_BATCH["num_samples_per_prompt"]
             generated += round(line["rollout/response_tokens/mean"] * num_responses)
             if schedule == "streaming":
                 generated += round(line["rollout/unused_tokens"])
         if "evaluation/held_out/avg@4" in line:
-            points.append((line["step"], generated, line["evaluation/held_out/avg@4"]))
-    return points
+            points[done] = (done, generated, line["evaluation/held_out/avg@4"])
+    return list(points.values())
 
 
 def run_learn(arguments: argparse.Namespace) -> None:
@@ -394,9 +434,7 @@ def run_learn(arguments: argparse.Namespace) -> None:
 
 def run_simulate(arguments: argparse.Namespace) -> None:
     """Compare the simulation with what was recorded."""
-    groups, counted = read_record(arguments.file)
-    show_counts(str(arguments.file), counted)
-    show_simulation(groups, counted)
+    show(read_record(arguments.file))
 
 
 def main() -> None:
