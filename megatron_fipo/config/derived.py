@@ -8,6 +8,8 @@ from typing import Literal
 from megatron_fipo.config.sections import Config, ModelSection
 from megatron_fipo.config.sections.model import FP8_ALIGNMENT
 
+_MARGIN = 2.0
+"""Standard deviations by which more groups are begun than are expected to be needed."""
 _TILES = (128, 16)
 """Rows that matrix products on a GPU take at a time; a part of one costs as much as the whole."""
 
@@ -17,6 +19,26 @@ RecomputedPart = Literal["nothing", "core_attn", "mlp", "layer"]
 def updates_per_step(config: Config) -> int:
     """Optimizer steps that one batch of rollouts gets."""
     return config.train.num_minibatches * config.train.num_epochs
+
+
+def num_groups_to_begin(num_missing: int, share: float) -> int:
+    """Groups to begin with sampling.streaming so that, but for bad luck, enough of them are kept.
+
+    The number of groups until m are kept has mean m / p and standard deviation sqrt(m (1 - p)) / p. Runs ask here, and
+    so does the plan of their work.
+
+    Args:
+        num_missing: m, groups that are missing.
+        share: p, the share that is kept, in (0, 1].
+    """
+    m, p = max(num_missing, 0), min(share, 1.0)
+    return math.ceil((m + _MARGIN * math.sqrt(m * (1.0 - p))) / p)
+
+
+def most_prompts(config: Config) -> int:
+    """Prompts after which a step whose batch is still not full stops the run, where it streams."""
+    rollout = config.rollout
+    return config.sampling.max_generation_rounds * (rollout.num_prompts_per_round or rollout.num_prompts)
 
 
 def num_decay_steps(config: Config) -> int:

@@ -15,6 +15,7 @@ from megatron_fipo.config import (
     Config,
     DataSourceConfig,
     is_hub_name,
+    most_prompts,
     updates_per_step,
     warnings_for,
 )
@@ -56,6 +57,14 @@ def batch_findings(config: Config, plan: BatchPlan) -> Iterator[Finding]:
             WARNS,
             f"{plan.microbatches} microbatches per update for pp={parallel.pp}: stages wait {plan.bubble:.0%} of the "
             "time. Lower batch.max_tokens_per_microbatch or pp.",
+        )
+    if config.sampling.streaming and plan.prompts_needed > most_prompts(config):
+        yield Finding(
+            FAILS,
+            f"{plan.prompts_needed:,} prompts are needed at the assumed share of kept groups, and "
+            f"sampling.max_generation_rounds={config.sampling.max_generation_rounds} allows {most_prompts(config):,} "
+            "(so many times rollout.num_prompts_per_round, or rollout.num_prompts where that is null): the run would "
+            "stop. Raise one of them.",
         )
     if config.sampling.dynamic and plan.rounds > config.sampling.max_generation_rounds:
         yield Finding(

@@ -27,7 +27,7 @@ from megatron_fipo.preflight.hardware import GPUS
 from megatron_fipo.preflight.parameters import whole_parameters
 from megatron_fipo.preflight.plan import Plan, make_plan
 from megatron_fipo.preflight.schedules.calibration import read_run, with_lengths, with_speed
-from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare
+from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare, fill_of
 from megatron_fipo.preflight.schedules.table import show_schedules
 from megatron_fipo.preflight.work import Assumptions
 from megatron_fipo.system.exit_codes import EXIT_BAD_INPUT, EXIT_FAULT
@@ -77,7 +77,7 @@ def report(config: Config, options: Options) -> int:
         print(clean_text(without_secrets(f"megatron-fipo preflight: {error}")), file=sys.stderr)
         return EXIT_BAD_INPUT
     console = Console(width=WIDTH, highlight=False)
-    show(plan, console)
+    show(plan, assumed, console)
     if comparison is not None:
         show_schedules(plan, comparison, assumed, console)
     return 0 if plan.fits else EXIT_FAULT
@@ -122,9 +122,9 @@ def _model_config(config: Config, options: Options) -> dict[str, Any]:
     return read_json_object(Path(options.model_config), f"--model-config {options.model_config}")
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: Plan, assumed: ScheduleAssumptions, console: Console) -> None:
     """Print the tables, the findings and the verdict."""
-    for table in (_layout(plan), _memory(plan), _peaks(plan), _rollout(plan), _batch(plan), _cost(plan)):
+    for table in (_layout(plan), _memory(plan), _peaks(plan), _rollout(plan, assumed), _batch(plan), _cost(plan)):
         console.print(table)
         console.print()
     for level, mark in ((WARNS, "warning"), (MISSING, "missing"), (FAILS, "FAILS")):
@@ -218,7 +218,7 @@ def _peaks(plan: Plan) -> Table:
     return table
 
 
-def _rollout(plan: Plan) -> Table:
+def _rollout(plan: Plan, assumed: ScheduleAssumptions) -> Table:
     table = _table("Generation", "", "value")
     rollout, server = plan.rollout, plan.server
     table.add_row("engine", f"{plan.config.rollout.engine}, {rollout.label}")
@@ -233,6 +233,16 @@ def _rollout(plan: Plan) -> Table:
     table.add_row(
         "tokens that fit, longest responses", f"{server.pool_tokens:,}, {server.pool_tokens / longest:,.1f} at a time"
     )
+    try:
+        fill = fill_of(plan, assumed)
+    except ValueError as error:
+        table.add_row("how stale tokens must be to fill the servers", f"not known: {error}")
+        return table
+    table.add_row("responses in flight when the servers are full", f"{fill.servers * fill.each:,}")
+    table.add_row(
+        "how stale tokens must be to fill the servers",
+        f"{fill.steps:.2f} steps: these, of {fill.needed:,.0f} that a step needs",
+    )
     return table
 
 
@@ -242,10 +252,11 @@ def _batch(plan: Plan) -> Table:
         "prompts trained on x responses",
         f"{rollout.num_prompts} x {rollout.num_samples_per_prompt} = {batch.samples:,}",
     )
-    table.add_row(
-        "prompts generated, in rounds",
-        f"{batch.prompts_generated:,} ({batch.samples_generated:,} responses), {batch.rounds}",
-    )
+    begun = f"{batch.prompts_generated:,} ({batch.samples_generated:,} responses)"
+    if plan.config.sampling.streaming:
+        table.add_row("prompts begun, of them needed on average", f"{begun}, {batch.prompts_needed:,}")
+    else:
+        table.add_row("prompts generated, in rounds", f"{begun}, {batch.rounds}")
     table.add_row("updates (optimizer steps)", str(batch.updates))
     prompts = rollout.num_prompts // plan.config.train.num_minibatches
     table.add_row("responses per update", f"{batch.samples_per_update:,} of {prompts} prompts")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config, updates_per_step
+from megatron_fipo.config import Config, num_groups_to_begin, updates_per_step
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.preflight.communication import layer_waits, links_of
 from megatron_fipo.preflight.hardware import Gpu
@@ -66,8 +66,10 @@ class BatchPlan:
     """How a step's batch is cut up.
 
     Attributes:
-        prompts_generated: prompts of all rounds, those that dynamic sampling drops or discards included.
-        rounds: rounds of generation.
+        prompts_needed: prompts until the batch is expected to be full.
+        prompts_generated: prompts of all rounds, those that dynamic sampling drops or discards included. With
+            sampling.streaming those that are begun; what is not needed in the end is aborted or discarded.
+        rounds: rounds of generation; 1 with sampling.streaming.
         samples: samples that a step trains on; samples_generated are more.
         updates: optimizer updates in a step.
         samples_per_update: samples of one update, over all ranks.
@@ -76,6 +78,7 @@ class BatchPlan:
         bubble: share of an update's time in which pipeline stages wait.
     """
 
+    prompts_needed: int
     prompts_generated: int
     rounds: int
     samples: int
@@ -92,7 +95,9 @@ def batch_plan(config: Config, world_size: int, assumptions: Assumptions) -> Bat
     rollout, parallel, train = config.rollout, config.parallel, config.train
     kept = assumptions.kept_share if config.sampling.dynamic else 1.0
     needed = math.ceil(rollout.num_prompts / kept)
-    if rollout.num_prompts_per_round:
+    if config.sampling.streaming:
+        generated, rounds = num_groups_to_begin(rollout.num_prompts, kept), 1
+    elif rollout.num_prompts_per_round:
         rounds = math.ceil(needed / rollout.num_prompts_per_round)
         generated = rounds * rollout.num_prompts_per_round
     else:  # the batch's own number first, then twice what is still missing
@@ -107,6 +112,7 @@ def batch_plan(config: Config, world_size: int, assumptions: Assumptions) -> Bat
     microbatches = max(math.ceil(tokens / config.batch.max_tokens_per_microbatch), 1)
     chunks = microbatches * (parallel.virtual_pp or 1)
     return BatchPlan(
+        prompts_needed=needed,
         prompts_generated=generated,
         rounds=rounds,
         samples=samples,

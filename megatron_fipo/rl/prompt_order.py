@@ -7,14 +7,12 @@ signal in the order of the prompts, for any number of servers and any order of c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_fipo.config import num_groups_to_begin
 from megatron_fipo.rl.judged_group import JudgedGroup, joined
 
-_MARGIN = 2.0
-"""Standard deviations by which more groups are begun than are expected to be needed."""
 _MEMORY = 0.5
 """Weight of what was known of the share that is kept, beside the next step's groups."""
 
@@ -34,19 +32,6 @@ class KeptShare:
         """The share to expect, with what a step has judged so far; 1 while nothing is known."""
         used = self.used + num_judged
         return 1.0 if not used else max(self.kept + num_kept, 0.5) / used
-
-
-def num_groups_to_begin(num_missing: int, share: float) -> int:
-    """Groups to begin so that, but for bad luck, enough of them are kept.
-
-    The number of groups until m are kept has mean m / p and standard deviation sqrt(m (1 - p)) / p.
-
-    Args:
-        num_missing: m, groups that are missing.
-        share: p, the share that is kept, in (0, 1].
-    """
-    m, p = max(num_missing, 0), min(share, 1.0)
-    return math.ceil((m + _MARGIN * math.sqrt(m * (1.0 - p))) / p)
 
 
 class PromptOrderBooks:

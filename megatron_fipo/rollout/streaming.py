@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
+from megatron_fipo.config import most_prompts
 from megatron_fipo.metrics.reductions import Metrics, Sum
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import decided_by_leader
@@ -82,9 +83,7 @@ class StreamingSource(BatchSource):
             self._next_prompt, self._num_unused_tokens = plan.next_prompt, 0
             groups = parts.plane.judged(self.held.groups(range(first, plan.next_prompt)))
         else:
-            rounds, config = parts.config.sampling.max_generation_rounds, self.rollout
-            limit = first + rounds * (config.num_prompts_per_round or config.num_prompts)
-            groups = self._stream(step, range(first, limit))
+            groups = self._stream(step, range(first, first + most_prompts(parts.config)))
         self.enter(step, groups)
         num_kept = sum(self.sampler.is_kept(group) for group in groups)
         self._kept_share = self._kept_share.after(num_kept, len(groups))

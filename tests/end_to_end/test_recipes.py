@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -238,6 +239,7 @@ def test_a_dry_run_prints_configuration_and_verdict(launcher: str) -> None:
     assert "num_steps: 7" in output, "overrides are passed through"
     assert "32,763,876,352" in output
     assert "128 x h100-80gb" in output
+    assert re.search(r"how stale tokens must be to fill the servers .* 0\.20 steps: these, of 16,384", output)
     assert "missing: model.path=/nowhere/Qwen2.5-32B is no folder here" in output
     assert "Verdict: fits 128 x h100-80gb, but 4 things are missing here" in output
     assert status == 1

@@ -34,6 +34,7 @@ from megatron_fipo.preflight.findings import (
     MISSING,
     WARNS,
     Finding,
+    batch_findings,
     file_findings,
     objective_findings,
     update_noise,
@@ -224,6 +225,31 @@ def test_batch_arithmetic_of_the_recipe() -> None:
     assert (open_ended.prompts_generated, open_ended.rounds) == (1024, 2)
     static = replace(RECIPE, sampling=SamplingSection(dynamic=False))
     assert batch_plan(static, 128, Assumptions()).prompts_generated == 512
+
+
+def test_a_stream_begins_what_it_needs_and_a_margin() -> None:
+    """512 at a kept half: 1,024, and two standard deviations of sqrt(512 / 2) / (1 / 2) = 32. Rounds have no say."""
+    streaming = replace(RECIPE, sampling=SamplingSection(streaming=True))
+    for per_round in (None, 2048):
+        config = replace(streaming, rollout=replace(RECIPE.rollout, num_prompts_per_round=per_round))
+        plan = batch_plan(config, 128, Assumptions(kept_share=0.5))
+        assert (plan.prompts_needed, plan.prompts_generated, plan.rounds) == (1024, 1088, 1)
+        assert plan.samples_generated == 1088 * 16
+    whole = replace(streaming, sampling=SamplingSection(streaming=True, dynamic=False))
+    assert batch_plan(whole, 128, Assumptions()).prompts_generated == 512
+
+
+def test_a_stream_that_would_end_too_soon_fails() -> None:
+    """At most max_generation_rounds times the batch, or the round: 1,024 prompts are needed."""
+
+    def findings(**sampling: Any) -> list[str]:
+        config = replace(RECIPE, sampling=SamplingSection(streaming=True, **sampling))
+        return [finding.text for finding in batch_findings(config, batch_plan(config, 128, Assumptions()))]
+
+    (text,) = findings(max_generation_rounds=1)
+    assert "1,024 prompts are needed" in text
+    assert "allows 512" in text
+    assert findings(max_generation_rounds=2) == []
 
 
 def test_pipeline_bubble() -> None:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.config import SamplingSection
+from megatron_fipo.config import SamplingSection, num_groups_to_begin
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
 from megatron_fipo.rl.judged_group import JudgedGroup
-from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks, num_groups_to_begin
+from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks
 from tests.unit.rl_samples import make_judged
 
 NUM_SAMPLES, NUM_GROUPS = 4, 5

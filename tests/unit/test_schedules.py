@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 
 from megatron_fipo import cli
-from megatron_fipo.config import load_config
+from megatron_fipo.config import Config, load_config
 from megatron_fipo.preflight.schedules import colocated, dedicated, rounds
 from megatron_fipo.preflight.schedules.books import Books
 from megatron_fipo.preflight.schedules.calibration import read_run
 from megatron_fipo.preflight.schedules.cluster import Cluster
 from megatron_fipo.preflight.schedules.colocated import simulate_colocated
-from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare
+from megatron_fipo.preflight.schedules.comparison import ScheduleAssumptions, compare, fill_of
 from megatron_fipo.preflight.schedules.decoding import Decoding
 from megatron_fipo.preflight.schedules.dedicated import simulate_dedicated
 from megatron_fipo.preflight.schedules.outcome import Setup, Step, summary
@@ -117,6 +118,23 @@ def test_carry_over_by_hand() -> None:
     assert (second.generation, second.tokens.trained, second.staleness) == (7, 9, {1: 2, 0: 7})
     _, second = simulate_colocated(setup_of(), Books(Given(*MANY), 1, bound=1, waits=False), steps=2)
     assert (second.generation, second.tokens.trained, second.staleness) == (3, 3, {0: 3})
+
+
+@pytest.mark.parametrize(("adapts", "started"), [(True, [5, 1, 1, 1, 1, 1]), (False, [5, 0, 0, 0, 0, 5])])
+def test_what_a_stream_starts(adapts: bool, started: list[int]) -> None:
+    """A batch of one, kept in a share of 0.49: (1 + 2 sqrt(0.51)) / 0.49 = 4.96. None is mixed: for each that is judged
+    another one is started, or all that are needed once nothing is in flight."""
+    books = Books(Given(*[(1, False)] * 20), 1, adapts=adapts)
+    in_flight: list[Group] = []
+    counts = []
+    for judged in range(6):
+        if judged:
+            books.finish(in_flight.pop(0).responses[0])
+        before = len(in_flight)
+        while books.may_start:
+            in_flight.append(books.start())
+        counts.append(len(in_flight) - before)
+    assert counts == started
 
 
 def test_dedicated_servers_by_hand() -> None:
@@ -395,6 +413,37 @@ def test_the_command_refuses_a_share_that_cannot_be(capsys: pytest.CaptureFixtur
     assert "of groups of 2 responses at most 0.5 can be mixed" in capsys.readouterr().err
 
 
+RECIPE = ROOT / "examples/qwen2_5_32b"
+
+
+def recipe() -> tuple[Config, Options]:
+    """The recipe on the GPUs that it is for."""
+    options = Options(128, 8, model_config=str(RECIPE / "model_config.json"), check_files=False)
+    return load_config(RECIPE / "fipo.yaml"), options
+
+
+def test_how_stale_fills_the_servers() -> None:
+    """32 servers; 8,192 responses over the kept half. More servers, or more groups kept, and it grows by as much."""
+    config, options = recipe()
+    fill = fill_of(plan_of(config, options), ScheduleAssumptions())
+    assert (fill.servers, fill.needed) == (32, 16_384)
+    assert fill.steps == 32 * fill.each / 16_384
+    assert fill.steps == pytest.approx(0.2, abs=0.03), "0.22 by another simulation, with room for 2 % more tokens"
+    more = fill_of(plan_of(config, replace(options, world_size=1024)), ScheduleAssumptions())
+    assert more.steps == pytest.approx(8 * fill.steps)
+    easier = replace(options, assumptions=replace(options.assumptions, kept_share=0.75))
+    assert fill_of(plan_of(config, easier), ScheduleAssumptions()).needed == pytest.approx(8192 / 0.75)
+
+
+def test_every_plan_says_how_stale_fills_the_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(SMALL) == 0
+    assert re.search(
+        r"how stale tokens must be to fill the servers .* 0\.\d\d steps: these, of 1,024", capsys.readouterr().out
+    )
+    assert cli.main([*SMALL, "rollout.num_samples_per_prompt=2"]) == 0
+    assert "not known: kept=0.5: of groups of 2 responses" in capsys.readouterr().out
+
+
 def metrics_of(generation: float, training: float, **changes: float) -> dict[str, float]:
     return {
         "rollout/response_tokens/mean": 6000.0,
@@ -421,11 +470,24 @@ def test_a_run_calibrates_the_schedules(tmp_path: Path, capsys: pytest.CaptureFi
     assert measured.spread == pytest.approx(np.log(8 / 3) / 1.349, rel=1e-3)
     assert cli.main([*SMALL, "--calibrate", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    row = next(line for line in text.splitlines() if line.startswith("│ rounds  "))
-    assert [cell.strip() for cell in row.split("│")][2:6] == ["930", "1.00x", "800", "100"]  # 30 s of hand-over
+    assert row_of(text, "rounds")[:4] == ["930", "1.00x", "800", "100"]  # 30 s of hand-over
     assert "responses of 6,000 tokens on average" in text
     assert "60% of groups kept" in text
     assert "Calibrated: generation takes" in text
+
+
+def row_of(text: str, schedule: str) -> list[str]:
+    """Cells of a row of the table of schedules."""
+    row = next(line for line in text.splitlines() if line.startswith(f"│ {schedule}  "))
+    return [cell.strip() for cell in row.split("│")[2:-1]]
+
+
+def test_a_run_that_streams_calibrates_its_own_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics_of(800.0, 100.0)) + "\n")
+    assert cli.main([*SMALL, "--calibrate", str(tmp_path), "sampling.streaming=true"]) == 0
+    text = capsys.readouterr().out
+    assert row_of(text, "streaming")[2] == "800"
+    assert row_of(text, "rounds")[2] != "800"
 
 
 @pytest.mark.parametrize(
@@ -449,10 +511,8 @@ def test_a_run_that_cannot_calibrate(
 
 @pytest.mark.long
 def test_the_readmes_schedules_are_these() -> None:
-    folder = ROOT / "examples/qwen2_5_32b"
-    options = Options(128, 8, model_config=str(folder / "model_config.json"), check_files=False)
-    comparison = compare(plan_of(load_config(folder / "fipo.yaml"), options), ScheduleAssumptions())
-    lines = (folder / "README.md").read_text().splitlines()
+    comparison = compare(plan_of(*recipe()), ScheduleAssumptions())
+    lines = (RECIPE / "README.md").read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| schedule |")) + 2
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : start + 7]]
     expected = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from megatron_fipo.config import num_groups_to_begin
 from megatron_fipo.preflight.schedules.server import Group, Response, make_group
 from megatron_fipo.preflight.schedules.workload import Workload
 
@@ -36,7 +36,14 @@ class Books:
     """
 
     def __init__(
-        self, workload: Workload, batch: int, bound: int = 0, *, waits: bool = True, restarts: bool | None = None
+        self,
+        workload: Workload,
+        batch: int,
+        bound: int = 0,
+        *,
+        waits: bool = True,
+        restarts: bool | None = None,
+        adapts: bool = True,
     ) -> None:
         """
         Args:
@@ -46,6 +53,8 @@ class Books:
                 exceed it nevertheless. Without this only the start of prompts is bounded.
             restarts: whether prompts behind the batch come again in the next step, so that where a step begins does not
                 depend on how many were in flight; None restarts them with bound 0, where none of them is kept.
+            adapts: with bound 0, whether the number of prompts to start follows what is judged while others are in
+                flight. The in-process engine waits for all of them, so that a run can be repeated.
         """
         if bound < 0 or batch < 1 or (bound == 0 and not waits):
             raise ValueError(f"batch={batch}, bound={bound}, waits={waits}: a bound of 0 is always kept.")
@@ -56,10 +65,13 @@ class Books:
         self._in_training = 0
         self._waits = waits
         self._restarts = bound == 0 if restarts is None else restarts
+        self._adapts = adapts
+        self._num_started = self._most_to_start = 0
         self._unfinished: dict[int, Group] = {}
         self._judged: dict[int, Group] = {}
         self._ready: list[int] = []
         self._queue: list[Response] = []
+        self._allow_more()
 
     @property
     def num_ready(self) -> int:
@@ -77,13 +89,20 @@ class Books:
 
         AReaL's rule (arXiv 2505.24298), counted in prompts: at most (bound + 1) batches may be in flight, ready or in
         the trainer, so that what is started now is trained on in time. With bound 0 there is no later step to make up
-        for a batch that is not filled, so that one standard deviation more are started than are expected to do.
+        for a batch that is not filled, so that more are started than are expected to do, as a run with
+        sampling.streaming does it; here the share that is kept is known from the start.
         """
-        kept, running = self.workload.kept, len(self._unfinished)
-        expected = kept * running
         if self.bound == 0:
-            expected -= math.sqrt(running * kept * (1 - kept))
+            return self._num_started < self._most_to_start
+        expected = self.workload.kept * len(self._unfinished)
         return self._in_training + len(self._ready) + expected < (self.bound + 1) * self.batch
+
+    def _allow_more(self) -> None:
+        """With bound 0, find how many of the step's prompts may be started."""
+        if self._adapts or not self._unfinished:
+            judged = self._num_started - len(self._unfinished)
+            needed = judged + num_groups_to_begin(self.batch - len(self._ready), self.workload.kept)
+            self._most_to_start = max(self._most_to_start, needed)
 
     def peek(self) -> Response | None:
         """The next response to hand out; None if no prompt may be started."""
@@ -103,6 +122,7 @@ class Books:
         group = make_group(self.next_prompt, lengths, mixed, self.version)
         self._unfinished[group.prompt] = group
         self.next_prompt += 1
+        self._num_started += 1
         return group
 
     def go_on_with(self, responses: Iterable[Response]) -> None:
@@ -120,6 +140,7 @@ class Books:
         self._judged[group.prompt] = group
         if group.mixed:
             self._file(group)
+        self._allow_more()
         return True
 
     def _file(self, group: Group) -> None:
@@ -154,6 +175,8 @@ class Books:
         if self._restarts:
             self.next_prompt = last + 1
         self._in_training = self.batch
+        self._num_started, self._most_to_start = len(self._unfinished), 0
+        self._allow_more()
         return taken
 
     def next_version(self) -> None:

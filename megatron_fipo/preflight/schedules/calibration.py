@@ -12,7 +12,7 @@ from megatron_fipo.preflight.plan import Plan
 from megatron_fipo.preflight.schedules.comparison import (
     ScheduleAssumptions,
     colocated_setup,
-    run_today,
+    run_own,
     workload_of,
 )
 from megatron_fipo.preflight.work import Assumptions
@@ -92,7 +92,7 @@ def with_speed(plan: Plan, measured: Measured) -> ScheduleAssumptions:
     share = measured.spread / math.hypot(usual.between, usual.within)
     spread = replace(usual, between=share * usual.between, within=share * usual.within)
     workload = workload_of(plan, spread)
-    steps = run_today(plan, workload, colocated_setup(plan, workload, spread))
+    steps = run_own(plan, workload, colocated_setup(plan, workload, spread))
     return replace(
         spread,
         generation_factor=measured.generation / fmean(step.generation for step in steps),

@@ -54,6 +54,26 @@ class ScheduleAssumptions:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """How stale one must be to fill the servers.
+
+    Attributes:
+        servers: number of servers.
+        each: responses in flight at each of them when its cache is full, on average.
+        needed: responses that a step needs, those that dynamic sampling drops included.
+    """
+
+    servers: int
+    each: int
+    needed: float
+
+    @property
+    def steps(self) -> float:
+        """Responses in flight over those that a step needs."""
+        return self.servers * self.each / self.needed
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What came out.
 
@@ -63,7 +83,7 @@ class Comparison:
         setup: of the colocated ones.
         split: (GPUs that generate, GPUs that train) of the dedicated ones; None where no split fits.
         ideal: seconds of a step that generates what it needs with full caches and then trains, both on all GPUs.
-        fill: responses in flight when all caches are full, over the responses that a step needs.
+        fill: how stale one must be to fill the colocated servers.
     """
 
     outcomes: list[Outcome]
@@ -71,7 +91,7 @@ class Comparison:
     setup: Setup
     split: tuple[int, int] | None
     ideal: float
-    fill: float
+    fill: Fill
 
 
 def compare(plan: Plan, assumptions: ScheduleAssumptions) -> Comparison:
@@ -90,13 +110,23 @@ def compare(plan: Plan, assumptions: ScheduleAssumptions) -> Comparison:
         setup=setup,
         split=split,
         ideal=generation + _usual_training(workload, setup),
-        fill=fill_of(plan, workload, setup),
+        fill=_fill(plan, workload, setup),
     )
 
 
-def fill_of(plan: Plan, workload: Workload, setup: Setup) -> float:
-    """How stale one must be to fill the servers: responses in flight at saturation over those that a step needs."""
-    return setup.num_servers * setup.decoding.saturated(workload.context) / (plan.batch.samples / workload.kept)
+def fill_of(plan: Plan, assumptions: ScheduleAssumptions) -> Fill:
+    """How stale one must be to fill the servers that the plan has.
+
+    Raises:
+        ValueError: if nothing fits a server, or no group could be kept in the share that is assumed.
+    """
+    workload = workload_of(plan, assumptions)
+    setup = colocated_setup(plan, workload, assumptions)
+    return _fill(plan, workload, replace(setup, num_servers=max(plan.rollout.num_gpus // plan.rollout.tp, 1)))
+
+
+def _fill(plan: Plan, workload: Workload, setup: Setup) -> Fill:
+    return Fill(setup.num_servers, setup.decoding.saturated(workload.context), plan.batch.samples / workload.kept)
 
 
 def _runs(
@@ -107,10 +137,10 @@ def _runs(
     assumptions: ScheduleAssumptions,
 ) -> Iterator[tuple[str, Setup, Sequence[Step]]]:
     """(name, setup, steps that count) of each schedule."""
-    yield "rounds", setup, run_today(plan, workload, setup)
-    yield "rounds, spread", setup, run_today(plan, workload, setup, spread=True)
-    yield "streaming", setup, simulate_colocated(setup, Books(workload, setup.batch), steps=3)
-    full_at = fill_of(plan, workload, setup)
+    yield "rounds", setup, run_rounds(plan, workload, setup)
+    yield "rounds, spread", setup, run_rounds(plan, workload, setup, spread=True)
+    yield "streaming", setup, run_stream(plan, workload, setup, steps=3)
+    full_at = _fill(plan, workload, setup).steps
     waves = min(math.ceil(full_at), 3)
     for bound in (1, 2):
         if bound > 1 and full_at < bound / 2:
@@ -137,8 +167,21 @@ def _carry_over(workload: Workload, setup: Setup, bound: int, waves: int, *, wai
     return simulate_colocated(setup, books, steps=waves * (WARM_UP + 4))[waves * WARM_UP :]
 
 
-def run_today(plan: Plan, workload: Workload, setup: Setup, spread: bool = False) -> list[Step]:
-    """Steps as the configuration has them now, or with any server taking any response."""
+def run_stream(plan: Plan, workload: Workload, setup: Setup, steps: int) -> list[Step]:
+    """Steps with sampling.streaming."""
+    adapts = plan.config.rollout.engine != "in_process"
+    return simulate_colocated(setup, Books(workload, setup.batch, adapts=adapts), steps=steps)
+
+
+def run_own(plan: Plan, workload: Workload, setup: Setup) -> list[Step]:
+    """Steps as the configuration has them."""
+    if plan.config.sampling.streaming:
+        return run_stream(plan, workload, setup, steps=3)
+    return run_rounds(plan, workload, setup)
+
+
+def run_rounds(plan: Plan, workload: Workload, setup: Setup, spread: bool = False) -> list[Step]:
+    """Steps in rounds of the configuration's size, as they are now, or with any server taking any response."""
     config = plan.config
     age = config.sampling.max_surplus_age_steps
     per_round = config.rollout.num_prompts_per_round

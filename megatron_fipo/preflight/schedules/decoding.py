@@ -48,7 +48,7 @@ class Decoding:
         if min(times) < 0 or not 0 < self.fixed + self.weights + self.response < math.inf:
             raise ValueError(f"{self}: times must be at least 0, and a step must take some.")
         if self.pool < 1 or self.slots < 1:
-            raise ValueError(f"{self}: at least one token and one response must fit.")
+            raise ValueError(f"pool={self.pool}, slots={self.slots}: at least one token and one response must fit.")
 
     def seconds(self, running: int, cached: int, steps: int) -> float:
         """Time of `steps` steps from now on: each adds one token of each running response to the cache."""

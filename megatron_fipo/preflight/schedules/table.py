@@ -13,7 +13,7 @@ def show_schedules(plan: Plan, comparison: Comparison, assumptions: ScheduleAssu
     """Print the table, what it assumes, and how stale tokens must be to fill the servers."""
     console.print()
     console.print(_table(comparison))
-    for line in (*_fill(plan, comparison), *_assumed(plan, comparison, assumptions)):
+    for line in (*_fill(comparison), *_assumed(plan, comparison, assumptions)):
         console.print(line, markup=False)
 
 
@@ -45,12 +45,11 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.3g}"
 
 
-def _fill(plan: Plan, comparison: Comparison) -> list[str]:
-    setup, context = comparison.setup, comparison.workload.context
-    each, needed = setup.decoding.saturated(context), plan.batch.samples / comparison.workload.kept
+def _fill(comparison: Comparison) -> list[str]:
+    fill = comparison.fill
     return [
-        f"To keep all servers full, tokens must be {comparison.fill:.2f} steps old: {setup.num_servers} servers x "
-        f"{each} responses in flight, over {needed:,.0f} that a step needs. Below 1, carry-over with bound 1 does it."
+        f"To keep all servers full, tokens must be {fill.steps:.2f} steps old: {fill.servers} servers x {fill.each} "
+        f"responses in flight, over {fill.needed:,.0f} that a step needs. Below 1, carry-over with bound 1 does it."
     ]
 
 
