@@ -77,8 +77,9 @@ class Stream:
                     self._work.end()
                     break
                 self._changed.clear()
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), LOOKS_EVERY_S)
+                with suppress(TimeoutError):  # not wait_for, which takes a cancellation for an end of what it waits for
+                    async with asyncio.timeout(LOOKS_EVERY_S):
+                        await self._changed.wait()
                 self._look()
                 self._fill()  # there may be more tickets now
         finally:

@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_fipo.rl.trajectory import Prompt, Trajectory
-from megatron_fipo.rollout.ledger import RolloutLedger
+from megatron_fipo.rollout.ledger import Plan, RolloutLedger
 from megatron_fipo.system.disk import DiskError
 
 PROMPTS = [Prompt(number, "sums", f"{number}+1=", (5, number), "exact", str(number + 1)) for number in range(4)]
@@ -193,3 +193,42 @@ def test_steps_that_are_past_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000", "step_000001", "step_abc"]
     ledger(tmp_path).forget_before(1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_abc"]
+
+
+# --- what a step trains on --------------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back_and_another_one_replaces_it_before_any_update(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    assert book.plan(3) is None
+    book.note_plan(3, Plan([4, 6], 7), must_be_same=False)
+    assert ledger(tmp_path, 1).plan(3) == Plan([4, 6], 7)
+    book.note_plan(3, Plan([4, 5], 6), must_be_same=False)
+    assert book.plan(3) == Plan([4, 5], 6)
+    book.note_plan(3, Plan([4, 5], 6), must_be_same=True)
+    assert ledger(tmp_path, fingerprint="other").plan(3) is None, "it is of another configuration"
+
+
+def test_a_plan_on_which_updates_were_made_must_stay(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.note_plan(3, Plan(list(range(20)), 40), must_be_same=True)
+    with pytest.raises(
+        ValueError, match=r"trains on prompts 0, 1, .* … \(20 of them\); its recorded rollouts come to 4"
+    ):
+        book.note_plan(3, Plan([4], 5), must_be_same=True)
+    assert book.plan(3) == Plan(list(range(20)), 40)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text.replace("4", "5"), lambda text: "00000000 {}\n", lambda text: "{"]
+)
+def test_a_damaged_plan_is_told(damage: Callable[[str], str], tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.note_plan(3, Plan([4, 6], 7), must_be_same=False)
+    path = tmp_path / "step_000003" / "plan.json"
+    path.write_text(damage(path.read_text()))
+    if path.read_text().endswith("\n"):
+        with pytest.raises(ValueError, match=r"plan\.json, line 1 is not what was written there"):
+            book.plan(3)
+    else:
+        assert book.plan(3) is None, "a torn line is no line"

@@ -230,3 +230,22 @@ def test_a_judge_that_never_answers_does_not_hold_up_the_end() -> None:
     judged.run()
     assert all(prompt_id for prompt_id, _ in judged.keys)
     assert judged.stream.num_unused_tokens >= 4, "both responses to the first prompt"
+
+
+def test_a_cancelled_stream_begins_nothing_more() -> None:
+    """As Ctrl-C cancels it: what is in flight is aborted, and no free place is filled again."""
+    engine = SteppedEngine(lambda prompt, index: 3)
+    judged = Judged(engine, num_wanted=10**6, num_tickets=10**6)
+
+    async def cancelled() -> int:
+        running = asyncio.ensure_future(judged.stream.run())
+        while len(engine.beside) < 5:
+            await asyncio.sleep(0)
+        num_asked = len(engine.requests)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(running), 10)
+        return num_asked
+
+    num_asked = asyncio.run(cancelled())
+    assert len(engine.requests) <= num_asked + engine.capacity
