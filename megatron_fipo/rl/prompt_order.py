@@ -104,11 +104,6 @@ class PromptOrderBooks:
         self.num_to_begin = min(max(self.num_to_begin, needed), len(self._prompts))
 
     @property
-    def kept_share(self) -> KeptShare:
-        """What is known of the share of kept groups after this step."""
-        return self._known.after(self._num_kept, self._next - self._prompts.start)
-
-    @property
     def is_over(self) -> bool:
         """Whether nothing more is needed: the batch is full, or no prompt is left."""
         return self._num_kept >= self._num_groups or self._next == self._prompts.stop
