@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_fipo.config import BatchSection, Config, TrainSection
+from megatron_fipo.parallel.batch import divide
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import FILLER, build_packed_batch, pack, split_minibatches
 from tests.unit.rl_samples import make_sample
@@ -178,3 +180,13 @@ def test_truncated_responses_can_be_masked() -> None:
 def test_a_prompt_needs_a_token() -> None:
     with pytest.raises(ValueError, match="sample 0 of prompt 0 has no prompt tokens"):
         build_packed_batch([make_sample(3, 0)], [0], pad_multiple=1, pad_token_id=0)
+
+
+def test_a_step_is_divided_by_whole_groups_of_any_sizes() -> None:
+    config = Config(train=TrainSection(num_minibatches=2), batch=BatchSection(max_tokens_per_microbatch=64))
+    sizes = [1, 3, 2, 4]
+    division = divide([5] * sum(sizes), sizes, config, num_ranks=2)
+    found = [sorted(i for share in shares for indices, _ in share for i in indices) for shares in division.minibatches]
+    assert found == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    assert len(division.wanted) == 2
+    assert sorted(i for wanted in division.wanted for i in wanted) == list(range(10))

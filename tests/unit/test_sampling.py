@@ -173,3 +173,25 @@ def test_surplus_survives_a_checkpoint() -> None:
 def test_refuses_impossible_settings() -> None:
     with pytest.raises(ValueError, match=r"rollout.num_prompts=0"):
         DynamicSampler(0, CONFIG)
+
+
+def test_tokens_that_nobody_trains_on_are_counted() -> None:
+    def unused(sampler: DynamicSampler) -> float:
+        return scalars(sampler.metrics())["rollout/unused_tokens"]
+
+    def groups(step: int) -> list[JudgedGroup]:
+        lost = make_judged(9, WRONG, step=step, lengths=(1000, 1000))
+        return [lost, *(make_judged(index, MIXED, step=step, lengths=(index, 10)) for index in range(1, 4))]
+
+    thrown_away = started(1)
+    thrown_away.add_round(groups(0))
+    thrown_away.take()
+    assert unused(thrown_away) == 12 + 13, "without a signal is not unused"
+    kept = started(1, replace(CONFIG, max_surplus_age_steps=1))
+    kept.add_round(groups(0))
+    kept.take()
+    assert unused(kept) == 0
+    kept.start_step(2)
+    kept.add_round(groups(2))
+    kept.take()
+    assert unused(kept) == 12 + 13, "they are too old now"
