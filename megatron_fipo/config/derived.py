@@ -9,7 +9,7 @@ from megatron_fipo.config.sections import Config, ModelSection
 from megatron_fipo.config.sections.model import FP8_ALIGNMENT
 
 _MARGIN = 2.0
-"""Standard deviations by which more groups are begun than are expected to be needed."""
+"""Standard deviations by which more groups are begun than are expected to be needed, and fewer ahead than may be."""
 _TILES = (128, 16)
 """Rows that matrix products on a GPU take at a time; a part of one costs as much as the whole."""
 
@@ -33,6 +33,25 @@ def num_groups_to_begin(num_missing: int, share: float) -> int:
     """
     m, p = max(num_missing, 0), min(share, 1.0)
     return math.ceil((m + _MARGIN * math.sqrt(m * (1.0 - p))) / p)
+
+
+def num_groups_ahead(num_groups: int, share: float, num_steps: int) -> int:
+    """Groups that may be begun ahead so that, but for bad luck, no more of them are kept than the coming steps take.
+
+    With n = (s + 1) m, the number of groups until n are kept has mean n / p and standard deviation sqrt(n (1 - p)) / p;
+    what is begun beyond that waits longer than s steps. Runs ask here, and so does the simulation of schedules. A step
+    needs what `num_groups_to_begin` says all the same.
+
+    Args:
+        num_groups: m, groups that a step trains on.
+        share: p, the share that is kept, in (0, 1].
+        num_steps: s, steps that a group may wait for.
+
+    Returns:
+        The number, counted from the first group that no step has used; at least 0.
+    """
+    n, p = (num_steps + 1) * num_groups, min(share, 1.0)
+    return max(math.floor((n - _MARGIN * math.sqrt(n * (1.0 - p))) / p), 0)
 
 
 def most_prompts(config: Config) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.config import SamplingSection, num_groups_to_begin
+from megatron_fipo.config import SamplingSection, num_groups_ahead, num_groups_to_begin
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
 from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks
@@ -194,6 +194,25 @@ def test_at_most_one_step_in_twenty_needs_a_second_go() -> None:
     begun = num_groups_to_begin(64, 0.5)
     short = sum(sum(draw.random() < 0.5 for _ in range(begun)) < 64 for _ in range(2000))
     assert short / 2000 < 0.05
+
+
+def test_no_more_are_begun_ahead_than_the_coming_steps_take() -> None:
+    assert num_groups_ahead(512, 1.0, 1) == 1024
+    assert num_groups_ahead(512, 0.5, 0) == 960  # 1024, less two standard deviations, of 32
+    assert num_groups_ahead(128, 0.5, 3) == 960  # as many for four steps
+    assert num_groups_ahead(512, 0.5, 1) == 1957  # 2048 - 90.51
+    assert num_groups_ahead(1, 0.1, 0) == 0, "a standard deviation is more than the one group"
+    assert num_groups_ahead(512, 0.5, 0) < 1024 < num_groups_to_begin(512, 0.5), "one errs to this side, one to that"
+
+
+def test_at_most_one_step_in_twenty_keeps_more_than_the_coming_steps_take() -> None:
+    draw = random.Random(0)
+
+    def share_above(begun: int) -> float:
+        return sum(sum(draw.random() < 0.5 for _ in range(begun)) > 128 for _ in range(2000)) / 2000
+
+    assert share_above(num_groups_ahead(64, 0.5, 1)) < 0.05
+    assert share_above(2 * 128) > 0.4, "the control: as many as are needed on average"
 
 
 def test_more_are_begun_when_all_are_judged_and_the_batch_is_not_full() -> None:
