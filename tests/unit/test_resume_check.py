@@ -38,7 +38,13 @@ def test_what_leaves_the_numbers_alone_is_shown(override: str, is_mid_step: bool
 
 
 @pytest.mark.parametrize(
-    "override", ["optimizer.learning_rate=0.5", "rollout.temperature=0.9", "objective.influence_max=1.9"]
+    "override",
+    [
+        "optimizer.learning_rate=0.5",
+        "rollout.temperature=0.9",
+        "rollout.too_stale=mask",
+        "objective.influence_max=1.9",
+    ],
 )
 def test_what_decides_the_numbers_is_shown_between_steps_and_refused_within_one(override: str) -> None:
     check = check_resume(asdict(config()), config(override), is_mid_step=False)
@@ -48,6 +54,15 @@ def test_what_decides_the_numbers_is_shown_between_steps_and_refused_within_one(
     assert numbers_fingerprint(config()) != numbers_fingerprint(config(override))
     (line,) = check_resume(asdict(config()), config(override), is_mid_step=True).refused
     assert "saved between the updates of a step" in line
+
+
+def test_how_stale_tokens_may_be_decides_which_are_written() -> None:
+    before, now = config("sampling.streaming=true"), config("sampling.streaming=true", "rollout.max_staleness_steps=1")
+    assert numbers_fingerprint(before) != numbers_fingerprint(now)
+    check = check_resume(asdict(before), now, is_mid_step=False)
+    assert (check.refused, check.same_numbers) == ((), False)
+    assert "rollout.max_staleness_steps: 0 -> 1" in check.shown
+    assert check_resume(asdict(before), now, is_mid_step=True).refused
 
 
 def test_the_number_of_steps_decides_the_numbers_where_the_learning_rate_falls_towards_it() -> None:

@@ -63,6 +63,20 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
             "must be 0 with sampling.streaming: a batch that is full in the order of prompts leaves no group over",
             "Set it to 0, or sampling.streaming=false",
         )
+    if rollout.max_staleness_steps and not config.sampling.streaming:
+        yield Problem(
+            "rollout.max_staleness_steps",
+            rollout.max_staleness_steps,
+            "needs sampling.streaming: a round waits for its last response, and leaves none that could go on",
+            "Set sampling.streaming=true, or rollout.max_staleness_steps=0",
+        )
+    if rollout.too_stale != "drop" and not rollout.max_staleness_steps:
+        yield Problem(
+            "rollout.too_stale",
+            rollout.too_stale,
+            "is read only where tokens may be stale, and rollout.max_staleness_steps=0",
+            "Remove it, or set rollout.max_staleness_steps to 1 or more",
+        )
     if reward.correct <= reward.incorrect:
         yield Problem("reward.correct", reward.correct, f"must be above reward.incorrect={reward.incorrect}")
     if reward.overlong_buffer_tokens >= rollout.max_response_tokens:

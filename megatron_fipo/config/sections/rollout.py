@@ -38,6 +38,13 @@ class RolloutSection:
     """Longest prompt."""
     max_response_tokens: int = key(1024, least=1)
     """Longest response."""
+    max_staleness_steps: int = key(0, least=0)
+    """Steps by which the weights that wrote a token may be older than those that the step that trains on it starts
+    with: responses that are unfinished when a batch is full go on in the next step, and prompts are begun so many steps
+    ahead. 0 generates on-policy; more needs sampling.streaming."""
+    too_stale: str = key("drop", choices=("drop", "mask"))
+    """What becomes of a response with tokens that are older than max_staleness_steps: drop throws it away and begins it
+    anew, mask goes on with it and leaves these tokens out of the loss."""
     max_batch_size: int = key(128, least=1, changes_results=False)
     """Sequences that one process decodes at a time (in-process engine)."""
 
