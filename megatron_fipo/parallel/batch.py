@@ -89,6 +89,8 @@ def build_own_minibatches(
 ) -> list[list[PackedBatch]]:
     """This rank's microbatches of a divided step. No communication.
 
+    With rollout.too_stale=mask, tokens beyond the bound of staleness are left out of the loss.
+
     Args:
         samples: those that this data-parallel rank trains on, with their advantages, by their place in the batch.
         version: of the policy that trains on them; None leaves their staleness untold.
@@ -96,6 +98,8 @@ def build_own_minibatches(
     Returns:
         [minibatch][microbatch], this rank's rows, on its device. `sample_indices` count through the step's samples.
     """
+    rollout = config.rollout
+    bound = rollout.max_staleness_steps if rollout.too_stale == "mask" else None
     return [
         [
             shard_batch(
@@ -107,6 +111,7 @@ def build_own_minibatches(
                     total_tokens=total_tokens,
                     mask_truncated=config.reward.mask_truncated,
                     version=version,
+                    max_staleness_steps=bound,
                 ),
                 ranks.cp,
                 device(),

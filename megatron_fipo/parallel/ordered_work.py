@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 
 from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 _numbers = itertools.count()
+_ABOUT_TICKET, _ABOUT_OTHERS = b"1", b"0"
+"""First byte of a word on its way."""
 
 
 class OrderedWork:
@@ -40,6 +43,8 @@ class OrderedWork:
         """A ticket that this rank has taken and may not use yet."""
         self._own_words: deque[bytes] = deque()
         self._is_over = False
+        self._num_meetings = 0
+        """Meetings to which this rank has come."""
 
     def take(self) -> int | None:
         """The next ticket; None if there is none now, or no more work is wanted."""
@@ -73,8 +78,13 @@ class OrderedWork:
             if self._store is not None:
                 self._store.set(self._key("tickets"), f"{num_tickets} {self._num_done}")
 
-    def tell(self, word: bytes) -> None:
-        """Tell rank 0 something."""
+    def tell(self, word: bytes, *, about_ticket: bool = True) -> None:
+        """Tell rank 0 something.
+
+        Args:
+            about_ticket: whether a ticket is done with it.
+        """
+        word = (_ABOUT_TICKET if about_ticket else _ABOUT_OTHERS) + word
         if self._worker == 0 or self._store is None:
             self._own_words.append(word)
         else:
@@ -87,8 +97,34 @@ class OrderedWork:
         if self._store is not None:
             key = self._key("words")
             words += [self._store.queue_pop(key) for _ in range(self._store.queue_len(key))]
-        self._num_told += len(words)
-        return words
+        self._num_told += sum(word.startswith(_ABOUT_TICKET) for word in words)
+        return [word[1:] for word in words]
+
+    def come(self) -> None:
+        """Come to the next meeting: all that this rank has told so far is heard there."""
+        self._num_meetings += 1
+        if self._store is not None:
+            self._store.add(self._meeting("come"), 1)
+
+    def is_met(self, decide: Callable[[], None]) -> bool:
+        """Whether the meeting to which this rank has come is over. Asked again until it is, or all work is over.
+
+        Args:
+            decide: called on rank 0 when every worker has come, so that what it says (`extend`, `end`) depends on
+                nothing but what was told before the meeting. All workers hear of it before they go on.
+        """
+        if self._worker != 0:
+            assert self._store is not None, "the only worker is worker 0"
+            is_met = self._store.check([self._meeting("over")])
+            if is_met:
+                self._read_tickets(self._store)
+            return is_met
+        if self._store is not None and self._store.add(self._meeting("come"), 0) < self._num_workers:
+            return False
+        decide()
+        if self._store is not None:
+            self._store.set(self._meeting("over"), "")
+        return True
 
     def end(self) -> None:
         """Tell all ranks that no more work is wanted."""
@@ -105,9 +141,13 @@ class OrderedWork:
         if not self._is_over and self._store is not None:
             self._is_over = self._store.check([self._key("over")])
             may_want_more = self._next is not None or self._dealt is None
-            if may_want_more and self._worker != 0 and self._store.check([self._key("tickets")]):
-                self._num_tickets, self._num_done = map(int, self._store.get(self._key("tickets")).split())
+            if may_want_more and self._worker != 0:
+                self._read_tickets(self._store)
         return self._is_over
+
+    def _read_tickets(self, store: Store) -> None:
+        if store.check([self._key("tickets")]):
+            self._num_tickets, self._num_done = map(int, store.get(self._key("tickets")).split())
 
     @property
     def is_over(self) -> bool:
@@ -116,3 +156,6 @@ class OrderedWork:
 
     def _key(self, what: str) -> str:
         return f"{self._prefix}/{what}"
+
+    def _meeting(self, what: str) -> str:
+        return self._key(f"meeting/{self._num_meetings}/{what}")

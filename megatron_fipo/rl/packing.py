@@ -97,6 +97,7 @@ def build_packed_batch(
     total_tokens: int | None = None,
     mask_truncated: bool = False,
     version: int | None = None,
+    max_staleness_steps: int | None = None,
 ) -> PackedBatch:
     """Pack samples into one microbatch on the CPU, predictor-aligned: row t predicts the token that follows it.
 
@@ -111,6 +112,7 @@ def build_packed_batch(
             pipeline are alike; a multiple of pad_multiple.
         mask_truncated: leave responses that were cut at the length limit out of the loss.
         version: of the policy that trains on them, from which staleness counts; None where there is none to tell.
+        max_staleness_steps: leave tokens out of the loss that are staler; None leaves none out.
 
     Raises:
         ValueError: if the sequences do not fit into total_tokens or a sample lacks a prompt.
@@ -133,9 +135,12 @@ def build_packed_batch(
             for written_by, begin, end in sample.policy_versions:
                 batch.staleness_steps[first + begin : first + end] = version - written_by
         if not (mask_truncated and sample.truncated):
-            batch.response_mask[response] = sample.policy_mask
+            mask = sample.policy_mask
+            if max_staleness_steps is not None and batch.staleness_steps is not None:
+                mask = mask & (batch.staleness_steps[response] <= max_staleness_steps)
+            batch.response_mask[response] = mask
             batch.advantages[response] = sample.advantage
-            batch.response_token_counts[position] = sample.num_policy_tokens
+            batch.response_token_counts[position] = int(mask.sum())
     return batch
 
 

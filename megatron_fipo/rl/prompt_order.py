@@ -7,10 +7,10 @@ signal in the order of the prompts, for any number of servers and any order of c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from megatron_fipo.config import num_groups_to_begin
+from megatron_fipo.config import num_groups_ahead, num_groups_to_begin
 from megatron_fipo.rl.judged_group import JudgedGroup, joined
 
 _MEMORY = 0.5
@@ -34,6 +34,39 @@ class KeptShare:
         return 1.0 if not used else max(self.kept + num_kept, 0.5) / used
 
 
+class FreshSamples:
+    """The samples of prompts that a step may begin, in order: those that no step before it has begun.
+
+    Args:
+        first_prompt: the first prompt that is not used up.
+        num_samples: samples of each prompt.
+        begun: (prompt_id, sample_index) of those that are begun.
+    """
+
+    def __init__(self, first_prompt: int, num_samples: int, begun: Collection[tuple[int, int]]) -> None:
+        self._first_prompt, self._num_samples, self._begun = first_prompt, num_samples, begun
+        self._samples: list[tuple[int, int]] = []
+        self._ends: list[int] = []
+        """How many there are of the first prompt, of the first two, and so on, as far as anybody has asked."""
+
+    def num_until(self, num_prompts: int) -> int:
+        """How many there are of the first prompts."""
+        self._look_at(num_prompts)
+        return self._ends[num_prompts - 1] if num_prompts else 0
+
+    def at(self, place: int) -> tuple[int, int]:
+        """(prompt_id, sample_index) of one of them."""
+        while place >= len(self._samples):
+            self._look_at(len(self._ends) + 1)
+        return self._samples[place]
+
+    def _look_at(self, num_prompts: int) -> None:
+        for prompt_id in range(self._first_prompt + len(self._ends), self._first_prompt + num_prompts):
+            of_prompt = ((prompt_id, index) for index in range(self._num_samples))
+            self._samples += [sample for sample in of_prompt if sample not in self._begun]
+            self._ends.append(len(self._samples))
+
+
 class PromptOrderBooks:
     """What is judged of one step's prompts. Rank 0 keeps it.
 
@@ -43,6 +76,7 @@ class PromptOrderBooks:
         num_groups: groups that fill the batch.
         is_kept: whether a judged group is trained on, such as `DynamicSampler.is_kept`.
         known: what earlier steps say of the share that is.
+        num_steps_ahead: steps by which prompts may be begun before the step that trains on them.
         is_adaptive: whether `num_to_begin` follows what is judged while others are still in flight. It then depends on
             which responses end first; the batch never does.
     """
@@ -55,17 +89,20 @@ class PromptOrderBooks:
         is_kept: Callable[[JudgedGroup], bool],
         known: KeptShare = KeptShare(),
         *,
+        num_steps_ahead: int = 0,
         is_adaptive: bool = True,
     ) -> None:
-        self._known, self._is_adaptive = known, is_adaptive
+        self._known, self._num_steps_ahead, self._is_adaptive = known, num_steps_ahead, is_adaptive
         self._prompts, self._num_samples, self._num_groups, self._is_kept = prompts, num_samples, num_groups, is_kept
         self._parts: dict[int, list[JudgedGroup]] = {}
         self._whole: dict[int, JudgedGroup] = {}
         self._next = prompts.start
         self._num_kept = 0
         self._num_kept_anywhere = 0
-        self.num_to_begin = min(num_groups_to_begin(num_groups, known.share()), len(prompts))
-        """Prompts, from the first on, whose responses may be begun: others would most likely not be used."""
+        needed = num_groups_to_begin(num_groups, known.share())
+        self.num_to_begin = min(max(needed, self._num_ahead(known.share())), len(prompts))
+        """Prompts, from the first on, whose responses may be begun: others would most likely not be used, or too late.
+        """
 
     def add(self, part: JudgedGroup) -> None:
         """Enter one or more responses to one prompt.
@@ -101,7 +138,10 @@ class PromptOrderBooks:
             return
         share = self._known.share(self._num_kept_anywhere, num_judged)
         needed = num_judged + num_groups_to_begin(self._num_groups - self._num_kept_anywhere, share)
-        self.num_to_begin = min(max(self.num_to_begin, needed), len(self._prompts))
+        self.num_to_begin = min(max(self.num_to_begin, needed, self._num_ahead(share)), len(self._prompts))
+
+    def _num_ahead(self, share: float) -> int:
+        return num_groups_ahead(self._num_groups, share, self._num_steps_ahead) if self._num_steps_ahead else 0
 
     @property
     def is_over(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_fipo.config import Config
 from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.parallel import exchange
-from megatron_fipo.parallel.agreement import decided_by_leader
+from megatron_fipo.parallel.agreement import decided_by_leader, on_leader
 from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.metric_merge import merge_metrics
@@ -20,6 +21,7 @@ from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.dynamic_sampling import BatchNotFilledError, DynamicSampler
 from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.judged_group import JudgedGroup, plan_of
+from megatron_fipo.rl.staleness import staleness_metrics
 from megatron_fipo.rl.trajectory import Group
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator
@@ -59,7 +61,7 @@ class _Decision:
     plan: NDArray[Any]
     group_sizes: list[int]
     surplus: set[int]
-    next_prompt: int
+    noted: Plan
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class BatchSource(ABC):
         """What is left over, and the present step's."""
         self._surplus: list[Group] = []
         """Groups that were left over by the steps before."""
+        self._staleness: Metrics = {}
         self.give, self.take_back, self.close = parts.engine.give, parts.engine.take_back, parts.engine.close
 
     @abstractmethod
@@ -123,24 +126,45 @@ class BatchSource(ABC):
         def decide() -> _Decision:
             trained_on.extend(self.sampler.take())
             assign_advantages(trained_on, self.parts.config.advantages.estimator)
-            plan = Plan([group.prompt_id for group in trained_on], self.next_prompt)
-            self.parts.ledger.note_plan(step, plan, must_be_same=only_recorded)
             surplus = {group.prompt_id for group in self.sampler.surplus}
             sizes = [len(group.rows) for group in trained_on]
-            return _Decision(plan_of(trained_on), sizes, surplus, plan.next_prompt)
+            noted = Plan([group.prompt_id for group in trained_on], self.next_prompt)
+            return _Decision(plan_of(trained_on), sizes, surplus, noted)
 
         told = decided_by_leader(decide, self.world, (BatchNotFilledError, DiskError, ValueError))
-        self.parts.prompts.move_to(told.next_prompt)
+        self.parts.prompts.move_to(told.noted.next_prompt)
         self._surplus = self.held.groups(sorted(told.surplus))
-        self.held.forget_from(told.next_prompt)
+        noted = self.carry_over(step, told.noted)
+        self.held.forget_from(told.noted.next_prompt)
+        self._staleness = self._staleness_in(step, told.plan)
+        note = partial(self.parts.ledger.note_plan, step, noted, must_be_same=only_recorded)
+        on_leader(note, self.world)
         judged = JudgedStep(trained_on, generated) if self.parts.ranks.rank == 0 else None
         return StepRollouts(told.plan, told.group_sizes, self.held, judged)
 
     def metrics(self) -> Metrics:
         """See `RolloutSource`."""
         of_sampling = decided_by_leader(self.sampler.metrics, self.world)
-        own = {**self.parts.engine.metrics(), **self.own_metrics()}
+        own = {**self.parts.engine.metrics(), **self._staleness, **self.own_metrics()}
         return {**of_sampling, **merge_metrics(own, self.world)}
+
+    def carry_over(self, step: int, plan: Plan) -> Plan:
+        """Keep for the next step what it goes on with. Collective; called while all that was judged is in `held`.
+
+        Returns:
+            On rank 0 the plan with all that is to be noted of the step.
+        """
+        return plan
+
+    def _staleness_in(self, step: int, plan: NDArray[Any]) -> Metrics:
+        """How old the weights were that wrote this rank's tokens of the batch."""
+        config = self.parts.config
+        if not (config.sampling.max_surplus_age_steps or config.rollout.max_staleness_steps):
+            return {}
+        leader = self.parts.plane.leader
+        own = [] if leader is None else plan[plan["leader"] == leader].tolist()
+        places = [(prompt_id, sample_index) for prompt_id, _, _, _, sample_index in own]
+        return staleness_metrics((self.held.samples[place] for place in places), step)
 
     def own_metrics(self) -> Metrics:
         """This rank's part of further metrics of the step; they replace those of sampling of the same name."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_fipo.environments.environment import Environment, Speak
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
+from megatron_fipo.rollout.carried import Carried
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, Turn, sample_seed
 
 
@@ -72,21 +73,39 @@ async def generate_groups(
 
 
 def speaker(
-    engine: RolloutEngine, prompt: Prompt, key: SampleKey, sampling: SamplingParams, run_seed: int, step: int
+    engine: RolloutEngine,
+    prompt: Prompt,
+    key: SampleKey,
+    sampling: SamplingParams,
+    run_seed: int,
+    step: int,
+    carried: Carried | None = None,
 ) -> Speak:
-    """The function by which the policy writes its turns of one trajectory."""
+    """The function by which the policy writes its turns of one trajectory.
+
+    Args:
+        carried: what an earlier step has written of the first turn, which goes on from there.
+    """
+    begun_at_step = step if carried is None else carried.begun_at_step
+
+    def request_after(prefix: Sequence[int]) -> GenerationRequest:
+        return GenerationRequest(
+            sample_id=f"{step}/{key.source}/{key.prompt_id}/{key.sample_index}",
+            group_id=key.prompt_id,
+            sample_index=key.sample_index,
+            prompt_ids=prompt.token_ids,
+            sampling=sampling,
+            seed=sample_seed(run_seed, begun_at_step, key.prompt_id, key.sample_index),
+            prefix=tuple(prefix),
+        )
 
     async def speak(response_so_far: Sequence[int]) -> Turn:
-        return await engine.generate(
-            GenerationRequest(
-                sample_id=f"{step}/{key.source}/{key.prompt_id}/{key.sample_index}",
-                group_id=key.prompt_id,
-                sample_index=key.sample_index,
-                prompt_ids=prompt.token_ids,
-                sampling=sampling,
-                seed=sample_seed(run_seed, step, key.prompt_id, key.sample_index),
-                prefix=tuple(response_so_far),
-            )
-        )
+        if carried is None or response_so_far:
+            return await engine.generate(request_after(response_so_far))
+        before = carried.response
+        if before.finish_reason != "abort":  # it is written, and was not judged any more
+            return Turn(request_after(()), before.segments, before.finish_reason)
+        rest = await engine.generate(request_after(before.response_ids.tolist()))
+        return Turn(request_after(()), [*before.segments, *rest.segments], rest.finish_reason)
 
     return speak

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -222,4 +222,24 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds; further calls raise RuntimeError."""
+        ...
+
+
+@runtime_checkable
+class StoppableEngine(Protocol):
+    """What an engine has besides, if it can stop at a given decoding step, whatever time anything takes."""
+
+    def allow(self, num_steps: int | None, on_rest: Callable[[], None] = lambda: None) -> None:
+        """Take so many decoding steps from now on, and then rest with all that is in flight; None: never rest.
+
+        A step is taken where something is in flight. What is aborted returns from a resting engine, too.
+
+        Args:
+            on_rest: called when it comes to rest.
+        """
+        ...
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether it has taken all the steps that it may."""
         ...

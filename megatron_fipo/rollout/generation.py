@@ -16,6 +16,7 @@ from megatron_fipo.parallel.groups import ParallelGroups, device
 from megatron_fipo.parallel.ordered_work import OrderedWork
 from megatron_fipo.parallel.waiting import Work
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
+from megatron_fipo.rollout.carried import Carried
 from megatron_fipo.rollout.collect import generate_groups
 from megatron_fipo.rollout.engine import ALL_PROMPTS, RolloutEngine, SamplingParams, Share
 from megatron_fipo.rollout.in_process.engine import InProcessEngine, find_stop_token_ids
@@ -123,7 +124,10 @@ class GroupGenerator:
         key_of: Callable[[int], tuple[Prompt, SampleKey]],
         on_judged: Callable[[Prompt, Trajectory], None],
         look: Callable[[], None],
-    ) -> int:
+        carried: Sequence[tuple[Prompt, Carried]] = (),
+        *,
+        keeps: bool = False,
+    ) -> tuple[int, list[Carried]]:
         """Generate and judge one response for each ticket of `work` that this rank takes, until no more are wanted.
 
         Collective over all ranks.
@@ -132,9 +136,11 @@ class GroupGenerator:
             key_of: the prompt and the key of a ticket's response.
             on_judged: called with each of this rank's judged trajectories, and with those found in the ledger.
             look: called now and then, on ranks that generate.
+            carried: responses of this rank's that go on before any ticket is taken, with their prompts.
+            keeps: keep what is begun and not judged. A repeatable engine then stops where all ranks meet.
 
         Returns:
-            Tokens of this rank's responses that were begun in vain.
+            Tokens of this rank's responses that were begun in vain, and what was kept, by key.
 
         Raises:
             ValueError: if the ledger is damaged.
@@ -160,11 +166,14 @@ class GroupGenerator:
                     on_written=record,
                     on_judged=on_judged,
                     look=look,
+                    carried=carried,
+                    keeps=keeps,
+                    meets=keeps and self._engine.repeatable,
                 )
                 run_to_end(self._stream.run())
                 ledger.secure()
         self.leave_if_asked()
-        return 0 if self._stream is None else self._stream.num_unused_tokens
+        return (0, []) if self._stream is None else (self._stream.num_unused_tokens, self._stream.left)
 
     def abort(self) -> None:
         """End the generation that is under way. Safe in a signal handler."""

@@ -3,34 +3,38 @@
 Rollouts are the most expensive part of what a run does between checkpoints. A run that was killed reads them here
 instead of generating them again, in whatever layout it resumes:
 
-    rollouts/step_000012/rank_003.jsonl
-    rollouts/step_000012/plan.json
+    rollouts/step_000012/rank_003.jsonl       the responses that a rank has had judged in the step
+    rollouts/step_000012/carried_000.jsonl    what a rank that generates took over from the step before
+    rollouts/step_000012/plan.json            the prompts that the step trains on
 
-A line is the CRC-32 of what follows it, a space, and a JSON object. The first line of a file says which configuration
-the responses belong to. Token ids and log-probs are little-endian int32 and float32 in base64, so nothing is rounded.
-A line is written whole or, on a full disk, not at all. A last line that a killed process left unfinished is ignored;
-any other line with a wrong checksum is an error. plan.json is one such line, with the prompts that the step trains on.
+The first line of a file says which configuration the responses belong to; `ledger_lines` says what a line is. A line is
+written whole or, on a full disk, not at all. A last line that a killed process left unfinished is ignored; any other
+line with a wrong checksum is an error. plan.json is one such line. It is written when all that the next step takes over
+is: who finds a plan finds these, too.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from megatron_fipo.rl.trajectory import Prompt, SampleKey, Trajectory, outline, segments_from
-from megatron_fipo.system.disk import append_whole, write_text_whole, writing
+from megatron_fipo.rl.trajectory import Prompt, SampleKey, Trajectory
+from megatron_fipo.rollout.carried import Carried
+from megatron_fipo.rollout.ledger_lines import (
+    cut_torn_line,
+    damaged,
+    line_of,
+    read_lines,
+    recorded_response,
+    response_record,
+    with_prompt,
+)
+from megatron_fipo.system.disk import append_whole, write_text_whole, write_whole, writing
 
 _STEP = re.compile(r"step_(-?\d+)")
 PLAN = "plan.json"
@@ -45,10 +49,12 @@ class Plan:
     Attributes:
         prompt_ids: the prompts of the batch's groups, in its order.
         next_prompt: the first prompt of the next step.
+        num_carried: responses that the next step takes over.
     """
 
     prompt_ids: list[int]
     next_prompt: int
+    num_carried: int = 0
 
 
 class RolloutLedger:
@@ -97,9 +103,8 @@ class RolloutLedger:
         return None if sample is None else self._whole(sample, prompt)
 
     def _whole(self, sample: Trajectory, prompt: Prompt) -> Trajectory:
-        sample.prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
         sample.response_text = self._decode(sample.response_ids.tolist())
-        return sample
+        return with_prompt(sample, prompt)
 
     def append(self, round_index: int, sample: Trajectory) -> None:
         """Record a judged response of the step that was last begun.
@@ -107,20 +112,7 @@ class RolloutLedger:
         Raises:
             DiskError: if it cannot be written, or the file was deleted meanwhile.
         """
-        self._write(
-            {
-                "round": round_index,
-                **sample.key._asdict(),
-                "response_ids": _encoded(sample.response_ids, "<i4"),
-                "rollout_log_probs": _encoded(sample.rollout_log_probs, "<f4"),
-                "finish_reason": sample.finish_reason,
-                "segments": outline(sample.segments),
-                "accuracy": sample.accuracy,
-                "answer": sample.answer,
-                "error": sample.error,
-                **({"parts": sample.parts} if sample.parts else {}),
-            }
-        )
+        self._write({"round": round_index, **response_record(sample)})
 
     def recording(self, round_index: int, on_sample: Callable[[Trajectory], None]) -> Callable[[Trajectory], None]:
         """Return a callback that records a judged response, unless it was aborted, and passes it on."""
@@ -151,7 +143,7 @@ class RolloutLedger:
         recorded = self.plan(step) if must_be_same else None
         if recorded is None:
             content = {"fingerprint": self._fingerprint, "step": step, **asdict(plan)}
-            write_text_whole(self._plan_path(step), _line(json.dumps(content).encode()).decode())
+            write_text_whole(self._plan_path(step), line_of(content).decode())
         elif recorded != plan:
             raise ValueError(
                 f"{self._plan_path(step)} says that step {step} trains on prompts {_some(recorded.prompt_ids)}; its "
@@ -169,16 +161,70 @@ class RolloutLedger:
         path = self._plan_path(step)
         if not path.is_file():
             return None
-        record = next(_read(path), {})
+        record = next(read_lines(path), {})
         if record.get("fingerprint") != self._fingerprint:
             return None
         try:
-            return Plan([int(prompt_id) for prompt_id in record["prompt_ids"]], int(record["next_prompt"]))
+            prompt_ids = [int(prompt_id) for prompt_id in record["prompt_ids"]]
+            return Plan(prompt_ids, int(record["next_prompt"]), int(record.get("num_carried", 0)))
         except (LookupError, TypeError, ValueError) as error:
-            raise _damaged(path, 1, f"it holds no plan: {error!r}") from error
+            raise damaged(path, 1, f"it holds no plan: {error!r}") from error
 
     def _plan_path(self, step: int) -> Path:
-        return self._folder / f"step_{step:06d}" / PLAN
+        return self._step_folder(step) / PLAN
+
+    def _step_folder(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}"
+
+    def write_carried(self, step: int, leader: int, carried: Iterable[Carried]) -> None:
+        """Record what a rank takes over into a step, all at once, so that it is on the disk whole or not at all.
+
+        Args:
+            leader: the rank's number among those that generate.
+
+        Raises:
+            DiskError: if it cannot be written.
+        """
+        lines = [line_of({"fingerprint": self._fingerprint, "step": step})]
+        for one in carried:
+            more = {"begun_at_step": one.begun_at_step, "is_judged": one.is_judged}
+            lines.append(line_of({**more, **response_record(one.response)}))
+        path = self._step_folder(step) / f"carried_{leader:03d}.jsonl"
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, b"".join(lines))
+
+    def carried(self, step: int, leader: int, num_leaders: int) -> list[Carried]:
+        """What a rank takes over into a step, by `SampleKey`; without prompts and texts.
+
+        With as many ranks as wrote it, each gets what it had. With fewer, some get that of several; with more, some get
+        nothing.
+
+        Raises:
+            ValueError: if a file is damaged, naming it and the line.
+        """
+        found = []
+        for path in sorted(self._step_folder(step).glob("carried_*.jsonl")):
+            if int(path.stem.removeprefix("carried_")) % num_leaders != leader:
+                continue
+            for number, record in enumerate(read_lines(path), start=1):
+                if "fingerprint" in record:
+                    continue
+                begun_at_step, is_judged = record.get("begun_at_step"), record.get("is_judged")
+                if type(begun_at_step) is not int or type(is_judged) is not bool:
+                    raise damaged(path, number, "it does not say since when it is carried")
+                found.append(Carried(recorded_response(record, path, number), begun_at_step, is_judged))
+        return sorted(found, key=lambda one: one.response.key)
+
+    def forget_after(self, step: int) -> None:
+        """Delete what would follow from a step that is generated anew: its plan, and the records of later steps.
+
+        Only the leader may call this, before anybody generates.
+        """
+        self._plan_path(step).unlink(missing_ok=True)
+        for path, number in self._step_folders():
+            if number > step:
+                shutil.rmtree(path)
 
     def forget_before(self, step: int) -> None:
         """Delete the records of earlier steps. Only the leader may call this."""
@@ -199,7 +245,7 @@ class RolloutLedger:
             folder
             for folder, number in self._step_folders()
             for file in folder.glob("*.jsonl")
-            for header in [next(_read(file), None)]
+            for header in [next(read_lines(file), None)]
             if first_step is None or number >= first_step
             if header is not None and header.get("fingerprint") != self._fingerprint
         }
@@ -221,20 +267,17 @@ class RolloutLedger:
         """Read a step's records and open this rank's file at its end."""
         self.close()
         self._step, self._recorded = step, {}
-        folder = self._folder / f"step_{step:06d}"
-        for file in sorted(folder.glob("*.jsonl")):
-            for number, record in enumerate(_read(file), start=1):
+        folder = self._step_folder(step)
+        for file in sorted(folder.glob("rank_*.jsonl")):
+            for number, record in enumerate(read_lines(file), start=1):
                 if "fingerprint" not in record:
-                    try:
-                        round_index, sample = _sample(record)
-                    except (LookupError, TypeError, ValueError) as error:  # binascii's error is a ValueError
-                        raise _damaged(file, number, f"it holds no judged response: {error!r}") from error
-                    self._recorded.setdefault(round_index, {})[sample.key] = sample
+                    sample = recorded_response(record, file, number)
+                    self._recorded.setdefault(record["round"], {})[sample.key] = sample
         self._path = folder / f"rank_{self._rank:03d}.jsonl"
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
-                _cut_torn_line(self._path)
+                cut_torn_line(self._path)
             self._file = self._path.open("ab", buffering=0)
             is_new = self._path.stat().st_size == 0
         if is_new:
@@ -242,71 +285,9 @@ class RolloutLedger:
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None, "finished() opens the step"
-        text = json.dumps(record).encode()  # ASCII: whatever a verifier answered can be written, lone surrogates too
-        append_whole(self._file, _line(text), self._path)
-
-
-def _encoded(values: Tensor, dtype: str) -> str:
-    return base64.b64encode(values.cpu().numpy().astype(dtype).tobytes()).decode()
-
-
-def _decoded(text: str, dtype: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=dtype).copy())
-
-
-def _sample(record: dict[str, Any]) -> tuple[int, Trajectory]:
-    response_ids = _decoded(record["response_ids"], "<i4").long()
-    trajectory = Trajectory(
-        key=SampleKey(record["source"], record["prompt_id"], record["sample_index"]),
-        prompt_ids=torch.empty(0, dtype=torch.int64),
-        segments=segments_from(record, response_ids, _decoded(record["rollout_log_probs"], "<f4")),
-        finish_reason=record["finish_reason"],
-        accuracy=record["accuracy"],
-        answer=record["answer"],
-        error=record["error"],
-        parts=record.get("parts", {}),
-    )
-    return record["round"], trajectory
-
-
-def _line(text: bytes) -> bytes:
-    return b"%08x %s\n" % (zlib.crc32(text), text)
+        append_whole(self._file, line_of(record), self._path)
 
 
 def _some(prompt_ids: Sequence[int]) -> str:
     shown = ", ".join(map(str, prompt_ids[:_NUM_SHOWN]))
     return f"{shown} … ({len(prompt_ids)} of them)" if len(prompt_ids) > _NUM_SHOWN else shown or "none"
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, without a last line that was torn."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            checksum, _, text = line[:-1].partition(b" ")
-            if checksum != b"%08x" % zlib.crc32(text):
-                raise _damaged(path, number, "its CRC-32 differs")
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise _damaged(path, number, f"it is no JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise _damaged(path, number, f"it holds a {type(record).__name__}")
-            yield record
-
-
-def _damaged(path: Path, number: int, reason: str) -> ValueError:
-    return ValueError(
-        f"{path}, line {number} is not what was written there ({reason}). Restore the file from a copy, or delete the "
-        f"folder {path.parent}: its responses are then generated anew."
-    )
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut off what follows the last line's end."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)

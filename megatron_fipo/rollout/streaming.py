@@ -2,9 +2,12 @@
 
 There are no rounds. Each rank that generates keeps its engine full: as soon as one response is written, it asks for the
 next one in the order of prompts, whatever group that belongs to. A response is judged as it ends. Rank 0 hears 32 bytes
-of each, and says stop when the batch is full in the order of prompts; what is in flight then is aborted, and nobody
-uses it. No more responses are begun than the share of groups that earlier steps have kept makes necessary. The next
-step goes on with the first prompt that was not used up.
+of each, and says stop when the batch is full in the order of prompts; what is in flight then is aborted. The next step
+goes on with the first prompt that was not used up.
+
+On-policy (rollout.max_staleness_steps=0) nobody uses what was aborted or finished too early, and no more responses are
+begun than the share of groups that earlier steps have kept makes necessary. Otherwise prompts are begun so many steps
+ahead, and the next step goes on with what there is of them: `carry_over`.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from torch.distributed import ProcessGroup
 from megatron_fipo.config import most_prompts
 from megatron_fipo.metrics.reductions import Metrics, Sum
 from megatron_fipo.parallel import exchange
-from megatron_fipo.parallel.agreement import decided_by_leader
+from megatron_fipo.parallel.agreement import decided_by_leader, on_every_rank
 from megatron_fipo.parallel.ordered_work import OrderedWork
 from megatron_fipo.rl.judged_group import JudgedGroup, from_bytes, to_bytes
-from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks
+from megatron_fipo.rl.prompt_order import FreshSamples, KeptShare, PromptOrderBooks
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.batch_source import BatchSource, SourceParts
+from megatron_fipo.rollout.carried import Carried
+from megatron_fipo.rollout.carry_over import CarryOver
+from megatron_fipo.rollout.ledger import Plan
 from megatron_fipo.rollout.source import SourceState
 
 UNUSED_TOKENS = "rollout/unused_tokens"
@@ -40,12 +46,15 @@ class _StreamingState:
     other: SourceState
     kept_share: KeptShare
     """Of rank 0."""
+    num_carried: int
+    """Responses that the next step goes on with, on rank 0."""
     world: ProcessGroup
 
     def gathered(self) -> dict[str, Any]:
         """See `SourceState`."""
         state = self.other.gathered()
-        state["sampler"]["kept_share"] = list(exchange.broadcast_object(astuple(self.kept_share), self.world))
+        told = exchange.broadcast_object((astuple(self.kept_share), self.num_carried), self.world)
+        state["sampler"]["kept_share"], state["sampler"]["num_carried"] = list(told[0]), told[1]
         return state
 
 
@@ -54,7 +63,8 @@ class StreamingSource(BatchSource):
 
     The batch is the same for any number of servers and any order of completion: verdicts alone decide it. On a
     repeatable engine it is the same bit for bit, since each rank asks its own engine for responses in an order that
-    does not depend on time.
+    does not depend on time. Where responses are carried over, their texts depend on where a step has cut them: there a
+    repeatable engine comes to the same batch on as many ranks.
     """
 
     def __init__(self, parts: SourceParts) -> None:
@@ -65,6 +75,11 @@ class StreamingSource(BatchSource):
         """Of rank 0: what the steps so far say of the share of groups that are kept."""
         self._drawn: dict[int, Prompt] = {}
         """The step's prompts that this rank has made, by prompt_id."""
+        self._carry_over = CarryOver(self.rollout, parts.plane, parts.ledger, parts.listener, self.world)
+        self._left: list[Carried] | None = []
+        """What the step has begun here and is not judged; None where the step was taken from its records."""
+        self._recorded_plan: Plan | None = None
+        """The plan of a step that was taken from its records."""
 
     @property
     def next_prompt(self) -> int:
@@ -75,12 +90,13 @@ class StreamingSource(BatchSource):
         """See `BatchSource`."""
         parts = self.parts
         first, self._drawn = parts.prompts.position, {}
-        plan = decided_by_leader(lambda: parts.ledger.plan(step), self.world)
+        self._carry_over.begin(step, first)
+        plan = self._recorded_plan = decided_by_leader(lambda: parts.ledger.plan(step), self.world)
         if only_recorded and plan is None:
             num_lost = self.rollout.num_prompts * self.rollout.num_samples_per_prompt
             parts.generator.check_complete(step, num_lost if parts.ranks.rank == 0 else 0)
         if plan is not None and self._replay(step, range(first, plan.next_prompt), only_recorded):
-            self._next_prompt, self._num_unused_tokens = plan.next_prompt, 0
+            self._next_prompt, self._num_unused_tokens, self._left = plan.next_prompt, 0, None
             groups = parts.plane.judged(self.held.groups(range(first, plan.next_prompt)))
         else:
             groups = self._stream(step, range(first, first + most_prompts(parts.config)))
@@ -89,27 +105,47 @@ class StreamingSource(BatchSource):
         self._kept_share = self._kept_share.after(num_kept, len(groups))
         return groups
 
+    def carry_over(self, step: int, plan: Plan) -> Plan:
+        """See `BatchSource`."""
+        carry_over, left = self._carry_over, self._left
+        if not carry_over.is_on:
+            return plan
+        if left is None:
+            assert self._recorded_plan is not None, "the step was taken from its records"
+            carry_over.keep_recorded(step, self._recorded_plan.num_carried)
+        else:
+            on_every_rank(lambda: carry_over.keep(step, self.held, left, plan.next_prompt), self.world)
+        return replace(plan, num_carried=carry_over.count())
+
     def own_metrics(self) -> Metrics:
         """See `BatchSource`."""
-        return {UNUSED_TOKENS: Sum(self._num_unused_tokens)}
+        return {UNUSED_TOKENS: Sum(self._num_unused_tokens), **self._carry_over.metrics()}
 
     def state(self) -> SourceState:
         """See `RolloutSource`."""
-        return _StreamingState(super().state(), self._kept_share, self.world)
+        return _StreamingState(super().state(), self._kept_share, self._carry_over.num_expected, self.world)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `RolloutSource`. A run that did not stream before knows of no share."""
         super().load_state_dict(state)
         self._kept_share = KeptShare(*state["sampler"].get("kept_share", ()))
+        self._carry_over.expect(state["sampler"].get("num_carried", 0))
 
-    def _key_of(self, first_prompt: int, ticket: int) -> tuple[Prompt, SampleKey]:
-        """The response that a ticket stands for: they count through all samples of one prompt after the other."""
-        place, sample_index = divmod(ticket, self.rollout.num_samples_per_prompt)
-        prompt_id = first_prompt + place
+    def _prompt(self, prompt_id: int) -> Prompt:
         if prompt_id not in self._drawn:
             self._drawn[prompt_id] = self.parts.prompts.prompt(prompt_id)
-        prompt = self._drawn[prompt_id]
+        return self._drawn[prompt_id]
+
+    def _key_of(self, fresh: FreshSamples, ticket: int) -> tuple[Prompt, SampleKey]:
+        """The response that a ticket stands for: they count through all fresh samples of one prompt after the other."""
+        prompt_id, sample_index = fresh.at(ticket)
+        prompt = self._prompt(prompt_id)
         return prompt, SampleKey(prompt.source, prompt_id, sample_index)
+
+    def _hold_judged(self, step: int, prompts: range) -> list[Group]:
+        """Hold this rank's responses that earlier steps have had judged. Returns those to some of the prompts."""
+        judged = self._carry_over.judged(self._prompt)
+        return [self._hold(step, prompt, one.response) for prompt, one in judged if prompt.prompt_id in prompts]
 
     def _replay(self, step: int, prompts: range, only_recorded: bool) -> bool:
         """Take a step that was decided before from its records. Collective.
@@ -121,9 +157,11 @@ class StreamingSource(BatchSource):
             ValueError: on every rank, if something is missing with `only_recorded`.
         """
         plane, generator = self.parts.plane, self.parts.generator
-        tickets = range(len(prompts) * self.rollout.num_samples_per_prompt)
+        # Those that were judged before the step are with the ranks that took them over.
+        generated = FreshSamples(prompts.start, self.rollout.num_samples_per_prompt, self._carry_over.judged_everywhere)
+        tickets = range(generated.num_until(len(prompts)))
         own = [] if plane.leader is None else tickets[plane.leader :: plane.num_leaders]
-        wanted = [self._key_of(prompts.start, ticket) for ticket in own]
+        wanted = [self._key_of(generated, ticket) for ticket in own]
         found = generator.recorded(step, wanted)
         own_missing = sum(sample is None for sample in found)
         if only_recorded:
@@ -133,6 +171,7 @@ class StreamingSource(BatchSource):
         for (prompt, _), sample in zip(wanted, found, strict=True):
             assert sample is not None, "none is missing"
             self._hold(step, prompt, sample)
+        self._hold_judged(step, prompts)
         return True
 
     def _stream(self, step: int, prompts: range) -> list[JudgedGroup]:
@@ -140,24 +179,27 @@ class StreamingSource(BatchSource):
         parts, rollout, num_samples = self.parts, self.rollout, self.rollout.num_samples_per_prompt
         plane, listener = parts.plane, parts.listener
         books: PromptOrderBooks | None = None
-        is_repeatable = parts.engine.repeatable
+        carry_over, is_repeatable = self._carry_over, parts.engine.repeatable
         if parts.ranks.rank == 0:
+            parts.ledger.forget_after(step)
             books = PromptOrderBooks(
                 prompts,
                 num_samples,
                 rollout.num_prompts,
                 self.sampler.is_kept,
                 self._kept_share,
-                is_adaptive=not is_repeatable,
+                num_steps_ahead=rollout.max_staleness_steps,
+                is_adaptive=carry_over.is_on or not is_repeatable,
             )
         num_to_begin: int = exchange.broadcast_object(None if books is None else books.num_to_begin, self.world)
-        work = OrderedWork(plane.leader, plane.num_leaders, num_to_begin * num_samples, is_dealt=is_repeatable)
+        fresh = FreshSamples(prompts.start, num_samples, carry_over.everywhere)
+        work = OrderedWork(plane.leader, plane.num_leaders, fresh.num_until(num_to_begin), is_dealt=is_repeatable)
 
         def look() -> None:
             if books is not None:
                 for part in from_bytes(work.told()):
                     books.add(part)
-                work.extend(books.num_to_begin * num_samples)
+                work.extend(fresh.num_until(books.num_to_begin))
                 if books.is_over and not work.is_over:
                     work.end()
 
@@ -167,12 +209,20 @@ class StreamingSource(BatchSource):
                 one = self._hold(step, prompt, sample)
                 work.tell(to_bytes([JudgedGroup.of(one, plane.leader or 0)]))
                 progress.advance()
-                look()
 
-            begun_in_vain = parts.generator.stream(
-                step, work, self.sampling_params, lambda ticket: self._key_of(prompts.start, ticket), on_judged, look
+            if known := self._hold_judged(step, prompts):
+                rows = [JudgedGroup.of(one, plane.leader or 0) for one in known]
+                work.tell(to_bytes(rows), about_ticket=False)
+            self._num_unused_tokens, self._left = parts.generator.stream(
+                step,
+                work,
+                self.sampling_params,
+                lambda ticket: self._key_of(fresh, ticket),
+                on_judged,
+                look,
+                carry_over.unfinished(self._prompt),
+                keeps=carry_over.is_on,
             )
-        self._num_unused_tokens = begun_in_vain
         if books is None:
             return []
         look()
@@ -182,7 +232,8 @@ class StreamingSource(BatchSource):
                 "end requests of the run's servers, and run the same command again: what is recorded is taken up."
             )
         self._next_prompt = books.next_prompt
-        self._num_unused_tokens += books.num_tokens_beyond
+        if not carry_over.is_on:
+            self._num_unused_tokens += books.num_tokens_beyond
         return books.groups()
 
     def _hold(self, step: int, prompt: Prompt, sample: Trajectory) -> Group:

@@ -26,6 +26,8 @@ from megatron_fipo.rollout.in_process.decode_batch import DecodeBatch, Row
 
 _ADMIT_SHARE = 8
 """Requests wait until one in this many slots is free, so that a prefill serves several."""
+_REST_S = 0.001
+"""Time between two looks of an engine that rests, whether it may go on or is to end what is in flight."""
 
 
 @dataclass(eq=False)
@@ -101,6 +103,9 @@ class InProcessEngine:
         self._abort_below = 0
         self._sweep_due = False
         self._failure = ""
+        self._steps_left: int | None = None
+        """Decoding steps until it rests; None if it does not."""
+        self._on_rest: Callable[[], None] = lambda: None
         self._num_idle = self._num_slots = 0
         """Slots of all steps that decoded nothing, and all slots of these steps, since `metrics` was called."""
 
@@ -184,6 +189,15 @@ class InProcessEngine:
         self._abort_below = self._num_calls
         self._sweep_due = True
 
+    def allow(self, num_steps: int | None, on_rest: Callable[[], None] = lambda: None) -> None:
+        """See `StoppableEngine`."""
+        self._steps_left, self._on_rest = num_steps, on_rest
+
+    @property
+    def is_at_rest(self) -> bool:
+        """See `StoppableEngine`."""
+        return self._steps_left == 0
+
     def close(self) -> None:
         """Fail the requests in flight and release the model."""
         self._failure = "it is closed"
@@ -201,6 +215,9 @@ class InProcessEngine:
         while self._pending or self._batch.rows:
             if self._sweep_due:
                 self._drop_cancelled_and_aborted()
+            if self._steps_left == 0:
+                await asyncio.sleep(_REST_S)
+                continue
             self._admit()
             if self._batch.rows:
                 self._step()
@@ -231,6 +248,10 @@ class InProcessEngine:
             reason = "stop" if batch.last_token(row) in self.stop_token_ids else "length"
             self._deliver(batch.rows[row], *batch.response(row), reason)
         batch.remove(ended)
+        if self._steps_left is not None:
+            self._steps_left -= 1
+            if self._steps_left == 0:
+                self._on_rest()
 
     def _deliver(self, call: _Call, response_ids: Tensor, log_probs: Tensor, reason: str) -> None:
         if call.future.done():
