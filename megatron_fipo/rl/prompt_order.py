@@ -92,15 +92,16 @@ class PromptOrderBooks:
         num_steps_ahead: int = 0,
         is_adaptive: bool = True,
     ) -> None:
-        self._known, self._num_steps_ahead, self._is_adaptive = known, num_steps_ahead, is_adaptive
+        self._known, self._is_adaptive = known, is_adaptive
         self._prompts, self._num_samples, self._num_groups, self._is_kept = prompts, num_samples, num_groups, is_kept
         self._parts: dict[int, list[JudgedGroup]] = {}
         self._whole: dict[int, JudgedGroup] = {}
         self._next = prompts.start
         self._num_kept = 0
         self._num_kept_anywhere = 0
-        needed = num_groups_to_begin(num_groups, known.share())
-        self.num_to_begin = min(max(needed, self._num_ahead(known.share())), len(prompts))
+        # What is begun ahead is not needed now. So the few groups that a step judges first do not move its number.
+        ahead = num_groups_ahead(num_groups, known.share(), num_steps_ahead) if num_steps_ahead else 0
+        self.num_to_begin = min(max(num_groups_to_begin(num_groups, known.share()), ahead), len(prompts))
         """Prompts, from the first on, whose responses may be begun: others would most likely not be used, or too late.
         """
 
@@ -138,10 +139,7 @@ class PromptOrderBooks:
             return
         share = self._known.share(self._num_kept_anywhere, num_judged)
         needed = num_judged + num_groups_to_begin(self._num_groups - self._num_kept_anywhere, share)
-        self.num_to_begin = min(max(self.num_to_begin, needed, self._num_ahead(share)), len(self._prompts))
-
-    def _num_ahead(self, share: float) -> int:
-        return num_groups_ahead(self._num_groups, share, self._num_steps_ahead) if self._num_steps_ahead else 0
+        self.num_to_begin = min(max(self.num_to_begin, needed), len(self._prompts))
 
     @property
     def is_over(self) -> bool:

@@ -187,7 +187,7 @@ class StreamingSource(BatchSource):
                 num_samples,
                 rollout.num_prompts,
                 self.sampler.is_kept,
-                self._kept_share,
+                self._known_share(),
                 num_steps_ahead=rollout.max_staleness_steps,
                 is_adaptive=carry_over.is_on or not is_repeatable,
             )
@@ -235,6 +235,17 @@ class StreamingSource(BatchSource):
         if not carry_over.is_on:
             self._num_unused_tokens += books.num_tokens_beyond
         return books.groups()
+
+    def _known_share(self) -> KeptShare:
+        """What is known of the share of groups that are kept.
+
+        Where prompts are begun ahead, a run's first step has enough of them in flight not to believe the first few
+        groups that it judges: what it begins beyond the bound of staleness is lost.
+        """
+        if self._kept_share.used or not self._carry_over.is_on:
+            return self._kept_share
+        weight = self.rollout.num_prompts / 4
+        return KeptShare(weight, weight)
 
     def _hold(self, step: int, prompt: Prompt, sample: Trajectory) -> Group:
         """Keep a judged response. What was needed to judge it alone is dropped."""
