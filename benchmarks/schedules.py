@@ -10,13 +10,14 @@ to 200 tokens, where they are cut.
 
 Four schedules: `rounds` of four times the batch, whose surplus is thrown away, as the paper's recipe has them; `null`,
 a round of the batch's size and then twice what is missing; `streaming`; and `carry-over`, which streams and goes on in
-the next step with what a batch leaves unfinished (rollout.max_staleness_steps=1). The number of slots is chosen by the fill:
-responses in flight when all slots are taken, over those that a step needs. The recipe's is about 0.22 on 128 GPUs and
-1.8 on 1,024.
+the next step with what a batch leaves unfinished (rollout.max_staleness_steps=1). The number of slots is chosen by the
+fill: responses in flight when all slots are taken, over those that a step needs. The recipe's is about 0.22 on 128 GPUs
+and 1.8 on 1,024.
 
 A decoding step writes one token in each slot that is taken, so that slots times steps are the tokens and the idle
 slots. Wasted are tokens that were generated, not trained on, and not dropped for lack of signal: the metrics
-rollout/unused_tokens and rollout/dropped_tokens. What goes on in the next step counts there. A wider count adds the groups without a signal that a round has generated beyond the batch.
+rollout/unused_tokens and rollout/dropped_tokens. A wider count adds the groups without a signal that a round has
+generated beyond the batch. What goes on in the next step is neither: it was generated here and counts there.
 
 `count` also gives the simulation of `megatron-fipo preflight --schedules` the lengths and verdicts of each step, the
 slots, and decoding steps of one second each, and prints what it says beside what was counted.

@@ -104,7 +104,7 @@ class CarryOver:
         )
         self._own, self._step = {_place(one.response.key): one for one in found}, step
         num_found = sum(self._plane.gathered([len(found)]))
-        if num_found < self._num_expected:
+        if self._world.rank() == 0 and num_found < self._num_expected:
             self._listener.warning(
                 f"step {step}: {self._num_expected - num_found} responses that were to go on are not recorded any "
                 "more; they are begun anew",
@@ -138,8 +138,6 @@ class CarryOver:
         Raises:
             DiskError: if it cannot be written.
         """
-        if self._plane.leader is None:
-            return
         judged = [
             Carried(sample, self._begun_at(place, step), is_judged=True)
             for place, sample in held.samples.items()
@@ -147,8 +145,10 @@ class CarryOver:
         ]
         unfinished = [one for one in left if one.response.key.prompt_id >= next_prompt]
         found = {_place(one.response.key): one for one in (*judged, *unfinished)}
+        # On ranks that generate nothing, too: all of them know that nothing need be read for the next step.
         self._own, self._step = dict(sorted(found.items(), key=_by_place)), step + 1
-        self._ledger.write_carried(step + 1, self._plane.leader, self._own.values())
+        if self._plane.leader is not None:
+            self._ledger.write_carried(step + 1, self._plane.leader, self._own.values())
 
     def keep_recorded(self, step: int, num_responses: int) -> None:
         """A step was taken from its records: take what the step after it goes on with, too. Collective.
