@@ -70,6 +70,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     },
 }
 """What each changes in the configuration. Streaming starts no rounds, and may go on as long as ten of them."""
+STREAMS = ("streaming", "carry-over")
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def count(schedule: str, slots: int, num_steps: int, folder: Path) -> Run:
     )
     lines = [line for line in train(file) if "optim/grad_norm" in line]
     responses = [responses_of(place, step) for step in range(num_steps)]
-    is_stream = schedule in ("streaming", "carry-over")
+    is_stream = schedule in STREAMS
     steps = [
         counts_of(line, before, one, slots, is_stream=is_stream)
         for before, line, one in zip([{}, *lines], lines, responses, strict=False)
@@ -426,23 +427,25 @@ def learn(schedule: str, seed: int, folder: Path) -> list[tuple[int, int, float]
         train={"num_steps": LEARNING_STEPS},
         evaluation={"every_num_steps": EVALUATED_EVERY, "num_samples_per_prompt": 4},
     )
-    done, generated = 0, 0
+    done, generated, carried = 0, 0, 0
     points: dict[int, tuple[int, int, float]] = {}
     for line in train(file):
         if "optim/grad_norm" in line:
             done += 1
             num_responses = line["rollout/generated_groups"] * LEARNING_BATCH["num_samples_per_prompt"]
             generated += round(line["rollout/response_tokens/mean"] * num_responses)
-            if schedule == "streaming":
+            if schedule in STREAMS:
                 generated += round(line["rollout/unused_tokens"])
+            before, carried = carried, round(line.get("rollout/carried_tokens", 0))
+            generated += carried - before + round(line.get("rollout/dropped_tokens", 0))
         if "evaluation/held_out/avg@4" in line:
             points[done] = (done, generated, line["evaluation/held_out/avg@4"])
     return list(points.values())
 
 
 def run_learn(arguments: argparse.Namespace) -> None:
-    """Train with rounds and with streaming from every seed."""
-    cases = [(name, seed) for seed in arguments.seeds for name in ("rounds", "streaming")]
+    """Train with every schedule from every seed."""
+    cases = [(name, seed) for seed in arguments.seeds for name in arguments.schedules]
     with tempfile.TemporaryDirectory() as scratch:
         names, seeds = zip(*cases, strict=True)
         results = in_turn_or_beside(arguments.jobs, lambda n, s: learn(n, s, Path(scratch)), names, seeds)
@@ -465,6 +468,7 @@ def main() -> None:
     counting.set_defaults(run=run_count)
     learning = commands.add_parser("learn", help="accuracy over steps and over tokens")
     learning.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    learning.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["rounds", *STREAMS])
     learning.set_defaults(run=run_learn)
     for command in (counting, learning):
         command.add_argument("--jobs", type=int, default=1, help="runs at a time")

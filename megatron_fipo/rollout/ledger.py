@@ -271,8 +271,10 @@ class RolloutLedger:
         for file in sorted(folder.glob("rank_*.jsonl")):
             for number, record in enumerate(read_lines(file), start=1):
                 if "fingerprint" not in record:
-                    sample = recorded_response(record, file, number)
-                    self._recorded.setdefault(record["round"], {})[sample.key] = sample
+                    sample, round_index = recorded_response(record, file, number), record.get("round")
+                    if type(round_index) is not int:
+                        raise damaged(file, number, "it names no round")
+                    self._recorded.setdefault(round_index, {})[sample.key] = sample
         self._path = folder / f"rank_{self._rank:03d}.jsonl"
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)

@@ -593,3 +593,35 @@ def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
     save_random_model(tmp_path, use_sliding_window=True, sliding_window=4, max_window_layers=0)
     with pytest.raises(ValueError, match="full attention in every layer"):
         engine_of(tmp_path)
+
+
+def test_it_rests_after_the_steps_that_it_may_take(folder: Path) -> None:
+    """With what is in flight, which goes on from there, and ends where it is aborted."""
+    engine = engine_of(folder)
+    num_rests = [0]
+
+    def resting() -> None:
+        num_rests[0] += 1
+
+    async def stretches() -> tuple[list[int], list[Turn]]:
+        engine.allow(0)
+        calls = [asyncio.ensure_future(engine.generate(request(number, max_tokens=20))) for number in range(2)]
+        await asyncio.sleep(0)
+        steps = []
+        for _ in range(3):
+            engine.allow(4, resting)
+            while not engine.is_at_rest:
+                await asyncio.sleep(0)
+            for _ in range(10):  # it stays where it is
+                await asyncio.sleep(0.002)
+            steps.append(engine._batch.num_steps)
+        engine.abort()
+        turns = [await call for call in calls]
+        engine.allow(None)
+        return steps, [*turns, await engine.generate(request(0, max_tokens=20))]
+
+    steps, (first, second, whole) = asyncio.run(stretches())
+    assert steps == [4, 8, 12]
+    assert num_rests == [3]
+    assert [(turn.finish_reason, len(turn.response_ids)) for turn in (first, second)] == [("abort", 12)] * 2
+    assert first.response_ids.tolist() == whole.response_ids[:12].tolist()

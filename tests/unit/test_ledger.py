@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from megatron_fipo.rl.trajectory import Prompt, Trajectory
+from megatron_fipo.rollout.carried import Carried
 from megatron_fipo.rollout.ledger import Plan, RolloutLedger
+from megatron_fipo.rollout.ledger_lines import line_of, read_lines, response_record
 from megatron_fipo.system.disk import DiskError
 
 PROMPTS = [Prompt(number, "sums", f"{number}+1=", (5, number), "exact", str(number + 1)) for number in range(4)]
@@ -175,7 +178,12 @@ def test_whatever_a_verifier_answered_comes_back(tmp_path: Path) -> None:
     assert [found["sums", 0, index].error for index in range(len(answers))] == answers
 
 
-@pytest.mark.parametrize("text", ["[]", "7", '{"round": 0}', '{"round": 0, "response_ids": "!"}', "{", "[" * 100_000])
+NO_ROUND = json.dumps(response_record(sample(0, 0)))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", NO_ROUND, '{"round": 0}', '{"round": 0, "response_ids": "!"}', "{", "[" * 100_000]
+)
 def test_a_line_that_is_whole_and_holds_something_else_is_named(tmp_path: Path, text: str) -> None:
     write(tmp_path, 0, 0, [0])
     path = tmp_path / "step_000000" / "rank_000.jsonl"
@@ -232,3 +240,65 @@ def test_a_damaged_plan_is_told(damage: Callable[[str], str], tmp_path: Path) ->
             book.plan(3)
     else:
         assert book.plan(3) is None, "a torn line is no line"
+
+
+# --- what the next step goes on with ----------------------------------------------------------------------------------
+
+
+def carried(prompt_id: int, index: int, begun_at_step: int = 2, is_judged: bool = False) -> Carried:
+    return Carried(sample(prompt_id, index), begun_at_step, is_judged)
+
+
+def test_what_is_carried_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    first, second = [carried(0, 2), carried(3, 1, 1, is_judged=True)], [carried(1, 0)]
+    ledger(tmp_path).write_carried(4, 0, first)
+    ledger(tmp_path, 5).write_carried(4, 1, second)
+    write(tmp_path, 0, 4, [0])
+    found = ledger(tmp_path).carried(4, 0, 2)
+    assert [(one.begun_at_step, one.is_judged) for one in found] == [(2, False), (1, True)]
+    for one, written in zip(found, first, strict=True):
+        assert one.response.prompt_ids.tolist() == [], "no record has it"
+        one.response.prompt_ids, one.response.response_text = (
+            written.response.prompt_ids,
+            written.response.response_text,
+        )
+        assert same(one.response, written.response)
+    places = [(one.response.prompt_id, one.response.sample_index) for one in ledger(tmp_path).carried(4, 0, 1)]
+    assert places == [(0, 2), (1, 0), (3, 1)], "one rank takes over what two had"
+    assert len(ledger(tmp_path).carried(4, 1, 3)) == 1
+    assert ledger(tmp_path).carried(4, 2, 3) == []
+    assert ledger(tmp_path).carried(5, 0, 2) == []
+    assert list(ledger(tmp_path).finished(4, 0, PROMPTS)) == [("sums", 0, 0), ("sums", 0, 1)], "it is none of these"
+
+
+@pytest.mark.parametrize("missing", ["begun_at_step", "is_judged", "response_ids"])
+def test_a_carried_response_that_is_none_is_named(tmp_path: Path, missing: str) -> None:
+    ledger(tmp_path).write_carried(4, 0, [carried(0, 2)])
+    path = tmp_path / "step_000004" / "carried_000.jsonl"
+    header, record = read_lines(path)
+    del record[missing]
+    path.write_bytes(line_of(header) + line_of(record))
+    with pytest.raises(ValueError, match=r"carried_000\.jsonl, line 2 is not what was written there"):
+        ledger(tmp_path).carried(4, 0, 1)
+
+
+def test_a_step_that_is_generated_anew_forgets_what_followed_from_it(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    for step in (2, 3, 4, 5):
+        write(tmp_path, 0, step, [0])
+        book.note_plan(step, Plan([4], 5, num_carried=1), must_be_same=False)
+        book.write_carried(step, 0, [carried(0, 2)])
+    assert book.plan(3) == Plan([4], 5, 1)
+    ledger(tmp_path).forget_after(3)
+    assert book.plan(2) is not None
+    assert book.plan(3) is None
+    assert len(ledger(tmp_path).carried(3, 0, 1)) == 1, "the step itself goes on with it"
+    assert len(ledger(tmp_path).finished(3, 0, PROMPTS)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_what_belongs_to_another_configuration_is_not_carried(tmp_path: Path) -> None:
+    ledger(tmp_path).write_carried(4, 0, [carried(0, 2)])
+    other = ledger(tmp_path, fingerprint="other")
+    assert other.discard_others() == 1
+    assert other.carried(4, 0, 1) == []

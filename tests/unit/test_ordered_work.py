@@ -103,3 +103,44 @@ def test_ranks_that_do_not_work_need_nothing() -> None:
     assert not work.look()
     work.end()
     assert work.is_over
+
+
+def test_a_meeting_is_over_when_all_have_come_and_rank_0_has_decided() -> None:
+    first, second, third = workers(3, 3, is_dealt=True)
+    heard: list[list[bytes]] = []
+
+    def decide() -> None:
+        heard.append(sorted(first.told()))
+        first.extend(9)
+
+    for _ in range(2):
+        second.tell(b"two")
+        for work in (first, second):
+            work.come()
+            assert not work.is_met(decide)
+        assert heard == []
+        third.tell(b"three")
+        third.come()
+        assert not third.is_met(decide), "rank 0 has not decided yet"
+        assert first.is_met(decide)
+        assert heard == [[b"three", b"two"]], "what was told before the meeting, once"
+        heard.clear()
+        assert second.is_met(decide)
+        assert third.is_met(decide)
+        assert [taken(work) for work in (first, second, third)] in ([[0, 3, 6], [1, 4, 7], [2, 5, 8]], [[], [], []])
+
+
+def test_a_single_worker_meets_itself() -> None:
+    (work,) = workers(1, 1, is_dealt=True)
+    work.come()
+    assert work.is_met(work.end)
+    assert work.is_over
+
+
+def test_words_that_are_about_no_ticket_leave_the_fair_share_as_it_is() -> None:
+    first, _ = workers(2, 8, is_dealt=False)
+    first.tell(b"many", about_ticket=False)
+    first.tell(b"one")
+    assert first.told() == [b"many", b"one"]
+    first.extend(9)
+    assert first.fair_share == 4, "one of nine is done"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_fipo.config import SamplingSection, num_groups_ahead, num_groups_to_begin
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
 from megatron_fipo.rl.judged_group import JudgedGroup
-from megatron_fipo.rl.prompt_order import KeptShare, PromptOrderBooks
+from megatron_fipo.rl.prompt_order import FreshSamples, KeptShare, PromptOrderBooks
 from tests.unit.rl_samples import make_judged
 
 NUM_SAMPLES, NUM_GROUPS = 4, 5
@@ -238,3 +238,34 @@ def test_servers_are_given_more_while_others_are_in_flight() -> None:
 
 def test_no_more_than_there_are_prompts() -> None:
     assert books(range(3), KeptShare(1.0, 100.0)).num_to_begin == 3
+
+
+# --- responses that earlier steps have begun --------------------------------------------------------------------------
+
+
+def test_fresh_samples_are_those_that_nobody_has_begun() -> None:
+    begun = {(3, 1), (4, 0), (4, 1), (4, 2), (4, 3), (6, 2)}
+    fresh = FreshSamples(3, NUM_SAMPLES, begun)
+    expected = [(3, 0), (3, 2), (3, 3), *((5, index) for index in range(4)), (6, 0), (6, 1), (6, 3)]
+    assert [fresh.at(place) for place in range(len(expected))] == expected
+    assert [fresh.num_until(number) for number in (0, 1, 2, 3, 4)] == [0, 3, 3, 7, 10]
+    assert fresh.at(10) == (7, 0)
+    assert [FreshSamples(3, NUM_SAMPLES, begun).at(place) for place in (9, 0)] == [(6, 3), (3, 0)], "asked in any order"
+
+
+def test_prompts_are_begun_ahead_as_far_as_they_may_wait() -> None:
+    """By what earlier steps say: the first few groups that a step judges move what it needs, not what it may begin."""
+    known = KeptShare(kept=50, used=100)
+
+    def begun(num_steps_ahead: int) -> PromptOrderBooks:
+        return PromptOrderBooks(
+            range(100), NUM_SAMPLES, NUM_GROUPS, SAMPLER.is_kept, known, num_steps_ahead=num_steps_ahead
+        )
+
+    assert begun(0).num_to_begin == num_groups_to_begin(NUM_GROUPS, 0.5)
+    assert begun(4).num_to_begin == num_groups_ahead(NUM_GROUPS, 0.5, 4) > begun(0).num_to_begin
+    found = begun(4)
+    for index in range(NUM_SAMPLES):
+        found.add(response(0, index, 1.0, 5))
+    assert found.num_to_begin == begun(4).num_to_begin
+    assert begun(10**6).num_to_begin == 100, "no more than there are"

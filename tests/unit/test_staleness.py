@@ -13,6 +13,7 @@ from megatron_fipo import FipoConfig, LossOutput, padded_policy_loss
 from megatron_fipo.metrics.reductions import merge, scalars
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.rollout_correction import metrics_by_version
+from megatron_fipo.rl.staleness import staleness_metrics
 from megatron_fipo.rl.trajectory import SampleKey, Segment, Trajectory
 from tests.losses import CORRECTIONS, packed_loss
 
@@ -211,3 +212,42 @@ def test_every_token_carries_the_staleness_of_its_segment() -> None:
     assert packed.staleness_steps.tolist() == [-1, 2, 2, -1, 0, -1, -1, -1]
     assert packed.staleness_steps.dtype == torch.int32
     assert build_packed_batch([trajectory], [0], 8, 0).staleness_steps is None
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(0, [0, 0, 0, 1, 1]), (1, [0, 0, 0, 1, 1]), (2, [1, 1, 0, 1, 1])])
+def test_tokens_beyond_the_bound_are_left_out_of_the_loss(bound: int, kept: list[int]) -> None:
+    trajectory = Trajectory(
+        SampleKey("sums", 0, 0),
+        torch.tensor([11, 12]),
+        [
+            Segment(torch.tensor([5, 6]), "policy", torch.tensor([-0.5, -0.5]), 3),
+            Segment(torch.tensor([7]), "environment"),
+            Segment(torch.tensor([8]), "policy", torch.tensor([-0.5]), 5),
+            Segment(torch.tensor([1]), "policy", torch.tensor([-0.5])),  # of no version: it cannot be told
+        ],
+        "stop",
+        advantage=2.0,
+    )
+    whole = build_packed_batch([trajectory], [0], 8, 0, version=5)
+    packed = build_packed_batch([trajectory], [0], 8, 0, version=5, max_staleness_steps=bound)
+    assert packed.response_mask[1:6].tolist() == [bool(one) for one in kept]
+    assert packed.response_token_counts.tolist() == [sum(kept)]
+    assert whole.response_mask[1:6].tolist() == [True, True, False, True, True]
+    for name in ("input_ids", "labels", "rollout_log_probs", "advantages", "staleness_steps"):
+        assert torch.equal(getattr(packed, name), getattr(whole, name))
+
+
+def test_the_staleness_of_a_batch_by_hand() -> None:
+    def sample(*parts: tuple[int, int | None]) -> Trajectory:
+        segments = [
+            Segment(torch.zeros(count, dtype=torch.int64), "policy", torch.zeros(count), version)
+            for count, version in parts
+        ]
+        return Trajectory(SampleKey("sums", 0, 0), torch.tensor([11]), segments, "stop")
+
+    found = staleness_metrics([sample((4, 3), (2, 5)), sample((3, 4)), sample((9, None))], version=5)
+    assert scalars(found) == {
+        "rollout/staleness_steps/mean": pytest.approx((4 * 2 + 3 * 1) / 9),
+        "rollout/staleness_steps/max": 2.0,
+    }
+    assert staleness_metrics([sample((9, None))], version=5) == {}
