@@ -17,7 +17,7 @@ from megatron_fipo.config.environment import reference_leaves, remember_referenc
 from megatron_fipo.config.errors import ConfigError, choice_problem
 from megatron_fipo.config.input_paths import find_inputs, with_absolute_paths
 from megatron_fipo.config.keys import annotation_at, expectation, key_problems, look_up, type_problem
-from megatron_fipo.config.presets import ALGORITHMS
+from megatron_fipo.config.presets import ALGORITHMS, correction_by_default
 from megatron_fipo.config.sections import Config
 from megatron_fipo.config.text_files import read_text
 from megatron_fipo.config.yaml_values import override_text, read_yaml, text_type
@@ -27,7 +27,8 @@ from megatron_fipo.system.disk import write_text_whole
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
-    Precedence, lowest first: dataclass defaults, the algorithm's preset, the file, the overrides in their order.
+    Precedence, lowest first: dataclass defaults, the algorithm's preset, the file, the overrides in their order. Where
+    the file and the overrides leave objective.rollout_correction open, `correction_by_default` sets it.
     `${section.key}` stands for another value and `${oc.env:NAME}` for an environment variable. A relative path of an
     input (model.path, a source's path) starts from the current folder, or, where that has no such file, from the
     configuration file's. `validate` checks the values.
@@ -68,13 +69,28 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             OmegaConf.unsafe_merge(merged, layer)  # changes merged itself
         except OmegaConfBaseException as error:
             raise ConfigError(type_problem(error, layer, place)) from error
+    config = _resolved(merged)
+    if all(look_up(layer, "objective.rollout_correction") is None for _, layer in layers):
+        by_default = correction_by_default(config.rollout.max_staleness_steps, config.objective.old_log_probs)
+        if by_default != config.objective.rollout_correction:
+            OmegaConf.unsafe_merge(merged, {"objective": {"rollout_correction": by_default}})
+            config = _resolved(merged)  # again, for keys that refer to it
+    config = find_inputs(config, path)
+    remember_references(merged, config)
+    return config
+
+
+def _resolved(merged: DictConfig) -> Config:
+    """Every key with its value, references replaced by what they refer to.
+
+    Raises:
+        ConfigError: what cannot be resolved, with its place.
+    """
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(without_variables(_resolving_problem(error, merged), merged)) from None
     assert isinstance(config, Config)
-    config = find_inputs(config, path)
-    remember_references(merged, config)
     return config
 
 

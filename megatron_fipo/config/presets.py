@@ -1,4 +1,4 @@
-"""The algorithms, and the other keys that each sets."""
+"""The algorithms, the other keys that each sets, and defaults that follow from other keys."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
 }
 """What each algorithm sets; a key the user sets wins, except where `validate` names a contradiction."""
+
+
+def correction_by_default(max_staleness_steps: int, old_log_probs: str) -> str:
+    """objective.rollout_correction where no file and no override names it.
+
+    Stale tokens have another author than the old policy, and each is weighed by how likely that policy is to write it.
+    Where the old log-probs are the engine's own there is nothing to correct.
+
+    Args:
+        max_staleness_steps: rollout.max_staleness_steps.
+        old_log_probs: objective.old_log_probs.
+    """
+    return "token_truncated" if max_staleness_steps > 0 and old_log_probs == "actor" else "none"

@@ -67,6 +67,17 @@ def _behaviour_in_future_kl(config: Config, model_config: ModelConfig) -> Iterat
 
 
 @warns
+def _stale_without_correction(config: Config, model_config: ModelConfig) -> Iterator[str]:
+    objective, staleness = config.objective, config.rollout.max_staleness_steps
+    if staleness and objective.rollout_correction == "none" and objective.old_log_probs == "actor":
+        yield (
+            f"objective.rollout_correction=none with rollout.max_staleness_steps={staleness}: tokens of older weights "
+            "count as if the weights of the step had written them. Remove the key for its default there, "
+            "token_truncated."
+        )
+
+
+@warns
 def _corrections(config: Config, model_config: ModelConfig) -> Iterator[str]:
     objective, longest = config.objective, config.rollout.max_response_tokens
     if objective.rollout_correction == "sequence_masked" and longest > LONGEST_FOR_SEQUENCE_RATIOS:

@@ -66,6 +66,14 @@ def batch_findings(config: Config, plan: BatchPlan) -> Iterator[Finding]:
             "(so many times rollout.num_prompts_per_round, or rollout.num_prompts where that is null): the run would "
             "stop. Raise one of them.",
         )
+    elif plan.prompts_ahead > most_prompts(config):
+        yield Finding(
+            WARNS,
+            f"rollout.max_staleness_steps={config.rollout.max_staleness_steps} would begin {plan.prompts_ahead:,} "
+            "prompts ahead at the assumed share of kept groups, and "
+            f"sampling.max_generation_rounds={config.sampling.max_generation_rounds} allows {most_prompts(config):,}: "
+            "servers may run empty. Raise sampling.max_generation_rounds.",
+        )
     if config.sampling.dynamic and plan.rounds > config.sampling.max_generation_rounds:
         yield Finding(
             FAILS,

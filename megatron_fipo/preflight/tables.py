@@ -243,7 +243,14 @@ def _rollout(plan: Plan, assumed: ScheduleAssumptions) -> Table:
         "how stale tokens must be to fill the servers",
         f"{fill.steps:.2f} steps: these, of {fill.needed:,.0f} that a step needs",
     )
+    table.add_row("rollout.max_staleness_steps that fills them, yours", _bounds(fill.bound, plan.config))
     return table
+
+
+def _bounds(filling: int, config: Config) -> str:
+    """The bound on staleness that fills the servers beside the configuration's."""
+    own = config.rollout.max_staleness_steps
+    return f"{filling}, {own}" + (", which gains nothing more" if own > filling else "")
 
 
 def _batch(plan: Plan) -> Table:
@@ -253,7 +260,9 @@ def _batch(plan: Plan) -> Table:
         f"{rollout.num_prompts} x {rollout.num_samples_per_prompt} = {batch.samples:,}",
     )
     begun = f"{batch.prompts_generated:,} ({batch.samples_generated:,} responses)"
-    if plan.config.sampling.streaming:
+    if rollout.max_staleness_steps:
+        table.add_row("prompts used on average, begun ahead at most", f"{begun}, {batch.prompts_ahead:,}")
+    elif plan.config.sampling.streaming:
         table.add_row("prompts begun, of them needed on average", f"{begun}, {batch.prompts_needed:,}")
     else:
         table.add_row("prompts generated, in rounds", f"{begun}, {batch.rounds}")

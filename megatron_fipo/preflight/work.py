@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config, num_groups_to_begin, updates_per_step
+from megatron_fipo.config import Config, num_groups_ahead, num_groups_to_begin, updates_per_step
 from megatron_fipo.convert.hf_config import ModelShape
 from megatron_fipo.preflight.communication import layer_waits, links_of
 from megatron_fipo.preflight.hardware import Gpu
@@ -68,7 +68,10 @@ class BatchPlan:
     Attributes:
         prompts_needed: prompts until the batch is expected to be full.
         prompts_generated: prompts of all rounds, those that dynamic sampling drops or discards included. With
-            sampling.streaming those that are begun; what is not needed in the end is aborted or discarded.
+            sampling.streaming those that are begun; what is not needed in the end is aborted or discarded. With
+            rollout.max_staleness_steps what is begun and not needed goes on in the next step: as many as are needed.
+        prompts_ahead: with rollout.max_staleness_steps, prompts that may be begun or finished at a time, from the first
+            one that no step has used; else 0.
         rounds: rounds of generation; 1 with sampling.streaming.
         samples: samples that a step trains on; samples_generated are more.
         updates: optimizer updates in a step.
@@ -80,6 +83,7 @@ class BatchPlan:
 
     prompts_needed: int
     prompts_generated: int
+    prompts_ahead: int
     rounds: int
     samples: int
     samples_generated: int
@@ -95,8 +99,12 @@ def batch_plan(config: Config, world_size: int, assumptions: Assumptions) -> Bat
     rollout, parallel, train = config.rollout, config.parallel, config.train
     kept = assumptions.kept_share if config.sampling.dynamic else 1.0
     needed = math.ceil(rollout.num_prompts / kept)
-    if config.sampling.streaming:
-        generated, rounds = num_groups_to_begin(rollout.num_prompts, kept), 1
+    begun, ahead = num_groups_to_begin(rollout.num_prompts, kept), 0
+    if rollout.max_staleness_steps:
+        ahead = max(begun, num_groups_ahead(rollout.num_prompts, kept, rollout.max_staleness_steps))
+        generated, rounds = needed, 1
+    elif config.sampling.streaming:
+        generated, rounds = begun, 1
     elif rollout.num_prompts_per_round:
         rounds = math.ceil(needed / rollout.num_prompts_per_round)
         generated = rounds * rollout.num_prompts_per_round
@@ -114,6 +122,7 @@ def batch_plan(config: Config, world_size: int, assumptions: Assumptions) -> Bat
     return BatchPlan(
         prompts_needed=needed,
         prompts_generated=generated,
+        prompts_ahead=ahead,
         rounds=rounds,
         samples=samples,
         samples_generated=generated * rollout.num_samples_per_prompt,
@@ -199,7 +208,9 @@ def step_cost(
     generation = tokens_generated / (per_gpu * rollout.num_gpus)
     middle = prompt + config.rollout.max_response_tokens / 2
     alone = _decode_seconds(config, shape, gpu, assumptions, server, rollout.tp, concurrency=1, context=middle)
-    slowest = plan.rounds * config.rollout.max_response_tokens * alone
+    # What is carried over may take as many steps more as its bound says.
+    num_phases = plan.rounds / (1 + config.rollout.max_staleness_steps)
+    slowest = num_phases * config.rollout.max_response_tokens * alone
     if slowest > generation:
         generation, limit = slowest, "the longest response"
     work = flops["old log-probs"] + flops["reference log-probs"] + flops["updates"]
@@ -324,7 +335,8 @@ def _rollout_rate(
     prompt, response = assumptions.resolve(config)
     context = prompt + response / 2
     num_servers = max(rollout.num_gpus // rollout.tp, 1)
-    waiting = plan.samples_generated / plan.rounds / num_servers
+    ahead = plan.prompts_ahead * config.rollout.num_samples_per_prompt
+    waiting = (ahead or plan.samples_generated / plan.rounds) / num_servers
     fitting = max(server.pool_tokens / context, 1)
     in_process = config.rollout.engine == "in_process"
     fitting = min(fitting, config.rollout.max_batch_size if in_process else config.servers.max_concurrent_requests)

@@ -107,6 +107,19 @@ def message_of(*overrides: str) -> str:
             "tensor_model_parallel_size)?",
         ),
         (
+            "async_training.staleness_threshold=0.5",
+            "async_training.staleness_threshold",
+            "Did you mean rollout.max_staleness_steps (verl's async_training.staleness_threshold)? verl's is the share "
+            "of a batch that may be generated ahead, ours a bound in steps on every token; verl's 1 is about ours. "
+            "Generation and training take turns here.",
+        ),
+        (
+            "partial_rollout=true",
+            "partial_rollout",
+            "Did you mean sampling.streaming or rollout.max_staleness_steps (verl's async_training.partial_rollout, "
+            "slime's --partial-rollout)?",
+        ),
+        (
             "rollout.n=4",
             "rollout.n",
             "Did you mean rollout.num_samples_per_prompt (verl's actor_rollout_ref.rollout.n)?",

@@ -239,6 +239,38 @@ def test_a_stream_begins_what_it_needs_and_a_margin() -> None:
     assert batch_plan(whole, 128, Assumptions()).prompts_generated == 512
 
 
+def carrying(num_steps: int, **sampling: Any) -> Config:
+    """The recipe with carry-over."""
+    rollout = replace(RECIPE.rollout, max_staleness_steps=num_steps)
+    return replace(RECIPE, rollout=rollout, sampling=SamplingSection(streaming=True, **sampling))
+
+
+def test_carry_over_generates_what_it_uses_and_begins_more() -> None:
+    """1,024 prompts at a kept half; 2,048 of two steps, less two standard deviations of sqrt(1024 / 2) / (1 / 2)."""
+    plan = batch_plan(carrying(1), 128, Assumptions(kept_share=0.5))
+    assert (plan.prompts_needed, plan.prompts_generated, plan.prompts_ahead, plan.rounds) == (1024, 1024, 1957, 1)
+    assert plan.samples_generated == 1024 * 16
+    assert batch_plan(carrying(0), 128, Assumptions(kept_share=0.5)).prompts_ahead == 0
+    whole = batch_plan(carrying(2, dynamic=False), 128, Assumptions())
+    assert (whole.prompts_generated, whole.prompts_ahead) == (512, 1536)
+
+
+def test_carry_over_that_may_not_begin_as_many_is_warned_about() -> None:
+    """3 * 512 / 0.2 = 7,680 prompts of three steps, less 2 * sqrt(1536 * 0.8) / 0.2 = 350.5."""
+
+    def findings(num_steps: int, rounds: int) -> list[Finding]:
+        config = carrying(num_steps, max_generation_rounds=rounds)
+        return list(batch_findings(config, batch_plan(config, 128, Assumptions(kept_share=0.2))))
+
+    (found,) = findings(2, 10)
+    assert found.level == WARNS
+    assert "would begin 7,329 prompts ahead" in found.text
+    assert "allows 5,120" in found.text
+    assert findings(2, 15) == findings(0, 10) == []
+    (found,) = findings(2, 4)
+    assert found.level == FAILS
+
+
 def test_a_stream_that_would_end_too_soon_fails() -> None:
     """At most max_generation_rounds times the batch, or the round: 1,024 prompts are needed."""
 
@@ -315,9 +347,15 @@ def test_fp8_that_the_gpu_does_not_compute_fails(gpu: str, recipe: str, words: s
 
 
 def test_one_long_response_bounds_generation() -> None:
-    few = with_servers(replace(RECIPE, rollout=replace(RECIPE.rollout, num_prompts=8, num_samples_per_prompt=2)))
-    plan = make_plan(few, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
-    assert plan.cost.rollout_limit == "the longest response"
+    """With carry-over it may take as many steps more as its bound says."""
+    seconds = []
+    for bound in (0, 1):
+        rollout = replace(carrying(bound).rollout, num_prompts=8, num_samples_per_prompt=2)
+        few = with_servers(replace(carrying(bound), rollout=rollout))
+        plan = make_plan(few, QWEN_32B, GPUS["h100-80gb"], 128, Assumptions(), check_files=False)
+        assert plan.cost.rollout_limit == "the longest response"
+        seconds.append(plan.cost.seconds["generation"])
+    assert seconds[1] == pytest.approx(seconds[0] / 2)
 
 
 # --- findings --------------------------------------------------------------------------------------------------------

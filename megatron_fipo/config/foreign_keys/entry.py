@@ -26,9 +26,5 @@ def key(name: str, ours: str = "", note: str = "") -> ForeignKey:
     return ForeignKey(name, tuple(ours.split()), note)
 
 
-NO_CARRY_OVER = (
-    "sampling.streaming sampling.max_surplus_age_steps",
-    "Unfinished responses do not go on in the next step: streaming throws them away. max_surplus_age_steps keeps whole "
-    "groups that rounds have left over.",
-)
-"""Keys and note of what continues responses in a later step."""
+TAKE_TURNS = "Generation and training take turns here."
+"""Where the other trainer generates while it trains."""

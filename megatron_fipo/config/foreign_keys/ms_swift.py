@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import Topics, key
+from megatron_fipo.config.foreign_keys.entry import TAKE_TURNS, Topics, key
 
 _NO_LORA = "There is no LoRA: all weights are trained."
 
@@ -29,6 +29,11 @@ MS_SWIFT: Topics = {
     ),
     "Rollouts": (
         key("max_new_tokens", "rollout.max_response_tokens"),
+        key(
+            "async_generate",
+            "sampling.streaming rollout.max_staleness_steps",
+            f"There all rollouts are of the weights one update back, here some tokens are. {TAKE_TURNS}",
+        ),
         key("stop_words", "", "A response ends with the tokenizer's end token."),
         key("vllm_max_model_len", "rollout.max_prompt_tokens rollout.max_response_tokens", "Their sum."),
         key("vllm_max_num_seqs", "servers.max_concurrent_requests"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import Topics, key
+from megatron_fipo.config.foreign_keys.entry import TAKE_TURNS, Topics, key
 
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
 _NO_LORA = "There is no LoRA: all weights are trained."
@@ -36,7 +36,21 @@ NEMO_RL: Topics = {
         key("grpo.use_dynamic_sampling", "sampling.dynamic", "Off there, on here with fipo and dapo."),
         key("grpo.dynamic_sampling_max_gen_batches", "sampling.max_generation_rounds"),
         key("grpo.batch_multiplier", "rollout.num_prompts_per_round", "Prompts of a round, not a factor."),
-        key("grpo.async_grpo.enabled", "", "A step's rollouts are those of its own weights."),
+        key(
+            "grpo.async_grpo.enabled",
+            "sampling.streaming rollout.max_staleness_steps",
+            f"{TAKE_TURNS} With max_staleness_steps above 0, responses that are unfinished when a batch is full go on.",
+        ),
+        key(
+            "grpo.async_grpo.max_trajectory_age_steps",
+            "rollout.max_staleness_steps",
+            "NeMo-RL counts from the weights that a group began with, we count for each token. On-policy is 0 here.",
+        ),
+        key(
+            "grpo.async_grpo.in_flight_weight_updates",
+            "rollout.max_staleness_steps",
+            "Responses are aborted before weights go over, and go on after that where it is above 0.",
+        ),
         key("grpo.seed", "run.seed"),
         key("cluster.num_nodes", "", "The launcher decides: `megatron-fipo train --nproc`, torchrun, or submit."),
         key("cluster.gpus_per_node", "", "The launcher decides: `megatron-fipo train --nproc`, torchrun, or submit."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import NO_CARRY_OVER, Topics, key
+from megatron_fipo.config.foreign_keys.entry import Topics, key
 
 SLIME: Topics = {
     "Batches, steps and updates": (
@@ -43,8 +43,17 @@ SLIME: Topics = {
             "sampling.dynamic",
             "Groups whose rewards are all equal are dropped; on with fipo and dapo.",
         ),
-        key("--partial-rollout", *NO_CARRY_OVER),
-        key("--mask-offpolicy-in-partial-rollout", "", "No response is written by the weights of two steps."),
+        key(
+            "--partial-rollout",
+            "sampling.streaming rollout.max_staleness_steps",
+            "Tokens may be of any age there; here max_staleness_steps, 1 or more, bounds it, and the batch is full in "
+            "the order of prompts.",
+        ),
+        key(
+            "--mask-offpolicy-in-partial-rollout",
+            "rollout.too_stale",
+            "mask leaves out what is older than max_staleness_steps; slime leaves out all that earlier steps wrote.",
+        ),
     ),
     "Model and layout": (
         key("--hf-checkpoint", "model.path", "Weights, configuration and tokenizer are all read from there."),

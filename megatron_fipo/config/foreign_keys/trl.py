@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import Topics, key
+from megatron_fipo.config.foreign_keys.entry import TAKE_TURNS, Topics, key
 
 TRL: Topics = {
     "Batches, steps and updates": (
@@ -112,6 +112,11 @@ TRL: Topics = {
         key("vllm_tensor_parallel_size", "servers.tp"),
         key("vllm_enable_sleep_mode", "servers.placement", "Colocated servers always give their memory back."),
         key("vllm_max_model_length", "rollout.max_prompt_tokens rollout.max_response_tokens", "Their sum."),
+        key(
+            "max_staleness",
+            "sampling.streaming rollout.max_staleness_steps",
+            f"Of AsyncGRPOConfig, which counts updates of a whole response; we count steps of a token. {TAKE_TURNS}",
+        ),
         key("use_transformers_continuous_batching", "rollout.engine", "rollout.engine=in_process does that anyway."),
     ),
     "Objective": (
@@ -140,7 +145,7 @@ TRL: Topics = {
         key(
             "vllm_importance_sampling_correction",
             "objective.rollout_correction",
-            "On there; none here unless you ask.",
+            "On there; here with rollout.max_staleness_steps above 0, or if you ask.",
         ),
         key(
             "vllm_importance_sampling_mode",

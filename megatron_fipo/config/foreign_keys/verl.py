@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config.foreign_keys.entry import NO_CARRY_OVER, Topics, key
+from megatron_fipo.config.foreign_keys.entry import TAKE_TURNS, Topics, key
 
 _ACTOR, _ROLLOUT, _REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -126,8 +126,17 @@ VERL: Topics = {
             "sampling.streaming",
             "Nothing reads it in verl 0.9. streaming aborts what a batch in the order of prompts does not need.",
         ),
-        key("async_training.staleness_threshold", "", "A step's rollouts are those of its own weights."),
-        key("async_training.partial_rollout", *NO_CARRY_OVER),
+        key(
+            "async_training.staleness_threshold",
+            "rollout.max_staleness_steps",
+            "verl's is the share of a batch that may be generated ahead, ours a bound in steps on every token; verl's "
+            f"1 is about ours. {TAKE_TURNS}",
+        ),
+        key(
+            "async_training.partial_rollout",
+            "sampling.streaming rollout.max_staleness_steps",
+            f"Where max_staleness_steps is above 0, unfinished responses go on in the next step. {TAKE_TURNS}",
+        ),
         key("async_training.trigger_parameter_sync_step", "", "Weights go over after every step."),
         key(f"{_ROLLOUT}.temperature", "rollout.temperature"),
         key(f"{_ROLLOUT}.top_p", "rollout.top_p"),

@@ -75,8 +75,10 @@ class FipoConfig:
     rollout_correction: str = key(
         "none", choices=("none", "token_truncated", "token_masked", "sequence_masked", "geometric_masked")
     )
-    """Correction of the engine's numerical differences: none, token_truncated (truncated importance sampling),
-    token_masked, sequence_masked (masked importance sampling) or geometric_masked; see rl/rollout_correction.py."""
+    """Correction of staleness and of the engine's numerical differences: none, token_truncated (truncated importance
+    sampling), token_masked, sequence_masked (masked importance sampling) or geometric_masked; see
+    rl/rollout_correction.py. Where nobody sets it, it is token_truncated with rollout.max_staleness_steps above 0 and
+    old_log_probs=actor."""
     rollout_ratio_min: float = key(0.5, above=0, below=1)
     """Least accepted ratio of the actor's to the engine's probability; of a token, or of a whole response."""
     rollout_ratio_max: float = key(2.0, above=1)

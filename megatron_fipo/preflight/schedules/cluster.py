@@ -99,17 +99,6 @@ class Cluster:
         self.now = max(server.clock for server in self.servers)
         return out
 
-    def drop(self, responses: list[Response]) -> None:
-        """Stop these, and let in who waits in their place."""
-        if not responses:
-            return
-        gone = set(responses)
-        for server in self.servers:
-            server.advance(self.now)
-            server.drop(gone)
-            server.admit()
-            self._changed(server)
-
     def start_at(self, seconds: float, version: int) -> None:
         """Let idle servers go on at a later time, with weights of this version."""
         self.now = seconds

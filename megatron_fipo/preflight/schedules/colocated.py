@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_fipo.preflight.schedules.books import Books
 from megatron_fipo.preflight.schedules.cluster import Cluster
 from megatron_fipo.preflight.schedules.outcome import Recorder, Setup, Step, trained_lengths
-from megatron_fipo.preflight.schedules.server import Response
 
 
 def simulate_colocated(setup: Setup, books: Books, *, steps: int) -> list[Step]:
@@ -28,7 +27,7 @@ def simulate_colocated(setup: Setup, books: Books, *, steps: int) -> list[Step]:
                 cluster.hand_out(books.peek, books.take)
         left = cluster.abort()
         generation = cluster.now - now
-        taken = books.close(_nothing_runs)
+        taken = books.close()
         books.go_on_with(left)
         training = setup.training_seconds(trained_lengths(taken))
         seconds = generation + training + setup.handover
@@ -43,7 +42,3 @@ def simulate_colocated(setup: Setup, books: Books, *, steps: int) -> list[Step]:
         books.next_version()
         now += seconds
     return recorder.steps
-
-
-def _nothing_runs(responses: list[Response]) -> None:
-    """Everything was aborted before the books were closed."""

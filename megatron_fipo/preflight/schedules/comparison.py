@@ -12,7 +12,8 @@ from megatron_fipo.preflight.plan import Plan
 from megatron_fipo.preflight.schedules.books import Books
 from megatron_fipo.preflight.schedules.colocated import simulate_colocated
 from megatron_fipo.preflight.schedules.decoding import Decoding
-from megatron_fipo.preflight.schedules.dedicated import simulate_dedicated
+from megatron_fipo.preflight.schedules.dedicated import DedicatedBooks, simulate_dedicated
+from megatron_fipo.preflight.schedules.fill import Fill, filling
 from megatron_fipo.preflight.schedules.outcome import Outcome, Setup, Step, summary
 from megatron_fipo.preflight.schedules.rounds import simulate_rounds
 from megatron_fipo.preflight.schedules.workload import Lengths, Workload
@@ -54,26 +55,6 @@ class ScheduleAssumptions:
 
 
 @dataclass(frozen=True)
-class Fill:
-    """How stale one must be to fill the servers.
-
-    Attributes:
-        servers: number of servers.
-        each: responses in flight at each of them when its cache is full, on average.
-        needed: responses that a step needs, those that dynamic sampling drops included.
-    """
-
-    servers: int
-    each: int
-    needed: float
-
-    @property
-    def steps(self) -> float:
-        """Responses in flight over those that a step needs."""
-        return self.servers * self.each / self.needed
-
-
-@dataclass(frozen=True)
 class Comparison:
     """What came out.
 
@@ -110,7 +91,7 @@ def compare(plan: Plan, assumptions: ScheduleAssumptions) -> Comparison:
         setup=setup,
         split=split,
         ideal=generation + _usual_training(workload, setup),
-        fill=_fill(plan, workload, setup),
+        fill=filling(plan, workload, setup),
     )
 
 
@@ -122,11 +103,7 @@ def fill_of(plan: Plan, assumptions: ScheduleAssumptions) -> Fill:
     """
     workload = workload_of(plan, assumptions)
     setup = colocated_setup(plan, workload, assumptions)
-    return _fill(plan, workload, replace(setup, num_servers=max(plan.rollout.num_gpus // plan.rollout.tp, 1)))
-
-
-def _fill(plan: Plan, workload: Workload, setup: Setup) -> Fill:
-    return Fill(setup.num_servers, setup.decoding.saturated(workload.context), plan.batch.samples / workload.kept)
+    return filling(plan, workload, replace(setup, num_servers=max(plan.rollout.num_gpus // plan.rollout.tp, 1)))
 
 
 def _runs(
@@ -139,44 +116,48 @@ def _runs(
     """(name, setup, steps that count) of each schedule."""
     yield "rounds", setup, run_rounds(plan, workload, setup)
     yield "rounds, spread", setup, run_rounds(plan, workload, setup, spread=True)
-    yield "streaming", setup, run_stream(plan, workload, setup, steps=3)
-    full_at = _fill(plan, workload, setup).steps
-    waves = min(math.ceil(full_at), 3)
-    for bound in (1, 2):
-        if bound > 1 and full_at < bound / 2:
-            continue  # the smaller bound fills the servers amply: the steps would be the same
-        steps = _carry_over(workload, setup, bound, waves, waits=False)
-        yield f"carry-over {bound}", setup, steps
-        if any(step.late for step in steps):
-            yield f"carry-over {bound}, kept", setup, _carry_over(workload, setup, bound, waves, waits=True)
+    yield "streaming", setup, run_stream(plan, workload, setup)
+    fill = filling(plan, workload, setup)
+    useful = {bound for bound in (1, 2, 4) if bound < 2 * fill.bound}  # others fill no server that a smaller one leaves
+    for bound in sorted(useful | {plan.config.rollout.max_staleness_steps} - {0}):
+        yield f"carry-over {bound}", setup, run_carry_over(plan, workload, setup, bound)
     if split is None:
         return
+    waves = _waves(fill.steps)
     apart = split_setup(setup, plan, split, assumptions)
     for bound in (1, 2, 4):
-        if bound > 2 and full_at < bound / 4:
+        if bound > 2 and fill.steps < bound / 4:
             continue
-        books = Books(workload, setup.batch, bound, waits=False)
+        books = DedicatedBooks(workload, setup.batch, bound)
         steps = simulate_dedicated(apart, books, steps=waves * (WARM_UP + 4), keeps_cache=False)
         steps = steps[waves * WARM_UP :]
         yield f"dedicated {bound}", apart, steps
 
 
-def _carry_over(workload: Workload, setup: Setup, bound: int, waves: int, *, waits: bool) -> list[Step]:
-    """Steps that count: more of them where what is in flight lasts for several, and comes and goes in waves."""
-    books = Books(workload, setup.batch, bound, waits=waits)
-    return simulate_colocated(setup, books, steps=waves * (WARM_UP + 4))[waves * WARM_UP :]
+def _waves(full_at: float) -> int:
+    """By how much more steps are simulated where what is in flight lasts for several, and comes and goes in waves."""
+    return min(math.ceil(full_at), 3)
 
 
-def run_stream(plan: Plan, workload: Workload, setup: Setup, steps: int) -> list[Step]:
-    """Steps with sampling.streaming."""
+def run_stream(plan: Plan, workload: Workload, setup: Setup) -> list[Step]:
+    """Steps with sampling.streaming, on-policy."""
     adapts = plan.config.rollout.engine != "in_process"
-    return simulate_colocated(setup, Books(workload, setup.batch, adapts=adapts), steps=steps)
+    return simulate_colocated(setup, Books(workload, setup.batch, adapts=adapts), steps=3)
+
+
+def run_carry_over(plan: Plan, workload: Workload, setup: Setup, bound: int) -> list[Step]:
+    """Steps with sampling.streaming and this bound on staleness; those that count."""
+    waves = _waves(filling(plan, workload, setup).steps)
+    books = Books(workload, setup.batch, bound, drops=plan.config.rollout.too_stale == "drop")
+    return simulate_colocated(setup, books, steps=waves * (WARM_UP + 4))[waves * WARM_UP :]
 
 
 def run_own(plan: Plan, workload: Workload, setup: Setup) -> list[Step]:
     """Steps as the configuration has them."""
+    if bound := plan.config.rollout.max_staleness_steps:
+        return run_carry_over(plan, workload, setup, bound)
     if plan.config.sampling.streaming:
-        return run_stream(plan, workload, setup, steps=3)
+        return run_stream(plan, workload, setup)
     return run_rounds(plan, workload, setup)
 
 

@@ -52,7 +52,6 @@ class Step:
         tokens: what was decided about tokens at its end.
         staleness: (tokens, how many versions older than the step's weights the weights were that wrote them).
         responses: number of responses that were trained on.
-        late: share of the groups that were started more than the bound before.
     """
 
     seconds: float
@@ -63,7 +62,6 @@ class Step:
     tokens: Tokens
     staleness: dict[int, int]
     responses: int
-    late: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,6 @@ class Outcome:
         staleness: mean number of versions between the weights that wrote a token and those that it trains first.
         stalest: the largest such number.
         response: mean length of what was trained on.
-        late: share of the groups that are older than the bound.
     """
 
     name: str
@@ -90,7 +87,6 @@ class Outcome:
     staleness: float
     stalest: int
     response: float
-    late: float
 
 
 class Recorder:
@@ -127,7 +123,6 @@ class Recorder:
             tokens=Tokens(now.trained - before.trained, now.dropped - before.dropped, now.wasted - before.wasted),
             staleness=staleness,
             responses=sum(len(group.responses) for group in taken),
-            late=sum(version - group.version > self._books.bound for group in taken) / len(taken),
         )
         self.steps.append(step)
         self._busy, self._generated = busy, generated
@@ -153,7 +148,6 @@ def summary(name: str, setup: Setup, steps: Sequence[Step]) -> Outcome:
         staleness=sum(age * tokens for age, tokens in versions) / trained,
         stalest=max(age for age, _ in versions),
         response=trained / sum(step.responses for step in steps),
-        late=sum(step.late for step in steps) / count,
     )
 
 

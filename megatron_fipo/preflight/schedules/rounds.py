@@ -11,6 +11,20 @@ from megatron_fipo.preflight.schedules.server import Group, Response, Server
 from megatron_fipo.preflight.schedules.workload import Workload
 
 
+class RoundBooks(Books):
+    """Books of rounds, which start prompts by the round. The bound is that of whole groups beyond the batch.
+
+    A group is kept for a later step as long as it was started fewer versions than the bound before.
+    """
+
+    def _leave_behind(self, last: int) -> None:
+        old = [group for group in self._judged.values() if self.version - group.version >= self.bound]
+        self.tokens.wasted += sum(group.tokens for group in old)
+        for group in old:
+            del self._judged[group.prompt]
+        self._ready = [prompt for prompt in self._ready if prompt in self._judged]
+
+
 def simulate_rounds(
     setup: Setup, workload: Workload, *, per_round: int | None, spread: bool, surplus_age: int = 0, steps: int = 2
 ) -> list[Step]:
@@ -23,7 +37,7 @@ def simulate_rounds(
         surplus_age: steps for which groups beyond the batch are kept.
     """
     cluster = Cluster(setup.decoding, setup.num_servers, workload.lengths, setup.claims)
-    books = Books(workload, setup.batch, surplus_age, restarts=False)
+    books = RoundBooks(workload, setup.batch, surplus_age)
     recorder = Recorder(books)
     now = 0.0
     for step in range(steps):
@@ -36,7 +50,7 @@ def simulate_rounds(
             cluster.start_at(cluster.now, step)
             rounds += 1
         generation = cluster.now - now
-        taken = books.close(cluster.drop)
+        taken = books.close()
         training = setup.training_seconds(trained_lengths(taken))
         seconds = generation + training + setup.handover
         recorder.add(

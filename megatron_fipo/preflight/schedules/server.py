@@ -43,6 +43,7 @@ class Response:
         made: tokens that were settled when it last left a server or the weights last changed.
         spans: (version of the weights, tokens written by them), in order.
         entered: steps that its server had made when it entered, or when the weights last changed.
+        is_finished: whether the books know that it is.
     """
 
     group: Group
@@ -50,6 +51,7 @@ class Response:
     made: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
     entered: int = 0
+    is_finished: bool = False
 
 
 def make_group(prompt: int, lengths: list[int], mixed: bool, version: int) -> Group:
@@ -156,12 +158,6 @@ class Server:
         out += self.waiting
         self.waiting.clear()
         return out
-
-    def drop(self, responses: set[Response]) -> None:
-        """Put these out, as far as they are here."""
-        for response in responses & self.running.keys():
-            self._leave(response)
-        self.waiting = deque(response for response in self.waiting if response not in responses)
 
     def take_weights(self, version: int, seconds: float, keeps_cache: bool) -> None:
         """New weights come in while requests are in flight, which takes a time, and perhaps the cache anew."""

@@ -47,9 +47,11 @@ def _seconds(seconds: float) -> str:
 
 def _fill(comparison: Comparison) -> list[str]:
     fill = comparison.fill
+    lasts = fill.steps * fill.longest
     return [
         f"To keep all servers full, tokens must be {fill.steps:.2f} steps old: {fill.servers} servers x {fill.each} "
-        f"responses in flight, over {fill.needed:,.0f} that a step needs. Below 1, carry-over with bound 1 does it."
+        f"responses in flight, over {fill.needed:,.0f} that a step needs. The longest response, {fill.longest:.1f} "
+        f"times the mean, then takes {lasts:.1f} steps, and rollout.max_staleness_steps={fill.bound} does it."
     ]
 
 
@@ -62,9 +64,9 @@ def _assumed(plan: Plan, comparison: Comparison, assumptions: ScheduleAssumption
     rate = decoding.tokens_per_s(workload.context) / setup.server_gpus
     lines = [
         "Rounds are as the configuration has them. Spread: any server takes any response. Streaming: prompts one by "
-        "one in order, until the first mixed groups fill the batch; exactly on-policy. Carry-over and dedicated: with "
-        "a bound on how many steps before its training a prompt is started; kept: a step also waits for groups that "
-        "would exceed it.",
+        "one in order, until the first mixed groups fill the batch; exactly on-policy. Carry-over: the same with "
+        "rollout.max_staleness_steps, which bounds how stale a token may be, and by how many steps prompts are begun "
+        "ahead. Dedicated: a bound on how many steps before its training a prompt is started.",
         "Staleness, mean and most: steps between the weights that wrote a token and those that it trains first. Dropped"
         ": tokens of groups without a signal. Wasted: tokens that nothing needed. Response: mean length trained on.",
         "Assumed:",
