@@ -48,7 +48,7 @@ from megatron_fipo.parallel.local_ranks import run_local_ranks  # noqa: E402
 from megatron_fipo.preflight.schedules.books import Books  # noqa: E402
 from megatron_fipo.preflight.schedules.colocated import simulate_colocated  # noqa: E402
 from megatron_fipo.preflight.schedules.decoding import Decoding  # noqa: E402
-from megatron_fipo.preflight.schedules.outcome import Setup  # noqa: E402
+from megatron_fipo.preflight.schedules.outcome import Setup, Step  # noqa: E402
 from megatron_fipo.preflight.schedules.rounds import simulate_rounds  # noqa: E402
 from megatron_fipo.preflight.schedules.workload import Lengths, Workload  # noqa: E402
 from megatron_fipo.rl.prompt_order import KeptShare  # noqa: E402
@@ -289,14 +289,36 @@ def simulate(schedule: str, groups: Sequence[Group], others: Sequence[Group], sl
         groups: those that the step has used up, in order. others: what comes behind them.
         kept: share of groups that are kept, as far as the run knew when the step began.
     """
-    engine = Decoding(fixed=1, weights=0, cached_token=0, response=0, prefilled_token=0, pool=10**9, slots=slots)
-    setup = Setup(engine, 1, 1, 1, 1, NUM_PROMPTS, lambda lengths: 0.0, 0.0, claims=slots)
+    setup = _setup(slots)
     workload = Recorded(groups, others, kept)
     if schedule == "streaming":
         (step,) = simulate_colocated(setup, Books(workload, NUM_PROMPTS, adapts=False), steps=1)
     else:
         per_round = SCHEDULES[schedule].get("rollout", {}).get("num_prompts_per_round")
         (step,) = simulate_rounds(setup, workload, per_round=per_round, spread=True, steps=1)
+    return _counts(step, slots)
+
+
+def simulate_carry_over(groups: Sequence[Sequence[Group]], others: Sequence[Group], slots: int) -> list[Counts]:
+    """What the simulation says of steps of which each goes on with what the one before has left.
+
+    Args:
+        groups: those that each step has used up, in order. others: what comes behind them.
+    """
+    all_groups = [group for of_step in groups for group in of_step]
+    workload = Recorded(all_groups, others, fmean(mixed for _, mixed in all_groups))
+    bound = SCHEDULES["carry-over"]["rollout"]["max_staleness_steps"]
+    steps = simulate_colocated(_setup(slots), Books(workload, NUM_PROMPTS, bound), steps=len(groups))
+    return [_counts(step, slots) for step in steps]
+
+
+def _setup(slots: int) -> Setup:
+    """An engine whose decoding steps take a second each."""
+    engine = Decoding(fixed=1, weights=0, cached_token=0, response=0, prefilled_token=0, pool=10**9, slots=slots)
+    return Setup(engine, 1, 1, 1, 1, NUM_PROMPTS, lambda lengths: 0.0, 0.0, claims=slots)
+
+
+def _counts(step: Step, slots: int) -> Counts:
     return Counts(round(step.generation), slots, step.generated, step.tokens.trained, None, step.tokens.wasted)
 
 
@@ -310,6 +332,8 @@ class Run:
     def simulated(self, schedule: str, others: Sequence[Group]) -> list[Counts]:
         """What the simulation says of the steps after the first, in which a stream does not know yet how many groups
         are kept, under this schedule or another one."""
+        if schedule == "carry-over":
+            return simulate_carry_over(self.groups, others, self.counts[0].slots)[1:]
         known, slots, found = KeptShare(), self.counts[0].slots, []
         for groups in self.groups:
             if known.used:

@@ -17,6 +17,9 @@ from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
 from megatron_fipo.rl.diagnostics import advantage_metrics, noise_floor, rollout_metrics
 from megatron_fipo.rl.dynamic_sampling import DynamicSampler
 from megatron_fipo.rl.judged_group import JudgedGroup
+from megatron_fipo.rl.staleness import staleness_metrics
+from megatron_fipo.rl.trajectory import SampleKey, Segment, Trajectory
+from megatron_fipo.rollout.carry_over import CARRIED_TOKENS, DROPPED_TOKENS
 from megatron_fipo.run.step_report import INFLUENCE_STD, StepClock
 from tests.losses import CORRECTIONS, packed_loss
 from tests.unit.rl_samples import make_group, make_judged
@@ -44,7 +47,8 @@ def measured_names() -> set[str]:
     sampler.take()
     clock = StepClock()
     metrics: Metrics = {
-        **rollout_metrics(groups, 16), **advantage_metrics(groups), **sampler.metrics(), **clock.metrics(1)
+        **rollout_metrics(groups, 16), **advantage_metrics(groups), **sampler.metrics(), **clock.metrics(1),
+        **staleness_metrics([_of_version(0)], 1),
     }  # fmt: skip
     updates = [_update_metrics(config, correction) for correction in CORRECTIONS]
     for update in updates:
@@ -52,7 +56,13 @@ def measured_names() -> set[str]:
     numbers = scalars(updates[0])
     metrics |= noise_floor(numbers, numbers).metrics
     evaluations = evaluate_problems([ProblemResult.from_group(whole)])
-    return {*scalars(metrics), *evaluations, f"{INFLUENCE_STD}_after_first_update"}
+    carried = {CARRIED_TOKENS, DROPPED_TOKENS}  # measured where ranks take over what others have left
+    return {*scalars(metrics), *evaluations, *carried, f"{INFLUENCE_STD}_after_first_update"}
+
+
+def _of_version(version: int) -> Trajectory:
+    segment = Segment(torch.tensor([1]), "policy", torch.zeros(1), version)
+    return Trajectory(SampleKey("sums", 0, 0), torch.tensor([2]), [segment], "stop")
 
 
 def _update_metrics(config: FipoConfig, correction: str) -> Metrics:
