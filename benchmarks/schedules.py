@@ -8,11 +8,11 @@ The quick-start's model, in its own process, is trained on two of its sources: c
 and every third prompt a chain of 12 to 20 terms, which it works out at length and mostly wrongly. Responses have from 9
 to 200 tokens, where they are cut.
 
-Four schedules: `rounds` of four times the batch, whose surplus is thrown away, as the paper's recipe has them; `null`,
+Schedules: `rounds` of four times the batch, whose surplus is thrown away, as the paper's recipe has them; `null`,
 a round of the batch's size and then twice what is missing; `streaming`; and `carry-over`, which streams and goes on in
-the next step with what a batch leaves unfinished (rollout.max_staleness_steps=1). The number of slots is chosen by the
-fill: responses in flight when all slots are taken, over those that a step needs. The recipe's is about 0.22 on 128 GPUs
-and 1.8 on 1,024.
+the next step with what a batch leaves unfinished, with a rollout.max_staleness_steps of 1 or 4. The number of slots is
+chosen by the fill: responses in flight when all slots are taken, over those that a step needs. The recipe's is about
+0.22 on 128 GPUs and 1.8 on 1,024.
 
 A decoding step writes one token in each slot that is taken, so that slots times steps are the tokens and the idle
 slots. Wasted are tokens that were generated, not trained on, and not dropped for lack of signal: the metrics
@@ -64,13 +64,16 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "rounds": {"rollout": {"num_prompts_per_round": 4 * NUM_PROMPTS}},
     "null": {},
     "streaming": {"sampling": {"streaming": True}, "rollout": {"num_prompts_per_round": 4 * NUM_PROMPTS}},
-    "carry-over": {
-        "sampling": {"streaming": True},
-        "rollout": {"num_prompts_per_round": 4 * NUM_PROMPTS, "max_staleness_steps": 1},
+    **{
+        f"carry-over {bound}": {
+            "sampling": {"streaming": True},
+            "rollout": {"num_prompts_per_round": 4 * NUM_PROMPTS, "max_staleness_steps": bound},
+        }
+        for bound in (1, 4)
     },
 }
 """What each changes in the configuration. Streaming starts no rounds, and may go on as long as ten of them."""
-STREAMS = ("streaming", "carry-over")
+STREAMS = ("streaming", "carry-over 1", "carry-over 4")
 
 
 @dataclass(frozen=True)
@@ -299,15 +302,17 @@ def simulate(schedule: str, groups: Sequence[Group], others: Sequence[Group], sl
     return _counts(step, slots)
 
 
-def simulate_carry_over(groups: Sequence[Sequence[Group]], others: Sequence[Group], slots: int) -> list[Counts]:
+def simulate_carry_over(
+    bound: int, groups: Sequence[Sequence[Group]], others: Sequence[Group], slots: int
+) -> list[Counts]:
     """What the simulation says of steps of which each goes on with what the one before has left.
 
     Args:
+        bound: rollout.max_staleness_steps.
         groups: those that each step has used up, in order. others: what comes behind them.
     """
     all_groups = [group for of_step in groups for group in of_step]
     workload = Recorded(all_groups, others, fmean(mixed for _, mixed in all_groups))
-    bound = SCHEDULES["carry-over"]["rollout"]["max_staleness_steps"]
     steps = simulate_colocated(_setup(slots), Books(workload, NUM_PROMPTS, bound), steps=len(groups))
     return [_counts(step, slots) for step in steps]
 
@@ -332,8 +337,8 @@ class Run:
     def simulated(self, schedule: str, others: Sequence[Group]) -> list[Counts]:
         """What the simulation says of the steps after the first, in which a stream does not know yet how many groups
         are kept, under this schedule or another one."""
-        if schedule == "carry-over":
-            return simulate_carry_over(self.groups, others, self.counts[0].slots)[1:]
+        if bound := SCHEDULES[schedule].get("rollout", {}).get("max_staleness_steps"):
+            return simulate_carry_over(bound, self.groups, others, self.counts[0].slots)[1:]
         known, slots, found = KeptShare(), self.counts[0].slots, []
         for groups in self.groups:
             if known.used:
