@@ -379,7 +379,7 @@ def show_simulation(runs: dict[str, Run]) -> None:
         simulated, cells = one.simulated(name, others), []
         for column in ("decode_steps", "idle", "generated", "beyond"):
             said, was = mean(simulated, column), mean(one.counts[1:], column)
-            cells.append(f"{said:,.0f} / {was:,.0f} ({said / was:.2f})")
+            cells.append(f"{said:,.0f} / {was:,.0f}" + (f" ({said / was:.2f})" if was else ""))
         print(f"| {name} | {' | '.join(cells)} |")
 
 

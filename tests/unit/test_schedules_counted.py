@@ -17,9 +17,12 @@ import pytest
 
 from benchmarks.schedules import SCHEDULES, Counts, Run, read_record
 from megatron_fipo.rollout.in_process.engine import _ADMIT_SHARE
+from megatron_fipo.rollout.stream import STRETCH_STEPS
 
 DATA = Path(__file__).parents[1] / "data"
 FILLS = {"0.22": DATA / "schedules_counted_0.22.jsonl", "1.8": DATA / "schedules_counted_1.8.jsonl"}
+CARRYING = [name for name in SCHEDULES if name.startswith("carry-over")]
+ON_POLICY = [name for name in SCHEDULES if name not in CARRYING]
 MOST_EMPTY = 1 / _ADMIT_SHARE
 """Share of the slots below which those stay that are empty while responses wait."""
 
@@ -41,7 +44,7 @@ def is_fit(said: Counts, was: Counts) -> bool:
     return said.decode_steps <= was.decode_steps <= most and abs(said.generated / was.generated - 1) < 0.1
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ON_POLICY)
 def test_every_step_is_as_simulated(schedule: str, runs: dict[str, Run]) -> None:
     run = runs[schedule]
     simulated, counted = run.simulated(schedule, all_groups(runs)), run.counts[1:]
@@ -60,9 +63,40 @@ def test_tokens_of_rounds(schedule: str, runs: dict[str, Run]) -> None:
         assert (said.generated, said.trained, said.beyond) == (was.generated, was.trained, was.beyond)
 
 
-@pytest.mark.parametrize(("schedule", "other"), [*itertools.permutations(SCHEDULES, 2)])
+@pytest.mark.parametrize(("schedule", "other"), [*itertools.permutations(ON_POLICY, 2)])
 def test_another_schedule_does_not_fit(schedule: str, other: str, runs: dict[str, Run]) -> None:
     """Control: the same groups, simulated as another schedule."""
     run = runs[schedule]
     simulated = run.simulated(other, all_groups(runs))
     assert not any(is_fit(said, was) for said, was in zip(simulated, run.counts[1:], strict=True))
+
+
+def is_fit_on_average(said: list[Counts], was: list[Counts]) -> bool:
+    """`is_fit` for steps of which each goes on with what the one before has left, so that they come and go in waves.
+
+    A step of the engine's ends where its ranks meet, on average half a stretch after its batch is full.
+    """
+    simulated, counted = (sum(one.decode_steps for one in steps) / len(steps) for steps in (said, was))
+    return simulated <= counted <= simulated / (1 - MOST_EMPTY) + STRETCH_STEPS / 2
+
+
+@pytest.mark.parametrize("schedule", CARRYING)
+def test_steps_that_carry_over_are_as_simulated_on_average(schedule: str, runs: dict[str, Run]) -> None:
+    run = runs[schedule]
+    simulated, counted = run.simulated(schedule, all_groups(runs)), run.counts[1:]
+    assert is_fit_on_average(simulated, counted)
+    assert [said.trained for said in simulated] == [was.trained for was in counted]
+    assert sum(was.beyond for was in counted) == sum(said.beyond for said in simulated) == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "other"), [(one, other) for one in CARRYING for other in SCHEDULES if other != one]
+)
+def test_another_schedule_does_not_fit_what_carries_over(
+    schedule: str, other: str, runs: dict[str, Run], request: pytest.FixtureRequest
+) -> None:
+    """Control."""
+    if other in CARRYING and "0.22" in request.node.name:
+        pytest.skip("a bound of 1 fills these slots, and one of 4 hardly differs")
+    run = runs[schedule]
+    assert not is_fit_on_average(run.simulated(other, all_groups(runs)), run.counts[1:])
