@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from megatron_fipo import train as train_module
 from megatron_fipo.checkpoint.folder import describe_files, file_names, write_manifest
 from megatron_fipo.run.folder import RunLock
+from tests.checkpoints import contents
 from tests.end_to_end import kills
 from tests.end_to_end.runs import (
     differing,
@@ -255,7 +256,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     assert any("cannot be written to: Not a directory" in outcome.said for outcome in outcomes)
 
 
-def test_checkpoints_can_hold_an_export_and_be_written_beside_training(tmp_path: Path, straight: Path) -> None:
+def test_checkpoints_can_hold_an_export_and_be_written_beside_training(
+    tmp_path: Path, straight: Path, two_steps: Path
+) -> None:
     folder = tmp_path / "run"
     more = (
         "checkpoint.asynchronous=true",
@@ -270,6 +273,12 @@ def test_checkpoints_can_hold_an_export_and_be_written_beside_training(tmp_path:
     assert exported.keys() == exported_weights(straight).keys()
     assert differing(exported_weights(folder), exported_weights(straight)) == []
     assert differing(exported, exported_weights(straight)), "two steps more changed the weights"
+    waited_for, second, fourth = (
+        contents(run / "checkpoints" / name)
+        for run, name in ((two_steps, "step_000002"), (folder, "step_000002"), (folder, "step_000004"))
+    )
+    assert differing(second, waited_for) == [], "weights and the optimizer's state"
+    assert set(differing(second, fourth)) == set(second)
 
 
 def test_a_step_that_was_stopped_half_way_needs_its_recorded_rollouts(tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ class Serving:
             stop_token_ids=frozenset(stop),
             score_timeout_s=TIMEOUT_S,
             canary_tolerance=TOLERANCE,
+            num_canaries=2,
+            canary_tokens=30,
+            cache_canary_tokens=400,
         )
         self.engine = ServerEngine(self.owned, engine_settings, agree=lambda problem: [problem])
         self.engine.start()

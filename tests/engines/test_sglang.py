@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fipo.rollout.servers.cache_proof import cache_canary
 from megatron_fipo.rollout.servers.cuda_handles import CudaHandle
 from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
 from megatron_fipo.rollout.servers.proof import canary_sequences
@@ -22,6 +23,7 @@ from megatron_fipo.rollout.servers.sglang.launch import LAUNCHERS
 from megatron_fipo.rollout.servers.transfers import Method
 from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec, pack
 from tests.engines.attaching import expect_two_nodes_to_share
+from tests.engines.caching import expect_nothing_older_is_reused
 from tests.engines.environments import server_python
 from tests.engines.serving import CONTEXT_TOKENS, STOP, TOLERANCE, VOCABULARY, Serving, request, scores
 
@@ -216,6 +218,10 @@ def test_weights_arrive(serving: Serving, method: Method) -> None:
     serving.owned.sync = serving.sync("tensor")
 
 
+def test_no_key_or_value_of_older_weights_is_reused(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_nothing_older_is_reused(serving, 80, monkeypatch)
+
+
 def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
     serving.hold(model=0, version=30)
     serving.engine.stop_token_ids = frozenset()
@@ -338,6 +344,9 @@ def test_an_update_that_breaks_off_stops_generation(serving: Serving, method: Me
 
 def test_memory_is_released_and_resumed_around_an_update(serving: Serving) -> None:
     serving.hold(model=0, version=65)
+    caches, canary = serving.engine._caches, cache_canary(VOCABULARY, 100)
+    assert caches is not None
+    serving.loop.run(caches.warm(canary))
     serving.engine.release_memory()
     with pytest.raises(RuntimeError, match="memory is released"):
         serving.generate(request(0, 4))
@@ -345,6 +354,8 @@ def test_memory_is_released_and_resumed_around_an_update(serving: Serving) -> No
     with pytest.raises(RuntimeError, match="memory is released"):  # the caches' part still is
         serving.generate(request(0, 4))
     serving.engine.resume_memory()
+    serving.engine.check_caches(canary, scores(serving.models[1], canary).tolist())
+    assert serving.engine.metrics()["canary/cached_tokens/before"].value() == 98, "what comes before the last token"
     (sample,) = serving.generate(request(0, 16))
     assert sample.policy_versions[0][0] == 66
     serving.expect_log_probs(sample, model=1)

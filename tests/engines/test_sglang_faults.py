@@ -25,6 +25,7 @@ from megatron_fipo.rollout.servers.http import ServerError
 from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.server import Server, State
 from megatron_fipo.rollout.servers.sglang.launch import SglangAdapter
+from tests.engines.caching import PROMPT
 from tests.engines.guarding import JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import SIZES, Serving, launch_spec, request
 from tests.models import save_random_model
@@ -96,6 +97,19 @@ def test_generation_goes_through_the_router(serving: Serving) -> None:
     assert serving.pool.usable_router is not None
     expect_whole(serving, serving.generate(*(request(index, NUM_TOKENS) for index in range(NUM_SAMPLES))))
     assert serving.engine.metrics()["rollout/requests_resent"].value() == 0
+
+
+def test_the_salt_of_the_cache_gets_through_the_router(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached_share() -> float:
+        assert serving.pool.usable_router is not None
+        serving.engine.metrics()
+        serving.generate(replace(request(0, 2), prompt_ids=PROMPT))
+        return serving.engine.metrics()["rollout/cached_prompt_share"].value()
+
+    assert max(cached_share() for _ in range(3)) > 0.5, "one of the two servers gets it twice"
+    for server in serving.pool.servers:
+        monkeypatch.setattr(server.client, "_cache_salt", "that of other weights")
+    assert cached_share() == 0
 
 
 def test_strangers_and_web_pages_are_refused(serving: Serving) -> None:

@@ -47,6 +47,9 @@ def test_three_steps_of_fipo(engine: str, tmp_path: Path) -> None:
         # the step before would be off by far more.
         assert line["mismatch/log_prob_difference/absmax"] < 1e-4
         assert line["canary/log_prob_difference/max"] < 1e-4
+        assert line["canary/cached_tokens/after"] == 0
+        if line["step"] > 0:  # vLLM's cache on the CPU has no block as short as these prompts and responses
+            assert (line["canary/cached_tokens/before"] > 0) == (engine == "sglang")
         assert line["weight_sync/transfer_s"] > 0
         assert line["rollout/requests_resent"] == 0
         assert line["time_s/rollout_slowest_sample"] > 0

@@ -30,6 +30,7 @@ from megatron_fipo.rollout.servers.transfers import Method, make_transfer
 from megatron_fipo.rollout.servers.vllm.launch import VllmAdapter
 from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
 from tests.engines.attaching import expect_two_nodes_to_share
+from tests.engines.caching import expect_nothing_older_is_reused
 from tests.engines.guarding import FROM_A_PAGE, JSON, WITH_KEY, ask, expect_key_nowhere, expect_strangers_refused
 from tests.engines.serving import (
     CONTEXT_TOKENS,
@@ -146,6 +147,10 @@ def test_weights_arrive(serving: Serving, method: Method) -> None:
         serving.expect_log_probs(sample, model)
         assert serving.difference(sample, 1 - model).max() > 100 * TOLERANCE
     sync.close()
+
+
+def test_no_key_or_value_of_older_weights_is_reused(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_nothing_older_is_reused(serving, 60, monkeypatch)
 
 
 def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchPlan, LaunchSpec, ServerInfo
+from megatron_fipo.rollout.servers.api import (
+    Completion,
+    GroupAddress,
+    LaunchPlan,
+    LaunchSpec,
+    ScoredEnd,
+    ServerInfo,
+)
 from megatron_fipo.rollout.servers.http import ServerConnection, ServerRefusedError, ServerUnreachableError
 from megatron_fipo.rollout.servers.process import ServerProcess
 from megatron_fipo.rollout.servers.weight_buckets import Bucket, TensorSpec
@@ -86,10 +93,17 @@ class Machine:
         self.memory = {"weights": True, "cache": True}
         self.num_probes = 0
         self.known_prompts: set[tuple[int, ...]] = set()
+        """Whose keys and values are cached."""
+        self.keeps_cache = False
+        """Leave the cache as it is when weights change."""
+        self.counts_cached = True
+        """Say how much of a prompt was cached."""
         self.groups: set[str] = set()
         self.answers_strangers = False
         self.skew = 0.0
         """Added to what it scores."""
+        self.cache_skew = 0.0
+        """Added to what it computes on cached keys and values."""
 
     def end(self, status: int, words: str = "") -> None:
         """The process ends; every connection breaks."""
@@ -289,6 +303,14 @@ class FakeServer:
         machine = await self._ask("score", timeout_s)
         return [[-1.0 + machine.skew] * (len(sequence) - 1) for sequence in sequences]
 
+    async def score_end(self, sequence: Sequence[int], num_tokens: int, timeout_s: float) -> ScoredEnd:
+        machine = await self._ask("score_end", timeout_s)
+        is_cached = tuple(sequence) in machine.known_prompts
+        machine.known_prompts.add(tuple(sequence))
+        score = -1.0 + machine.skew + (machine.cache_skew if is_cached else 0.0)
+        num_cached = len(sequence) - num_tokens if is_cached and machine.counts_cached else 0
+        return ScoredEnd([score] * num_tokens, num_cached)
+
     async def pause(self) -> None:
         (await self._ask("pause")).going_on.clear()
 
@@ -351,7 +373,8 @@ class FakeServer:
         if not machine.is_open:
             raise ServerRefusedError(f"{self.url}/end_update answered 400: no update is open", 400)
         machine.is_open, machine.version = False, version
-        machine.known_prompts.clear()
+        if not machine.keeps_cache:
+            machine.known_prompts.clear()
         if self.world.next_fault(self.number, "end_update, answered"):
             raise ServerUnreachableError(f"{self.url}/end_update: the answer was cut short")
 

@@ -273,6 +273,7 @@ class World:
             canary_tolerance=0.1,
             num_canaries=num_canaries,
             canary_tokens=4,
+            cache_canary_tokens=16,
             colocated=colocated,
         )
         sender = Sender(pool, max_concurrent_requests, request_timeout_s)

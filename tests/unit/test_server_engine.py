@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,23 @@ from torch import Tensor
 
 from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.rollout.engine import GenerationRequest
+from megatron_fipo.rollout.servers.api import ScoredEnd
 from megatron_fipo.rollout.servers.engine import ServerEngine
 from megatron_fipo.rollout.servers.http import ServerError, ServerRefusedError
 from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.server import State
-from tests.unit.fake_servers import TOKEN_S, Fault, cut_off, die, drop_requests, hang, refuse, token, unavailable
+from tests.unit.fake_servers import (
+    TOKEN_S,
+    FakeServer,
+    Fault,
+    cut_off,
+    die,
+    drop_requests,
+    hang,
+    refuse,
+    token,
+    unavailable,
+)
 from tests.unit.server_world import World, play_routers, request, tokens_of
 
 
@@ -696,6 +709,107 @@ def test_a_server_that_computes_something_else_may_not_generate(world: World, sk
     close(world, engine)
 
 
+def with_canary(world: World, *, colocated: bool = False) -> tuple[ServerEngine, PlayedPolicy]:
+    """An engine that has given weights once, and the policy that it was."""
+    engine = world.engine(world.pool(), colocated=colocated, num_canaries=2)
+    policy = PlayedPolicy(world)
+    engine.start(policy)
+    policy.version = 1
+    engine.give(policy, 1)
+    return engine, policy
+
+
+def give_next(engine: ServerEngine, policy: PlayedPolicy) -> None:
+    engine.take_back(policy)
+    policy.version += 1
+    engine.give(policy, policy.version)
+
+
+CACHED = ("canary/cached_tokens/before", "canary/cached_tokens/after")
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_caches_are_warmed_before_an_update_and_proven_empty_after_it(world: World, colocated: bool) -> None:
+    engine, policy = with_canary(world, colocated=colocated)
+    metrics = engine.metrics()
+    assert CACHED[0] not in metrics, "whether a server can generate before its first update is not known"
+    assert metrics[CACHED[1]].value() == 0
+    give_next(engine, policy)
+    assert [value(engine, name) for name in CACHED] == [15, 0], "what comes before the last token; nothing of it"
+    close(world, engine)
+
+
+@pytest.mark.parametrize(
+    ("counts", "skew", "words"),
+    [
+        (True, 0.0, r"fake-1 reuses keys .* directly after an update, 12 of a canary prompt's 12 tokens came from its"),
+        (False, 0.2, r"fake-1 gives other log-probs than the actor where it may use its .* \|difference\| 0\.2 over 4"),
+        (False, math.nan, "fake-1 gives other log-probs than the actor where it may use its prefix cache"),
+    ],
+)
+@pytest.mark.parametrize("colocated", [True, False])
+def test_a_server_that_keeps_its_cache_over_an_update_may_not_generate(
+    world: World, colocated: bool, counts: bool, skew: float, words: str
+) -> None:
+    engine, policy = with_canary(world, colocated=colocated)
+    machine = world.machines[1]
+    machine.keeps_cache, machine.counts_cached, machine.cache_skew = True, counts, skew
+    with pytest.raises(ServerError, match=f"{words}.*leave it out, or turn the prefix cache off"):
+        give_next(engine, policy)
+    assert "fake-1" in pool_reasons(engine)
+    world.run(_all(engine, [request(sample, group=sample) for sample in range(4)]))
+    assert set(world.generated_at()) == {0}
+    machine.keeps_cache = False
+    give_next(engine, policy)
+    assert pool_reasons(engine) == ""
+    close(world, engine)
+
+
+def test_prompts_that_begin_alike_are_no_reuse(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the new weights, at a server that reuses single tokens: three of twelve."""
+    engine, policy = with_canary(world)
+    shared = 3
+    score_end = FakeServer.score_end
+
+    async def sharing(self: FakeServer, sequence: Sequence[int], num_tokens: int, timeout_s: float) -> ScoredEnd:
+        return replace(await score_end(self, sequence, num_tokens, timeout_s), num_cached_tokens=shared)
+
+    monkeypatch.setattr(FakeServer, "score_end", sharing)
+    give_next(engine, policy)
+    assert value(engine, CACHED[1]) == 3
+    shared = 4
+    with pytest.raises(ServerError, match="4 of a canary prompt's 12 tokens"):
+        give_next(engine, policy)
+    close(world, engine)
+
+
+@pytest.mark.parametrize("fault", [die(), unavailable(), refuse("not now")], ids=["dies", "503", "refuses"])
+@pytest.mark.parametrize("colocated", [True, False])
+def test_a_server_whose_cache_cannot_be_warmed_is_looked_after_and_the_update_goes_on(
+    world: World, colocated: bool, fault: Fault
+) -> None:
+    engine, policy = with_canary(world, colocated=colocated)
+    world.fault(1, "score_end", fault)
+    give_next(engine, policy)
+    assert [value(engine, name) for name in CACHED] == [0, 0], "nothing is proven of it"
+    world.until(lambda: not pool_reasons(engine))
+    give_next(engine, policy)
+    assert [value(engine, name) for name in CACHED] == [15, 0]
+    close(world, engine)
+
+
+def test_without_canary_sequences_no_server_is_asked_for_log_probs(world: World) -> None:
+    engine = world.engine(world.pool())
+    policy = PlayedPolicy(world)
+    engine.start(policy)
+    for version in (1, 2):
+        policy.version = version
+        engine.give(policy, version)
+        assert policy.taken() == [*WRITTEN[:2], "policy weights", *WRITTEN[2:], "resume"]
+    assert not [name for name in engine.metrics() if name.startswith("canary/")]
+    close(world, engine)
+
+
 @pytest.mark.parametrize(("fault", "num_restarts"), [(die(), 1), (unavailable(), 0)], ids=["dies", "503"])
 def test_a_server_that_is_lost_while_it_is_compared_comes_back_and_the_other_is_compared(
     world: World, fault: Fault, num_restarts: int
@@ -769,6 +883,7 @@ class PlayedPolicy:
         return notes
 
 
+WARMED = ["score_end", "score_end"]
 WRITTEN = ["pause", "begin_update", "load_bucket", "load_bucket", "load_bucket", "end_update", "checksums"]
 
 
@@ -786,17 +901,20 @@ def test_weights_are_given_and_memory_changes_hands_in_this_order(world: World, 
             [
                 *("policy score", "resume_memory weights", "pause", "begin_update", "policy weights"),
                 *WRITTEN[2:],
-                *("policy offload", "resume_memory cache", "resume", "score"),
+                *("policy offload", "resume_memory cache", "resume", "score", "score_end"),
             ]
             if colocated
-            else ["policy score", *WRITTEN[:2], "policy weights", *WRITTEN[2:], "resume", "score"]
+            else [
+                *("policy score", *(WARMED if version > 1 else []), *WRITTEN[:2], "policy weights", *WRITTEN[2:]),
+                *("resume", "score", "score_end"),
+            ]
         )
         engine.give(policy, version)
         assert policy.taken() == [], "it has them"
         assert world.run(engine.generate(request())).policy_versions == [(version, 0, 4)]
         world.asked.clear()
         engine.take_back(policy)
-        assert policy.taken() == (["pause", "release_memory", "policy onload"] if colocated else [])
+        assert policy.taken() == ([*WARMED, "pause", "release_memory", "policy onload"] if colocated else [])
         engine.take_back(policy)
         assert policy.taken() == [], "nothing is lent"
     engine.close()

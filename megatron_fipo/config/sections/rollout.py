@@ -109,7 +109,8 @@ class ServersSection:
     max_restarts: int = key(3, least=0)
     """Restarts of each server in a run; the next death stops the run, unless others are left."""
     canary_sequences: int = key(4, least=0)
-    """Fixed sequences whose log-probs are compared with the actor's after each handover; 0 compares checksums only."""
+    """Fixed sequences whose log-probs are compared with the actor's after each handover, with one more by way of the
+    prefix cache; 0 compares checksums only."""
     canary_tolerance: Optional[float] = key(None, above=0)
     """Largest mean |log-prob difference| there; null takes 1e-4 in float32, 0.05 in bfloat16
     and 0.1 with model.fp8."""

@@ -116,6 +116,19 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class ScoredEnd:
+    """Log-probs of a sequence's last tokens, computed on what the prefix cache holds of those before.
+
+    Attributes:
+        log_probs: one for each token, at temperature 1.
+        num_cached_tokens: tokens before them whose keys and values were there already.
+    """
+
+    log_probs: Sequence[float]
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
 class GroupAddress:
     """A process group of the trainer's sending process (rank 0) and, after it, every server's tensor-parallel ranks.
 
@@ -177,7 +190,7 @@ class InferenceServer(Protocol):
         timeout_s: float,
         connection: ServerConnection | None = None,
     ) -> Completion:
-        """Generate one response.
+        """Generate one response. Keys and values are reused under the `cache_salt` of the server's weights only.
 
         Args:
             request: prompt, prefix, sampling and seed. The server gets prompt + prefix as its prompt, and max_tokens
@@ -204,6 +217,13 @@ class InferenceServer(Protocol):
         """Log-probs at temperature 1 of each sequence's tokens from the second on: len(sequence) - 1 numbers each.
 
         The prefix cache must not hide any: all positions are computed anew.
+        """
+        ...
+
+    async def score_end(self, sequence: Sequence[int], num_tokens: int, timeout_s: float) -> ScoredEnd:
+        """Log-probs of a sequence's last tokens, by way of the prefix cache, as `generate` uses it.
+
+        Of what `num_cached_tokens` counts, none was there only because of this very question.
         """
         ...
 
@@ -245,7 +265,10 @@ class InferenceServer(Protocol):
         ...
 
     async def end_update(self, version: str) -> None:
-        """Close the update: post-process, forget cached keys and values, and report `version` from now on."""
+        """Close the update: post-process, forget cached keys and values, and report `version` from now on.
+
+        What should be cached all the same is not found any more: the `cache_salt` is another one.
+        """
         ...
 
     def expected_checksums(self) -> ExpectedChecksums:

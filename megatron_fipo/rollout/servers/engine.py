@@ -14,6 +14,7 @@ from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.parallel.device_memory import give_back_caches
 from megatron_fipo.rollout.engine import ALL_PROMPTS, GenerationRequest, Policy, Share, Turn, check_request
 from megatron_fipo.rollout.servers.api import InferenceServer
+from megatron_fipo.rollout.servers.cache_proof import CacheProof, cache_canary
 from megatron_fipo.rollout.servers.completions import turn_of
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError
@@ -58,6 +59,9 @@ class EngineSettings:
     """Sequences on which `give` compares servers with the policy; 0 compares checksums only."""
     canary_tokens: int = 0
     """Length of each of them."""
+    cache_canary_tokens: int = 0
+    """Length of the sequence on which servers show that they reuse nothing of older weights, if num_canaries is not 0;
+    at least 2."""
     colocated: bool = False
     """Whether servers give their memory away while the actor trains."""
 
@@ -99,6 +103,9 @@ class ServerEngine:
         self._memory: Literal["resident", "released", "weights only"] = "resident"
         self._last_sync: SyncReport | None = None
         self._last_canary: LogProbDifference | None = None
+        self._caches: CacheProof | None = None
+        if owned is not None:
+            self._caches = CacheProof(owned.pool, settings.canary_tolerance, settings.score_timeout_s)
         self._is_closed = False
 
     def start(self, policy: Policy | None = None) -> None:
@@ -181,33 +188,38 @@ class ServerEngine:
         if self.owned is None:
             return {}
         metrics = self.owned.loop.call(self.owned.sender.take_metrics)
-        for report in (self._last_sync, self._last_canary):
+        for report in (self._last_sync, self._last_canary, self._caches):
             metrics |= report.metrics() if report is not None else {}
         return metrics
 
     # --- weights and memory -----------------------------------------------------------------------------------------
 
     def give(self, policy: Policy, version: int) -> None:
-        """See `RolloutEngine`. Servers prove by checksums and log-probs that they hold and use these weights."""
+        """See `RolloutEngine`. Servers prove that they hold and use these weights, and nothing of older ones."""
         if self._given == version:
             return
         settings = self._settings
         sequences = canary_sequences(policy.vocab_size, settings.num_canaries, settings.canary_tokens)
-        expected = policy.score(sequences) if sequences else []
+        cached = cache_canary(policy.vocab_size, settings.cache_canary_tokens)
+        expected = policy.score([*sequences, cached]) if sequences else []
         if settings.colocated:
             with self.collectively():
                 give_back_caches()  # the servers' weights take the place of an update's activations
+        elif self._given is not None:  # a server that a killed run left paused answers only after the first update
+            self._warm_caches(policy)
         self.update_weights(policy.weights(), version)
         if settings.colocated:
             self._lend(policy)
             self.resume_memory()
         if sequences:
-            self.check_log_probs(sequences, expected)
+            self.check_log_probs(sequences, expected[:-1])
+            self.check_caches(cached, expected[-1])
         self._given = version
 
     def take_back(self, policy: Policy) -> None:
         """See `RolloutEngine`. Only colocated servers have borrowed anything."""
         if self._settings.colocated and self._given is not None:
+            self._warm_caches(policy)  # later they have no memory for it
             self.release_memory()
             policy.onload()
             self._given = None
@@ -280,6 +292,33 @@ class ServerEngine:
                         self.owned.pool, sequences, actor, settings.canary_tolerance, settings.score_timeout_s
                     )
                 )
+
+    def check_caches(self, sequence: Sequence[int], actor: Sequence[float]) -> None:
+        """Have every server show that it reuses no keys and values of older weights. Collective.
+
+        Args:
+            sequence: token ids, the same on every rank, such as `cache_proof.cache_canary`; asked about for the first
+                time since the update.
+            actor: the actor's log-probs at temperature 1 of the sequence's tokens from the second on.
+
+        Raises:
+            ServerError: on every rank, if one server found the sequence in its cache, or gives other log-probs.
+        """
+        with self.collectively():
+            if self._caches is not None:
+                self._run(self._caches.prove(sequence, actor))
+
+    def _warm_caches(self, policy: Policy) -> None:
+        """Bring the sequence of `check_caches` into the servers' caches, where the next update must forget it.
+
+        Collective.
+        """
+        settings = self._settings
+        if settings.num_canaries:
+            with self.collectively():
+                if self._caches is not None:
+                    sequence = cache_canary(policy.vocab_size, settings.cache_canary_tokens)
+                    self._run(self._caches.warm(sequence))
 
     @contextmanager
     def collectively(self) -> Iterator[None]:

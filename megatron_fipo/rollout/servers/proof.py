@@ -2,19 +2,23 @@
 
 Checksums of every tensor are compared bit for bit with those of the weights that were sent. They show what log-probs
 miss: in bfloat16 a single corrupt value hardly moves any. Log-probs of fixed sequences, the canary, are compared with
-the actor's. They show what checksums miss: a server that computes something else with the right weights.
+the actor's. They show what checksums miss: a server that computes something else with the right weights. What neither
+shows, keys and values of older weights in a cache, is the matter of `cache_proof`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_fipo.metrics.reductions import Max, Metrics
 from megatron_fipo.rollout.servers.http import ServerError, ServerUnreachableError
 from megatron_fipo.rollout.servers.pool import ServerPool
-from megatron_fipo.rollout.servers.server import State
+from megatron_fipo.rollout.servers.server import Server, State
+
+T = TypeVar("T")
 
 _SHOWN = 5
 """An error names this many tensors of each kind."""
@@ -97,18 +101,28 @@ def compare_log_probs(
         CanaryError: with the difference; also where a number is not finite.
         ValueError: if the two do not have the same lengths.
     """
+    difference = log_prob_difference(actor, found)
+    if not difference.mean <= tolerance:  # NaN compares false
+        raise CanaryError(
+            f"{server} gives other log-probs than the actor: mean |difference| {difference.mean:.3g} over "
+            f"{sum(map(len, actor))} tokens, largest {difference.max:.3g}; servers.canary_tolerance allows "
+            f"{tolerance:g}"
+        )
+    return difference
+
+
+def log_prob_difference(actor: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> LogProbDifference:
+    """The absolute difference of log-probs of the same tokens.
+
+    Raises:
+        ValueError: if the two do not have the same lengths.
+    """
     differences = [
         abs(ours - theirs)
         for our_sequence, their_sequence in zip(actor, found, strict=True)
         for ours, theirs in zip(our_sequence, their_sequence, strict=True)
     ]
-    difference = LogProbDifference(sum(differences) / len(differences), max(differences))
-    if not difference.mean <= tolerance:  # NaN compares false
-        raise CanaryError(
-            f"{server} gives other log-probs than the actor: mean |difference| {difference.mean:.3g} over "
-            f"{len(differences)} tokens, largest {difference.max:.3g}; servers.canary_tolerance allows {tolerance:g}"
-        )
-    return difference
+    return LogProbDifference(sum(differences) / len(differences), max(differences))
 
 
 async def prove_log_probs(
@@ -120,8 +134,7 @@ async def prove_log_probs(
 ) -> LogProbDifference:
     """Compare the log-probs of every server that may generate with the actor's. To be awaited on the pool's event loop.
 
-    A server that dies meanwhile is looked after like any other that does not answer, and others are compared; at least
-    one is. A server that gives other log-probs becomes STALE.
+    Servers that die meanwhile, or fail, are treated as `of_every_server` does it.
 
     Returns:
         The largest difference.
@@ -130,20 +143,37 @@ async def prove_log_probs(
         CanaryError: naming the server whose log-probs differ by more than the tolerance.
         ServerError: if a server refuses, or none is left that could be compared.
     """
-    differences: list[LogProbDifference] = []
+
+    async def prove(server: Server) -> LogProbDifference:
+        found = await server.ask(server.client.score(sequences, timeout_s))
+        return compare_log_probs(server.name, actor, found, tolerance)
+
+    return max(await of_every_server(pool, prove), key=lambda difference: difference.mean)
+
+
+async def of_every_server(pool: ServerPool, prove: Callable[[Server], Awaitable[T]]) -> list[T]:
+    """Have every server that may generate prove something, and return what the proofs gave.
+
+    A server that dies meanwhile is looked after like any other that does not answer, and others are asked; at least
+    one is. A server that fails becomes STALE.
+
+    Raises:
+        CanaryError: what a proof raised.
+        ServerError: if a server refuses, or none is left that could be asked.
+    """
+    proofs: list[T] = []
     reasons: list[str] = []
-    while not differences:
+    while not proofs:
         if len(reasons) >= _MAX_UNANSWERED:
             raise ServerError("no server answered for its log-probs:\n" + "\n".join(reasons))
         await pool.wait_until_one_may_generate()
         for server in pool.roster.in_state(State.READY):
             try:
-                found = await server.ask(server.client.score(sequences, timeout_s))
-                differences.append(compare_log_probs(server.name, actor, found, tolerance))
+                proofs.append(await prove(server))
             except ServerUnreachableError as error:
                 reasons.append(str(error))
                 pool.suspect(server, error)
             except CanaryError as error:
                 await pool.set_stale(server, str(error))
                 raise
-    return max(differences, key=lambda difference: difference.mean)
+    return proofs

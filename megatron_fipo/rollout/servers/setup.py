@@ -20,6 +20,7 @@ from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.nodes import node_of, own_local_rank
 from megatron_fipo.rollout.engine import Share
 from megatron_fipo.rollout.servers.api import LaunchSpec, ServerAdapter
+from megatron_fipo.rollout.servers.cache_proof import CACHE_CANARY_TOKENS
 from megatron_fipo.rollout.servers.engine import EngineSettings, OwnedServers, ServerEngine
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.nccl_version import check_same_nccl
@@ -204,13 +205,15 @@ def _settings(config: Config, vocab_size: int, stop_token_ids: Collection[int]) 
     tolerance = section.canary_tolerance
     if tolerance is None:
         tolerance = DEFAULT_TOLERANCE[config.model.dtype if config.model.fp8 == "none" else "fp8"]
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     return EngineSettings(
         vocab_size=vocab_size,
         stop_token_ids=frozenset(stop_token_ids),
         score_timeout_s=section.request_timeout_s,
         canary_tolerance=tolerance,
         num_canaries=section.canary_sequences,
-        canary_tokens=min(_CANARY_TOKENS, rollout.max_prompt_tokens + rollout.max_response_tokens),
+        canary_tokens=min(_CANARY_TOKENS, longest),
+        cache_canary_tokens=min(CACHE_CANARY_TOKENS, longest),
         colocated=section.placement == "colocated",
     )
 

@@ -14,7 +14,8 @@ from torch.multiprocessing import reductions
 
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchSpec, ServerInfo
+from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchSpec, ScoredEnd, ServerInfo
+from megatron_fipo.rollout.servers.cache_salt import cache_salt
 from megatron_fipo.rollout.servers.completions import join_completion
 from megatron_fipo.rollout.servers.cuda_handles import DEVICE_ARGUMENT, CudaHandle
 from megatron_fipo.rollout.servers.http import (
@@ -40,6 +41,7 @@ class SglangServer:
     def __init__(self, connection: ServerConnection, spec: LaunchSpec) -> None:
         self.url = connection.url
         self._connection, self._spec = connection, spec
+        self._cache_salt = cache_salt(spec.weight_version)
 
     async def health(self, timeout_s: float) -> None:
         """Have one token generated, unless others are being generated anyway."""
@@ -73,6 +75,7 @@ class SglangServer:
             "sampling_params": parameters,
             "return_logprob": True,
             "logprob_start_len": -1,
+            "extra_key": self._cache_salt,
         }
         connection = connection or self._connection
         longest = ANSWER_BYTES + parameters["max_new_tokens"] * _TOKEN_BYTES
@@ -94,25 +97,20 @@ class SglangServer:
         await self._post("/abort_request", {"abort_all": True})
 
     async def score(self, sequences: Sequence[Sequence[int]], timeout_s: float) -> list[list[float]]:
-        body = {
-            "input_ids": [list(sequence) for sequence in sequences],
-            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-            "return_logprob": True,
-            "logprob_start_len": 0,  # positions from here on are never taken from the prefix cache
-        }
+        body = _scoring([list(sequence) for sequence in sequences], start=0)
         longest = ANSWER_BYTES + sum(map(len, sequences)) * _TOKEN_BYTES
         answers = await self._connection.post("/generate", body, timeout_s=timeout_s, longest_answer=longest)
         with reading(self.url):
-            scores = [
-                [float(entry[0]) for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers
-            ]
-            pairs = list(zip(sequences, scores, strict=True))
-        for sequence, found in pairs:
-            if len(found) != len(sequence) - 1:
-                raise ServerRefusedError(
-                    f"{self.url} scored {len(found)} of the {len(sequence) - 1} tokens of a canary sequence", 200
-                )
-        return scores
+            pairs = list(zip(sequences, answers, strict=True))
+        return [self._scored(answer, len(sequence) - 1) for sequence, answer in pairs]
+
+    async def score_end(self, sequence: Sequence[int], num_tokens: int, timeout_s: float) -> ScoredEnd:
+        body = _scoring(list(sequence), start=len(sequence) - num_tokens - 1) | {"extra_key": self._cache_salt}
+        longest = ANSWER_BYTES + num_tokens * _TOKEN_BYTES
+        answer = await self._connection.post("/generate", body, timeout_s=timeout_s, longest_answer=longest)
+        log_probs = self._scored(answer, num_tokens)
+        with reading(self.url):
+            return ScoredEnd(log_probs, int(answer["meta_info"]["cached_tokens"]))
 
     async def pause(self) -> None:
         # "retract" sends running requests back to the queue: their keys and values are computed anew afterwards, with
@@ -174,6 +172,7 @@ class SglangServer:
         await self._connection.post("/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def end_update(self, version: str) -> None:
+        self._cache_salt = cache_salt(version)
         await self._post("/end_weight_update", {})
         await self.flush_cache()
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
@@ -202,11 +201,37 @@ class SglangServer:
     async def resume_memory(self, part: Literal["weights", "cache"]) -> None:
         await self._post("/resume_memory_occupation", {"tags": [_MEMORY_TAGS[part]]})
 
+    def _scored(self, answer: Any, num_tokens: int) -> list[float]:
+        """The log-probs in an answer to what `_scoring` asks."""
+        with reading(self.url):
+            scores = [float(entry[0]) for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        if len(scores) != num_tokens:
+            raise ServerRefusedError(
+                f"{self.url} scored {len(scores)} of the {num_tokens} tokens of a canary sequence", 200
+            )
+        return scores
+
     def _handles(self, bucket: Bucket) -> list[CudaHandle | None]:
         return bucket.handles_on(self._spec.gpus, self._spec.tp)
 
     async def _post(self, route: str, body: Mapping[str, Any]) -> Any:
         return await self._connection.post(route, body, timeout_s=_CONTROL_TIMEOUT_S)
+
+
+def _scoring(input_ids: Sequence[Any], start: int) -> dict[str, Any]:
+    """What asks /generate for log-probs and no token.
+
+    Args:
+        input_ids: a sequence, or several.
+        start: they are those of the tokens after this position, which with all later ones is never taken from the
+            prefix cache.
+    """
+    return {
+        "input_ids": input_ids,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": start,
+    }
 
 
 def _completion(answer: Any, url: str) -> Completion:

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.engine import GenerationRequest
-from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchSpec, ServerInfo
+from megatron_fipo.rollout.servers.api import Completion, GroupAddress, LaunchSpec, ScoredEnd, ServerInfo
+from megatron_fipo.rollout.servers.cache_salt import cache_salt
 from megatron_fipo.rollout.servers.completions import join_completion
 from megatron_fipo.rollout.servers.http import (
     ANSWER_BYTES,
@@ -61,6 +62,7 @@ class VllmServer:
     def __init__(self, connection: ServerConnection, spec: LaunchSpec) -> None:
         self.url = connection.url
         self._connection, self._spec = connection, spec
+        self._cache_salt = cache_salt(spec.weight_version)
 
     async def health(self, timeout_s: float) -> None:
         """Have one token generated: the server's own /health does not notice a worker that hangs."""
@@ -101,6 +103,7 @@ class VllmServer:
         body = {
             "request_id": request_id,
             "token_ids": [*request.prompt_ids, *request.prefix],
+            "cache_salt": self._cache_salt,
             "sampling_params": parameters,
         }
         answer = await self._generate(connection or self._connection, body, timeout_s, max_tokens)
@@ -131,6 +134,13 @@ class VllmServer:
 
     async def score(self, sequences: Sequence[Sequence[int]], timeout_s: float) -> list[list[float]]:
         return list(await asyncio.gather(*(self._score(sequence, timeout_s) for sequence in sequences)))
+
+    async def score_end(self, sequence: Sequence[int], num_tokens: int, timeout_s: float) -> ScoredEnd:
+        places = range(len(sequence) - num_tokens, len(sequence))
+        # The first alone: others at the same time would find in the cache what it has just computed.
+        first = await self._score_one(sequence, places[0], timeout_s)
+        rest = await asyncio.gather(*(self._score_one(sequence, place, timeout_s) for place in places[1:]))
+        return ScoredEnd([end.log_probs[0] for end in (first, *rest)], first.num_cached_tokens)
 
     async def pause(self) -> None:
         await self._post("/pause?mode=keep")
@@ -174,6 +184,7 @@ class VllmServer:
         await self._call("fipo_load_folder", str(folder), timeout_s=timeout_s)
 
     async def end_update(self, version: str) -> None:
+        self._cache_salt = cache_salt(version)
         await self._call("fipo_end_update", timeout_s=_CONTROL_TIMEOUT_S)
         await self.flush_cache()
         await self._post("/update_weight_version", {"new_version": version})
@@ -212,6 +223,22 @@ class VllmServer:
             pairs = zip(sequence[1:], entries, strict=True)
             return [self._finite(entry[str(token)]["logprob"]) for token, entry in pairs]
 
+    async def _score_one(self, sequence: Sequence[int], place: int, timeout_s: float) -> ScoredEnd:
+        """Score the token at one place, which is at least 1: prompt_logprobs would keep the cache out."""
+        token = sequence[place]
+        # Beside the sampled token's, as many log-probs are told as `logprobs` says, the sampled token's among them.
+        asked = {"logprobs": 2, "logprob_token_ids": [token, token]}
+        body = {
+            "token_ids": list(sequence[:place]),
+            "cache_salt": self._cache_salt,
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "ignore_eos": True, **asked},
+        }
+        answer = await self._generate(self._connection, body, timeout_s)
+        with reading(self.url):
+            (sampled,) = answer["choices"][0]["logprobs"]["content"]
+            found = {entry["token_id"]: entry["logprob"] for entry in (sampled, *sampled["top_logprobs"])}
+            return ScoredEnd([self._finite(found[token])], _num_cached_tokens(answer))
+
     async def _generate(
         self, connection: ServerConnection, body: Mapping[str, Any], timeout_s: float, num_tokens: int = 1
     ) -> Any:
@@ -240,10 +267,8 @@ class VllmServer:
             (self._version(span["version"], answer["model"]), span["start"], span["end"])
             for span in choice["weight_versions"] or []
         ]
-        details = answer["usage"].get("prompt_tokens_details") or {}
-        num_cached_tokens = details.get("cached_tokens") or 0
         return join_completion(
-            self.url, choice["token_ids"] or [], scored, choice["finish_reason"], spans, num_cached_tokens
+            self.url, choice["token_ids"] or [], scored, choice["finish_reason"], spans, _num_cached_tokens(answer)
         )
 
     def _finite(self, log_prob: float) -> float:
@@ -286,6 +311,12 @@ class VllmServer:
                         f"{self.url}, tensor-parallel rank {rank}, {method}: {result['error']}", 200
                     )
             return [result["value"] for result in answer["results"]]
+
+
+def _num_cached_tokens(answer: Mapping[str, Any]) -> int:
+    """Prompt tokens that came from the prefix cache."""
+    details = answer["usage"].get("prompt_tokens_details") or {}
+    return details.get("cached_tokens") or 0
 
 
 def _continued_seed(seed: int, num_prefix_tokens: int) -> int:
