@@ -173,6 +173,7 @@ def metrics_by_version(difference: Tensor, staleness_steps: Tensor, response_mas
             f"mismatch/{name}/log_prob_difference/mean": masked_mean(difference, mask, count),
             f"mismatch/{name}/log_prob_difference/std": masked_std(difference, mask, count),
             f"mismatch/{name}/log_prob_difference/absmean": masked_mean(difference.abs(), mask, count),
+            f"mismatch/{name}/log_prob_difference/absmax": masked_max(difference.abs(), mask),
             f"mismatch/{name}/share": Mean(count, response_mask.sum()),
         }
     return metrics

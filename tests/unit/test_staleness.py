@@ -181,10 +181,12 @@ def test_the_mismatch_by_version_by_hand() -> None:
         "mismatch/newest_version/log_prob_difference/mean": -0.125,
         "mismatch/newest_version/log_prob_difference/std": 0.25,
         "mismatch/newest_version/log_prob_difference/absmean": 0.25,
+        "mismatch/newest_version/log_prob_difference/absmax": 0.375,
         "mismatch/newest_version/share": 0.4,
         "mismatch/older_versions/log_prob_difference/mean": 2.0,
         "mismatch/older_versions/log_prob_difference/std": 1.0,
         "mismatch/older_versions/log_prob_difference/absmean": 2.0,
+        "mismatch/older_versions/log_prob_difference/absmax": 3.0,
         "mismatch/older_versions/share": 0.4,
     }
     parts = [metrics_by_version(difference[part], staleness[part], mask[part]) for part in (slice(2), slice(2, 6))]
@@ -192,6 +194,7 @@ def test_the_mismatch_by_version_by_hand() -> None:
     unsplit = scalars(metrics_by_version(difference, torch.zeros_like(staleness), mask))
     assert unsplit["mismatch/newest_version/log_prob_difference/absmean"] == pytest.approx(2.3)
     assert math.isnan(unsplit["mismatch/older_versions/log_prob_difference/absmean"])
+    assert unsplit["mismatch/older_versions/log_prob_difference/absmax"] == -math.inf, "the largest of none"
 
 
 def test_every_token_carries_the_staleness_of_its_segment() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,14 @@ def join_completion(
     )
 
 
-def turn_of(request: GenerationRequest, completion: Completion) -> Turn:
+def turn_of(request: GenerationRequest, completion: Completion, stop_token_ids: Collection[int]) -> Turn:
     """A server's response as the engine's answer to a request.
+
+    A response that was aborted with its last token written is whole, and says so: nothing could continue it. SGLang's
+    scheduler looks whether a request is aborted before it looks at the token that it has just written.
+
+    Args:
+        stop_token_ids: tokens that end a response.
 
     Raises:
         ServerError: if it was generated with weights that no update has brought.
@@ -64,7 +70,16 @@ def turn_of(request: GenerationRequest, completion: Completion) -> Turn:
         [(_policy_version(version), start + first, start + stop) for version, first, stop in completion.version_spans],
         start,
     )
-    return Turn(request, segments, completion.finish_reason)
+    return Turn(request, segments, _finish_reason(request, completion, stop_token_ids))
+
+
+def _finish_reason(request: GenerationRequest, completion: Completion, stop_token_ids: Collection[int]) -> str:
+    if completion.finish_reason == "abort" and completion.token_ids:
+        if completion.token_ids[-1] in stop_token_ids:
+            return "stop"
+        if len(request.prefix) + len(completion.token_ids) >= request.sampling.max_tokens:
+            return "length"
+    return completion.finish_reason
 
 
 def _policy_version(version: str) -> int:

@@ -171,7 +171,7 @@ class ServerEngine:
             raise RuntimeError("this rank owns no servers; prompts are shared out over the ranks that do")
         check_request(request, self._settings.vocab_size, self.stop_token_ids)
         answering = self.owned.sender.complete(request, sorted(self.stop_token_ids))
-        return turn_of(request, await self.owned.loop.run_here(answering))
+        return turn_of(request, await self.owned.loop.run_here(answering), self.stop_token_ids)
 
     def abort(self) -> None:
         """End every request in flight; each returns what it has, finish_reason "abort". Safe in a signal handler."""
