@@ -77,6 +77,7 @@ class Trainer:
                 place.move_to(step + 1)
                 scoring.after_step_if_due()
                 place.save_if_due()
+            parts.source.stop()  # where the run's rule has ended it, the next step has begun
             scoring.at_the_end()
             place.finish()
         close_run(parts)
@@ -102,6 +103,8 @@ class Trainer:
             rollouts = self._collect(step, only_recorded=bool(at.updates))
         with clock.phase("handover_to_training"):
             parts.source.take_back(parts.actor)
+            if self._overlaps(step):
+                parts.source.begin(step + 1)
         parts.records.keep_samples(step, rollouts, parts.plane, parts.decode)
         minibatches = self._minibatches(rollouts, step)
         with clock.phase("old_log_probs"):
@@ -114,6 +117,11 @@ class Trainer:
         if warning:
             self.console.warning(warning, kind="noise")
         return numbers
+
+    def _overlaps(self, step: int) -> bool:
+        """Whether the next step is generated while this one trains. Evaluations have the servers to themselves."""
+        is_last = step + 1 >= self.config.train.num_steps
+        return self.config.rollout.overlap and not is_last and not self.scoring.is_due_after(step)
 
     def _collect(self, step: int, *, only_recorded: bool) -> StepRollouts:
         try:

@@ -99,11 +99,19 @@ class PromptOrderBooks:
         self._next = prompts.start
         self._num_kept = 0
         self._num_kept_anywhere = 0
-        # What is begun ahead is not needed now. So the few groups that a step judges first do not move its number.
-        ahead = num_groups_ahead(num_groups, known.share(), num_steps_ahead) if num_steps_ahead else 0
-        self.num_to_begin = min(max(num_groups_to_begin(num_groups, known.share()), ahead), len(prompts))
+        self.num_to_begin = min(num_groups_to_begin(num_groups, known.share()), len(prompts))
         """Prompts, from the first on, whose responses may be begun: others would most likely not be used, or too late.
         """
+        if num_steps_ahead:
+            self.look_ahead(num_steps_ahead)
+
+    def look_ahead(self, num_steps: int) -> None:
+        """Let prompts be begun so many steps before the one that trains on them.
+
+        What is begun ahead is not needed now. So the few groups that a step judges first do not move its number.
+        """
+        ahead = num_groups_ahead(self._num_groups, self._known.share(), num_steps)
+        self.num_to_begin = min(max(self.num_to_begin, ahead), len(self._prompts))
 
     def add(self, part: JudgedGroup) -> None:
         """Enter one or more responses to one prompt.

@@ -23,7 +23,7 @@ from megatron_fipo.rl.judged import failures_by_kind, graded_scores
 from megatron_fipo.rl.judged_group import JudgedGroup, plan_of
 from megatron_fipo.rl.staleness import staleness_metrics
 from megatron_fipo.rl.trajectory import Group
-from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
+from megatron_fipo.rollout.engine import Policy, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.generation import GroupGenerator
 from megatron_fipo.rollout.held import Held
 from megatron_fipo.rollout.ledger import Plan, RolloutLedger
@@ -98,8 +98,9 @@ class BatchSource(ABC):
         """What is left over, and the present step's."""
         self._surplus: list[Group] = []
         """Groups that were left over by the steps before."""
-        self._staleness: Metrics = {}
-        self.give, self.take_back, self.close = parts.engine.give, parts.engine.take_back, parts.engine.close
+        self._own_metrics: Metrics = {}
+        """This rank's part of the metrics of the step's batch."""
+        self.take_back = parts.engine.take_back
 
     @abstractmethod
     def generate(self, step: int, *, only_recorded: bool) -> list[JudgedGroup]:
@@ -113,6 +114,26 @@ class BatchSource(ABC):
     @abstractmethod
     def next_prompt(self) -> int:
         """On rank 0, after `generate`: the first prompt of the next step."""
+
+    def give(self, policy: Policy, version: int) -> None:
+        """See `RolloutSource`."""
+        self.parts.engine.give(policy, version)
+        self.parts.generator.begin_with(version)
+
+    def close(self) -> None:
+        """See `RolloutSource`."""
+        try:
+            self.parts.generator.close()
+        finally:
+            self.parts.engine.close()
+
+    def begin(self, step: int) -> None:
+        """See `RolloutSource`."""
+        raise AssertionError("rollout.overlap needs sampling.streaming")
+
+    def stop(self) -> None:
+        """See `RolloutSource`."""
+        return  # nothing has begun
 
     def batch(self, step: int, *, only_recorded: bool = False) -> StepRollouts:
         """See `RolloutSource`."""
@@ -136,7 +157,7 @@ class BatchSource(ABC):
         self._surplus = self.held.groups(sorted(told.surplus))
         noted = self.carry_over(step, told.noted)
         self.held.forget_from(told.noted.next_prompt)
-        self._staleness = self._staleness_in(step, told.plan)
+        self._own_metrics = {**self._staleness_in(step, told.plan), **self.own_metrics()}
         note = partial(self.parts.ledger.note_plan, step, noted, must_be_same=only_recorded)
         on_leader(note, self.world)
         judged = JudgedStep(trained_on, generated) if self.parts.ranks.rank == 0 else None
@@ -145,7 +166,7 @@ class BatchSource(ABC):
     def metrics(self) -> Metrics:
         """See `RolloutSource`."""
         of_sampling = decided_by_leader(self.sampler.metrics, self.world)
-        own = {**self.parts.engine.metrics(), **self._staleness, **self.own_metrics()}
+        own = {**self.parts.engine.metrics(), **self._own_metrics}
         return {**of_sampling, **merge_metrics(own, self.world)}
 
     def carry_over(self, step: int, plan: Plan) -> Plan:

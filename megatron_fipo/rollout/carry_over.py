@@ -16,7 +16,7 @@ from megatron_fipo.metrics.reductions import Metrics, Sum
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.parallel.data_plane import DataPlane
-from megatron_fipo.rl.trajectory import Prompt, SampleKey
+from megatron_fipo.rl.trajectory import Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.carried import Carried
 from megatron_fipo.rollout.held import Held
 from megatron_fipo.rollout.ledger import RolloutLedger
@@ -139,7 +139,7 @@ class CarryOver:
             DiskError: if it cannot be written.
         """
         judged = [
-            Carried(sample, self._begun_at(place, step), is_judged=True)
+            Carried(sample, _begun_at(sample, step), is_judged=True)
             for place, sample in held.samples.items()
             if place[0] >= next_prompt
         ]
@@ -172,10 +172,10 @@ class CarryOver:
         carried = sum(one.num_tokens for one in self._own.values())
         return {CARRIED_TOKENS: Sum(carried), DROPPED_TOKENS: Sum(self._num_dropped_tokens)} if self.is_on else {}
 
-    def _begun_at(self, place: Place, step: int) -> int:
-        """The step that has begun a response, of those that are there at the end of a step."""
-        before = self._own.get(place)
-        return step if before is None else before.begun_at_step
+
+def _begun_at(sample: Trajectory, step: int) -> int:
+    """The step whose weights wrote a response's first token; where no version was recorded, the present one."""
+    return min((version for version, _, _ in sample.policy_versions), default=step)
 
 
 def _place(key: SampleKey) -> Place:

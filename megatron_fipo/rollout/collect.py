@@ -53,7 +53,8 @@ async def generate_groups(
         if known is not None:
             return known
 
-        trajectory = await environment.play(prompt, key, speaker(engine, prompt, key, sampling, run_seed, step))
+        seed = sample_seed(run_seed, step, key.prompt_id, key.sample_index)
+        trajectory = await environment.play(prompt, key, speaker(engine, prompt, key, sampling, step, seed))
         if on_sample is not None:
             on_sample(trajectory)
         return trajectory
@@ -77,16 +78,16 @@ def speaker(
     prompt: Prompt,
     key: SampleKey,
     sampling: SamplingParams,
-    run_seed: int,
     step: int,
+    seed: int,
     carried: Carried | None = None,
 ) -> Speak:
     """The function by which the policy writes its turns of one trajectory.
 
     Args:
+        seed: key of the trajectory's randomness.
         carried: what an earlier step has written of the first turn, which goes on from there.
     """
-    begun_at_step = step if carried is None else carried.begun_at_step
 
     def request_after(prefix: Sequence[int]) -> GenerationRequest:
         return GenerationRequest(
@@ -95,7 +96,7 @@ def speaker(
             sample_index=key.sample_index,
             prompt_ids=prompt.token_ids,
             sampling=sampling,
-            seed=sample_seed(run_seed, begun_at_step, key.prompt_id, key.sample_index),
+            seed=seed,
             prefix=tuple(prefix),
         )
 

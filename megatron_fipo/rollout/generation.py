@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,32 @@ from megatron_fipo.rollout.in_process.engine import InProcessEngine, find_stop_t
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.setup import build_server_engine, share_of_servers
 from megatron_fipo.rollout.stream import Stream
-from megatron_fipo.system.event_loop import run_to_end
+from megatron_fipo.system.event_loop import InBackground, run_to_end
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """What a step's stream is to generate.
+
+    Attributes:
+        work: says which response is next, and whether any is wanted.
+        key_of: the prompt and the key of a ticket's response.
+        on_judged: called with each of this rank's judged trajectories, and with those found in the ledger.
+        look: called now and then, on ranks that generate.
+        carried: responses of this rank's that go on before any ticket is taken, with their prompts.
+        keeps: keep what is begun and not judged. A repeatable engine then stops where all ranks meet.
+        version: of the weights with which it begins; None: the step's own.
+    """
+
+    step: int
+    work: OrderedWork
+    sampling: SamplingParams
+    key_of: Callable[[int], tuple[Prompt, SampleKey]]
+    on_judged: Callable[[Prompt, Trajectory], None]
+    look: Callable[[], None]
+    carried: Sequence[tuple[Prompt, Carried]] = ()
+    keeps: bool = False
+    version: int | None = None
 
 
 class GroupGenerator:
@@ -52,6 +78,8 @@ class GroupGenerator:
         self._engine, self._environment, self._ranks = engine, environment, ranks
         self._run_seed, self._ledger, self.leave_if_asked = run_seed, ledger, leave_if_asked
         self._stream: Stream | None = None
+        self._in_background: tuple[ExitStack, InBackground[None] | None] | None = None
+        """What a stream in the background leaves when it is finished, and its thread, where this rank generates."""
 
     @property
     def share(self) -> Share | None:
@@ -116,28 +144,10 @@ class GroupGenerator:
                 sample.response_text = ""  # its tokens say the same
         return own
 
-    def stream(
-        self,
-        step: int,
-        work: OrderedWork,
-        sampling: SamplingParams,
-        key_of: Callable[[int], tuple[Prompt, SampleKey]],
-        on_judged: Callable[[Prompt, Trajectory], None],
-        look: Callable[[], None],
-        carried: Sequence[tuple[Prompt, Carried]] = (),
-        *,
-        keeps: bool = False,
-    ) -> tuple[int, list[Carried]]:
-        """Generate and judge one response for each ticket of `work` that this rank takes, until no more are wanted.
+    def stream(self, order: StreamOrder) -> tuple[int, list[Carried]]:
+        """Generate and judge one response for each ticket that this rank takes, until no more are wanted.
 
         Collective over all ranks.
-
-        Args:
-            key_of: the prompt and the key of a ticket's response.
-            on_judged: called with each of this rank's judged trajectories, and with those found in the ledger.
-            look: called now and then, on ranks that generate.
-            carried: responses of this rank's that go on before any ticket is taken, with their prompts.
-            keeps: keep what is begun and not judged. A repeatable engine then stops where all ranks meet.
 
         Returns:
             Tokens of this rank's responses that were begun in vain, and what was kept, by key.
@@ -147,33 +157,87 @@ class GroupGenerator:
             OtherRankError: if generation failed on another rank.
         """
         self.leave_if_asked()
-        ledger = self._ledger
-        self._stream = None
-        with Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self.abort):
-            if self._environment is not None:
-                ledger.begin(step)
-                record = ledger.recording(0, lambda sample: None)
-                self._stream = Stream(
-                    self._engine,
-                    self._environment,
-                    work,
-                    sampling=sampling,
-                    run_seed=self._run_seed,
-                    step=step,
-                    key_of=key_of,
-                    # A repeatable engine would round the missing responses differently beside other ones.
-                    recorded=(lambda prompt, key: None) if self._engine.repeatable else partial(ledger.found, step, 0),
-                    on_written=record,
-                    on_judged=on_judged,
-                    look=look,
-                    carried=carried,
-                    keeps=keeps,
-                    meets=keeps and self._engine.repeatable,
-                )
+        with self._generation(order.step):
+            self._stream = self._stream_of(order)
+            if self._stream is not None:
                 run_to_end(self._stream.run())
-                ledger.secure()
+                self._ledger.secure()
         self.leave_if_asked()
-        return (0, []) if self._stream is None else (self._stream.num_unused_tokens, self._stream.left)
+        return _outcome(self._stream)
+
+    def begin_stream(self, order: StreamOrder) -> None:
+        """Begin what `stream` does in a thread of its own; `finish_stream` waits for it. Collective over all ranks.
+
+        Raises:
+            ValueError: if the ledger is damaged.
+        """
+        self.leave_if_asked()
+        assert self._in_background is None, "one stream at a time"
+        with ExitStack() as stack:
+            stack.enter_context(self._generation(order.step))
+            self._stream = self._stream_of(order)
+            running = None if self._stream is None else InBackground(self._stream.run(), "rollouts")
+            self._in_background = stack.pop_all(), running
+
+    def begin_with(self, version: int) -> None:
+        """From now on a stream in the background begins responses with this version of the weights. Local."""
+        if self._stream is not None:
+            self._stream.version = version
+
+    def finish_stream(self, while_waiting: Callable[[], None] = lambda: None) -> tuple[int, list[Carried]]:
+        """Wait for the stream that was begun, as `stream` does. Collective over all ranks.
+
+        Args:
+            while_waiting: called now and then on ranks that generate.
+        """
+        assert self._in_background is not None, "begin_stream() comes first"
+        (stack, running), self._in_background = self._in_background, None
+        with stack:
+            if running is not None:
+                running.result(while_waiting)
+                self._ledger.secure()
+        self.leave_if_asked()
+        return _outcome(self._stream)
+
+    def close(self) -> None:
+        """End a stream in the background that nobody waits for any more. Not collective: the run has ended."""
+        if self._in_background is not None:
+            (stack, running), self._in_background = self._in_background, None
+            self.abort()
+            try:
+                if running is not None:
+                    running.result(self.abort)
+            finally:  # the other ranks end as well, or hear that this one does
+                ended = RuntimeError("the run ends on this rank")
+                stack.__exit__(RuntimeError, ended, None)
+
+    def _generation(self, step: int) -> Work:
+        return Work(self._ranks.world, f"generation in step {step}", on_failure_elsewhere=self.abort)
+
+    def _stream_of(self, order: StreamOrder) -> Stream | None:
+        """This rank's part of a stream; None where it generates nothing."""
+        if self._environment is None:
+            return None
+        ledger, is_repeatable = self._ledger, self._engine.repeatable
+        ledger.begin(order.step)
+        return Stream(
+            self._engine,
+            self._environment,
+            order.work,
+            sampling=order.sampling,
+            run_seed=self._run_seed,
+            step=order.step,
+            key_of=order.key_of,
+            # A repeatable engine would round the missing responses differently beside other ones.
+            recorded=(lambda prompt, key: None) if is_repeatable else partial(ledger.found, order.step, 0),
+            on_written=ledger.recording(0, lambda sample: None),
+            on_judged=order.on_judged,
+            look=order.look,
+            carried=order.carried,
+            version=order.version,
+            keeps=order.keeps,
+            meets=order.keeps and is_repeatable,
+        )
 
     def abort(self) -> None:
         """End the generation that is under way. Safe in a signal handler."""
@@ -218,6 +282,10 @@ class GroupGenerator:
         finished = self._ledger.finished(step, round_index, own_prompts)
         is_whole = len(finished) == len(own_prompts) * num_samples
         return finished if is_whole or not self._engine.repeatable else {}
+
+
+def _outcome(stream: Stream | None) -> tuple[int, list[Carried]]:
+    return (0, []) if stream is None else (stream.num_unused_tokens, stream.left)
 
 
 def in_process_engine(config: Config, tokenizer: Any, share: Share | None = ALL_PROMPTS) -> InProcessEngine:

@@ -86,6 +86,16 @@ class RolloutSource(Protocol):
         """Give the policy its memory back; see `RolloutEngine.take_back`."""
         ...
 
+    def begin(self, step: int) -> None:
+        """Generate for a step from now on, while the one before it trains, with weights of that; `give` and `batch` of
+        the step follow. Only with rollout.overlap, after the `batch` of the step before.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End what `begin` has begun: its step is not asked for."""
+        ...
+
     def metrics(self) -> Metrics:
         """What the step's rollouts and the last `give` took; call it once for each step, after `batch`."""
         ...

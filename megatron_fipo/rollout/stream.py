@@ -14,7 +14,7 @@ from megatron_fipo.parallel.ordered_work import OrderedWork
 from megatron_fipo.rl.trajectory import Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.carried import Carried
 from megatron_fipo.rollout.collect import speaker
-from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams, StoppableEngine, Turn
+from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams, StoppableEngine, Turn, sample_seed
 
 LOOKS_EVERY_S = 0.02
 """Time between two looks at what other ranks have said."""
@@ -46,6 +46,7 @@ class Stream:
         on_judged: called with each judged trajectory, in order of completion; aborted ones are none.
         look: called now and then, and after each judged trajectory; where ranks meet only there, on rank 0.
         carried: responses that go on before any ticket is taken, in this order, with their prompts.
+        version: of the weights with which it begins; None: the step's own.
         keeps: keep what is begun and not judged in `left`.
         meets: end where ranks meet; the engine must be a `StoppableEngine`.
     """
@@ -65,6 +66,7 @@ class Stream:
         on_judged: Callable[[Prompt, Trajectory], None],
         look: Callable[[], None],
         carried: Sequence[tuple[Prompt, Carried]] = (),
+        version: int | None = None,
         keeps: bool = False,
         meets: bool = False,
     ) -> None:
@@ -73,6 +75,8 @@ class Stream:
         self._key_of, self._recorded, self._look = key_of, recorded, look
         self._on_written, self._on_judged = on_written, on_judged
         self._waiting, self._keeps, self._meets = deque(carried), keeps, meets
+        self.version = step if version is None else version
+        """Of the weights with which responses are begun from now on. May be set from another thread."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_written = 0
         self._num_begun = 0
@@ -196,7 +200,9 @@ class Stream:
         task.add_done_callback(self._ended)
 
     async def _play(self, prompt: Prompt, key: SampleKey, carried: Carried | None) -> None:
-        speak = speaker(self._engine, prompt, key, self._sampling, self._run_seed, self._step, carried)
+        begun_at_step = self.version if carried is None else carried.begun_at_step
+        seed = sample_seed(self._run_seed, begun_at_step, key.prompt_id, key.sample_index)
+        speak = speaker(self._engine, prompt, key, self._sampling, self._step, seed, carried)
         first_turn: Turn | None = None
         num_turns = 0
         num_tokens = 0
@@ -237,14 +243,15 @@ class Stream:
                 self.abort()
         finally:
             if not judged and self._keeps and num_turns <= 1:
-                self._keep(prompt, key, first_turn, carried)
+                self._keep(prompt, key, first_turn, begun_at_step, carried)
             elif not judged:
                 self.num_unused_tokens += num_tokens
 
-    def _keep(self, prompt: Prompt, key: SampleKey, turn: Turn | None, carried: Carried | None) -> None:
+    def _keep(
+        self, prompt: Prompt, key: SampleKey, turn: Turn | None, begun_at_step: int, carried: Carried | None
+    ) -> None:
         """Keep what is written of a response; where nothing is, the next step begins it."""
         if turn is not None and turn.segments:
-            begun_at_step = self._step if carried is None else carried.begun_at_step
             prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
             response = Trajectory(key, prompt_ids, turn.segments, turn.finish_reason)
             self.left.append(Carried(response, begun_at_step, is_judged=False))

@@ -12,7 +12,8 @@ ahead, and the next step goes on with what there is of them: `carry_over`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -23,13 +24,16 @@ from megatron_fipo.metrics.reductions import Metrics, Sum
 from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.agreement import decided_by_leader, on_every_rank
 from megatron_fipo.parallel.ordered_work import OrderedWork
-from megatron_fipo.rl.judged_group import JudgedGroup, from_bytes, to_bytes
+from megatron_fipo.rl.judged_group import JudgedGroup, to_bytes
 from megatron_fipo.rl.prompt_order import FreshSamples, KeptShare, PromptOrderBooks
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Trajectory
 from megatron_fipo.rollout.batch_source import BatchSource, SourceParts
 from megatron_fipo.rollout.carried import Carried
 from megatron_fipo.rollout.carry_over import CarryOver
+from megatron_fipo.rollout.generation import StreamOrder
+from megatron_fipo.rollout.held import Held
 from megatron_fipo.rollout.ledger import Plan
+from megatron_fipo.rollout.open_step import OpenStep, hold
 from megatron_fipo.rollout.source import SourceState
 
 UNUSED_TOKENS = "rollout/unused_tokens"
@@ -80,30 +84,55 @@ class StreamingSource(BatchSource):
         """What the step has begun here and is not judged; None where the step was taken from its records."""
         self._recorded_plan: Plan | None = None
         """The plan of a step that was taken from its records."""
+        self._open: OpenStep | None = None
+        """The step that is being generated while the one before it trains."""
 
     @property
     def next_prompt(self) -> int:
         """See `BatchSource`."""
         return self._next_prompt
 
+    def begin(self, step: int) -> None:
+        """See `RolloutSource`."""
+        first, plan = self._look_up(step)
+        if plan is None:  # otherwise `batch` takes what is recorded
+            prompts = range(first, first + most_prompts(self.parts.config))
+            self._open = self._opened(step, prompts, Held(), version=step - 1)
+            self.parts.generator.begin_stream(self._open.order)
+
+    def stop(self) -> None:
+        """See `RolloutSource`."""
+        if self._open is not None:
+            self._open.work.end()
+            self._open = None
+            self.parts.generator.finish_stream()
+
     def generate(self, step: int, *, only_recorded: bool) -> list[JudgedGroup]:
         """See `BatchSource`."""
         parts = self.parts
-        first, self._drawn = parts.prompts.position, {}
-        self._carry_over.begin(step, first)
-        plan = self._recorded_plan = decided_by_leader(lambda: parts.ledger.plan(step), self.world)
-        if only_recorded and plan is None:
-            num_lost = self.rollout.num_prompts * self.rollout.num_samples_per_prompt
-            parts.generator.check_complete(step, num_lost if parts.ranks.rank == 0 else 0)
-        if plan is not None and self._replay(step, range(first, plan.next_prompt), only_recorded):
-            self._next_prompt, self._num_unused_tokens, self._left = plan.next_prompt, 0, None
-            groups = parts.plane.judged(self.held.groups(range(first, plan.next_prompt)))
+        if self._open is not None:
+            groups = self._finish(self._open)
         else:
-            groups = self._stream(step, range(first, first + most_prompts(parts.config)))
+            first, plan = self._look_up(step)
+            if only_recorded and plan is None:
+                num_lost = self.rollout.num_prompts * self.rollout.num_samples_per_prompt
+                parts.generator.check_complete(step, num_lost if parts.ranks.rank == 0 else 0)
+            if plan is not None and self._replay(step, range(first, plan.next_prompt), only_recorded):
+                self._next_prompt, self._num_unused_tokens, self._left = plan.next_prompt, 0, None
+                groups = parts.plane.judged(self.held.groups(range(first, plan.next_prompt)))
+            else:
+                groups = self._stream(self._opened(step, range(first, first + most_prompts(parts.config)), self.held))
         self.enter(step, groups)
         num_kept = sum(self.sampler.is_kept(group) for group in groups)
         self._kept_share = self._kept_share.after(num_kept, len(groups))
         return groups
+
+    def _look_up(self, step: int) -> tuple[int, Plan | None]:
+        """The step's first prompt, and its plan if it was decided before. Collective."""
+        first, self._drawn = self.parts.prompts.position, {}
+        self._carry_over.begin(step, first)
+        self._recorded_plan = decided_by_leader(lambda: self.parts.ledger.plan(step), self.world)
+        return first, self._recorded_plan
 
     def carry_over(self, step: int, plan: Plan) -> Plan:
         """See `BatchSource`."""
@@ -142,10 +171,10 @@ class StreamingSource(BatchSource):
         prompt = self._prompt(prompt_id)
         return prompt, SampleKey(prompt.source, prompt_id, sample_index)
 
-    def _hold_judged(self, step: int, prompts: range) -> list[Group]:
+    def _hold_judged(self, held: Held, step: int, prompts: range) -> list[Group]:
         """Hold this rank's responses that earlier steps have had judged. Returns those to some of the prompts."""
         judged = self._carry_over.judged(self._prompt)
-        return [self._hold(step, prompt, one.response) for prompt, one in judged if prompt.prompt_id in prompts]
+        return [hold(held, step, prompt, one.response) for prompt, one in judged if prompt.prompt_id in prompts]
 
     def _replay(self, step: int, prompts: range, only_recorded: bool) -> bool:
         """Take a step that was decided before from its records. Collective.
@@ -170,16 +199,20 @@ class StreamingSource(BatchSource):
             return False
         for (prompt, _), sample in zip(wanted, found, strict=True):
             assert sample is not None, "none is missing"
-            self._hold(step, prompt, sample)
-        self._hold_judged(step, prompts)
+            hold(self.held, step, prompt, sample)
+        self._hold_judged(self.held, step, prompts)
         return True
 
-    def _stream(self, step: int, prompts: range) -> list[JudgedGroup]:
-        """Generate until the batch is full in the order of prompts. Collective."""
+    def _opened(self, step: int, prompts: range, held: Held, version: int | None = None) -> OpenStep:
+        """A step that is to be generated. Collective.
+
+        Args:
+            held: takes what is judged.
+            version: of the weights with which it begins, where the step's own come later.
+        """
         parts, rollout, num_samples = self.parts, self.rollout, self.rollout.num_samples_per_prompt
-        plane, listener = parts.plane, parts.listener
+        plane, carry_over, is_repeatable = parts.plane, self._carry_over, parts.engine.repeatable
         books: PromptOrderBooks | None = None
-        carry_over, is_repeatable = self._carry_over, parts.engine.repeatable
         if parts.ranks.rank == 0:
             parts.ledger.forget_after(step)
             books = PromptOrderBooks(
@@ -188,51 +221,88 @@ class StreamingSource(BatchSource):
                 rollout.num_prompts,
                 self.sampler.is_kept,
                 self._known_share(),
-                num_steps_ahead=rollout.max_staleness_steps,
+                # What is begun with weights of the step before has waited for a step already.
+                num_steps_ahead=rollout.max_staleness_steps - (version is not None),
                 is_adaptive=carry_over.is_on or not is_repeatable,
             )
         num_to_begin: int = exchange.broadcast_object(None if books is None else books.num_to_begin, self.world)
         fresh = FreshSamples(prompts.start, num_samples, carry_over.everywhere)
         work = OrderedWork(plane.leader, plane.num_leaders, fresh.num_until(num_to_begin), is_dealt=is_repeatable)
 
-        def look() -> None:
-            if books is not None:
-                for part in from_bytes(work.told()):
-                    books.add(part)
-                work.extend(fresh.num_until(books.num_to_begin))
-                if books.is_over and not work.is_over:
-                    work.end()
+        def on_judged(prompt: Prompt, sample: Trajectory) -> None:
+            one = hold(held, step, prompt, sample)
+            work.tell(to_bytes([JudgedGroup.of(one, plane.leader or 0)]))
+            opened.num_judged += 1
+            opened.show()
 
-        with listener.rollout_progress(step, rollout.num_prompts * num_samples // plane.num_leaders) as progress:
+        order = StreamOrder(
+            step,
+            work,
+            self.sampling_params,
+            lambda ticket: self._key_of(fresh, ticket),
+            on_judged,
+            lambda: opened.look(),
+            carry_over.unfinished(self._prompt),
+            keeps=carry_over.is_on,
+            version=version,
+        )
+        opened = OpenStep(order, held, fresh, books)
+        if version is None:
+            opened.is_wanted.set()
+        if known := self._hold_judged(held, step, prompts):
+            rows = [JudgedGroup.of(one, plane.leader or 0) for one in known]
+            work.tell(to_bytes(rows), about_ticket=False)
+        return opened
 
-            def on_judged(prompt: Prompt, sample: Trajectory) -> None:
-                one = self._hold(step, prompt, sample)
-                work.tell(to_bytes([JudgedGroup.of(one, plane.leader or 0)]))
-                progress.advance()
+    def _stream(self, opened: OpenStep) -> list[JudgedGroup]:
+        """Generate until the batch is full in the order of prompts. Collective."""
+        with self._progress(opened) as show:
+            opened.show = show
+            self._num_unused_tokens, self._left = self.parts.generator.stream(opened.order)
+        return self._groups_of(opened)
 
-            if known := self._hold_judged(step, prompts):
-                rows = [JudgedGroup.of(one, plane.leader or 0) for one in known]
-                work.tell(to_bytes(rows), about_ticket=False)
-            self._num_unused_tokens, self._left = parts.generator.stream(
-                step,
-                work,
-                self.sampling_params,
-                lambda ticket: self._key_of(fresh, ticket),
-                on_judged,
-                look,
-                carry_over.unfinished(self._prompt),
-                keeps=carry_over.is_on,
-            )
+    def _finish(self, opened: OpenStep) -> list[JudgedGroup]:
+        """Wait until the batch of a step is full that is being generated already. Collective."""
+        self._open, self.held = None, opened.held
+        if opened.books is not None:
+            opened.num_steps_ahead = self.rollout.max_staleness_steps
+        opened.is_wanted.set()
+        with self._progress(opened) as show:
+            self._num_unused_tokens, self._left = self.parts.generator.finish_stream(show)
+        return self._groups_of(opened)
+
+    @contextmanager
+    def _progress(self, opened: OpenStep) -> Iterator[Callable[[], None]]:
+        """A display of the step's progress, and what brings it up to date."""
+        total = self.rollout.num_prompts * self.rollout.num_samples_per_prompt // self.parts.plane.num_leaders
+        with self.parts.listener.rollout_progress(opened.order.step, total) as progress:
+            num_shown = 0
+
+            def show() -> None:
+                nonlocal num_shown
+                before, num_shown = num_shown, opened.num_judged
+                progress.advance(num_shown - before)
+
+            yield show
+
+    def _groups_of(self, opened: OpenStep) -> list[JudgedGroup]:
+        """The groups of a step whose stream has ended, on rank 0.
+
+        Raises:
+            GenerationAbortedError: if it has ended too early.
+        """
+        books = opened.books
         if books is None:
             return []
-        look()
+        opened.look()
         if not books.is_over:
             raise GenerationAbortedError(
-                f"step {step}: generation was aborted before its batch was full, and not by this run. Let nobody else "
-                "end requests of the run's servers, and run the same command again: what is recorded is taken up."
+                f"step {opened.order.step}: generation was aborted before its batch was full, and not by this run. Let "
+                "nobody else end requests of the run's servers, and run the same command again: what is recorded is "
+                "taken up."
             )
         self._next_prompt = books.next_prompt
-        if not carry_over.is_on:
+        if not self._carry_over.is_on:
             self._num_unused_tokens += books.num_tokens_beyond
         return books.groups()
 
@@ -246,10 +316,3 @@ class StreamingSource(BatchSource):
             return self._kept_share
         weight = self.rollout.num_prompts / 4
         return KeptShare(weight, weight)
-
-    def _hold(self, step: int, prompt: Prompt, sample: Trajectory) -> Group:
-        """Keep a judged response. What was needed to judge it alone is dropped."""
-        sample.response_text = ""
-        group = Group(replace(prompt, row=None), [sample], step)
-        self.held.add(group)
-        return group

@@ -28,9 +28,13 @@ class Scoring:
 
     def after_step_if_due(self) -> None:
         """Every evaluation.every_num_steps steps."""
-        every = self._parts.config.evaluation.every_num_steps
-        if every and self._place.at.step % every == 0:
+        if self.is_due_after(self._place.at.step - 1):
             self.after_step()
+
+    def is_due_after(self, step: int) -> bool:
+        """Whether an evaluation follows a step."""
+        every = self._parts.config.evaluation.every_num_steps
+        return bool(every) and (step + 1) % every == 0
 
     def after_step(self) -> None:
         """Evaluate after a step; a run that is stopped in it evaluates again when it goes on."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
 
@@ -24,24 +24,39 @@ def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    return _run_in_thread(coroutine)
+    return InBackground(coroutine, "coroutine-of-a-notebook").result()
 
 
-def _run_in_thread(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="coroutine-of-a-notebook", daemon=True)
-    thread.start()
-    future: Future[Result]
-    try:  # an interrupt may come as soon as the coroutine runs, before there is a future to cancel
-        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        while not wait([future], timeout=_LOOKS_EVERY_S).done:
-            pass
-        return future.result()
-    finally:
-        asyncio.run_coroutine_threadsafe(_settle(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+class InBackground(Generic[Result]):
+    """A coroutine that runs in a thread of its own, on an event loop of its own, from now on."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Result], name: str) -> None:
+        """
+        Args:
+            name: the thread's.
+        """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+        self._future: Future[Result] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def result(self, while_waiting: Callable[[], None] = lambda: None) -> Result:
+        """Wait for its end, and release the thread; what the coroutine returns or raises. Call it once.
+
+        A KeyboardInterrupt meanwhile cancels the coroutine.
+
+        Args:
+            while_waiting: called now and then.
+        """
+        try:
+            while not wait([self._future], timeout=_LOOKS_EVERY_S).done:
+                while_waiting()
+            return self._future.result()
+        finally:
+            asyncio.run_coroutine_threadsafe(_settle(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
 
 async def _settle() -> None:

@@ -73,7 +73,7 @@ def _in_stream(step: int, num_samples: int, action: Callable[[], None]) -> None:
 
 def in_log_probs(call: int) -> None:
     """Die before the log-probs of the old policy are computed for the so-many-th minibatch of the run."""
-    _die_at(Actor, "log_probs", lambda count, *args, **keywords: count == call)
+    die_at(Actor, "log_probs", lambda count, *args, **keywords: count == call)
 
 
 def in_update(step: int, num_done: int) -> None:
@@ -84,7 +84,7 @@ def in_update(step: int, num_done: int) -> None:
         done[0] += step_now == step
         return step_now == step and done[0] == num_done + 1
 
-    _die_at(Actor, "update", is_due)
+    die_at(Actor, "update", is_due)
 
 
 def signalled_in_update(step: int, num_done: int) -> None:
@@ -146,7 +146,8 @@ def without_generation(last_step: int) -> None:
     InProcessEngine.generate = refusing  # type: ignore[method-assign]
 
 
-def _die_at(owner: Any, name: str, is_due: Callable[..., bool]) -> None:
+def die_at(owner: Any, name: str, is_due: Callable[..., bool]) -> None:
+    """Die before a call of a function that `is_due` picks by its number, from 1, and its arguments."""
     original, calls = getattr(owner, name), [0]
 
     def dying(*args: Any, **keywords: Any) -> Any:

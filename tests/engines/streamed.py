@@ -1,17 +1,22 @@
-"""Runs that stream from running servers: what their ranks watch, what servers say of their load, what was recorded."""
+"""Runs that stream from running servers: how they are interrupted, and what is watched in them."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_fipo.config import ServersSection
+from megatron_fipo.parallel.local_ranks import RankError
 from megatron_fipo.rollout.engine import GenerationRequest, Turn
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.servers.engine import ServerEngine
@@ -20,21 +25,30 @@ from megatron_fipo.rollout.servers.plugins.server_guard import bearer
 from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.setup import ADAPTERS
 from megatron_fipo.rollout.stream import Stream
+from megatron_fipo.system.exit_codes import EXIT_STOPPED
+from tests.end_to_end import kills
 from tests.end_to_end.runs import BASE, ROOT, Preparation, train
+from tests.engines.accounts import NUM_PROMPTS, NUM_SAMPLES, records
 from tests.engines.attaching import KEY_ENV
 from tests.engines.serving import KEY, launch_spec
 
 PATIENCE_S = 600.0
-NUM_PROMPTS, NUM_SAMPLES = 4, 8
+NUM_SERVERS = {"sglang": 2, "vllm": 1}
+"""SGLang's run has two nodes with a server each; vLLM's has one."""
+_ARGUMENTS = {"sglang": (), "vllm": ("--block-size", "32")}
+"""vLLM's prefix cache knows whole blocks only, of 128 tokens on the CPU: longer than any sequence here."""
 MOST_REQUESTS = {"sglang": 256, "vllm": 8}
 """At each server: all that a step begins, or so few that others are in flight when those of the batch are done."""
 
 
 @contextmanager
-def running_servers(engine: str, folder: Path, number: int) -> Iterator[list[str]]:
+def running_servers(engine: str, folder: Path) -> Iterator[list[str]]:
     """Servers of the quick-start's model that nobody has attached to yet; their addresses."""
     loop = EventLoopThread()
-    specs = [launch_spec(engine, ROOT / BASE, index=index) for index in range(number)]
+    specs = [
+        replace(launch_spec(engine, ROOT / BASE, index=index), extra_args=_ARGUMENTS[engine])
+        for index in range(NUM_SERVERS[engine])
+    ]
     # A health probe would count among what a server works on.
     settings = ServersSection(start_timeout_s=300.0, health_interval_s=PATIENCE_S)
     pool = ServerPool(ADAPTERS[engine](), specs, settings, log_folder=folder)
@@ -63,13 +77,28 @@ def num_requests(engine: str, url: str) -> int:
     return int(sum(counts))
 
 
+def wait_until_idle(engine: str, urls: Sequence[str]) -> None:
+    """Servers end what nobody waits for any more."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(num_requests(engine, url) for url in urls):
+        assert time.monotonic() < deadline, "a killed run's requests stay on the server"
+        time.sleep(0.1)
+
+
 def stream(
-    folder: Path, engine: str, urls: Sequence[str], launch: str, *, prepare: Preparation, expected: int | None = None
+    folder: Path,
+    engine: str,
+    urls: Sequence[str],
+    launch: str,
+    *overrides: str,
+    prepare: Preparation,
+    expected: int | None = None,
 ) -> None:
     """Train three steps on running servers, of which each rank attaches to some if there is more than one.
 
     Args:
         launch: a name for what is seen in it.
+        overrides: come last.
     """
     train(
         folder,
@@ -88,10 +117,42 @@ def stream(
         "optimizer.learning_rate=3e-4",
         f"servers.max_concurrent_requests={MOST_REQUESTS[engine]}",
         "sampling.max_generation_rounds=50",  # few groups have a signal where updates are that large
+        *overrides,
         prepare=partial(_prepare, engine, len(urls) > 1, folder.with_suffix(".seen"), launch, prepare),
         expected=expected,
         timeout_s=PATIENCE_S,
     )
+
+
+@dataclass
+class Interrupted:
+    """A run that was asked to leave in a stream, killed in one when it went on, and then finished."""
+
+    engine: str
+    folder: Path
+    at_signal: list[dict[str, Any]]
+    """What was recorded of the first of these steps when the run had left."""
+    load_at_signal: int
+    """Requests that servers still had then."""
+    at_kill: list[dict[str, Any]]
+    """What was recorded of the second one when the run had been killed."""
+
+
+def interrupted(
+    engine: str, folder: Path, urls: Sequence[str], *overrides: str, signalled_in: int, killed_in: int
+) -> Interrupted:
+    """Train, with one interruption in each of the two steps: where it can be, not of the rank that keeps the books."""
+    victim = NUM_SERVERS[engine] - 1
+    signalled = partial(on_rank, victim, partial(kills.signalled_in_stream, step=signalled_in, num_samples=3))
+    stream(folder, engine, urls, "signalled", *overrides, prepare=signalled, expected=EXIT_STOPPED)
+    at_signal, load = records(folder, signalled_in), sum(num_requests(engine, url) for url in urls)
+    killed = partial(on_rank, victim, partial(kills.in_stream, step=killed_in, num_samples=3))
+    with pytest.raises(RankError):
+        stream(folder, engine, urls, "killed", *overrides, prepare=killed)
+    at_kill = records(folder, killed_in)
+    wait_until_idle(engine, urls)
+    stream(folder, engine, urls, "finished", *overrides, prepare=nothing, expected=0)
+    return Interrupted(engine, folder, at_signal, load, at_kill)
 
 
 # --- on ranks --------------------------------------------------------------------------------------------------------
@@ -164,40 +225,3 @@ def _watch_updates(engine: str, note: Callable[..., None]) -> None:
 def seen_by(folder: Path) -> list[dict[str, Any]]:
     """What the ranks of all launches of a run have noted, in order."""
     return [json.loads(line) for line in folder.with_suffix(".seen").read_text().splitlines()]
-
-
-# --- what is left of a run -------------------------------------------------------------------------------------------
-
-
-def records(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Every response in a step's ledger, with the rank that generated it, in order of rank and time."""
-    found = []
-    for file in sorted((folder / "rollouts" / f"step_{step:06d}").glob("rank_*.jsonl")):
-        lines = [json.loads(line.partition(" ")[2]) for line in file.read_text().splitlines()]
-        found += [line | {"rank": int(file.stem[-3:])} for line in lines if "prompt_id" in line]
-    return found
-
-
-def plan(folder: Path, step: int) -> tuple[list[int], int] | None:
-    """Prompts that a step trains on, and the next step's first one, as the ledger has them."""
-    path = folder / "rollouts" / f"step_{step:06d}" / "plan.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text().partition(" ")[2])
-    return found["prompt_ids"], found["next_prompt"]
-
-
-def first_with_a_signal(recorded: Sequence[dict[str, Any]], first_prompt: int) -> tuple[list[int], int]:
-    """What a step must train on: the first groups of right and wrong responses, in the order of prompts."""
-    by_prompt: dict[int, list[float]] = {}
-    for one in recorded:
-        by_prompt.setdefault(one["prompt_id"], []).append(one["accuracy"])
-    chosen: list[int] = []
-    prompt = first_prompt
-    while len(chosen) < NUM_PROMPTS:
-        scores = by_prompt[prompt]
-        assert len(scores) == NUM_SAMPLES, f"prompt {prompt} is used with {len(scores)} responses"
-        if len({score == 1.0 for score in scores}) == 2:
-            chosen.append(prompt)
-        prompt += 1
-    return chosen, prompt

@@ -329,6 +329,7 @@ REFUSED = {
     ),
     "rollout.max_staleness_steps=-1": ("rollout.max_staleness_steps", ""),
     "rollout.max_staleness_steps=1": ("rollout.max_staleness_steps", "sampling.streaming=true"),
+    "rollout.overlap=true": ("rollout.overlap", "rollout.max_staleness_steps=1"),
     "rollout.too_stale=keep": ("rollout.too_stale", "drop, mask"),
     "rollout.too_stale=mask": ("rollout.too_stale", "rollout.max_staleness_steps=0"),
     "advantages.estimator=gae": ("advantages.estimator", ""),
@@ -431,6 +432,7 @@ def test_an_algorithm_is_what_its_name_says(sound: Path, overrides: list[str], f
         ["algorithm=dr_grpo", "objective.sequence_sum_tokens=50"],
         ["algorithm=rloo"],
         ["sampling.streaming=true", "rollout.max_staleness_steps=2", "rollout.too_stale=mask"],
+        ["sampling.streaming=true", "rollout.max_staleness_steps=1", "rollout.overlap=true", "rollout.engine=vllm"],
         ["objective.influence_min=0", "objective.influence_max=.inf"],
         ["objective.half_life_tokens=256", "objective.filter_extreme_ratios=false", "objective.clip_ratio_high=0.4"],
         ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2"],
@@ -442,6 +444,20 @@ def test_an_algorithm_is_what_its_name_says(sound: Path, overrides: list[str], f
 )
 def test_what_can_run_is_accepted(sound: Path, overrides: list[str]) -> None:
     validate(load_config(sound, overrides), world_size=4)
+
+
+@pytest.mark.parametrize("where", ["rollout.engine=in_process", "servers.placement=colocated"])
+def test_overlap_needs_devices_of_its_own(sound: Path, where: str) -> None:
+    overrides = [
+        "sampling.streaming=true",
+        "rollout.max_staleness_steps=1",
+        "rollout.overlap=true",
+        "rollout.engine=vllm",
+    ]
+    with pytest.raises(
+        ConfigError, match=f"rollout.overlap=true: needs servers with devices of their own: with {where}"
+    ):
+        validate(load_config(sound, [*overrides, where]), world_size=4)
 
 
 @pytest.mark.parametrize(

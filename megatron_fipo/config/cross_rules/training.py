@@ -70,6 +70,21 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
             "needs sampling.streaming: a round waits for its last response, and leaves none that could go on",
             "Set sampling.streaming=true, or rollout.max_staleness_steps=0",
         )
+    if rollout.overlap and not rollout.max_staleness_steps:
+        yield Problem(
+            "rollout.overlap",
+            rollout.overlap,
+            "needs rollout.max_staleness_steps of 1 or more: what is generated while a step trains is a step old",
+            "Set rollout.max_staleness_steps=1, or rollout.overlap=false",
+        )
+    if rollout.overlap and (rollout.engine == "in_process" or config.servers.placement != "dedicated"):
+        where = "rollout.engine=in_process" if rollout.engine == "in_process" else "servers.placement=colocated"
+        yield Problem(
+            "rollout.overlap",
+            rollout.overlap,
+            f"needs servers with devices of their own: with {where} generation and training take turns",
+            "Set rollout.engine to sglang or vllm and servers.placement=dedicated, or rollout.overlap=false",
+        )
     if rollout.too_stale != "drop" and not rollout.max_staleness_steps:
         yield Problem(
             "rollout.too_stale",

@@ -45,6 +45,9 @@ class RolloutSection:
     too_stale: str = key("drop", choices=("drop", "mask"))
     """What becomes of a response with tokens that are older than max_staleness_steps: drop throws it away and begins it
     anew, mask goes on with it and leaves these tokens out of the loss."""
+    overlap: bool = False
+    """Generate for the next step while a step trains, on servers with devices of their own. New weights come while
+    responses are being written. Needs max_staleness_steps of 1 or more."""
     max_batch_size: int = key(128, least=1, changes_results=False)
     """Sequences that one process decodes at a time (in-process engine)."""
 
