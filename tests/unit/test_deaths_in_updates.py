@@ -171,6 +171,26 @@ def test_when_all_die_and_none_comes_back_the_run_ends_with_each_ones_reason(
     run.close()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_server_of_somebody_else_that_dies_gets_the_next_weights_once_it_is_back(
+    world: World, method: Method
+) -> None:
+    for number in range(3):
+        world.others_server(number)
+    pool = world.pool(attached=True)
+    engine = world.engine(pool, sync := world.sync(pool, method))
+    engine.start()
+    befall(world, 1, method, 3, die())
+    assert sync.run(world.new_weights(1), "1").num_servers == 2
+    world.others_server(1)  # its owner's, anew
+    world.until(lambda: "it waits for the next update (it is one of servers.urls" in pool.roster.reasons())
+    assert sync.run(world.new_weights(2), "2").num_servers == 3
+    assert pool.roster.reasons() == ""
+    assert world.run(engine.generate(request())).policy_versions == [(2, 0, 4)]
+    engine.close()
+    assert world.breaches == []
+
+
 def test_servers_of_others_are_not_waited_for_when_none_is_left(world: World) -> None:
     """They come back with weights that nobody has told them."""
     for number in range(3):

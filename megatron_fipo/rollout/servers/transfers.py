@@ -268,7 +268,7 @@ class DistributedTransfer:
             return False
         if attempt.refusals:
             self.close()
-            raise attempt.refusals[0]
+            raise attempt.refusals[0] from problem
         if problem is not None:
             raise ServerError(f"{what}: {problem}") from problem
         return True

@@ -109,7 +109,8 @@ class WeightExtension:
         group.broadcast([flat], options).wait()
         if flat.is_cuda:
             torch.cuda.current_stream(self.device).synchronize()  # taken over is only what has arrived
-        self._fipo_load(_tensors(flat, [spec for spec in specs if spec["name"] not in self._fipo_taken]))
+        if new := [spec for spec in specs if spec["name"] not in self._fipo_taken]:
+            self._fipo_load(_tensors(flat, new))
         self._fipo_taken = self._fipo_taken.union(spec["name"] for spec in specs)
 
     @_answered
