@@ -20,6 +20,13 @@ T = TypeVar("T")
 _POLL_S = 0.001
 _STORE_GONE_S = 10.0
 """Longest wait until a thread that waits at a store notices that the store is gone; it does so within milliseconds."""
+_LATE_S = 3.0
+"""The store of a meeting that has failed is still there for so long: a member on its way who found none would try to
+connect until its own time-out, and one who is there hears at once that it is gone."""
+_BACKENDS_MARGIN_S = 60.0
+"""NCCL's time-out is longer than ours by this: where its own expires, it ends the process."""
+_WELL_CONNECTED_S = 1.0
+"""Longest wait for a backend to have begun a collective that is given up; unless it connects, it does so at once."""
 
 
 class ExternalGroup:
@@ -36,7 +43,7 @@ class ExternalGroup:
     def __init__(
         self, host: str, name: str, backend: Literal["gloo", "nccl"], world_size: int, timeout_s: float
     ) -> None:
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout_s = timeout_s
         self._host, self._name, self._backend, self._world_size = host, name, backend, world_size
         # Bound first, so that the others learn a port that is taken already, by us; and here, since a store left to
         # itself listens on all of a host's addresses, and asks nobody who he is.
@@ -47,7 +54,7 @@ class ExternalGroup:
             self.port,
             is_master=True,
             wait_for_workers=False,
-            timeout=self._timeout,
+            timeout=timedelta(seconds=timeout_s),
             master_listen_fd=listener.detach(),
         )
         self._group: dist.ProcessGroup | None = None
@@ -65,8 +72,9 @@ class ExternalGroup:
         device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else torch.device("cpu")
         connecting = _Call(self._connect, device)
         try:
-            connecting.wait(check)
+            connecting.wait(check, self._timeout_s)
         except BaseException:
+            connecting.result_within(_LATE_S)
             self._daemon = None  # whoever waits at the store for the others, here or a member, hears that it is gone
             self._group = connecting.result_within(_STORE_GONE_S)
             self.leave()
@@ -75,7 +83,8 @@ class ExternalGroup:
 
     def _connect(self) -> dist.ProcessGroup:
         # A client that waits for all counts itself in, as every member's does.
-        store = TCPStore(self._host, self.port, self._world_size, is_master=False, timeout=self._timeout)
+        timeout = timedelta(seconds=self._timeout_s)
+        store = TCPStore(self._host, self.port, self._world_size, is_master=False, timeout=timeout)
         group, _ = _new_process_group_helper(
             self._world_size,
             0,
@@ -83,7 +92,7 @@ class ExternalGroup:
             Backend(self._backend),
             PrefixStore(self._name, store),
             group_name=GroupName(self._name),
-            timeout=self._timeout,
+            timeout=self._backends_timeout,
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(self._world_size)}  # leave() looks there
         return group
@@ -102,16 +111,28 @@ class ExternalGroup:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
+        options.timeout = self._backends_timeout
+        deadline = time.monotonic() + self._timeout_s
         work = self._issue(lambda group: group.broadcast([tensor], options), tensor.device, check)
         while not work.is_completed():
             check()
+            if time.monotonic() > deadline:
+                raise RuntimeError(_late(self._timeout_s))
             time.sleep(_POLL_S)
         work.wait()
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
 
+    @property
+    def _backends_timeout(self) -> timedelta:
+        """Gloo's ends what is still being sent; until then nobody who waits hears that the group has been given up."""
+        return timedelta(seconds=self._timeout_s + (_BACKENDS_MARGIN_S if self._backend == "nccl" else 0.0))
+
     def leave(self) -> None:
-        """Give up the group, whether or not the others still are in it."""
+        """Give up the group, whether or not the others still are in it.
+
+        With gloo this may take until the time-out of a broadcast that a member who hangs does not receive.
+        """
         if self._group is not None and not self._is_being_connected:  # NCCL cannot give up what it is still forming
             self._group.abort()
             dist.destroy_process_group(self._group)
@@ -125,8 +146,11 @@ class ExternalGroup:
         assert group is not None, "the caller looked"
         self._is_being_connected = True
         issuing = _Call(lambda: call(group), device)
-        issuing.wait(check)
-        self._is_being_connected = False
+        try:
+            issuing.wait(check, self._timeout_s)
+        finally:
+            issuing.result_within(_WELL_CONNECTED_S)
+            self._is_being_connected = issuing.is_under_way
         return issuing.result()
 
 
@@ -146,11 +170,23 @@ class _Call(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
         self._thread.start()
 
-    def wait(self, check: Callable[[], object]) -> None:
-        """Return when it has ended, in whatever way; `check` is called while waiting."""
-        while self._thread.is_alive():
+    def wait(self, check: Callable[[], object], timeout_s: float) -> None:
+        """Return when it has ended, in whatever way; `check` is called while waiting.
+
+        Raises:
+            RuntimeError: if it has not ended within this time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.is_under_way:
             check()
+            if time.monotonic() > deadline:
+                raise RuntimeError(_late(timeout_s))
             time.sleep(_POLL_S)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has not ended."""
+        return self._thread.is_alive()
 
     def result(self) -> T:
         """Wait for the function to end; return what it returned, or raise what it raised."""
@@ -170,6 +206,10 @@ class _Call(Generic[T]):
             self._outcome.append(self._function())
         except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
             self._error = error
+
+
+def _late(timeout_s: float) -> str:
+    return f"not all members took part within {timeout_s:g} s"
 
 
 def _listen(host: str) -> socket.socket:

@@ -337,21 +337,36 @@ class FakeServer:
         meeting = self.world.meetings[address.name]
         self.world.joined.append((self.number, address))
         meeting.members.append(machine)
-        machine.groups.add(address.name)
         await self._within(machine, meeting.is_whole.wait(), timeout_s, "join_group")
+        if meeting.has_been_left:
+            raise ServerRefusedError(f"{self.url}/join_group answered 400: the store is gone", 400)
+        machine.groups.add(address.name)
 
     async def receive_bucket(self, specs: Sequence[TensorSpec], group_name: str, timeout_s: float) -> None:
         machine = await self._ask("receive_bucket", timeout_s)
         if group_name not in machine.groups:
             raise ServerRefusedError(f"{self.url}/receive_bucket answered 400: no group {group_name}", 400)
         mail: asyncio.Future[Tensor] = self.world.loop.create_future()
-        self.world.meetings[group_name].waiting[self.number] = mail
-        flat = await self._within(machine, mail, timeout_s, "receive_bucket")
+        meeting = self.world.meetings[group_name]
+        meeting.waiting[self.number] = mail
+        if meeting.has_been_left:
+            mail.cancel()
+        try:
+            flat = await self._within(machine, mail, timeout_s, "receive_bucket")
+        except asyncio.CancelledError:
+            if not mail.cancelled():
+                raise
+            raise ServerRefusedError(
+                f"{self.url}/receive_bucket answered 400: connection closed by peer", 400
+            ) from None
         bucket = Bucket(flat, tuple(specs))
         self._write(machine, {name: digest(tensor) for name, tensor in bucket.tensors()})
 
     async def leave_group(self, group_name: str) -> None:
-        (await self._ask("leave_group")).groups.discard(group_name)
+        groups = (await self._ask("leave_group")).groups
+        if group_name not in groups:
+            raise ServerRefusedError(f"{self.url}/leave_group answered 400: no group {group_name}", 400)
+        groups.discard(group_name)
 
     async def load_folder(self, folder: Path, timeout_s: float) -> None:
         machine = await self._ask("load_folder", timeout_s)

@@ -97,6 +97,10 @@ class PlayedGroup(ExternalGroup):
 
     def leave(self) -> None:
         self._meeting.has_been_left = True
+        self._meeting.is_whole.set()  # whoever waits for it hears that the store is gone
+        for mail in self._meeting.waiting.values():
+            if not mail.done():
+                mail.cancel()
 
     def _wait_for(self, count: Callable[[], int], check: Callable[[], object]) -> None:
         """Until all others are there."""

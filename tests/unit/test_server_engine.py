@@ -627,8 +627,11 @@ def test_a_server_that_refuses_to_lend_or_take_memory_ends_the_run_in_its_words(
     close(world, engine)
 
 
-def test_when_all_die_while_memory_is_lent_the_run_ends_in_words(world: World) -> None:
-    engine = started(world, colocated=True)
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}, {"keep_snapshot": False}], ids=str)
+def test_when_all_die_while_memory_is_lent_and_none_comes_back_the_run_ends_in_words(
+    world: World, settings: dict[str, object]
+) -> None:
+    engine = started(world, colocated=True, **settings)
     for server in (0, 1):
         world.fault(server, "release_memory", die(f"words of {server}"))
     with pytest.raises(ServerError, match=r"no server is left: fake-0 .*fake-1"):

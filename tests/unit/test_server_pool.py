@@ -275,7 +275,7 @@ def test_a_request_waits_for_a_server_that_awaits_its_memory(world: World) -> No
 def test_what_is_done_with_held_servers_fails_where_one_refuses_or_none_is_left(
     world: World, faults: list[Fault | None], words: str
 ) -> None:
-    pool = started(world)
+    pool = started(world, max_restarts=0)
     world.run(pool.hold())
     for server, fault in enumerate(faults):
         world.fault(server, "pause", fault)

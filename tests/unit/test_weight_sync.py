@@ -185,6 +185,24 @@ def test_what_a_member_says_ends_the_wait_for_all_to_be_connected() -> None:
     group.leave()
 
 
+def test_a_member_that_takes_no_part_ends_the_wait_when_the_time_is_up() -> None:
+    """It lives, and neither it nor `check` says anything: no other time-out ends this process before ours does."""
+    group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    member = join(group, num_bytes=2**26)
+    member.send_signal(signal.SIGSTOP)
+    group._timeout_s = 0.5
+    with pytest.raises(RuntimeError, match=r"not all members took part within 0\.5 s"):
+        group.broadcast(torch.zeros(2**26, dtype=torch.uint8), lambda: None)
+    group.leave()
+    assert "weights" not in _world.pg_names.values()
+    member.kill()
+    member.communicate()
+    nobody = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)
+    nobody._timeout_s = 0.5
+    with pytest.raises(RuntimeError, match=r"not all members took part within 0\.5 s"):
+        nobody.meet(lambda: None)
+
+
 def test_what_a_member_says_ends_the_wait() -> None:
     """Nobody is going to receive; `check` knows why, long before any time-out."""
     group = ExternalGroup("127.0.0.1", "weights", "gloo", 2, TIMEOUT_S)

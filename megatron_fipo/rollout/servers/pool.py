@@ -82,6 +82,11 @@ class ServerPool:
         """The weights that servers are proven to hold; None until the first update has succeeded."""
         return None if self._revival is None else self._revival.arrived
 
+    def comes_back(self, server: Server) -> bool:
+        """Whether a server that has died in an update will be started anew with the weights of that update."""
+        has_restarts = server.num_restarts < self.settings.max_restarts
+        return server.process is not None and self.settings.keep_snapshot and has_restarts
+
     async def start(self) -> None:
         """Start all servers, or attach, and return when all are ready.
 
@@ -187,7 +192,7 @@ class ServerPool:
         No health probe is under way when this returns: SGLang crashes on a request during the release of its memory.
 
         Raises:
-            ServerError: if none is alive.
+            ServerError: if none is alive, and none comes back once there is memory for it.
         """
         await self.roster.wait_until(lambda: not self.roster.in_state(State.RESTARTING))
         for server in self.roster.in_state(State.READY):  # all at once, before one of them can be suspected
@@ -199,10 +204,10 @@ class ServerPool:
     async def on_held(self, action: Callable[[InferenceServer], Awaitable[None]]) -> None:
         """Do something with every held server at the same time.
 
-        One that does not answer is given up for now, see `restart_when_there_is_memory`, while others are left.
+        One that does not answer is given up for now, see `restart_when_there_is_memory`.
 
         Raises:
-            ServerError: if a server refuses, or none is left.
+            ServerError: if a server refuses, or none is left and none comes back.
         """
         held = self._held()
 
@@ -274,7 +279,9 @@ class ServerPool:
         return self.roster.in_state(State.HELD, State.STALE)
 
     def _some_held(self) -> list[Server]:
-        if not (held := self._held()):
+        held = self._held()
+        coming = any(self.comes_back(server) for server in self.roster.in_state(State.AWAITING_MEMORY))
+        if not held and not coming:
             raise ServerError(f"no server is left: {self.roster.reasons()}")
         return held
 

@@ -69,6 +69,7 @@ class Revival:
 
     async def restart(self, server: Server, reason: str) -> None:
         """Bring a server back that has died or does not answer. Returns at once."""
+        server.incarnation += 1  # whoever answers from here on may be another process, in none of its groups
         await self._roster.set_state(server, State.RESTARTING, reason)
         self._spawn(self._look_after(server))
 
@@ -113,6 +114,8 @@ class Revival:
             await self._start_anew(server)
             problem, obstacle = await self._difference(server), "it was started anew with them"
         if problem:
+            if server.process is None:
+                server.incarnation += 1  # its owner may have put another process in its place before anybody noticed
             server.drop_requests()
             reason = f"{problem}; it waits for the next update ({obstacle})"
             logger.warning("%s generates nothing until the next update of the weights: %s", server.name, reason)

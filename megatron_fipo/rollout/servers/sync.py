@@ -95,6 +95,8 @@ class WeightSync:
     ) -> SyncReport:
         """Update all servers that live. Requests in flight wait meanwhile and go on with the new weights.
 
+        A server that dies meanwhile is left out, and brought back with these weights.
+
         Args:
             tensors: all weights under their Hugging Face names. They are drained to their end, also past an error.
             version: what servers report from now on.
@@ -103,7 +105,7 @@ class WeightSync:
             beforehand: readies the servers; where it fails, the node's other packers hear of it.
 
         Raises:
-            ServerError: if a server refuses, or none is left. All are STALE then.
+            ServerError: if a server refuses, or none is left and none comes back. All are STALE then.
             CanaryError: if a server answers with other checksums. All are STALE then.
             DiskError: if the last update's snapshot could not be written, or this one's where servers read it.
             ValueError: if the stream of weights lacks or repeats a tensor.
@@ -156,9 +158,9 @@ class WeightSync:
         self, stream: Iterator[tuple[str, Tensor]], version: str, keep_held: bool, snapshot_wait_s: float | None
     ) -> SyncReport:
         start = time.perf_counter()
-        session = UpdateSession(self._loop, self._loop.run(self._pool.hold()))
+        session = UpdateSession(self._loop, self._loop.run(self._pool.hold()), self._pool.comes_back)
         try:
-            expecting = session.servers[0].client.expected_checksums()  # servers of a pool are alike
+            expecting = self._pool.servers[0].client.expected_checksums()  # servers of a pool are alike
             num_bytes = num_buckets = 0
             self._transfer.open(session)
             for bucket in self._packers.buckets(stream, self._transfer.settle):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,12 +245,8 @@ class VllmServer:
     ) -> Any:
         """Ask for a response. The answer may be as long as this number of tokens makes it."""
         longest = ANSWER_BYTES + num_tokens * _TOKEN_BYTES
-        try:
+        with _unless_dead():
             return await connection.post("/inference/v1/generate", body, timeout_s=timeout_s, longest_answer=longest)
-        except ServerRefusedError as error:
-            if _DEAD_ENGINE in str(error):  # it did not refuse, but died while it worked on the request
-                raise ServerUnreachableError(str(error)) from error
-            raise
 
     def _completion(self, answer: Any) -> Completion:
         """The response in the answer to a request for one.
@@ -290,7 +287,8 @@ class VllmServer:
         return model_name.removeprefix(NAME_PREFIX) if ours else self._spec.weight_version
 
     async def _post(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
-        return await self._connection.post(route, body, timeout_s=_CONTROL_TIMEOUT_S)
+        with _unless_dead():
+            return await self._connection.post(route, body, timeout_s=_CONTROL_TIMEOUT_S)
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         """Call a method of every worker, sealed with the key.
@@ -303,7 +301,8 @@ class VllmServer:
         """
         sealed = await asyncio.to_thread(seal, self._spec.key, method, arguments)  # a bucket's values take a while
         body = {"method": method, "args": sealed, "timeout": timeout_s}
-        answer = await self._connection.post("/collective_rpc", body, timeout_s=timeout_s)
+        with _unless_dead():
+            answer = await self._connection.post("/collective_rpc", body, timeout_s=timeout_s)
         with reading(self.url):
             for rank, result in enumerate(answer["results"]):
                 if "error" in result:
@@ -317,6 +316,21 @@ def _num_cached_tokens(answer: Mapping[str, Any]) -> int:
     """Prompt tokens that came from the prefix cache."""
     details = answer["usage"].get("prompt_tokens_details") or {}
     return details.get("cached_tokens") or 0
+
+
+@contextmanager
+def _unless_dead() -> Iterator[None]:
+    """Tell apart a server that refuses from one whose engine died while it worked on the request.
+
+    Raises:
+        ServerUnreachableError: if its engine died.
+    """
+    try:
+        yield
+    except ServerRefusedError as error:
+        if _DEAD_ENGINE in str(error):
+            raise ServerUnreachableError(str(error)) from error
+        raise
 
 
 def _continued_seed(seed: int, num_prefix_tokens: int) -> int:

@@ -71,6 +71,8 @@ class WeightExtension:
 
     _fipo_awaited: set[str] | None = None
     """Parameters that the open update has not written yet; None while no update is open."""
+    _fipo_taken: frozenset[str] = frozenset()
+    """Names of the tensors that the open update has taken over."""
     _fipo_groups: dict[str, ProcessGroup] | None = None
 
     @_answered
@@ -82,6 +84,7 @@ class WeightExtension:
             if self._fipo_awaited is not None:
                 finalize_layerwise_reload(model, self.model_config)
             self._fipo_awaited = {name for name, _ in model.named_parameters()}
+            self._fipo_taken = frozenset()
             initialize_layerwise_reload(model)
 
     @_answered
@@ -92,7 +95,11 @@ class WeightExtension:
 
     @_answered
     def fipo_receive_bucket(self, specs: list[dict[str, Any]], group_name: str) -> None:
-        """Receive a bucket by a broadcast from rank 0 of a group."""
+        """Receive a bucket by a broadcast from rank 0 of a group.
+
+        It comes again where a member of the group before died meanwhile. What this rank has taken over is not loaded
+        twice then: the layerwise reload counts elements, and would take a layer for whole.
+        """
         group = (self._fipo_groups or {}).get(group_name)
         if group is None:
             raise ValueError(f"this server is not in the group {group_name!r}")
@@ -100,7 +107,11 @@ class WeightExtension:
         options = BroadcastOptions()
         options.rootRank = 0
         group.broadcast([flat], options).wait()
-        self._fipo_load(_tensors(flat, specs))
+        if flat.is_cuda:
+            torch.cuda.current_stream(self.device).synchronize()  # taken over is only what has arrived
+        if new := [spec for spec in specs if spec["name"] not in self._fipo_taken]:
+            self._fipo_load(_tensors(flat, new))
+        self._fipo_taken = self._fipo_taken.union(spec["name"] for spec in specs)
 
     @_answered
     def fipo_load_folder(self, folder: str) -> None:
