@@ -195,6 +195,7 @@ def test_a_signal_in_a_stream_saves_and_leaves(straight: Path, tmp_path: Path) -
     assert_same(folder, straight)
 
 
+@pytest.mark.ci
 def test_updates_go_on_without_generation(straight: Path, tmp_path: Path) -> None:
     """Killed by a signal between updates: the batch is taken from its records, carried responses among them."""
     folder = tmp_path / "run"

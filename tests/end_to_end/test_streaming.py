@@ -100,6 +100,7 @@ def test_a_run_killed_at_a_random_response(number: int, streamed: Path, tmp_path
     assert_same(folder, streamed)
 
 
+@pytest.mark.ci
 def test_a_signal_in_a_stream_saves_and_leaves(streamed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(
