@@ -82,13 +82,13 @@ test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM s
 	@set -e; sglang=$$($(BIN)/python tools/engines/install.py sglang); \
 	vllm=$$($(BIN)/python tools/engines/install.py vllm); \
 	set -x; MEGATRON_FIPO_SGLANG_PYTHON=$$sglang MEGATRON_FIPO_VLLM_PYTHON=$$vllm \
-		$(BIN)/python -m pytest -m "sglang or vllm" $(ARGS)
+		$(BIN)/python -m pytest -m "(sglang or vllm) and not long" $(ARGS)
 
 test-slurm: $(INSTALLED) ## jobs on a real Slurm of two nodes on this host (root; its Debian packages are installed)
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 test-long: $(INSTALLED) ## kill the quick-start at twenty random moments and compare what it comes to
-	$(BIN)/python -m pytest -m long -s $(ARGS)
+	$(BIN)/python -m pytest -m "long and not sglang and not vllm" -s $(ARGS)
 
 clean: ## remove the environment and caches; runs in outputs/ stay
 	rm -rf $(VENV) $(DOCS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

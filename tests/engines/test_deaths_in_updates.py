@@ -24,12 +24,12 @@ from tests.engines.serving import VOCABULARY, Serving, request, scores
 
 NUM_TOKENS = 24
 ENGINES = [pytest.param("sglang", marks=pytest.mark.sglang), pytest.param("vllm", marks=pytest.mark.vllm)]
-MOMENTS: list[tuple[Method, str, int]] = [
-    ("tensor", "load_bucket", 3),
-    ("distributed", "join_group", 0),
-    ("distributed", "receive_bucket", 3),
-    ("distributed", "checksums", 0),
-    ("disk", "load_folder", 0),
+MOMENTS = [
+    pytest.param("tensor", "load_bucket", 3),
+    pytest.param("distributed", "receive_bucket", 3),
+    pytest.param("distributed", "join_group", 0, marks=pytest.mark.long),
+    pytest.param("distributed", "checksums", 0, marks=pytest.mark.long),
+    pytest.param("disk", "load_folder", 0, marks=pytest.mark.long),
 ]
 """Way of the weights, question in which one of two servers is killed, how many such questions it answers before."""
 
@@ -161,6 +161,7 @@ def test_a_bucket_that_is_sent_again_is_taken_over_once(updates: Updates, monkey
         updates.expect_at(server)
 
 
+@pytest.mark.long
 def test_the_process_that_computes_is_killed_and_the_one_that_answers_is_not(
     updates: Updates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def test_the_process_that_computes_is_killed_and_the_one_that_answers_is_not(
     updates.expect_at(victim)
 
 
+@pytest.mark.long
 def test_kill_9_of_both_in_an_update(updates: Updates, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come back with the weights of this update, from its snapshot."""
     serving = updates.serving
