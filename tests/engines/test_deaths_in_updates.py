@@ -204,7 +204,10 @@ def test_kill_9_of_both_in_an_update(updates: Updates, monkeypatch: pytest.Monke
 def test_wrong_weights_of_the_one_that_is_left_still_stop_the_run(
     updates: Updates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: one server is killed, and the other is sent one wrong byte as its bucket is sent again."""
+    """The control: one server is killed, and the other is sent a wrong byte in every bucket from then on.
+
+    In the one that is sent again, too; but of that it may have taken over all before the other one died.
+    """
     serving, (_, victim) = updates.serving, updates.serving.pool.servers
     wait_until_ready(serving)
     broadcast, is_dead = ExternalGroup.broadcast, False
@@ -215,9 +218,7 @@ def test_wrong_weights_of_the_one_that_is_left_still_stop_the_run(
         os.kill(pid_of(victim), signal.SIGKILL)
 
     def spoil(group: ExternalGroup, tensor: Tensor, check: Callable[[], object]) -> None:
-        nonlocal is_dead
         if is_dead and group._world_size == 2:
-            is_dead = False
             tensor = tensor.clone()
             tensor[0] ^= 1
         broadcast(group, tensor, check)
@@ -226,7 +227,7 @@ def test_wrong_weights_of_the_one_that_is_left_still_stop_the_run(
         kill_when_asked(patch, victim.client, "receive_bucket", 2, kill)
         patch.setattr(ExternalGroup, "broadcast", spoil)
         with pytest.raises(
-            ServerError, match=r"-0 .* does not hold the weights that were sent to it: 1 tensors differ"
+            ServerError, match=r"-0 .* does not hold the weights that were sent to it: \d+ tensors differ"
         ):
             updates.run("distributed")
     with pytest.raises(ServerError, match="no server can generate"):
