@@ -114,6 +114,8 @@ def test_what_new_weights_write_after_an_old_prefix_has_the_actors_log_probs(run
 
 def test_keys_and_values_of_older_weights_would_be_noticed(run: Run) -> None:
     """The control: updates that leave the cache as it is."""
+    if run.interrupted.engine == "vllm":
+        pytest.skip("its blocks of 32 tokens are longer than most of what is carried here; see caching.py")
     assert max(newest(run.unflushed)) > 10 * TOLERANCE
 
 
