@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import megatron.core
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -30,6 +31,10 @@ from tests.parallel import layouts
 from tests.parallel.layouts import Case, Outcome, config_of, layout, train_step
 from tests.parallel.ranks import run_ranks
 
+pytestmark = pytest.mark.skipif(
+    megatron.core.__version__.startswith("0.19"),
+    reason="these tests hold the forked writer back as Megatron-Core before 0.19 begins it",
+)
 NAMES = [f"step_{step:06d}" for step in (1, 2, 3)]
 PATIENCE_S = 120.0
 Saved = dict[str, dict[str, torch.Tensor]]
