@@ -401,6 +401,10 @@ def test_a_wrong_shape_stops_generation(serving: Serving) -> None:
     """
     weights = dict(serving.weights(0))
     weights["model.norm.weight"] = torch.ones(64)
-    with pytest.raises(RuntimeError, match="no server"):
+
+    def update_and_generate() -> None:
         serving.engine.update_weights(weights.items(), 70)
         serving.generate(request(0, 4))
+
+    with pytest.raises(RuntimeError, match="no server"):
+        update_and_generate()
