@@ -261,7 +261,7 @@ def count(schedule: str, slots: int, num_steps: int, folder: Path) -> Run:
     is_stream = schedule in STREAMS
     steps = [
         counts_of(line, before, one, slots, is_stream=is_stream)
-        for before, line, one in zip([{}, *lines], lines, responses, strict=False)
+        for before, line, one in zip([{}, *lines[:-1]], lines, responses, strict=True)
     ]
     return Run(steps, [groups_of(of_step) for of_step in responses])
 
