@@ -44,6 +44,8 @@ class TickingServers:
         self.asked: list[tuple[GenerationRequest, int]] = []
         """Requests with the version that there was when they came."""
         self.fails_at = ""
+        self.held: set[int] = set()
+        """Samples of each prompt of which nothing is written for now."""
         self._num_aborts = 0
 
     def give(self, policy: Any, version: int) -> None:
@@ -65,7 +67,8 @@ class TickingServers:
         length = 3 + (7 * request.group_id + 3 * request.sample_index) % 25 - len(request.prefix)
         while len(written) < length and self._num_aborts == num_aborts:
             await asyncio.sleep(PAUSE_S)
-            written.append(self.version)
+            if request.sample_index not in self.held:
+                written.append(self.version)
         del self.in_flight[request.sample_id]
         segments = [
             Segment(torch.full((written.count(version),), 7), "policy", torch.zeros(written.count(version)), version)
@@ -192,10 +195,12 @@ def test_a_step_is_generated_while_the_one_before_trains(run: Run) -> None:
     first = run.batch(0)
     assert {version for parts in segments_of(first) for version, _ in parts} == {0}
     num_judged = len(run.judged)
+    servers.held = {1}
     source.begin(1)
     until(lambda: len(run.judged) >= num_judged + NUM_SAMPLES)  # in training
     assert servers.in_flight
     source.give(None, 1)  # type: ignore[arg-type]
+    servers.held = set()
     second = run.batch(1)
     versions = [sorted({version for version, _ in parts}) for parts in segments_of(second)]
     assert [0] in versions
@@ -265,6 +270,7 @@ def test_a_step_that_is_not_asked_for_is_stopped(run: Run) -> None:
     source, servers = run.source, run.servers
     source.give(None, 0)  # type: ignore[arg-type]
     run.batch(0)
+    servers.held = {0, 1}
     source.begin(1)
     until(lambda: servers.in_flight)
     source.stop()
@@ -286,6 +292,7 @@ def test_a_signal_ends_what_runs_in_the_background(run: Run) -> None:
     source, servers = run.source, run.servers
     source.give(None, 0)  # type: ignore[arg-type]
     run.batch(0)
+    servers.held = {0, 1}
     source.begin(1)
     until(lambda: servers.in_flight)
     run.asks_to_leave = True
@@ -299,6 +306,7 @@ def test_a_run_that_ends_in_training_leaves_no_thread(run: Run) -> None:
     source, servers = run.source, run.servers
     source.give(None, 0)  # type: ignore[arg-type]
     run.batch(0)
+    servers.held = {0, 1}
     source.begin(1)
     until(lambda: servers.in_flight)
     source.close()
@@ -310,6 +318,7 @@ def test_the_state_is_that_before_the_step_that_runs(run: Run) -> None:
     source.give(None, 0)  # type: ignore[arg-type]
     run.batch(0)
     before = source.state().gathered()
+    run.servers.held = {0, 1}
     source.begin(1)
     until(lambda: run.servers.in_flight)
     assert source.state().gathered() == before
