@@ -72,11 +72,13 @@ class CarryOver:
         """What there is was read from a checkpoint: the ledger should have so many. Local."""
         self._step, self._own, self._num_expected = None, {}, num_responses
 
-    def begin(self, step: int, first_prompt: int) -> None:
+    def begin(self, step: int, first_prompt: int, *, takes_up: bool) -> None:
         """Find what a step goes on with. Collective.
 
         Args:
             first_prompt: the first prompt that is not used up.
+            takes_up: take what a killed run has recorded of the step itself, too, all of it: it may have come further
+                in the order of prompts than this one will.
 
         Raises:
             ValueError: on every rank, if the ledger is damaged.
@@ -85,16 +87,21 @@ class CarryOver:
             return
         if self._step != step:
             self._read(step)
+        if takes_up:
+            self._take_up(step)
         own = {place: one for place, one in self._own.items() if place[0] >= first_prompt}
         stale = [place for place, one in own.items() if self._drops and step - one.begun_at_step > self._bound]
         self._num_dropped_tokens = sum(own.pop(place).num_tokens for place in stale)
-        self._own = own
         places = np.array([(*place, one.is_judged) for place, one in own.items()], np.int64).reshape(-1, 3)
         parts = self._plane.gathered([places.tobytes()])
         told: bytes = exchange.broadcast_object(b"".join(parts), self._world)
         all_places = np.frombuffer(told, np.int64).reshape(-1, 3).tolist()
         self.everywhere = {(prompt_id, index) for prompt_id, index, _ in all_places}
         self.judged_everywhere = {(prompt_id, index) for prompt_id, index, is_judged in all_places if is_judged}
+        # What goes on here may have been finished by a rank that is not there any more.
+        self._own = {
+            place: one for place, one in own.items() if one.is_judged or place not in self.judged_everywhere
+        }
 
     def _read(self, step: int) -> None:
         """Take what the ledger has of this rank's."""
@@ -110,6 +117,14 @@ class CarryOver:
                 "more; they are begun anew",
                 kind="responses that were to go on",
             )
+
+    def _take_up(self, step: int) -> None:
+        """Hold this rank's share of the step's own records."""
+        leader, num_leaders = self._plane.leader, self._plane.num_leaders
+        found = on_every_rank(
+            lambda: [] if leader is None else self._ledger.shared_out(step, leader, num_leaders), self._world
+        )
+        self._own |= {_place(one.key): Carried(one, _begun_at(one, step), is_judged=True) for one in found}
 
     def unfinished(self, prompt_of: Callable[[int], Prompt]) -> list[tuple[Prompt, Carried]]:
         """This rank's responses that go on or are still to be judged, in the order of prompts. Local."""

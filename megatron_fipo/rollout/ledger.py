@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -101,6 +101,17 @@ class RolloutLedger:
         assert step == self._step, "begin() opens the step"
         sample = self._recorded.get(round_index, {}).get(key)
         return None if sample is None else self._whole(sample, prompt)
+
+    def shared_out(self, step: int, leader: int, num_leaders: int) -> list[Trajectory]:
+        """A rank's share of what is recorded of a step that streams: each response is in one rank's share.
+
+        Without prompts and texts.
+
+        Raises:
+            ValueError: if a file is damaged, naming it and the line.
+        """
+        files = self._response_files(step)[leader::num_leaders]
+        return [sample for file in files for _, sample in _responses(file)]
 
     def _whole(self, sample: Trajectory, prompt: Prompt) -> Trajectory:
         sample.response_text = self._decode(sample.response_ids.tolist())
@@ -263,18 +274,17 @@ class RolloutLedger:
         found = ((path, _STEP.fullmatch(path.name)) for path in self._folder.glob("step_*") if path.is_dir())
         return sorted((path, int(match[1])) for path, match in found if match)
 
+    def _response_files(self, step: int) -> list[Path]:
+        return sorted(self._step_folder(step).glob("rank_*.jsonl"))
+
     def _open(self, step: int) -> None:
         """Read a step's records and open this rank's file at its end."""
         self.close()
         self._step, self._recorded = step, {}
+        for file in self._response_files(step):
+            for round_index, sample in _responses(file):
+                self._recorded.setdefault(round_index, {})[sample.key] = sample
         folder = self._step_folder(step)
-        for file in sorted(folder.glob("rank_*.jsonl")):
-            for number, record in enumerate(read_lines(file), start=1):
-                if "fingerprint" not in record:
-                    sample, round_index = recorded_response(record, file, number), record.get("round")
-                    if type(round_index) is not int:
-                        raise damaged(file, number, "it names no round")
-                    self._recorded.setdefault(round_index, {})[sample.key] = sample
         self._path = folder / f"rank_{self._rank:03d}.jsonl"
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -288,6 +298,16 @@ class RolloutLedger:
     def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None, "finished() opens the step"
         append_whole(self._file, line_of(record), self._path)
+
+
+def _responses(file: Path) -> Iterator[tuple[int, Trajectory]]:
+    """The rounds and responses that a rank's file holds."""
+    for number, record in enumerate(read_lines(file), start=1):
+        if "fingerprint" not in record:
+            sample, round_index = recorded_response(record, file, number), record.get("round")
+            if type(round_index) is not int:
+                raise damaged(file, number, "it names no round")
+            yield round_index, sample
 
 
 def _some(prompt_ids: Sequence[int]) -> str:

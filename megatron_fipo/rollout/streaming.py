@@ -130,9 +130,10 @@ class StreamingSource(BatchSource):
     def _look_up(self, step: int) -> tuple[int, Plan | None]:
         """The step's first prompt, and its plan if it was decided before. Collective."""
         first, self._drawn = self.parts.prompts.position, {}
-        self._carry_over.begin(step, first)
-        self._recorded_plan = decided_by_leader(lambda: self.parts.ledger.plan(step), self.world)
-        return first, self._recorded_plan
+        plan = self._recorded_plan = decided_by_leader(lambda: self.parts.ledger.plan(step), self.world)
+        # A repeatable engine generates all of it again: beside others the missing ones would be rounded differently.
+        self._carry_over.begin(step, first, takes_up=plan is None and not self.parts.engine.repeatable)
+        return first, plan
 
     def carry_over(self, step: int, plan: Plan) -> Plan:
         """See `BatchSource`."""

@@ -91,6 +91,7 @@ def test_every_prompt_is_accounted_for_whenever_the_run_is_killed(more: tuple[st
         difference = line["mismatch/newest_version/log_prob_difference/absmax"]
         assert difference is None or difference < 1e-4
         assert line["rollout/staleness_steps/max"] <= BOUND
+    assert account.lost == {}
     assert account.num_used == sum(line["rollout/generated_groups"] for line in lines) * NUM_SAMPLES
 
 

@@ -40,9 +40,10 @@ def test_what_is_in_flight_at_the_end_of_a_step_is_freed_before_the_next_weights
     seen = streamed.seen_by(run.folder)
     ends = [one for one in seen if one["at"] == "end"]
     assert {one["step"] for one in ends} == set(range(NUM_STEPS))
-    assert any(one["aborted"] for one in ends if (one["launch"], one["step"]) == ("signalled", 1))
-    if run.engine == "vllm":  # see MOST_REQUESTS
-        assert any(one["aborted"] for one in ends if (one["launch"], one["step"]) != ("signalled", 1))
+    # At SGLang all that a step begins is in flight at once, at vLLM few are, so that others are at the end of a batch.
+    # Which end finds the last of them written is up to the machine.
+    cut_short = [(one["launch"], one["step"]) for one in ends if one["aborted"]]
+    assert ("signalled", 1) in cut_short if run.engine == "sglang" else cut_short
     assert [one for one in ends if one["load"]] == [], "it is still on the server"
     assert [one for one in seen if one["at"] == "update" and one["load"]] == []
     assert run.load_at_signal == 0

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fipo.config import load_config
+from megatron_fipo.config import load_config, num_groups_ahead, num_groups_to_begin
 from megatron_fipo.environments.single_turn import SingleTurn
 from megatron_fipo.metrics.reductions import Metrics
 from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.rl.trajectory import Prompt, Segment
 from megatron_fipo.rollout.batch_source import SourceParts
-from megatron_fipo.rollout.engine import GenerationRequest, Share, Turn
+from megatron_fipo.rollout.engine import GenerationRequest, Share, Turn, sample_seed
 from megatron_fipo.rollout.generation import GroupGenerator
 from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.streaming import StreamingSource
@@ -147,7 +147,7 @@ class Run:
         generator = GroupGenerator(self.servers, environment, ranks, 0, ledger, self._leave_if_asked)
         plane = DataPlane(ranks, generates=True)
         parts = SourceParts(config, ranks, Order(), self.servers, generator, plane, ledger, Quiet())  # type: ignore[arg-type]
-        self.source, self.generator = StreamingSource(parts), generator
+        self.source, self.generator, self.ledger = StreamingSource(parts), generator, ledger
 
     async def _judge(self, prompt: Prompt, text: str, reason: str) -> Verdict:
         """One response in two to a prompt is right, and to every third prompt both."""
@@ -238,11 +238,12 @@ def test_what_is_begun_with_old_weights_leaves_room_for_their_age(run: Run) -> N
     source, servers = run.source, run.servers
     source.give(None, 0)  # type: ignore[arg-type]
     run.batch(0)
+    share = source._kept_share.share()
     source.begin(1)
     opened = source._open
     assert opened is not None
     assert opened.books is not None
-    needed = opened.books.num_to_begin
+    needed = num_groups_to_begin(NUM_GROUPS, share)
     until(lambda: opened.books.is_over)  # type: ignore[union-attr]
     until(lambda: not servers.in_flight)
     assert not opened.work.is_over, "nobody has asked for it yet"
@@ -264,6 +265,79 @@ def test_a_carried_response_remembers_the_weights_that_began_it(run: Run) -> Non
     for prompt, one in source._carry_over.unfinished(run.source.parts.prompts.prompt):
         versions = [part.policy_version for part in one.response.segments]
         assert one.begun_at_step <= min(version for version in versions if version is not None), prompt
+
+
+def test_prompts_are_begun_one_step_less_ahead_until_the_weights_are_there(tmp_path: Path) -> None:
+    run = Run(tmp_path, bound=2)
+    try:
+        run.source.give(None, 0)  # type: ignore[arg-type]
+        run.batch(0)
+        share = run.source._kept_share.share()
+        run.servers.held = {0, 1}
+        run.source.begin(1)
+        opened = run.source._open
+        assert opened is not None
+        assert opened.books is not None
+        before, after = (num_groups_ahead(NUM_GROUPS, share, num_steps) for num_steps in (1, 2))
+        needed = num_groups_to_begin(NUM_GROUPS, share)
+        assert opened.books.num_to_begin == max(needed, before) < after
+        run.servers.held = set()
+        run.source.give(None, 1)  # type: ignore[arg-type]
+        run.batch(1)
+        assert opened.books.num_to_begin >= after
+    finally:
+        run.source.close()
+
+
+def test_the_weights_that_begin_a_response_are_part_of_its_seed(run: Run) -> None:
+    source, servers = run.source, run.servers
+    source.give(None, 0)  # type: ignore[arg-type]
+    run.batch(0)
+    servers.held = {0, 1}  # so that nothing is asked for while weights come
+    source.begin(1)
+    opened = source._open
+    assert opened is not None
+    num_begun = min(servers.capacity, len(opened.order.carried) + opened.work._num_tickets)
+    until(lambda: len(servers.in_flight) == num_begun)
+    source.give(None, 1)  # type: ignore[arg-type]
+    servers.held = set()
+    run.batch(1)
+    fresh = [(one, version) for one, version in servers.asked if one.sample_id.startswith("1/") and not one.prefix]
+    assert {version for _, version in fresh} == {0, 1}
+    for one, version in fresh:
+        assert one.seed == sample_seed(0, version, one.group_id, one.sample_index)
+
+
+def test_what_a_killed_run_has_judged_is_not_asked_for_again(tmp_path: Path) -> None:
+    """Wherever in the order of prompts it is: the run that goes on may begin fewer."""
+    killed = Run(tmp_path)
+    killed.source.give(None, 0)  # type: ignore[arg-type]
+    killed.batch(0)
+    state = killed.source.state().gathered()
+    first = killed.source.next_prompt
+    killed.source.give(None, 1)  # type: ignore[arg-type]
+    killed.batch(1)
+    killed.source.close()
+    recorded = {
+        (one.key.prompt_id, one.key.sample_index): min(version for version, _, _ in one.policy_versions)
+        for one in killed.ledger.shared_out(1, 0, 1)
+    }
+    (tmp_path / "step_000001" / "plan.json").unlink()  # as if it had been killed before that
+
+    run = Run(tmp_path)
+    state["sampler"]["kept_share"] = [1000.0, 1000.0]
+    run.source.load_state_dict(state)
+    run.source.give(None, 1)  # type: ignore[arg-type]
+    run.batch(1)
+    num_begun = num_groups_ahead(NUM_GROUPS, 1.0, 1)
+    assert max(prompt for prompt, _ in recorded) >= first + num_begun, "the killed run has come further"
+    assert not any((one.group_id, one.sample_index) in recorded for one, _ in run.servers.asked)
+    run.source.give(None, 2)  # type: ignore[arg-type]
+    run.batch(2)
+    for one, _ in run.servers.asked:
+        begun_at = recorded.get((one.group_id, one.sample_index))
+        assert begun_at is None or begun_at < 2 - 1, "only what is too stale is begun anew"
+    run.source.close()
 
 
 def test_a_step_that_is_not_asked_for_is_stopped(run: Run) -> None:

@@ -177,6 +177,29 @@ def test_what_is_left_is_kept_with_its_tokens() -> None:
     assert len(step.stream.left) == 5
 
 
+def test_what_was_about_to_go_on_is_left_as_it_was() -> None:
+    """The end comes before the policy is asked for anything."""
+
+    class Hesitating(SingleTurn):
+        async def play(self, *prompt_and_more: Any) -> Trajectory:
+            await asyncio.Event().wait()
+            raise AssertionError("it never comes")
+
+    engine = SteppedEngine(lambda prompt, index: 10**7)
+    step = Step(engine, 1, [carried(5, 0, 7)], keeps=True)
+    step.stream._environment = Hesitating(step.stream._environment._judge, lambda ids: "")  # type: ignore[attr-defined]
+
+    async def abort_at_once() -> None:
+        running = asyncio.ensure_future(step.stream.run())
+        await until(lambda: step.stream._tasks)
+        step.stream.abort()
+        await running
+
+    asyncio.run(abort_at_once())
+    assert engine.requests == []
+    assert outline(step.stream.left) == [((5, 0), 7, 2, "abort")]
+
+
 def test_without_keeping_it_is_lost_and_counted() -> None:
     """The control."""
     engine = SteppedEngine(lambda prompt, index: 2 if prompt == 0 else 10**7)
