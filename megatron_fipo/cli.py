@@ -42,6 +42,7 @@ COMMANDS = {
         "preflight.command",
         "memory, work and time of a run, computed before it is submitted; needs no GPU and no model",
     ),
+    "serve": Command("run.serve_command", "start inference servers that join a run while it goes on"),
     "prepare": Command("data.prepare_command", "fetch a data set into a file that the recipes read"),
     "certify": Command(
         "certify.command", "compare training under every layout with one process, on this machine's CPU or GPUs"

@@ -99,9 +99,7 @@ class CarryOver:
         self.everywhere = {(prompt_id, index) for prompt_id, index, _ in all_places}
         self.judged_everywhere = {(prompt_id, index) for prompt_id, index, is_judged in all_places if is_judged}
         # What goes on here may have been finished by a rank that is not there any more.
-        self._own = {
-            place: one for place, one in own.items() if one.is_judged or place not in self.judged_everywhere
-        }
+        self._own = {place: one for place, one in own.items() if one.is_judged or place not in self.judged_everywhere}
 
     def _read(self, step: int) -> None:
         """Take what the ledger has of this rank's."""

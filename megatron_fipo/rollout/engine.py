@@ -165,10 +165,13 @@ class RolloutEngine(Protocol):
 
     share: Share | None
     """Which prompts this rank generates for; None if it generates for none."""
-    capacity: int
-    """Requests that are worth having in flight here at a time: one more would only wait."""
     repeatable: bool
     """Whether the same requests, made together, give the same turns again bit for bit."""
+
+    @property
+    def capacity(self) -> int:
+        """Requests that are worth having in flight here at a time: one more would only wait."""
+        ...
 
     def start(self, policy: Policy | None) -> None:
         """Make everything ready but the weights. Collective over all ranks.

@@ -312,17 +312,25 @@ def share_of(config: Config, ranks: ParallelGroups) -> Share | None:
 
 
 def build_engine(
-    config: Config, ranks: ParallelGroups, share: Share | None, tokenizer: Any, folder: Path
+    config: Config,
+    ranks: ParallelGroups,
+    share: Share | None,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    may_be_joined: bool = False,
 ) -> RolloutEngine:
     """The run's rollout engine, not started yet. Collective over all ranks.
 
     Args:
         share: this rank's, see `share_of`.
         folder: folder for the servers' logs and snapshots.
+        may_be_joined: whether servers may join while the engine is in use.
 
     Raises:
         ValueError: if the model, the devices or the configuration do not fit together.
     """
     if config.rollout.engine == "in_process":
         return in_process_engine(config, tokenizer, share)
-    return build_server_engine(config, ranks, find_stop_token_ids(config.model.path, tokenizer), folder)
+    stop_token_ids = find_stop_token_ids(config.model.path, tokenizer)
+    return build_server_engine(config, ranks, stop_token_ids, folder, may_be_joined=may_be_joined)

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fipo.config import Config
+from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.launcher import COMMAND
+from megatron_fipo.rollout.servers.announced import AnnouncedServers
 from megatron_fipo.run.parts import RunParts
 from megatron_fipo.run.push_to_hub import push_after_run
 
 
 def close_run(parts: RunParts) -> None:
     """Export the model, push it where that is asked for, and say where things lie. Collective over all ranks."""
+    _let_servers_go(parts)
     if parts.config.checkpoint.export_huggingface:
         parts.saved.export(parts.records.folder.huggingface)
     _push_and_say_where_things_lie(parts)
@@ -32,10 +35,17 @@ def close_run_again(parts: RunParts, num_steps: int) -> None:
         f"{f'Change train.stop_when={ended_by}' if ended_by else 'Raise train.num_steps'} to go on, or "
         "set train.resume=false to start over (this run is renamed)"
     )
+    _let_servers_go(parts)
     folder = parts.records.folder.huggingface
     if parts.config.checkpoint.export_huggingface and not folder.is_dir():
         parts.saved.export(folder)
     _push_and_say_where_things_lie(parts)
+
+
+def _let_servers_go(parts: RunParts) -> None:
+    """Servers that others have started for this run are not needed any more."""
+    announced = AnnouncedServers(parts.records.folder.servers)
+    decided_by_leader(lambda: announced.set_finished(True), parts.ranks.world)
 
 
 def _push_and_say_where_things_lie(parts: RunParts) -> None:

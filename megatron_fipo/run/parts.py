@@ -74,7 +74,7 @@ class RunParts:
             raise
         self.records = RunRecords(named, ranks, console)
         folder = self.records.folder
-        engine = build_engine(config, ranks, share, tokenizer, folder.servers)
+        engine = build_engine(config, ranks, share, tokenizer, folder.servers, may_be_joined=True)
         try:
             engine.start(self.actor)
         except BaseException:

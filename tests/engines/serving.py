@@ -123,7 +123,7 @@ class Serving:
             router=partial(router_plan, specs[0]) if router else None,
         )
         self.snapshots = SnapshotWriter(folder / "snapshots", self.folders[0])
-        self.owned = OwnedServers(self.pool, self.loop, Sender(self.pool, 64, TIMEOUT_S), self.sync("tensor"), 64)
+        self.owned = OwnedServers(self.pool, self.loop, Sender(self.pool, 64, TIMEOUT_S), self.sync("tensor"))
         engine_settings = EngineSettings(
             vocab_size=VOCABULARY,
             stop_token_ids=frozenset(stop),

@@ -249,7 +249,7 @@ class World:
     def sync(self, pool: ServerPool, method: Method = "tensor", *, keeps_snapshot: bool = True) -> WeightSync:
         """An update takes three buckets."""
         timeout_s = 100.0
-        played = DistributedTransfer(timeout_s, self.host, self.make_group)
+        played = DistributedTransfer(timeout_s, self.make_group)
         return WeightSync(
             pool,
             self.thread,
@@ -281,7 +281,7 @@ class World:
             colocated=colocated,
         )
         sender = Sender(pool, max_concurrent_requests, request_timeout_s)
-        owned = OwnedServers(pool, self.thread, sender, sync or self.sync(pool), max_concurrent_requests)
+        owned = OwnedServers(pool, self.thread, sender, sync or self.sync(pool))
         return ServerEngine(owned, settings, **({"agree": lambda problem: [problem]} | options))
 
     def make_group(

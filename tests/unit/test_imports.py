@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.folder": {"config", "metrics"},
     "run.samples": {"console"},
     "run.samples_command": {"run.samples"},
+    "run.serve_command": {"config", "hub", "rollout", "run.folder"},
     "run.train_command": {"config", "parallel", "train"},
     "run.validate_command": {"config", "hub", "preflight", "verifiers"},
     "run": {

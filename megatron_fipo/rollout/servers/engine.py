@@ -18,6 +18,7 @@ from megatron_fipo.rollout.servers.cache_proof import CacheProof, cache_canary
 from megatron_fipo.rollout.servers.completions import turn_of
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
 from megatron_fipo.rollout.servers.http import ServerError
+from megatron_fipo.rollout.servers.joining import Joining
 from megatron_fipo.rollout.servers.packers import Packers
 from megatron_fipo.rollout.servers.pool import ServerPool
 from megatron_fipo.rollout.servers.proof import CanaryError, LogProbDifference, canary_sequences, prove_log_probs
@@ -39,8 +40,6 @@ class OwnedServers:
     """Shares requests out over them."""
     sync: WeightSync
     """Brings weights in."""
-    capacity: int
-    """Requests that they take at a time."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class ServerEngine:
         share: this rank's share of the prompts; None where it owns no servers.
         packers: on a rank that owns no servers, packs the weights for those on its GPU; None where there are none.
         check_before_start: raises ServerError if servers must not be started, such as with another NCCL than ours.
+        joining: finds servers that come and go while the run goes on; None where none may.
     """
 
     repeatable = False
@@ -93,12 +93,12 @@ class ServerEngine:
         share: Share | None = ALL_PROMPTS,
         packers: Packers | None = None,
         check_before_start: Callable[[], None] = lambda: None,
+        joining: Joining | None = None,
     ) -> None:
         self.owned, self.share = owned, share
-        self.capacity = 0 if owned is None else owned.capacity
         self.stop_token_ids = settings.stop_token_ids
         self._settings, self._agree = settings, agree
-        self._packers, self._check_before_start = packers, check_before_start
+        self._packers, self._check_before_start, self._joining = packers, check_before_start, joining
         self._given: int | None = None
         self._memory: Literal["resident", "released", "weights only"] = "resident"
         self._last_sync: SyncReport | None = None
@@ -149,6 +149,11 @@ class ServerEngine:
                 self.owned.sync.finish_snapshot()
 
     # --- generating -------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """See `RolloutEngine`. It changes as servers join and leave."""
+        return 0 if self.owned is None else self.owned.sender.slots.number
 
     async def generate(self, request: GenerationRequest) -> Turn:
         """Generate one response.
@@ -207,6 +212,7 @@ class ServerEngine:
                 give_back_caches()  # the servers' weights take the place of an update's activations
         elif self._given is not None:  # a server that a killed run left paused answers only after the first update
             self._warm_caches(policy)
+        self._look_who_has_come()
         self.update_weights(policy.weights(), version)
         if settings.colocated:
             self._lend(policy)
@@ -214,6 +220,8 @@ class ServerEngine:
         if sequences:
             self.check_log_probs(sequences, expected[:-1])
             self.check_caches(cached, expected[-1])
+        if self.owned is not None:
+            self._run(self.owned.pool.admit())
         self._given = version
 
     def take_back(self, policy: Policy) -> None:
@@ -319,6 +327,17 @@ class ServerEngine:
                 if self._caches is not None:
                     sequence = cache_canary(policy.vocab_size, settings.cache_canary_tokens)
                     self._run(self._caches.warm(sequence))
+
+    def _look_who_has_come(self) -> None:
+        """Take servers in that have joined the run since the last handover, and let go who has left. Collective."""
+        if self._joining is not None:
+            now = self._joining.look()
+            with self.collectively():
+                if self.owned is not None:
+                    num_more = self._run(self._joining.take_in(self.owned.pool, now))
+                    slots = self.owned.sender.slots
+                    most = slots.number + num_more * self.owned.pool.settings.max_concurrent_requests
+                    self.owned.loop.call(partial(slots.change, most))
 
     @contextmanager
     def collectively(self) -> Iterator[None]:

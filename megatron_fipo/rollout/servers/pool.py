@@ -65,11 +65,12 @@ class ServerPool:
         self._router_process: ServerProcess | None = None
         self._session: aiohttp.ClientSession | None = None
         self._revival: Revival | None = None
+        self._starter: Starter | None = None
         self._affinity: OrderedDict[int, Server] = OrderedDict()
 
     @property
     def servers(self) -> list[Server]:
-        """All servers, in the order of their specifications; none before the start."""
+        """All servers, in the order of their specifications, then those that have joined; none before the start."""
         return self.roster.servers
 
     @property
@@ -97,7 +98,7 @@ class ServerPool:
         # a request sent over one that is just being closed looks like a server that died.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(connector=connector, read_bufsize=2**20, auto_decompress=False)
-        starter = Starter(self._adapter, self.settings, self._session, self._start_process)
+        starter = self._starter = Starter(self._adapter, self.settings, self._session, self._start_process)
         self._revival = Revival(self.roster, starter, self.settings)
         self.servers.extend(starter.server(index, spec, self._log_folder) for index, spec in enumerate(self.specs))
 
@@ -134,6 +135,35 @@ class ServerPool:
         self._router_process = None
         if self._session is not None:
             await self._session.close()
+
+    # --- joining and leaving ----------------------------------------------------------------------------------------
+
+    async def join(self, name: str, spec: LaunchSpec, is_announced: Callable[[], bool]) -> None:
+        """Take in a server that has come while the run goes on. It is STALE until an update has succeeded.
+
+        Args:
+            name: unique in this pool.
+            is_announced: whether it is still there, as far as those say who have started it.
+
+        Raises:
+            ServerUnreachableError: if it does not answer.
+            ServerError: if it refuses, or is a server of another model.
+        """
+        assert self._starter is not None, "start() made it"
+        self.roster.servers.append(await self._starter.newcomer(name, spec, is_announced))
+        await self.roster.wake()
+
+    async def leave(self, server: Server) -> None:
+        """Let a server go. Requests to it are lost, and sent to others."""
+        await self.roster.set_state(server, State.LOST, "it has left")
+        server.drop_requests()
+        self.roster.servers.remove(server)
+
+    async def admit(self) -> None:
+        """Let those generate that have joined and have proven their log-probs."""
+        for server in self.roster.in_state(State.JOINING):
+            server.is_proven = True
+            await self.roster.set_state(server, State.READY)
 
     # --- generating -------------------------------------------------------------------------------------------------
 
@@ -173,7 +203,7 @@ class ServerPool:
         Raises:
             ServerError: if no server will, with each one's reason.
         """
-        coming = (State.RESTARTING, State.HELD, State.AWAITING_MEMORY)
+        coming = (State.RESTARTING, State.HELD, State.AWAITING_MEMORY, State.JOINING)
         in_state = self.roster.in_state
         await self.roster.wait_until(lambda: bool(unless() or in_state(State.READY) or not in_state(*coming)))
         if not unless() and not in_state(State.READY, *coming):
@@ -256,9 +286,14 @@ class ServerPool:
         assert self._revival is not None, "start() made it"
         self._revival.arrived = arrived
         for server in servers:
-            await self.roster.set_state(server, State.HELD if keep_held else State.READY)
+            sound = State.READY if server.is_proven else State.JOINING
+            await self.roster.set_state(server, State.HELD if keep_held else sound)
         for server, reason in died:
-            await (self.restart_when_there_is_memory if keep_held else self._restart)(server, reason)
+            if server.may_leave:
+                server.drop_requests()
+                await self.roster.set_state(server, State.LOST, reason)
+            else:
+                await (self.restart_when_there_is_memory if keep_held else self._restart)(server, reason)
 
     async def restart_when_there_is_memory(self, server: Server, reason: str) -> None:
         """Bring a server back that has died or does not answer, but not before `let_go_all`.

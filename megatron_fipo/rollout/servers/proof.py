@@ -152,10 +152,10 @@ async def prove_log_probs(
 
 
 async def of_every_server(pool: ServerPool, prove: Callable[[Server], Awaitable[T]]) -> list[T]:
-    """Have every server that may generate prove something, and return what the proofs gave.
+    """Have every server that may generate, or is about to, prove something, and return what the proofs gave.
 
     A server that dies meanwhile is looked after like any other that does not answer, and others are asked; at least
-    one is. A server that fails becomes STALE.
+    one is. A server that fails becomes STALE; one that has just joined is LOST, and no reason to stop.
 
     Raises:
         CanaryError: what a proof raised.
@@ -166,14 +166,17 @@ async def of_every_server(pool: ServerPool, prove: Callable[[Server], Awaitable[
     while not proofs:
         if len(reasons) >= _MAX_UNANSWERED:
             raise ServerError("no server answered for its log-probs:\n" + "\n".join(reasons))
-        await pool.wait_until_one_may_generate()
-        for server in pool.roster.in_state(State.READY):
+        await pool.wait_until_one_may_generate(unless=lambda: bool(pool.roster.in_state(State.JOINING)))
+        for server in pool.roster.in_state(State.READY, State.JOINING):
             try:
                 proofs.append(await prove(server))
-            except ServerUnreachableError as error:
-                reasons.append(str(error))
-                pool.suspect(server, error)
-            except CanaryError as error:
+            except (ServerError, CanaryError) as error:
+                if not server.is_proven or isinstance(error, ServerUnreachableError):
+                    reasons.append(str(error))
+                    pool.suspect(server, error)
+                    continue
+                if isinstance(error, ServerError):
+                    raise
                 await pool.set_stale(server, str(error))
                 raise
     return proofs

@@ -62,6 +62,8 @@ class Revival:
 
     def suspect(self, server: Server, reason: str) -> None:
         """Look after a server that did not answer; until it is sound it gets no further requests."""
+        if server.state is State.JOINING:
+            server.state, server.reason = State.LOST, reason
         if server.state is State.READY:
             # At once, and without waking anybody: nobody waits for a server to become unusable.
             server.state, server.reason = State.RESTARTING, reason
@@ -134,7 +136,7 @@ class Revival:
         """Whether a server's health comes back within servers.health_timeout_s, before its process ends."""
         now = asyncio.get_running_loop().time
         deadline = now() + self._settings.health_timeout_s
-        while now() < deadline and not server.has_ended:
+        while now() < deadline and not (server.has_ended or _has_left(server)):
             try:
                 await server.client.health(deadline - now())
                 return True
@@ -144,7 +146,14 @@ class Revival:
         return False
 
     async def _revive(self, server: Server) -> None:
-        """Start a server anew that has died or hangs; wait for one that is not ours to come back."""
+        """Start a server anew that has died or hangs; wait for one that is not ours to come back, unless it may leave.
+
+        Raises:
+            ServerError: if it may leave, has been started anew too often, or does not come up.
+            DiskError: if the weights could not be written.
+        """
+        if server.may_leave:
+            raise ServerError(f"it left: {server.reason}" if _has_left(server) else server.reason)
         if server.process is None:
             server.incarnation += 1
             server.drop_requests()
@@ -199,7 +208,11 @@ class Revival:
     def _obstacle(self, server: Server) -> str:
         """The reason not to start a living server anew with the weights that arrived last; "" if there is none."""
         if server.process is None:
-            return "it is one of servers.urls, which are not started here"
+            return (
+                "others have started it"
+                if server.may_leave
+                else "it is one of servers.urls, which are not started here"
+            )
         if self.arrived is None or self.arrived.folder is None:
             return "servers.keep_snapshot=false: no weights to start it with are on disk"
         if server.num_restarts >= self._settings.max_restarts:
@@ -210,6 +223,10 @@ class Revival:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _has_left(server: Server) -> bool:
+    return server.is_announced is not None and not server.is_announced()
 
 
 def _in_words(error: Exception) -> str:

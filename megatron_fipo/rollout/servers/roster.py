@@ -9,7 +9,10 @@ from megatron_fipo.rollout.servers.server import Server, State
 
 
 class Roster:
-    """All servers of a pool, in the order of their specifications. It belongs to the pool's event loop."""
+    """All servers of a pool: its own in the order of their specifications, then others as they came.
+
+    It belongs to the pool's event loop.
+    """
 
     def __init__(self) -> None:
         self.servers: list[Server] = []

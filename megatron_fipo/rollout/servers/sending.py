@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,18 +50,60 @@ class _Sent:
     holders: Sequence[Server]
 
 
+class Slots:
+    """Lets so many requests be in flight, in the order in which they come; how many may change.
+
+    It belongs to one event loop.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._num_in_use = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        """Turns of those that wait. Empty unless all slots are in use, but for turns that were cancelled."""
+
+    async def __aenter__(self) -> None:
+        if self._num_in_use < self.number:
+            self._num_in_use += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # its turn had come
+                await self.__aexit__()
+            raise
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._num_in_use -= 1
+        self._fill()
+
+    def change(self, number: int) -> None:
+        """Let so many be in use from now on. Those that are go on."""
+        self.number = number
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and self._num_in_use < self.number:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._num_in_use += 1
+                turn.set_result(None)
+
+
 class Sender:
     """Shares requests out over the servers of a pool. It belongs to the pool's event loop.
 
     Args:
         pool: the servers.
-        max_concurrent_requests: most requests in flight at a time, over all servers.
+        max_concurrent_requests: most requests in flight at a time, over all servers; `slots` holds it.
         timeout_s: longest wait for one response.
     """
 
     def __init__(self, pool: ServerPool, max_concurrent_requests: int, timeout_s: float) -> None:
         self._pool, self._timeout_s = pool, timeout_s
-        self._slots = asyncio.Semaphore(max_concurrent_requests)
+        self.slots = Slots(max_concurrent_requests)
         self._load = _Load()
         self._numbers = itertools.count()
         self._abort_below = 0
@@ -76,7 +119,7 @@ class Sender:
         """
         now = asyncio.get_running_loop().time
         number, start = next(self._numbers), now()
-        async with self._slots:
+        async with self.slots:
             completion = await self._send_until_answered(request, number, stop_token_ids)
         self._load.num_cached_tokens += completion.num_cached_tokens
         self._load.num_prompt_tokens += len(request.prompt_ids) + len(request.prefix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,9 @@ class State(enum.Enum):
 
     READY = "ready"
     """It may generate."""
+    JOINING = "joining"
+    """It has come while the run goes on and holds the right weights; it may generate once it has proven its log-probs.
+    """
     HELD = "held"
     """It lives and is kept out of use while its weights or its memory change."""
     RESTARTING = "restarting"
@@ -47,6 +50,10 @@ class Server:
         self.incarnation = 0
         """Counts its starts and returns. A process group that an earlier incarnation had joined is gone."""
         self.num_restarts = 0
+        self.is_announced: Callable[[], bool] | None = None
+        """For a server that has come while the run goes on: whether it is still announced. None for the run's own."""
+        self.is_proven = True
+        """Whether it has shown, since it came, that it computes what the actor does."""
         self.probe: asyncio.Task[None] | None = None
         """The health probe that is under way. The engine may treat it as a real request."""
         self._asked: set[asyncio.Task[Any]] = set()
@@ -55,6 +62,11 @@ class Server:
     def num_in_flight(self) -> int:
         """How many requests wait for its answer."""
         return len(self._asked)
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether it may go away as it came: the run does not wait for its return."""
+        return self.is_announced is not None
 
     @property
     def has_ended(self) -> bool:

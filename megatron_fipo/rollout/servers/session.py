@@ -62,7 +62,7 @@ class UpdateSession:
         self.servers = list(servers)
         """The servers that are left."""
         self.died: list[tuple[Server, str]] = []
-        """The servers that did not answer, and why."""
+        """The servers that did not answer, or have just joined the run and refused, and why."""
 
     def each(self, action: Callable[[Server], Awaitable[object]]) -> None:
         """Do something with every server at the same time, and wait for all of them.
@@ -104,11 +104,13 @@ class UpdateSession:
         async def act(server: Server) -> None:
             try:
                 await action(server)
-            except ServerUnreachableError as error:
-                self.servers.remove(server)
-                self.died.append((server, str(error)))
-                attempt.died.append(str(error))
             except (ServerError, CanaryError) as error:
-                attempt.refusals.append(error)
+                # One that has just joined the run is no reason to stop it.
+                if isinstance(error, ServerUnreachableError) or not server.is_proven:
+                    self.servers.remove(server)
+                    self.died.append((server, str(error)))
+                    attempt.died.append(str(error))
+                else:
+                    attempt.refusals.append(error)
 
         await asyncio.gather(*(act(server) for server in list(self.servers)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,17 @@ import torch
 from megatron_fipo.config import Config, server_device_problems
 from megatron_fipo.convert.dtypes import MODEL_DTYPES
 from megatron_fipo.parallel import exchange
+from megatron_fipo.parallel.agreement import decided_by_leader
 from megatron_fipo.parallel.announcements import Announcements
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.nodes import node_of, own_local_rank
 from megatron_fipo.rollout.engine import Share
+from megatron_fipo.rollout.servers.announced import AnnouncedServers
 from megatron_fipo.rollout.servers.api import LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.servers.cache_proof import CACHE_CANARY_TOKENS
 from megatron_fipo.rollout.servers.engine import EngineSettings, OwnedServers, ServerEngine
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
+from megatron_fipo.rollout.servers.joining import Joining, why_none_may_join
 from megatron_fipo.rollout.servers.nccl_version import check_same_nccl
 from megatron_fipo.rollout.servers.node_layout import TrainerGpu, node_group, own_gpu, packers_of_node
 from megatron_fipo.rollout.servers.packers import NodeGroup, Packers
@@ -95,6 +97,8 @@ def build_server_engine(
     stop_token_ids: Collection[int],
     folder: Path,
     gpu: TrainerGpu | None = None,
+    *,
+    may_be_joined: bool = False,
 ) -> ServerEngine:
     """The engine of rollout.engine=sglang or vllm; its servers are started by its `start()`. Collective over all ranks.
 
@@ -105,6 +109,7 @@ def build_server_engine(
         stop_token_ids: tokens that end a response.
         folder: folder of the servers' logs, and of snapshots where servers.snapshot_dir does not say otherwise.
         gpu: the GPU that this rank trains on; None looks.
+        may_be_joined: whether servers may join while the engine is in use, where the configuration allows it.
 
     Raises:
         ValueError: on every rank, if the model is too short for the responses, the devices do not suffice, or a server
@@ -128,7 +133,14 @@ def build_server_engine(
         share=ownership.share,
         packers=packers if ownership.node is not None and not ownership.is_owner else None,
         check_before_start=partial(_check_nccl, config, device),
+        joining=_joining(config, ownership, ranks, folder) if may_be_joined and not why_none_may_join(config) else None,
     )
+
+
+def _joining(config: Config, ownership: _Ownership, ranks: ParallelGroups, folder: Path) -> Joining:
+    owner = ownership.owners.index(ownership.rank) if ownership.is_owner else None
+    decide = partial(decided_by_leader, world=ranks.world)
+    return Joining(AnnouncedServers(folder), config, owner, len(ownership.owners), decide)
 
 
 def _ownership(config: Config, device: Device, ranks: ParallelGroups, gpu: TrainerGpu) -> _Ownership:
@@ -190,14 +202,14 @@ def _own(config: Config, ownership: _Ownership, packers: Packers, folder: Path) 
     sync = WeightSync(
         pool,
         loop,
-        make_transfer(cast(Method, section.weight_sync), section.sync_timeout_s, _own_address(specs)),
+        make_transfer(cast(Method, section.weight_sync), section.sync_timeout_s),
         packers,
         section.sync_timeout_s,
         _snapshots(config, folder, ownership) if section.keep_snapshot else None,
     )
     max_concurrent_requests = max(1, section.max_concurrent_requests * len(specs))
     sender = Sender(pool, max_concurrent_requests, section.request_timeout_s)
-    return OwnedServers(pool, loop, sender, sync, max_concurrent_requests)
+    return OwnedServers(pool, loop, sender, sync)
 
 
 def _settings(config: Config, vocab_size: int, stop_token_ids: Collection[int]) -> EngineSettings:
@@ -234,10 +246,3 @@ def _check_nccl(config: Config, device: str) -> None:
     section = config.servers
     if device == "cuda" and section.weight_sync == "distributed" and not section.urls:
         check_same_nccl(sys.executable, section.python or sys.executable)
-
-
-def _own_address(specs: Sequence[LaunchSpec]) -> str:
-    """The address at which servers reach this process."""
-    if all(spec.host in ("127.0.0.1", "localhost") for spec in specs):
-        return "127.0.0.1"
-    return socket.gethostbyname(socket.gethostname())

@@ -13,9 +13,9 @@ import aiohttp
 from megatron_fipo.config import ServersSection
 from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.rollout.servers.api import InferenceServer, LaunchPlan, LaunchSpec, ServerAdapter
-from megatron_fipo.rollout.servers.http import ServerConnection, ServerError, ServerRefusedError
+from megatron_fipo.rollout.servers.http import ServerConnection, ServerError, ServerRefusedError, ServerUnreachableError
 from megatron_fipo.rollout.servers.process import ServerProcess, is_free
-from megatron_fipo.rollout.servers.server import Server
+from megatron_fipo.rollout.servers.server import Server, State
 
 T = TypeVar("T")
 
@@ -58,6 +58,23 @@ class Starter:
         name = f"{self._adapter.name}-{index}"
         log = None if log_folder is None else log_folder / f"{name}.log"
         return Server(name, spec, self._connect(spec), log)
+
+    async def newcomer(self, name: str, spec: LaunchSpec, is_announced: Callable[[], bool]) -> Server:
+        """A server that has come while the run goes on. It is asked once who it is, and generates nothing yet.
+
+        Raises:
+            ServerUnreachableError: if it does not answer.
+            ServerError: if it refuses, or is a server of another model.
+        """
+        server = Server(name, spec, self._connect(spec), None)
+        server.is_announced, server.is_proven = is_announced, False
+        try:
+            info = await asyncio.wait_for(server.client.info(), PROBE_TIMEOUT_S)
+        except TimeoutError:
+            raise ServerUnreachableError(f"{server.client.url} did not answer within {PROBE_TIMEOUT_S:g} s") from None
+        _expect_same_shape(server, info.model_path)
+        server.state, server.reason = State.STALE, "it has just come; the next update of the weights is its first"
+        return server
 
     async def bring_up(self, server: Server) -> None:
         """Start a server, or attach to it, and return when it takes weights and requests.
@@ -184,7 +201,8 @@ def _expect_same_shape(server: Server, folder: str) -> None:
     """
     if not (Path(folder) / "config.json").is_file():
         return
-    place = f"{server.name} ({server.client.url}, one of servers.urls) serves {folder}"
+    who = "announced" if server.may_leave else "one of servers.urls"
+    place = f"{server.name} ({server.client.url}, {who}) serves {folder}"
     try:
         theirs = asdict(read_model_shape(folder))
     except ValueError as error:

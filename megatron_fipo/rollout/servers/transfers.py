@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import socket
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -59,16 +60,15 @@ class Transfer(Protocol):
         ...
 
 
-def make_transfer(method: Method, timeout_s: float, host: str = "127.0.0.1") -> Transfer:
+def make_transfer(method: Method, timeout_s: float) -> Transfer:
     """The transfer of servers.weight_sync.
 
     Args:
         timeout_s: longest wait for one bucket.
-        host: address of this process that servers can reach (distributed).
     """
     if method == "tensor":
         return TensorTransfer(timeout_s)
-    return DistributedTransfer(timeout_s, host) if method == "distributed" else DiskTransfer(timeout_s)
+    return DistributedTransfer(timeout_s) if method == "distributed" else DiskTransfer(timeout_s)
 
 
 class TensorTransfer:
@@ -135,12 +135,11 @@ class DistributedTransfer:
 
     Args:
         timeout_s: longest wait for the members, and for one bucket.
-        host: address of this process that servers can reach.
         make_group: makes the process group; tests replace it.
     """
 
-    def __init__(self, timeout_s: float, host: str, make_group: MakeGroup = ExternalGroup) -> None:
-        self._timeout_s, self._host, self._make_group = timeout_s, host, make_group
+    def __init__(self, timeout_s: float, make_group: MakeGroup = ExternalGroup) -> None:
+        self._timeout_s, self._make_group = timeout_s, make_group
         self._group: ExternalGroup | None = None
         self._name = ""
         self._members: list[tuple[str, int]] = []
@@ -198,11 +197,12 @@ class DistributedTransfer:
         members = [(server.name, server.incarnation) for server in session.servers]
         backend: Literal["gloo", "nccl"] = "nccl" if session.servers[0].spec.device == "cuda" else "gloo"
         name = f"weights-{uuid.uuid4().hex[:12]}"  # a server attached to may know one of an earlier run
-        group = self._make_group(self._host, name, backend, world_size, self._timeout_s)
+        host = _own_address([server.spec.host for server in session.servers])
+        group = self._make_group(host, name, backend, world_size, self._timeout_s)
         self._group, self._name = group, name  # from here on close() leaves it
 
         async def join(server: Server) -> None:
-            address = GroupAddress(self._host, group.port, name, backend, world_size, first_rank[server.name])
+            address = GroupAddress(host, group.port, name, backend, world_size, first_rank[server.name])
             await server.client.join_group(address, self._timeout_s + _MARGIN_S)
             self._joined[server.name] = (server.incarnation, name)
 
@@ -272,6 +272,13 @@ class DistributedTransfer:
         if problem is not None:
             raise ServerError(f"{what}: {problem}") from problem
         return True
+
+
+def _own_address(hosts: Sequence[str]) -> str:
+    """The address at which servers on these hosts reach this process."""
+    if all(host == "localhost" or host.startswith("127.") for host in hosts):
+        return "127.0.0.1"
+    return socket.gethostbyname(socket.gethostname())
 
 
 async def _open_update(client: InferenceServer) -> None:
