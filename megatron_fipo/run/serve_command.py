@@ -6,13 +6,18 @@ import argparse
 import asyncio
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fipo.system import uncollected
 from megatron_fipo.system.command_line import add_config_arguments
+
+if TYPE_CHECKING:
+    from megatron_fipo.rollout.servers.serving import Serving
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     validate(config, is_for_training=False)
     require_inputs(config, arguments.config, unread=("data.",))
     with uncollected.imports():
+        from megatron_fipo import quiet  # noqa: F401 - before the packages that it silences
         from megatron_fipo.hub.models import model_folder
         from megatron_fipo.rollout.servers.announced import AnnouncedServers
         from megatron_fipo.rollout.servers.joining import what_is_served, why_none_may_join
@@ -76,8 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
         folder / f"joined-{socket.gethostname()}-{os.getpid()}",
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    asyncio.run(serving.run())
+    asyncio.run(_until_told_to_stop(serving))
     return 0
+
+
+async def _until_told_to_stop(serving: Serving) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, serving.stop)
+    await serving.run()
 
 
 def _own_host() -> str:

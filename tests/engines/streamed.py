@@ -35,7 +35,7 @@ from tests.engines.serving import KEY, launch_spec
 PATIENCE_S = 600.0
 NUM_SERVERS = {"sglang": 2, "vllm": 1}
 """SGLang's run has two nodes with a server each; vLLM's has one."""
-_ARGUMENTS = {"sglang": (), "vllm": ("--block-size", "32")}
+ARGUMENTS = {"sglang": (), "vllm": ("--block-size", "32")}
 """vLLM's prefix cache knows whole blocks only, of 128 tokens on the CPU: longer than any sequence here."""
 MOST_REQUESTS = {"sglang": 256, "vllm": 8}
 """At each server: all that a step begins, or so few that others are in flight when those of the batch are done."""
@@ -46,7 +46,7 @@ def running_servers(engine: str, folder: Path) -> Iterator[list[str]]:
     """Servers of the quick-start's model that nobody has attached to yet; their addresses."""
     loop = EventLoopThread()
     specs = [
-        replace(launch_spec(engine, ROOT / BASE, index=index), extra_args=_ARGUMENTS[engine])
+        replace(launch_spec(engine, ROOT / BASE, index=index), extra_args=ARGUMENTS[engine])
         for index in range(NUM_SERVERS[engine])
     ]
     # A health probe would count among what a server works on.
@@ -186,7 +186,8 @@ def _note(seen: Path, **what: Any) -> None:
 
 def _load(engine: str, servers: ServerEngine) -> int:
     assert servers.owned is not None
-    return sum(num_requests(engine, server.client.url) for server in servers.owned.pool.servers)
+    own = [server for server in servers.owned.pool.servers if not server.may_leave]
+    return sum(num_requests(engine, server.client.url) for server in own)
 
 
 def _watch_ends(engine: str, note: Callable[..., None]) -> None:

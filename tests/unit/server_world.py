@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
@@ -234,12 +234,20 @@ class World:
 
     # what is tested
 
-    def pool(self, *, attached: bool = False, router: bool = False, key: str = "a key", **settings: Any) -> ServerPool:
-        """A pool of all servers, not started."""
+    def pool(
+        self,
+        *,
+        attached: bool = False,
+        router: bool = False,
+        key: str = "a key",
+        num_own: int | None = None,
+        **settings: Any,
+    ) -> ServerPool:
+        """A pool of all servers, or of the first ones, not started."""
         spec = LaunchSpec("python", self.base, self.host, 0, "float32", "0", key=key)
         return ServerPool(
             FakeAdapter(self),
-            [replace(spec, port=port) for port in self.ports],
+            [replace(spec, port=port) for port in self.ports[:num_own]],
             ServersSection(**settings),
             log_folder=None if attached else self.folder / "logs",
             router=(lambda urls, port: LaunchPlan(("router", f"http://127.0.0.1:{port}"))) if router else None,
@@ -342,6 +350,39 @@ class World:
     def close(self) -> None:
         self.thread.stop()
         self.loop.close()
+
+
+class PlayedPolicy:
+    """A `Policy` that notes what is asked of it, between what servers are asked."""
+
+    vocab_size = 50
+
+    def __init__(self, world: World) -> None:
+        self.world, self.version, self.notes = world, 0, list[str]()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        self._note("weights")
+        yield from self.world.new_weights(self.version)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._note("score")
+        return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
+
+    def offload(self) -> None:
+        self._note("offload")
+
+    def onload(self) -> None:
+        self._note("onload")
+
+    def _note(self, what: str) -> None:
+        self.notes += [*self.world.routes(0), f"policy {what}"]
+        self.world.asked.clear()
+
+    def taken(self) -> list[str]:
+        """What has been asked since this was last called."""
+        self._note("looked at")
+        notes, self.notes = self.notes[:-1], []
+        return notes
 
 
 def request(sample: int = 0, *, group: int = 0, num_tokens: int = 4, **options: Any) -> GenerationRequest:

@@ -30,7 +30,7 @@ from tests.unit.fake_servers import (
     token,
     unavailable,
 )
-from tests.unit.server_world import World, play_routers, request, tokens_of
+from tests.unit.server_world import PlayedPolicy, World, play_routers, request, tokens_of
 
 
 @pytest.fixture
@@ -851,39 +851,6 @@ def test_servers_that_never_answer_for_their_log_probs_end_the_run(
     with pytest.raises(ServerError, match=f"(?s){words}"):
         engine.check_log_probs([[3, 4, 5]], [[-1.0, -1.0]])
     close(world, engine)
-
-
-class PlayedPolicy:
-    """A `Policy` that notes what is asked of it, between what servers are asked."""
-
-    vocab_size = 50
-
-    def __init__(self, world: World) -> None:
-        self.world, self.version, self.notes = world, 0, list[str]()
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        self._note("weights")
-        yield from self.world.new_weights(self.version)
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        self._note("score")
-        return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
-
-    def offload(self) -> None:
-        self._note("offload")
-
-    def onload(self) -> None:
-        self._note("onload")
-
-    def _note(self, what: str) -> None:
-        self.notes += [*self.world.routes(0), f"policy {what}"]
-        self.world.asked.clear()
-
-    def taken(self) -> list[str]:
-        """What has been asked since this was last called."""
-        self._note("looked at")
-        notes, self.notes = self.notes[:-1], []
-        return notes
 
 
 WARMED = ["score_end", "score_end"]

@@ -99,6 +99,7 @@ class ServerEngine:
         self.stop_token_ids = settings.stop_token_ids
         self._settings, self._agree = settings, agree
         self._packers, self._check_before_start, self._joining = packers, check_before_start, joining
+        self._own_capacity = self.capacity
         self._given: int | None = None
         self._memory: Literal["resident", "released", "weights only"] = "resident"
         self._last_sync: SyncReport | None = None
@@ -222,6 +223,7 @@ class ServerEngine:
             self.check_caches(cached, expected[-1])
         if self.owned is not None:
             self._run(self.owned.pool.admit())
+            self._fit_capacity(self.owned)
         self._given = version
 
     def take_back(self, policy: Policy) -> None:
@@ -334,10 +336,13 @@ class ServerEngine:
             now = self._joining.look()
             with self.collectively():
                 if self.owned is not None:
-                    num_more = self._run(self._joining.take_in(self.owned.pool, now))
-                    slots = self.owned.sender.slots
-                    most = slots.number + num_more * self.owned.pool.settings.max_concurrent_requests
-                    self.owned.loop.call(partial(slots.change, most))
+                    self._run(self._joining.take_in(self.owned.pool, now))
+                    self._fit_capacity(self.owned)
+
+    def _fit_capacity(self, owned: OwnedServers) -> None:
+        """Let as many requests be in flight as there are servers for, those that have joined among them."""
+        each = owned.pool.settings.max_concurrent_requests
+        owned.loop.call(lambda: owned.sender.slots.change(self._own_capacity + each * owned.pool.num_joined))
 
     @contextmanager
     def collectively(self) -> Iterator[None]:

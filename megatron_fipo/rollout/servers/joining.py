@@ -91,44 +91,40 @@ class Joining:
         found, owner_of = self._decide(self._find)
         return [server for server in found if owner_of[server.name] == self._owner]
 
-    async def take_in(self, pool: ServerPool, now: Sequence[Announced]) -> int:
+    async def take_in(self, pool: ServerPool, now: Sequence[Announced]) -> None:
         """Take in who is announced and was not before, and let go who is not any more, or is lost.
 
         Args:
             now: what `look` has found.
-
-        Returns:
-            How many more servers there are; fewer, if negative.
 
         Raises:
             DiskError: if it cannot be written that one was given up.
         """
         announced = {server.name: server for server in now if server.name not in self._given_up}
         there = [server for server in pool.servers if server.may_leave]
-        num_more = 0
         for server in there:
             if server.name in announced and server.state is State.LOST:
                 self._give_up(server.name, server.reason, for_good=False)
                 del announced[server.name]
             if server.name not in announced:
-                logger.warning("%s (%s) has left the run", server.name, server.client.url)
+                why = f": {server.reason}" if server.state is State.LOST else ""
+                logger.warning("%s (%s) has left the run%s", server.name, server.client.url, why)
                 await pool.leave(server)
-                num_more -= 1
         known = {server.name for server in there}
         new = [self._join(pool, server) for name, server in announced.items() if name not in known]
-        return num_more + sum(await asyncio.gather(*new))
+        await asyncio.gather(*new)
 
-    async def _join(self, pool: ServerPool, server: Announced) -> bool:
-        """Take a server in; whether that was done."""
+    async def _join(self, pool: ServerPool, server: Announced) -> None:
+        """Take a server in, or give it up."""
         try:
             self._expect_same(server)
             spec = replace(pool.specs[0], host=server.host, port=server.port, key=server.key, gpus=(), cpu_cores=())
             await pool.join(server.name, spec, lambda: self._announced.is_announced(server.name))
         except ServerError as error:
+            logger.warning("%s (http://%s:%d) cannot join the run: %s", server.name, server.host, server.port, error)
             self._give_up(server.name, str(error), for_good=not isinstance(error, ServerUnreachableError))
-            return False
+            return
         logger.warning("%s (http://%s:%d) joins the run", server.name, server.host, server.port)
-        return True
 
     def _expect_same(self, server: Announced) -> None:
         """
@@ -145,7 +141,6 @@ class Joining:
             raise ServerError(f"it was started with {'; '.join(different)}. Start it with the run's own configuration.")
 
     def _give_up(self, name: str, reason: str, *, for_good: bool) -> None:
-        logger.warning("%s is given up: %s", name, reason)
         self._given_up.add(name)
         self._announced.give_up(name, reason, for_good=for_good)
 

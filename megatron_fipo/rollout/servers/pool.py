@@ -79,6 +79,12 @@ class ServerPool:
         return sum(server.num_restarts for server in self.servers)
 
     @property
+    def num_joined(self) -> int:
+        """How many have joined and may generate, or will again."""
+        joined = (server for server in self.servers if server.may_leave and server.is_proven)
+        return sum(server.state is not State.LOST for server in joined)
+
+    @property
     def arrived(self) -> ArrivedWeights | None:
         """The weights that servers are proven to hold; None until the first update has succeeded."""
         return None if self._revival is None else self._revival.arrived

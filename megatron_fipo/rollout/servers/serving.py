@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -77,15 +76,12 @@ class Serving:
         self._is_told_to_stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve. SIGINT and SIGTERM end it; what is announced is taken back first.
+        """Serve. What is announced is taken back before servers end.
 
         Raises:
             ServerError: if a server does not come up, ends too often, or is of no use to the run.
             DiskError: if the run's folder cannot be written to.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stop)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
             starter = Starter(self._adapter, self._settings, session, self._start_process)
