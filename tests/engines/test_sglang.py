@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,33 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
         asyncio.run(run())
     finally:
         serving.engine.stop_token_ids = frozenset({STOP})
+
+
+def test_what_is_in_flight_may_go_on_with_its_old_keys_and_values(serving: Serving) -> None:
+    """Then what the new weights write is not what the actor would; what is asked for later is."""
+    serving.hold(model=0, version=32)
+    serving.engine.stop_token_ids = frozenset()
+    client, spec = serving.client, serving.client._spec
+
+    async def run() -> tuple[Turn, Turn]:
+        task = asyncio.ensure_future(serving.engine.generate(request(0, 900)))
+        await _until_tokens_flow(serving)
+        await asyncio.to_thread(serving.hold, 1, 33)
+        sample = await task
+        return sample, await serving.engine.generate(request(1, 50))
+
+    client._spec = replace(spec, keeps_in_flight=True)
+    try:
+        sample, later = asyncio.run(run())
+    finally:
+        client._spec = spec
+        serving.engine.stop_token_ids = frozenset({STOP})
+    (_, _, first), (_, _, length) = sample.policy_versions
+    assert [span[0] for span in sample.policy_versions] == [32, 33]
+    assert length == 900
+    assert serving.difference(sample, 0)[:first].max() < TOLERANCE
+    assert serving.difference(sample, 1)[first + 1 :].max() > 10 * TOLERANCE
+    assert serving.difference(later, 1).max() < TOLERANCE, "its prompt was in the cache, by the old weights"
 
 
 def _corrupt(weights: list[tuple[str, Tensor]], name: str) -> list[tuple[str, Tensor]]:

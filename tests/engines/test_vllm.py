@@ -153,9 +153,14 @@ def test_no_key_or_value_of_older_weights_is_reused(serving: Serving, monkeypatc
     expect_nothing_older_is_reused(serving, 60, monkeypatch)
 
 
-def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_update_in_mid_response_shows_in_its_spans(
+    serving: Serving, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, what the new weights write on the old keys and values is not what the actor would."""
     serving.hold(0, version=31)
     client = serving.client
+    monkeypatch.setattr(client, "_spec", replace(client._spec, keeps_in_flight=in_place))
 
     async def update_meanwhile() -> None:
         await client.pause()
@@ -176,8 +181,11 @@ def test_an_update_in_mid_response_shows_in_its_spans(serving: Serving) -> None:
     for sample in crossing:
         (old, start, change), (new, again, stop) = sample.policy_versions
         assert (old, new, start, again, stop) == (31, 32, 0, change, len(sample.response_ids))
-        for model, span in ((0, slice(0, change)), (1, slice(change, stop))):
-            assert serving.difference(sample, model)[span].max() < TOLERANCE
+        assert serving.difference(sample, 0)[:change].max() < TOLERANCE
+        newer = serving.difference(sample, 1)[change:].max()
+        assert newer > 10 * TOLERANCE if in_place else newer < TOLERANCE
+    later = serving.generate(request(1, 50))
+    assert serving.difference(later[0], 1).max() < TOLERANCE, "a prompt that was in the cache, by the old weights"
 
 
 def test_cancelled_and_aborted_requests_give_what_they_have(serving: Serving) -> None:

@@ -329,6 +329,7 @@ REFUSED = {
     ),
     "rollout.max_staleness_steps=-1": ("rollout.max_staleness_steps", ""),
     "rollout.max_staleness_steps=1": ("rollout.max_staleness_steps", "sampling.streaming=true"),
+    "rollout.in_flight=in_place": ("rollout.in_flight", "rollout.overlap=true"),
     "rollout.overlap=true": ("rollout.overlap", "rollout.max_staleness_steps=1"),
     "rollout.too_stale=keep": ("rollout.too_stale", "drop, mask"),
     "rollout.too_stale=mask": ("rollout.too_stale", "rollout.max_staleness_steps=0"),

@@ -85,6 +85,13 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
             f"needs servers with devices of their own: with {where} generation and training take turns",
             "Set rollout.engine to sglang or vllm and servers.placement=dedicated, or rollout.overlap=false",
         )
+    if rollout.in_flight != "retract" and not rollout.overlap:
+        yield Problem(
+            "rollout.in_flight",
+            rollout.in_flight,
+            "is read only with rollout.overlap: without it nothing is in flight when new weights come",
+            "Set rollout.overlap=true, or rollout.in_flight=retract",
+        )
     if rollout.too_stale != "drop" and not rollout.max_staleness_steps:
         yield Problem(
             "rollout.too_stale",

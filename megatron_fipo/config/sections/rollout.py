@@ -48,6 +48,10 @@ class RolloutSection:
     overlap: bool = False
     """Generate for the next step while a step trains, on servers with devices of their own. New weights come while
     responses are being written. Needs max_staleness_steps of 1 or more."""
+    in_flight: str = key("retract", choices=("retract", "in_place"))
+    """With overlap, what becomes of responses that are being written when new weights come: retract computes all of
+    their keys and values anew with these, in_place goes on with the old ones, which costs nothing and makes the rest of
+    these responses other than the actor would write."""
     max_batch_size: int = key(128, least=1, changes_results=False)
     """Sequences that one process decodes at a time (in-process engine)."""
 

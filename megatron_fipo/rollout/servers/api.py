@@ -42,6 +42,8 @@ class LaunchSpec:
         releases_memory: whether release_memory will be called (colocated placement).
         reproducible: whether tokens must be drawn from their request's seed, at whatever it costs in speed. Engines
             that do so anyway ignore it.
+        keeps_in_flight: whether an update leaves the keys and values of requests in flight as they are; else they are
+            computed anew.
         seed: seed of the engine's own random numbers.
         extra_args: what the user appends to the command line.
         key: shown with every request; the server answers nobody else. It is random for a server that the run starts; an
@@ -63,6 +65,7 @@ class LaunchSpec:
     max_running_requests: int = 256
     releases_memory: bool = False
     reproducible: bool = False
+    keeps_in_flight: bool = False
     seed: int = 0
     extra_args: tuple[str, ...] = ()
     key: str = field(default="", repr=False)

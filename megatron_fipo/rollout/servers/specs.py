@@ -96,6 +96,7 @@ def _common_spec(config: Config, device: Device) -> LaunchSpec:
         max_running_requests=section.max_concurrent_requests,
         releases_memory=section.placement == "colocated",
         reproducible=section.reproducible,
+        keeps_in_flight=config.rollout.in_flight == "in_place",
         seed=config.run.seed,
         extra_args=tuple(section.extra_args),
         key=_key(config),

@@ -115,7 +115,7 @@ class SglangServer:
     async def pause(self) -> None:
         # "retract" sends running requests back to the queue: their keys and values are computed anew afterwards, with
         # the weights that then hold, and the cache can be flushed meanwhile.
-        await self._post("/pause_generation", {"mode": "retract"})
+        await self._post("/pause_generation", {"mode": "in_place" if self._spec.keeps_in_flight else "retract"})
 
     async def resume(self) -> None:
         await self._post("/continue_generation", {})
@@ -174,7 +174,8 @@ class SglangServer:
     async def end_update(self, version: str) -> None:
         self._cache_salt = cache_salt(version)
         await self._post("/end_weight_update", {})
-        await self.flush_cache()
+        if not self._spec.keeps_in_flight:  # otherwise only the cache's salt keeps others from finding what is there
+            await self.flush_cache()
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def expected_checksums(self) -> SglangExpectedChecksums:

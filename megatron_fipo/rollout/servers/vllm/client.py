@@ -144,7 +144,7 @@ class VllmServer:
         return ScoredEnd([end.log_probs[0] for end in (first, *rest)], first.num_cached_tokens)
 
     async def pause(self) -> None:
-        await self._post("/pause?mode=keep")
+        await self._post(f"/pause?mode=keep&clear_cache={'false' if self._spec.keeps_in_flight else 'true'}")
 
     async def resume(self) -> None:
         await self._post("/resume")
@@ -187,7 +187,8 @@ class VllmServer:
     async def end_update(self, version: str) -> None:
         self._cache_salt = cache_salt(version)
         await self._call("fipo_end_update", timeout_s=_CONTROL_TIMEOUT_S)
-        await self.flush_cache()
+        if not self._spec.keeps_in_flight:  # otherwise only the cache's salt keeps others from finding what is there
+            await self.flush_cache()
         await self._post("/update_weight_version", {"new_version": version})
 
     def expected_checksums(self) -> VllmExpectedChecksums:
