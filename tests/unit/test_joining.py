@@ -167,6 +167,18 @@ def test_who_takes_back_what_it_announced_is_let_go(world: World) -> None:
         tokens_of(request(group=group, num_tokens=400)) for group in range(8)
     ]
     assert run.announced.given_up("new") is None
+    assert run.engine.metrics()["rollout/requests_resent"].value() == MOST_REQUESTS, "nobody waits for its answers"
+    run.close()
+
+
+def test_who_has_left_is_not_asked_for_its_health_again(world: World) -> None:
+    run = Run(world, health_timeout_s=60.0)
+    machine = run.announce()
+    run.give()
+    run.announced.withdraw("new")
+    machine.end(143)
+    world.call(lambda: run.pool.suspect(run.pool.servers[NEWCOMER], RuntimeError("gone")))
+    assert world.until(lambda: run.states()["new"] is State.LOST) < 5.0
     run.close()
 
 

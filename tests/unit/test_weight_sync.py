@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import _world
 
 from megatron_fipo.parallel.external_group import ExternalGroup
+from megatron_fipo.rollout.servers import transfers
 from megatron_fipo.rollout.servers.sglang import client as sglang
 from megatron_fipo.rollout.servers.weight_buckets import pack
 
@@ -217,3 +218,18 @@ def test_what_a_member_says_ends_the_wait() -> None:
     member.kill()
     member.communicate()
     group.leave()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["127.0.0.1", "localhost", "127.7.7.7"], "127.0.0.1"),
+        (["127.0.0.1", "10.0.0.2"], "10.0.0.1"),
+    ],
+)
+def test_servers_on_other_hosts_are_told_this_ones_address(
+    hosts: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that has joined from there."""
+    monkeypatch.setattr(transfers.socket, "gethostbyname", lambda name: "10.0.0.1")
+    assert transfers._own_address(hosts) == expected

@@ -337,7 +337,6 @@ class ServerEngine:
             with self.collectively():
                 if self.owned is not None:
                     self._run(self._joining.take_in(self.owned.pool, now))
-                    self._fit_capacity(self.owned)
 
     def _fit_capacity(self, owned: OwnedServers) -> None:
         """Let as many requests be in flight as there are servers for, those that have joined among them."""

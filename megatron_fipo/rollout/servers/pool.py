@@ -153,7 +153,7 @@ class ServerPool:
 
         Raises:
             ServerUnreachableError: if it does not answer.
-            ServerError: if it refuses, or is a server of another model.
+            ServerError: if it refuses.
         """
         assert self._starter is not None, "start() made it"
         self.roster.servers.append(await self._starter.newcomer(name, spec, is_announced))

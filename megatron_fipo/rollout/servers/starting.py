@@ -60,19 +60,18 @@ class Starter:
         return Server(name, spec, self._connect(spec), log)
 
     async def newcomer(self, name: str, spec: LaunchSpec, is_announced: Callable[[], bool]) -> Server:
-        """A server that has come while the run goes on. It is asked once who it is, and generates nothing yet.
+        """A server that has come while the run goes on, which answers and generates nothing yet.
 
         Raises:
             ServerUnreachableError: if it does not answer.
-            ServerError: if it refuses, or is a server of another model.
+            ServerError: if it refuses.
         """
         server = Server(name, spec, self._connect(spec), None)
         server.is_announced, server.is_proven = is_announced, False
         try:
-            info = await asyncio.wait_for(server.client.info(), PROBE_TIMEOUT_S)
+            await asyncio.wait_for(server.client.info(), PROBE_TIMEOUT_S)
         except TimeoutError:
             raise ServerUnreachableError(f"{server.client.url} did not answer within {PROBE_TIMEOUT_S:g} s") from None
-        _expect_same_shape(server, info.model_path)
         server.state, server.reason = State.STALE, "it has just come; the next update of the weights is its first"
         return server
 
@@ -201,8 +200,7 @@ def _expect_same_shape(server: Server, folder: str) -> None:
     """
     if not (Path(folder) / "config.json").is_file():
         return
-    who = "announced" if server.may_leave else "one of servers.urls"
-    place = f"{server.name} ({server.client.url}, {who}) serves {folder}"
+    place = f"{server.name} ({server.client.url}, one of servers.urls) serves {folder}"
     try:
         theirs = asdict(read_model_shape(folder))
     except ValueError as error:
