@@ -43,20 +43,23 @@ def in_rollout(step: int, num_samples: int) -> None:
 
 
 def in_stream(step: int, num_samples: int) -> None:
-    """`in_rollout` for sampling.streaming."""
+    """`in_rollout` for sampling.streaming; where the step judges fewer, the first one after it that judges so many."""
     _in_stream(step, num_samples, die)
 
 
 def signalled_in_stream(step: int, num_samples: int) -> None:
-    """Get SIGTERM when so many of this rank's responses of a step are judged, and go on."""
+    """Get SIGTERM when so many of this rank's responses of a step are judged, and go on.
+
+    Where the step judges fewer, it is the first one after it that judges so many.
+    """
     _in_stream(step, num_samples, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _in_stream(step: int, num_samples: int, action: Callable[[], None]) -> None:
-    original, seen = Stream.__init__, [0]
+    original = Stream.__init__
 
     def watched(self: Stream, *args: Any, **keywords: Any) -> None:
-        on_written = keywords["on_written"]
+        on_written, seen = keywords["on_written"], [0]
 
         def counting(sample: Any) -> None:
             on_written(sample)
@@ -64,7 +67,7 @@ def _in_stream(step: int, num_samples: int, action: Callable[[], None]) -> None:
             if seen[0] == num_samples:
                 action()
 
-        if keywords["step"] == step:
+        if keywords["step"] >= step:
             keywords["on_written"] = counting
         original(self, *args, **keywords)
 

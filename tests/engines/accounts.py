@@ -27,6 +27,12 @@ def records(folder: Path, step: int) -> list[dict[str, Any]]:
     return _responses(folder, step, "rank")
 
 
+def last_recorded_step(folder: Path) -> int:
+    """The last step that has had any response judged."""
+    steps = [int(path.name.removeprefix("step_")) for path in (folder / "rollouts").glob("step_*")]
+    return max(step for step in steps if records(folder, step))
+
+
 def carried(folder: Path, step: int) -> list[dict[str, Any]]:
     """Every response that a step took over, with the rank that did."""
     return _responses(folder, step, "carried")

@@ -28,7 +28,7 @@ from megatron_fipo.rollout.stream import Stream
 from megatron_fipo.system.exit_codes import EXIT_STOPPED
 from tests.end_to_end import kills
 from tests.end_to_end.runs import BASE, ROOT, Preparation, train
-from tests.engines.accounts import NUM_PROMPTS, NUM_SAMPLES, records
+from tests.engines.accounts import NUM_PROMPTS, NUM_SAMPLES, last_recorded_step, records
 from tests.engines.attaching import KEY_ENV
 from tests.engines.serving import KEY, launch_spec
 
@@ -130,29 +130,38 @@ class Interrupted:
 
     engine: str
     folder: Path
+    signalled_in: int
+    """The first of these steps."""
     at_signal: list[dict[str, Any]]
-    """What was recorded of the first of these steps when the run had left."""
+    """What was recorded of it when the run had left."""
     load_at_signal: int
     """Requests that servers still had then."""
+    killed_in: int
+    """The second one."""
     at_kill: list[dict[str, Any]]
-    """What was recorded of the second one when the run had been killed."""
+    """What was recorded of it when the run had been killed."""
 
 
 def interrupted(
     engine: str, folder: Path, urls: Sequence[str], *overrides: str, signalled_in: int, killed_in: int
 ) -> Interrupted:
-    """Train, with one interruption in each of the two steps: where it can be, not of the rank that keeps the books."""
+    """Train, with one interruption in each of the two steps: where it can be, not of the rank that keeps the books.
+
+    Where one of them judges too little, the interruption comes in a later one.
+    """
     victim = NUM_SERVERS[engine] - 1
     signalled = partial(on_rank, victim, partial(kills.signalled_in_stream, step=signalled_in, num_samples=3))
     stream(folder, engine, urls, "signalled", *overrides, prepare=signalled, expected=EXIT_STOPPED)
+    signalled_in = last_recorded_step(folder)
     at_signal, load = records(folder, signalled_in), sum(num_requests(engine, url) for url in urls)
     killed = partial(on_rank, victim, partial(kills.in_stream, step=killed_in, num_samples=3))
     with pytest.raises(RankError):
         stream(folder, engine, urls, "killed", *overrides, prepare=killed)
+    killed_in = last_recorded_step(folder)
     at_kill = records(folder, killed_in)
     wait_until_idle(engine, urls)
     stream(folder, engine, urls, "finished", *overrides, prepare=nothing, expected=0)
-    return Interrupted(engine, folder, at_signal, load, at_kill)
+    return Interrupted(engine, folder, signalled_in, at_signal, load, killed_in, at_kill)
 
 
 # --- on ranks --------------------------------------------------------------------------------------------------------

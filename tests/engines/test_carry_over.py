@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Run:
-    """A run that was asked to leave in step 1 and killed in step 3, and one whose servers kept their caches."""
+    """A run that was asked to leave in one step and killed in another one, and one whose servers kept their caches."""
 
     interrupted: Interrupted
     account: Account
@@ -119,7 +119,12 @@ def test_keys_and_values_of_older_weights_would_be_noticed(run: Run) -> None:
 
 
 def test_what_was_recorded_before_a_signal_or_a_kill_is_used(run: Run) -> None:
-    for step, before in ((1, run.interrupted.at_signal), (3, run.interrupted.at_kill)):
+    interrupted = run.interrupted
+    assert interrupted.killed_in >= interrupted.signalled_in >= 1
+    for step, before in (
+        (interrupted.signalled_in, interrupted.at_signal),
+        (interrupted.killed_in, interrupted.at_kill),
+    ):
         after = records(run.folder, step)
         assert len(before) >= 3
         assert len({place_of(one) for one in after}) == len(after)

@@ -20,7 +20,7 @@ NUM_STEPS = 3
     params=[pytest.param("sglang", marks=pytest.mark.sglang), pytest.param("vllm", marks=pytest.mark.vllm)],
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    """A run of three steps, interrupted twice in step 1."""
+    """A run of three steps, interrupted twice in one of them."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
     with streamed.running_servers(request.param, folder.parent / "logs") as urls:
         return streamed.interrupted(request.param, folder, urls, signalled_in=1, killed_in=1)
@@ -43,7 +43,7 @@ def test_what_is_in_flight_at_the_end_of_a_step_is_freed_before_the_next_weights
     # At SGLang all that a step begins is in flight at once, at vLLM few are, so that others are at the end of a batch.
     # Which end finds the last of them written is up to the machine.
     cut_short = [(one["launch"], one["step"]) for one in ends if one["aborted"]]
-    assert ("signalled", 1) in cut_short if run.engine == "sglang" else cut_short
+    assert ("signalled", run.signalled_in) in cut_short if run.engine == "sglang" else cut_short
     assert [one for one in ends if one["load"]] == [], "it is still on the server"
     assert [one for one in seen if one["at"] == "update" and one["load"]] == []
     assert run.load_at_signal == 0
@@ -68,7 +68,9 @@ def test_what_was_recorded_is_used_and_nothing_is_generated_twice(run: Interrupt
     for step in range(NUM_STEPS):
         keys = [place_of(one) for one in records(run.folder, step)]
         assert len(keys) == len(set(keys))
-    for before, after in ((run.at_signal, run.at_kill), (run.at_kill, records(run.folder, 1))):
+    assert run.killed_in >= run.signalled_in >= 1
+    for step, before in ((run.signalled_in, run.at_signal), (run.killed_in, run.at_kill)):
+        after = records(run.folder, step)
         assert len(after) > len(before)
         assert all(one in after for one in before)
 

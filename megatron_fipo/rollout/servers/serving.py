@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,8 +143,7 @@ class Serving:
         server, place.server = place.server, None
         if server is None:
             return
-        with suppress(FileNotFoundError):
-            self._announced.withdraw(server.name)
+        self._announced.withdraw(server.name)
         if server.process is not None:
             server.process.ask_to_end()
             await asyncio.to_thread(server.process.wait)
