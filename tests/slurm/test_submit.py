@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.end_to_end.runs import differing, exported_weights, latest_checkpoint_name, step_lines, timeless
+from tests.end_to_end.runs import (
+    QUICKSTART,
+    ROOT,
+    differing,
+    exported_weights,
+    latest_checkpoint_name,
+    step_lines,
+    timeless,
+)
 from tests.engines.environments import server_python
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import SubmittedRun, Submitter
@@ -15,6 +26,7 @@ from tests.slurm.jobs import SubmittedRun, Submitter
 pytestmark = pytest.mark.slurm
 
 NUM_STEPS = 10
+PATIENCE_S = 900.0
 SECRET_NAME, SECRET = "MEGATRON_FIPO_TEST_SECRET", "hunter2-5f0c"
 
 
@@ -98,17 +110,37 @@ def test_the_time_limit_saves_and_a_cancelled_run_stays_cancelled(submit: Submit
     run.wait_for_end("REQUEUED", "CANCELLED")
 
 
-def test_each_node_generates_on_a_server_of_its_own(submit: Submitter) -> None:
-    """Skipped where tools/engines/install.py has not installed SGLang."""
-    overrides = ("train.num_steps=2", "rollout.engine=sglang", f"servers.python={server_python('sglang')}")
-    run = submit("served", *overrides, time="20")
-    run.wait_until(run.has_ended, "the run's end", timeout_s=900)  # starting two servers takes most of it
-    run.wait_for_end("COMPLETED")
-    assert run.num_steps() == 2
+def test_each_node_generates_on_a_server_of_its_own_and_another_one_joins(submit: Submitter) -> None:
+    """In a step of the job, beside that which trains. Skipped where tools/engines/install.py has not installed SGLang."""
+    overrides = ("rollout.engine=sglang", f"servers.python={server_python('sglang')}")
+    run = submit("served", "train.num_steps=100000", *overrides, time="30")
+    run.wait_until(lambda: run.num_steps() >= 2, "two steps", timeout_s=PATIENCE_S)  # starting two servers takes most
     logs = sorted((run.folder / "servers").glob("rank-*/sglang-0.log"))
     assert [log.parent.name for log in logs] == ["rank-0", "rank-1"]
     for log in logs:
         assert '"POST /generate HTTP/1.1" 200' in log.read_text()
+
+    step = ("srun", f"--jobid={run.number}", "--overlap", "--nodes=1", "--ntasks=1")
+    serve = (sys.executable, "-m", "megatron_fipo.cli", "serve", QUICKSTART, f"run.output_dir={run.folder}")
+    command = [*step, *serve, *overrides, "--host", "127.0.0.1"]
+    with subprocess.Popen(command, cwd=ROOT, env=dict(submit.cluster.environment)) as serving:
+        try:
+            run.wait_until(lambda: num_servers(run) == 3, "another server", timeout_s=PATIENCE_S)
+            (log,) = (run.folder / "servers").glob("joined-*/sglang-0.log")
+            run.wait_until(lambda: '"POST /generate HTTP/1.1" 200' in log.read_text(), "its first response")
+            serving.send_signal(signal.SIGTERM)
+            assert serving.wait(PATIENCE_S) == 0
+        finally:
+            serving.kill()
+    run.wait_until(lambda: num_servers(run) == 2, "it has left")
+    assert list((run.folder / "servers" / "joined").iterdir()) == []
+    run.cluster.run("scancel", run.number)
+    run.wait_for_end("CANCELLED")
+
+
+def num_servers(run: SubmittedRun) -> float:
+    """Servers that held the weights in the last step that has been logged."""
+    return float(step_lines(run.folder)[-1]["weight_sync/servers"])
 
 
 def files_holding(text: str, folder: Path) -> list[Path]:
