@@ -111,7 +111,10 @@ def test_the_time_limit_saves_and_a_cancelled_run_stays_cancelled(submit: Submit
 
 
 def test_each_node_generates_on_a_server_of_its_own_and_another_one_joins(submit: Submitter) -> None:
-    """In a step of the job, beside that which trains. Skipped where tools/engines/install.py has not installed SGLang."""
+    """In a step of the job, beside that which trains.
+
+    Skipped where tools/engines/install.py has not installed SGLang.
+    """
     overrides = ("rollout.engine=sglang", f"servers.python={server_python('sglang')}")
     run = submit("served", "train.num_steps=100000", *overrides, time="30")
     run.wait_until(lambda: run.num_steps() >= 2, "two steps", timeout_s=PATIENCE_S)  # starting two servers takes most
