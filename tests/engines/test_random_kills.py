@@ -63,7 +63,9 @@ def _drawn(number: int, draw: random.Random) -> Moment:
 
 
 @pytest.mark.sglang
-@pytest.mark.parametrize("more", [(), OVERLAP], ids=["carry-over", "overlap"])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=pytest.mark.long, id="carry-over"), pytest.param(OVERLAP, id="overlap")]
+)
 def test_every_prompt_is_accounted_for_whenever_the_run_is_killed(more: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with streamed.running_servers("sglang", tmp_path / "logs") as urls:

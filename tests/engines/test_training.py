@@ -69,6 +69,7 @@ def _recorded(folder: Path) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.sglang
+@pytest.mark.long
 def test_a_killed_run_keeps_the_responses_that_are_there(tmp_path: Path) -> None:
     """In the middle of a rollout: what is recorded stays, what is missing is generated, nothing twice."""
     folder = tmp_path / "run"
