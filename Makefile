@@ -78,14 +78,11 @@ test-fast: $(INSTALLED) ## unit tests that start no processes: less than a minut
 test-docs: $(INSTALLED) $(DOCS)/.installed ## the site builds strictly, and does not where something is broken
 	MEGATRON_FIPO_DOCS_PYTHON=$(DOCS)/bin/python $(BIN)/python -m pytest -m docs $(ARGS)
 
-# A server takes half a minute to start, on one core.
-ENGINE_JOBS ?= 2
-
 test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM servers, installed if they are not there
 	@set -e; sglang=$$($(BIN)/python tools/engines/install.py sglang); \
 	vllm=$$($(BIN)/python tools/engines/install.py vllm); \
 	set -x; MEGATRON_FIPO_SGLANG_PYTHON=$$sglang MEGATRON_FIPO_VLLM_PYTHON=$$vllm \
-		$(BIN)/python -m pytest -m "(sglang or vllm) and not long" --numprocesses $(ENGINE_JOBS) --dist loadfile $(ARGS)
+		$(BIN)/python -m pytest -m "(sglang or vllm) and not long" $(ARGS)
 
 test-slurm: $(INSTALLED) ## jobs on a real Slurm of two nodes on this host (root; its Debian packages are installed)
 	$(BIN)/python -m pytest -m slurm $(ARGS)

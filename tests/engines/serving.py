@@ -54,7 +54,6 @@ def launch_spec(
 ) -> LaunchSpec:
     """A small server on the CPU, on a free port."""
     num_cores = os.cpu_count() or 1
-    index += int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # other tests run beside this one
     return LaunchSpec(
         python=str(server_python(engine)),
         model_path=model,

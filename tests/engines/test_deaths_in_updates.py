@@ -25,7 +25,7 @@ from tests.engines.serving import VOCABULARY, Serving, request, scores
 NUM_TOKENS = 24
 ENGINES = [pytest.param("sglang", marks=pytest.mark.sglang), pytest.param("vllm", marks=pytest.mark.vllm)]
 MOMENTS = [
-    pytest.param("tensor", "load_bucket", 3),
+    pytest.param("tensor", "load_bucket", 3, marks=pytest.mark.long),
     pytest.param("distributed", "receive_bucket", 3),
     pytest.param("distributed", "join_group", 0, marks=pytest.mark.long),
     pytest.param("distributed", "checksums", 0, marks=pytest.mark.long),

@@ -129,7 +129,9 @@ def test_strangers_and_web_pages_are_refused(serving: Serving) -> None:
     expect_key_nowhere(serving, log.parents[1])
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["round-robin", "router"])
+@pytest.mark.parametrize(
+    "direct", [pytest.param(True, id="round-robin", marks=pytest.mark.long), pytest.param(False, id="router")]
+)
 def test_kill_9_in_mid_generation(serving: Serving, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_until_ready(serving)
     if direct:

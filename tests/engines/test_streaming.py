@@ -17,7 +17,10 @@ NUM_STEPS = 3
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("sglang", marks=pytest.mark.sglang), pytest.param("vllm", marks=pytest.mark.vllm)],
+    params=[
+        pytest.param("sglang", marks=pytest.mark.sglang),
+        pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.long]),
+    ],
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     """A run of three steps, interrupted twice in one of them."""

@@ -349,7 +349,7 @@ def test_a_trainer_elsewhere_attaches_and_leaves_the_server_running(serving: Ser
     expect_two_nodes_to_share("vllm", serving, tmp_path)
 
 
-@pytest.mark.parametrize("victim", ["server", "worker"])
+@pytest.mark.parametrize("victim", ["server", pytest.param("worker", marks=pytest.mark.long)])
 def test_a_killed_server_comes_back_with_its_weights_and_no_response_is_lost(serving: Serving, victim: str) -> None:
     serving.hold(1, version=51)
     requests = [request(i, MANY_TOKENS) for i in range(8)]
