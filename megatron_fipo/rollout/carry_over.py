@@ -72,7 +72,7 @@ class CarryOver:
         """What there is was read from a checkpoint: the ledger should have so many. Local."""
         self._step, self._own, self._num_expected = None, {}, num_responses
 
-    def begin(self, step: int, first_prompt: int, *, takes_up: bool) -> None:
+    def begin(self, step: int, first_prompt: int, *, takes_up: bool = False) -> None:
         """Find what a step goes on with. Collective.
 
         Args:

@@ -24,7 +24,20 @@ def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    return InBackground(coroutine, "coroutine-of-a-notebook").result()
+    # It begins when it is waited for: a KeyboardInterrupt before that would leave it running.
+    may_begin: Future[None] = Future()
+
+    async def begun() -> Result:
+        await asyncio.wrap_future(may_begin)
+        return await coroutine
+
+    def let_begin() -> None:
+        if not may_begin.done():
+            may_begin.set_result(None)
+
+    return InBackground(begun(), "coroutine-of-a-notebook").result(let_begin)
+        lambda: may_begin.done() or may_begin.set_result(None)
+    )
 
 
 class InBackground(Generic[Result]):
@@ -46,9 +59,10 @@ class InBackground(Generic[Result]):
         A KeyboardInterrupt meanwhile cancels the coroutine.
 
         Args:
-            while_waiting: called now and then.
+            while_waiting: called at once, and now and then.
         """
         try:
+            while_waiting()
             while not wait([self._future], timeout=_LOOKS_EVERY_S).done:
                 while_waiting()
             return self._future.result()

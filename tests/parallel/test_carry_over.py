@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_fipo.config import ParallelSection, RolloutSection
+from megatron_fipo.parallel import exchange
 from megatron_fipo.parallel.data_plane import DataPlane
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Segment, Trajectory
@@ -126,6 +127,40 @@ def test_each_rank_goes_on_with_its_own_from_memory_or_the_ledger(tmp_path: Path
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
     text = "step 6: 2 responses that were to go on are not recorded any more; they are begun anew"
     assert run_ranks(_takes_over, 4, str(tmp_path), 10) == [[text], [], [], []]
+
+
+def _takes_up(folder: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]], set[tuple[int, int]]]:
+    """What a rank has, of a step in which a killed run has come to judge some: as one leader where there were two."""
+    with layout(ParallelSection()) as ranks:
+        carry, _ = carry_over(ranks, Path(folder))
+        carry.begin(STEP, 9)
+        end_of_step(carry, ranks)
+        ledger = RolloutLedger(Path(folder), 0, "one", decode=lambda ids: "")
+        if ranks.rank == 0:  # it had judged one of rank 2's that went on, and one that nobody has begun here
+            ledger.begin(STEP + 1)
+            for place in ((11, 3), (12, 1), (40, 0)):
+                ledger.append(0, response(*place, 5, version=STEP + 1))
+            ledger.close()
+        exchange.barrier(ranks.world)
+        again, _ = carry_over(ranks, Path(folder))
+        again.begin(STEP + 1, NEXT_PROMPT, takes_up=True)
+        assert again.everywhere == carry_places() | {(40, 0)}
+        return places(again.judged(prompt)), places(again.unfinished(prompt)), again.judged_everywhere
+
+
+def carry_places() -> set[tuple[int, int]]:
+    return {(10, 0), (10, 1), (11, 0), (11, 1), (11, 2), (11, 3), (12, 0), (12, 1)}
+
+
+def test_what_a_killed_run_has_judged_in_the_step_is_taken_up(tmp_path: Path) -> None:
+    """Also where another rank would have gone on with it."""
+    everywhere = {(10, 0), (10, 1), (11, 0), (11, 1), (11, 3), (12, 1), (40, 0)}
+    assert run_ranks(_takes_up, 4, str(tmp_path)) == [
+        ([(10, 0), (11, 0), (11, 3), (12, 1), (40, 0)], [(11, 2), (12, 0)], everywhere),
+        ([], [], everywhere),
+        ([(10, 1), (11, 1)], [], everywhere),
+        ([], [], everywhere),
+    ]
 
 
 def _stays_no_longer_than_it_may(folder: str, bound: int, too_stale: str) -> None:

@@ -171,9 +171,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def test_a_request_that_is_on_its_way_when_all_is_aborted_ends_too(world: World) -> None:
     """Its server hears of it when the others have ended; nothing is left there that nobody waits for."""
-    engine, environment = world.engine(world.pool()), PlayedEnvironment()
+    engine, environment = world.engine(world.pool(), max_concurrent_requests=3), PlayedEnvironment()
     engine.start()
-    engine.capacity = 3
     environment.may_judge.clear()
     (work,) = works(1, 6)
 
