@@ -36,8 +36,6 @@ def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
             may_begin.set_result(None)
 
     return InBackground(begun(), "coroutine-of-a-notebook").result(let_begin)
-        lambda: may_begin.done() or may_begin.set_result(None)
-    )
 
 
 class InBackground(Generic[Result]):
