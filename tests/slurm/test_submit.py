@@ -131,8 +131,9 @@ def test_each_node_generates_on_a_server_of_its_own_and_another_one_joins(submit
             (log,) = (run.folder / "servers").glob("joined-*/sglang-0.log")
             run.wait_until(lambda: '"POST /generate HTTP/1.1" 200' in log.read_text(), "its first response")
             # Not by a signal to srun, which would kill the step.
-            *_, last = run.cluster.run("squeue", "-s", "-h", "-j", run.number, "-o", "%i").split()
-            run.cluster.run("scancel", last)
+            steps = run.cluster.run("squeue", "-s", "-h", "-j", run.number, "-o", "%i").split()
+            last = max(int(number) for _, _, number in (one.partition(".") for one in steps) if number.isdigit())
+            run.cluster.run("scancel", f"{run.number}.{last}")
             serving.wait(PATIENCE_S)
         finally:
             serving.kill()
