@@ -335,6 +335,8 @@ def test_what_is_announced_is_read_back_and_nobody_else_reads_it(tmp_path: Path)
         ("[]", 0o600, "it announces no server"),
         ('{"name": "y", "host": "h", "port": 1, "serves": {}, "key": ""}', 0o600, "it announces no server"),
         ('{"name": "x", "host": "h", "port": "1", "serves": {}, "key": ""}', 0o600, "it announces no server"),
+        ('{"name": "x", "host": "h", "port": 1, "serves": [], "key": ""}', 0o600, "it announces no server"),
+        ('{"name": "x", "host": "h", "port": 1, "serves": {}, "key": 7}', 0o600, "it announces no server"),
         ('{"name": "x", "host": "h", "port": 1, "serves": {}, "key": ""}', 0o644, "mode 644"),
         ('{"name": "x", "host": "h", "port": 1, "serves": {}, "key": ""}', 0o620, "mode 620"),
     ],

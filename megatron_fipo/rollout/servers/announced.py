@@ -164,8 +164,9 @@ def _read(path: Path) -> Announced:
             )
         try:
             found = Announced(**json.load(file))
-            if not isinstance(found.host, str) or type(found.port) is not int or found.name != path.stem:
-                raise TypeError("its name, host or port is none")
+            kinds = (found.name, str), (found.host, str), (found.port, int), (found.serves, dict), (found.key, str)
+            if not all(type(value) is kind for value, kind in kinds) or found.name != path.stem:
+                raise TypeError("a value is of another kind, or the name is not the file's")
         except (TypeError, ValueError) as error:
             raise ValueError(f"it announces no server ({error}). Delete it.") from error
     return found
