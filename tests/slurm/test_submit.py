@@ -130,10 +130,10 @@ def test_each_node_generates_on_a_server_of_its_own_and_another_one_joins(submit
             run.wait_until(lambda: num_servers(run) == 3, "another server", timeout_s=PATIENCE_S)
             (log,) = (run.folder / "servers").glob("joined-*/sglang-0.log")
             run.wait_until(lambda: '"POST /generate HTTP/1.1" 200' in log.read_text(), "its first response")
-            # Not by a signal to srun, which would kill the step.
+            # A signal to srun would kill the step, and so does scancel where it names none.
             steps = run.cluster.run("squeue", "-s", "-h", "-j", run.number, "-o", "%i").split()
             last = max(int(number) for _, _, number in (one.partition(".") for one in steps) if number.isdigit())
-            run.cluster.run("scancel", f"{run.number}.{last}")
+            run.cluster.run("scancel", "--signal=TERM", f"{run.number}.{last}")
             serving.wait(PATIENCE_S)
         finally:
             serving.kill()
