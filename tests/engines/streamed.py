@@ -62,10 +62,9 @@ def running_servers(engine: str, folder: Path) -> Iterator[list[str]]:
 
 def num_requests(engine: str, url: str) -> int:
     """How many requests a server works on or has waiting, as it says itself."""
-    route = {"sglang": "/v1/loads?include=core", "vllm": "/metrics"}[engine]
-    asked = urllib.request.Request(url + route, headers={"Authorization": bearer(KEY)})
-    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:
-        text = answer.read().decode()
+    if engine == "vllm":
+        _step_once(url)
+    text = _asked(url + {"sglang": "/v1/loads?include=core", "vllm": "/metrics"}[engine])
     if engine == "sglang":
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in json.loads(text)["loads"])
     counts = [
@@ -75,6 +74,23 @@ def num_requests(engine: str, url: str) -> int:
     ]
     assert len(counts) == 2, text
     return int(sum(counts))
+
+
+def _step_once(url: str) -> None:
+    """Have a vLLM server write one token: its counts are those after its last step.
+
+    It answers the requests that it is told to abort before its engine takes them out.
+    """
+    sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+    _asked(url + "/inference/v1/generate", {"token_ids": [0], "sampling_params": sampling})
+
+
+def _asked(address: str, body: dict[str, Any] | None = None) -> str:
+    """The text that a server answers to a GET, or to a POST of a body."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": bearer(KEY), "Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=PATIENCE_S) as answer:
+        return answer.read().decode()
 
 
 def wait_until_idle(engine: str, urls: Sequence[str]) -> None:
