@@ -22,7 +22,7 @@ from megatron_fipo.parallel import uncompiled  # isort: skip # noqa: F401 - befo
 
 from megatron_fipo.actor.trained import UpdateResult
 from megatron_fipo.console.console import Console
-from megatron_fipo.parallel.batch import build_own_minibatches, divide
+from megatron_fipo.parallel.batch import Division, build_own_minibatches, divide
 from megatron_fipo.parallel.cp_suffix_sum import exchange_metrics
 from megatron_fipo.parallel.groups import ParallelGroups
 from megatron_fipo.parallel.metric_merge import merge_metrics
@@ -38,6 +38,7 @@ from megatron_fipo.run.parts import RunParts
 from megatron_fipo.run.place import Place
 from megatron_fipo.run.scoring import Scoring
 from megatron_fipo.run.step_report import StepClock, step_metrics
+from megatron_fipo.run.tracing import StepTrace
 from megatron_fipo.system.error_net import EXIT_BAD_INPUT as EXIT_BAD_INPUT
 from megatron_fipo.system.error_net import EXIT_STOPPED as EXIT_STOPPED
 
@@ -66,7 +67,7 @@ class Trainer:
         if self.config.train.resume and place.resume():
             close_run_again(parts, place.at.step)
             return
-        with parts.records.open(place.at.step), parts.interrupt:
+        with parts.records.open(place.at.step, len(place.at.updates)), parts.interrupt:
             scoring.at_the_start()
             while not place.is_at_its_end:
                 step = place.at.step
@@ -106,11 +107,14 @@ class Trainer:
             if self._overlaps(step):
                 parts.source.begin(step + 1)
         parts.records.keep_samples(step, rollouts, parts.plane, parts.decode)
-        minibatches = self._minibatches(rollouts, step)
+        division = self._division(rollouts)
+        minibatches = self._minibatches(rollouts, division, step)
+        with clock.phase("trace"):
+            trace = parts.tracing.begin(step, rollouts, division)
         with clock.phase("old_log_probs"):
             fill_in_log_probs(minibatches, parts.actor, config.objective, at.old_log_probs)
         with clock.phase("update"):
-            updates = self._update(step, minibatches)
+            updates = self._update(step, minibatches, trace, clock)
         exchanged = merge_metrics(exchange_metrics(minibatches, config, self.ranks), self.ranks.world)
         more = {**parts.source.metrics(), **exchanged}
         numbers, warning = step_metrics(rollouts, updates, clock, more, config, self.ranks)
@@ -130,23 +134,31 @@ class Trainer:
             self.place.save()
             raise
 
-    def _minibatches(self, rollouts: StepRollouts, version: int) -> list[list[PackedBatch]]:
+    def _division(self, rollouts: StepRollouts) -> Division:
+        lengths = rollouts.plan["num_tokens"].tolist()
+        return divide(lengths, rollouts.group_sizes, self.config, self.ranks.dp.size())
+
+    def _minibatches(self, rollouts: StepRollouts, division: Division, version: int) -> list[list[PackedBatch]]:
         """This rank's microbatches, of tokens that the ranks which generated them send here."""
         plan, plane = rollouts.plan, self.parts.plane
-        lengths = plan["num_tokens"].tolist()
-        division = divide(lengths, rollouts.group_sizes, self.config, self.ranks.dp.size())
         samples = plane.deliver(rollouts.trajectory, plan["leader"], division.wanted)
         for index, sample in samples.items():
             sample.advantage = float(plan["advantage"][index])
         return build_own_minibatches(division, samples, self.config, self.ranks, self.parts.pad_token_id, version)
 
-    def _update(self, step: int, minibatches: list[list[PackedBatch]]) -> Sequence[UpdateResult]:
+    def _update(
+        self, step: int, minibatches: list[list[PackedBatch]], trace: StepTrace | None, clock: StepClock
+    ) -> Sequence[UpdateResult]:
         """One optimizer step on each minibatch, num_epochs times over; those that are done already are left out."""
         place, order = self.place, [batch for _ in range(self.config.train.num_epochs) for batch in minibatches]
         with self.console.update_progress(step, len(order)) as progress:
             progress.advance(len(place.at.updates))
-            for microbatches in order[len(place.at.updates) :]:
-                place.add_update(self.parts.actor.update(microbatches, self.objective, step), minibatches)
+            for update, microbatches in list(enumerate(order))[len(place.at.updates) :]:
+                objective = self.objective if trace is None else trace.watching(self.objective, update)
+                place.add_update(self.parts.actor.update(microbatches, objective, step), minibatches)
+                if trace is not None:
+                    with clock.phase("trace"):
+                        trace.write(update, len(order))
                 progress.advance()
                 place.leave_if_asked()
         return place.at.updates

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -13,6 +15,9 @@ from megatron_fipo.rl.objective import LossOutput, policy_loss
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.token_values import TokenValues
 
+Watch: TypeAlias = Callable[[PackedBatch, TokenValues, LossOutput], None]
+"""Sees what a microbatch's loss was made of, and the loss."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -21,6 +26,8 @@ class Objective:
     config: FipoConfig
     cp_group: ProcessGroup
     """The ranks that share the sequences of each batch."""
+    watch: Watch | None = None
+    """Called with each loss."""
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
         """The loss of a microbatch. Differentiable in log_probs and entropy.
@@ -45,4 +52,7 @@ class Objective:
             staleness_steps=batch.staleness_steps,
         )
         sequences = ShardedSequences(batch.sequence_ids, batch.segments, self.cp_group, batch.response_token_counts)
-        return policy_loss(tokens, sequences, self.config)
+        loss = policy_loss(tokens, sequences, self.config)
+        if self.watch is not None:
+            self.watch(batch, tokens, loss)
+        return loss

@@ -55,6 +55,10 @@ class LossOutput:
     """[T] F; None without Future-KL."""
     final_mask: Tensor
     """bool [T], response tokens that stayed in the loss, after the sequence filter and the rollout correction."""
+    passes_filter: Tensor
+    """bool [S], False where the sequence filter drops the response."""
+    correction_weights: Tensor | None
+    """[T] factor of each token's policy loss by the rollout correction; None where no rollout_log_probs came."""
 
 
 @takes_former_call
@@ -103,7 +107,15 @@ def policy_loss(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -
     if correction is not None:
         metrics |= correction.metrics
     return LossOutput(
-        loss_sum, normalizer, metrics, token_loss.detach(), influence.weights, influence.future_kl, final_mask
+        loss_sum,
+        normalizer,
+        metrics,
+        token_loss.detach(),
+        influence.weights,
+        influence.future_kl,
+        final_mask,
+        influence.kept,
+        None if correction is None else correction.weights,
     )
 
 
@@ -174,24 +186,28 @@ def _influence(shift: Tensor, tokens: TokenValues, sequences: Sequences, config:
         kept = torch.ones(sequences.num, dtype=torch.bool, device=shift.device)
         return _Influence(torch.ones_like(shift), None, kept)
     ratio = shift.exp()
-    x = _summed(shift, ratio, tokens, config)
+    summed, enters = future_kl_terms(shift, tokens, config)
+    x = torch.where(enters, summed, 0.0)
     clipped = dual_clipped(ratio, tokens.advantages, tokens.response_mask, config)
     future_kl, num_clipped = sequences.suffix_sum(x, clipped, config.half_life_tokens)
     weights = influence_weights(future_kl, ratio, tokens.advantages, config)
     return _Influence(weights, future_kl, num_clipped <= config.max_dual_clipped_tokens)
 
 
-def _summed(shift: Tensor, ratio: Tensor, tokens: TokenValues, config: FipoConfig) -> Tensor:
-    """[T] what the suffix sum adds up: the shift of the response tokens that take part, 0 elsewhere; detached.
+def future_kl_terms(shift: Tensor, tokens: TokenValues, config: FipoConfig) -> tuple[Tensor, Tensor]:
+    """([T] what the suffix sum may add up, bool [T] where it does); detached.
 
-    The ablation future_kl_reference=behaviour sums up, and judges by `participates`, the shift against the policy that
-    wrote the token. Everything else that a shift decides stays with the proximal policy.
+    It adds up the shifts of the response tokens that take part. The ablation future_kl_reference=behaviour sums up, and
+    judges by `participates`, the shift against the policy that wrote the token. Everything else that a shift decides
+    stays with the proximal policy.
+
+    Args:
+        shift: [T] from `log_prob_shift`, detached.
     """
     if config.future_kl_reference == "behaviour":
         assert tokens.rollout_log_probs is not None, "_check demands them"
         shift = log_prob_shift(tokens.log_probs, tokens.rollout_log_probs).detach()
-        ratio = shift.exp()
-    return torch.where(tokens.response_mask & participates(ratio, config), shift, 0.0)
+    return shift, tokens.response_mask & participates(shift.exp(), config)
 
 
 def _token_loss(

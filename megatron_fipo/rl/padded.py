@@ -78,6 +78,7 @@ def padded_policy_loss(
         influence_weights=output.influence_weights.view(shape),
         future_kl=None if output.future_kl is None else output.future_kl.view(shape),
         final_mask=output.final_mask.view(shape),
+        correction_weights=None if output.correction_weights is None else output.correction_weights.view(shape),
     )
 
 

@@ -1,7 +1,7 @@
 """The folder a run writes into, and what is written there before anything is trained.
 
-config.yaml  provenance.json  metrics.jsonl  tensorboard/  samples/  evaluation/  rollouts/  servers/  checkpoints/
-huggingface/  best/  run.lock
+config.yaml  provenance.json  metrics.jsonl  tensorboard/  samples/  traces/  evaluation/  rollouts/  servers/
+checkpoints/  huggingface/  best/  run.lock
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.root / "samples"
+
+    @property
+    def traces(self) -> Path:
+        return self.root / "traces"
 
     @property
     def rollouts(self) -> Path:

@@ -27,7 +27,9 @@ from megatron_fipo.run.findings import first_prompts, told_by_all, told_by_leade
 from megatron_fipo.run.named_on_hub import NamedRun
 from megatron_fipo.run.records import RunRecords
 from megatron_fipo.run.saved import SavedRun
+from megatron_fipo.run.tracing import Tracing
 from megatron_fipo.system.interrupt import Interrupt
+from megatron_fipo.traces.texts import token_texts_with
 from megatron_fipo.verifiers.check import Findings, inspect_own
 from megatron_fipo.verifiers.isolation import isolation_warnings
 from megatron_fipo.verifiers.pool import VerifierPool
@@ -88,6 +90,8 @@ class RunParts:
         parts = SourceParts(config, ranks, prompts, engine, generator, self.plane, self.ledger, console)
         kind = StreamingSource if config.sampling.streaming else SynchronousSource
         self.source: RolloutSource = kind(parts)
+        token_texts = token_texts_with(tokenizer)
+        self.tracing = Tracing(config, ranks, self.plane, self.decode, token_texts, folder.traces)
         self.saved = SavedRun(config, self.actor, folder, self.ledger, console, named.recorded)
         self.ending = Ending(config.train.stop_when, folder.metrics, console.info)
         is_leader = ranks.rank == 0

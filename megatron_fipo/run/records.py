@@ -17,6 +17,7 @@ from megatron_fipo.run.folder import RunFolder, prepare, record_config
 from megatron_fipo.run.named_on_hub import NamedRun
 from megatron_fipo.run.sample_choice import choose, kept
 from megatron_fipo.run.samples import TrainingSample, forget_samples, write_samples
+from megatron_fipo.traces.files import forget_traces
 
 
 class RunRecords:
@@ -37,11 +38,16 @@ class RunRecords:
         if prepared and prepared[2]:
             console.info(prepared[2])
 
-    def open(self, next_step: int) -> RunRecords:
-        """Begin to write, from a step on; what there is of later ones is forgotten. Use it as a context."""
+    def open(self, next_step: int, num_updates: int = 0) -> RunRecords:
+        """Begin to write, from a step on; what there is of later ones is forgotten. Use it as a context.
+
+        Args:
+            num_updates: how many of the step's updates are made already.
+        """
         config = self._named.recorded
         on_leader(lambda: record_config(config, self.folder, self._named.origins), self._world)
         on_leader(lambda: forget_samples(self.folder.samples, next_step), self._world)
+        on_leader(lambda: forget_traces(self.folder.traces, next_step, num_updates), self._world)
         self._sinks = on_every_rank(
             lambda: open_sinks(config, self.folder.root, resumed_step=next_step, enabled=self._is_leader), self._world
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_fipo.config import SamplingSection
 from megatron_fipo.rl.judged_group import JudgedGroup
+from megatron_fipo.rl.trajectory import Prompt
 from megatron_fipo.rollout.held import Held
 from megatron_fipo.run.samples import TrainingSample
 
@@ -106,9 +107,6 @@ def kept(step: int, chosen: Chosen, held: Held, decode: Callable[[list[int]], st
         decode: text of a response's tokens.
     """
     sample, prompt = held.samples[chosen.prompt_id, chosen.sample_index], held.prompts[chosen.prompt_id]
-    reference = str(prompt.reference)
-    if len(reference) > MAX_REFERENCE_CHARACTERS:
-        reference = f"{reference[:MAX_REFERENCE_CHARACTERS]} … ({len(reference)} characters)"
     return TrainingSample(
         step=step,
         source=prompt.source,
@@ -116,7 +114,7 @@ def kept(step: int, chosen: Chosen, held: Held, decode: Callable[[list[int]], st
         sample_index=sample.sample_index,
         prompt=prompt.text,
         response=sample.response_text or decode(sample.response_ids.tolist()),
-        reference=reference,
+        reference=shown_reference(prompt),
         answer=sample.answer,
         score=float(sample.accuracy),
         reward=chosen.reward,
@@ -128,3 +126,11 @@ def kept(step: int, chosen: Chosen, held: Held, decode: Callable[[list[int]], st
         error=sample.error,
         created_at_step=held.created_at_step[chosen.prompt_id],
     )
+
+
+def shown_reference(prompt: Prompt) -> str:
+    """What a prompt's responses are compared with, as text; cut where it is long."""
+    reference = str(prompt.reference)
+    if len(reference) <= MAX_REFERENCE_CHARACTERS:
+        return reference
+    return f"{reference[:MAX_REFERENCE_CHARACTERS]} … ({len(reference)} characters)"

@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         *("rollout", "rollout.engine", "console", "evaluation", "evaluation.scores", "system.error_net"),
     },
     "run.folder": {"config", "metrics"},
+    "traces": {"traces"},
     "run.samples": {"console"},
     "run.samples_command": {"run.samples"},
     "run.serve_command": {"config", "hub", "rollout", "run.folder"},
@@ -60,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": {
         *("config", "metrics", "metrics.reductions", "hub", "data", "rl", "verifiers", "parallel", "convert"),
         *("actor", "checkpoint", "environments", "rollout", "rollout.engine", "console"),
-        *("evaluation", "run", "run.folder", "run.samples", "system.error_net"),
+        *("evaluation", "run", "run.folder", "run.samples", "system.error_net", "traces"),
     },
     "starters": {"starters"},
     "starters.own_data": {"verifiers"},

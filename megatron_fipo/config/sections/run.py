@@ -79,6 +79,13 @@ class MetricsSection:
     num_samples_per_step: int = key(4, least=0)
     """Responses of each training step that are kept in samples/ of the run's folder, for `megatron-fipo samples`; 0
     keeps none."""
+    trace_every_num_steps: int = key(10, least=0)
+    """Steps from one whose chosen responses are traced token by token to the next, for `megatron-fipo report`; the
+    first and the last are traced, too. 0 traces none."""
+    num_traced_groups: int = key(2, least=1)
+    """Groups that are traced of such a step; which ones, run.seed decides, mixed ones first."""
+    max_traced_tokens: int = key(500_000, least=1)
+    """Response tokens that are traced of such a step, at most; the first group is traced whatever it has."""
     wandb: str = key("off", choices=("off", "online", "offline"))
     """Weights & Biases: off, online or offline."""
     wandb_project: str = key("megatron_fipo", check=not_blank, text="name")
