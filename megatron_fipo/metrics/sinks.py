@@ -1,7 +1,7 @@
 """The sinks of a step's metrics besides the console: JSONL, TensorBoard, Weights & Biases.
 
-A sink takes the step and a flat dict of floats. A number that is not finite stands for "nothing to measure" (the mean
-over no tokens, the maximum of nothing): JSONL writes null, the trackers leave a gap.
+A sink takes the step and a flat dict of floats, or a table of texts. A number that is not finite stands for "nothing to
+measure" (the mean over no tokens, the maximum of nothing): JSONL writes null, the trackers leave a gap.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_fipo.config import Config, written_values
+from megatron_fipo.metrics.tables import Table
 from megatron_fipo.system.disk import append_whole, write_text_whole, write_whole, writing
 
 
@@ -22,6 +23,10 @@ class Sink(Protocol):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
+        ...
+
+    def write_table(self, step: int, name: str, table: Table) -> None:
+        """Record a table of texts of a step; long ones are cut."""
         ...
 
     def close(self) -> None:
@@ -53,6 +58,9 @@ class JsonlSink:
             raise ValueError(f"{self._path}: a metric named 'step' would hide the step itself; rename it.")
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_whole(self._file, json.dumps({"step": step, **line}, allow_nan=False).encode() + b"\n", self._path)
+
+    def write_table(self, step: int, name: str, table: Table) -> None:
+        """Do nothing: texts have files of their own in the run's folder."""
 
     def close(self) -> None:
         self._file.close()
@@ -102,6 +110,10 @@ class TensorBoardSink:
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, global_step=step)
 
+    def write_table(self, step: int, name: str, table: Table) -> None:
+        with writing(self._folder):
+            self._writer.add_text(name, table.shortened().markdown(), global_step=step)
+
     def close(self) -> None:
         with writing(self._folder):
             self._writer.close()
@@ -123,6 +135,7 @@ class WandbSink:
                 "pip install 'megatron-fipo[wandb]', or set metrics.wandb=off."
             ) from error
 
+        self._wandb = wandb
         id_file = folder / "wandb_run_id"
         if not id_file.exists():
             write_text_whole(id_file, secrets.token_hex(8))
@@ -140,6 +153,11 @@ class WandbSink:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}})
 
+    def write_table(self, step: int, name: str, table: Table) -> None:
+        cut = table.shortened()
+        made = self._wandb.Table(columns=list(cut.columns), data=[list(row) for row in cut.rows])
+        self._run.log({"step": step, name: made})
+
     def close(self) -> None:
         self._run.finish()
 
@@ -153,6 +171,10 @@ class SinkGroup:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._sinks:
             sink.write(step, metrics)
+
+    def write_table(self, step: int, name: str, table: Table) -> None:
+        for sink in self._sinks:
+            sink.write_table(step, name, table)
 
     def close(self) -> None:
         while self._sinks:

@@ -16,7 +16,7 @@ from megatron_fipo.rollout.source import StepRollouts
 from megatron_fipo.run.folder import RunFolder, prepare, record_config
 from megatron_fipo.run.named_on_hub import NamedRun
 from megatron_fipo.run.sample_choice import choose, kept
-from megatron_fipo.run.samples import TrainingSample, forget_samples, write_samples
+from megatron_fipo.run.samples import TrainingSample, forget_samples, table_of, write_samples
 from megatron_fipo.traces.files import forget_traces
 
 
@@ -85,10 +85,11 @@ class RunRecords:
         )
         own = [(place, one) for place, one in enumerate(chosen) if one.leader == plane.leader]
         told = plane.gathered([(place, kept(step, one, rollouts.held, decode)) for place, one in own])
-        on_leader(
-            lambda: write_samples(self.folder.samples, step, [sample for _, sample in sorted(told, key=_place)]),
-            self._world,
-        )
+        samples = [sample for _, sample in sorted(told, key=_place)]
+        sinks = self._sinks
+        assert sinks is not None, "open() comes first"
+        on_leader(lambda: write_samples(self.folder.samples, step, samples), self._world)
+        on_leader(lambda: sinks.write_table(step, "samples", table_of(samples)), self._world)
 
     def check(self) -> None:
         """See that nobody has taken the run's folder away, before more is written into it.

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_fipo.console.samples import ShownSample, print_samples
+from megatron_fipo.metrics.tables import Table
 from megatron_fipo.system.disk import write_text_whole
 
 _FILE = re.compile(r"step_(\d+)\.jsonl")
@@ -62,6 +63,14 @@ class TrainingSample:
     def is_right(self) -> bool:
         """Whether the verifier accepted it in full."""
         return self.score >= 1 and not self.error
+
+
+_COLUMNS = ("source", "prompt", "response", "answer", "reference", "score", "reward", "advantage", "tokens", "why_not")
+
+
+def table_of(samples: Sequence[TrainingSample]) -> Table:
+    """The samples for trackers."""
+    return Table(_COLUMNS, [[getattr(sample, column) for column in _COLUMNS] for sample in samples])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

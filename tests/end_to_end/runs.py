@@ -153,6 +153,11 @@ def sample_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
 
 
+def trace_files(folder: Path) -> dict[str, bytes]:
+    """The traces of the run's steps, by file name."""
+    return {path.name: path.read_bytes() for path in (folder / "traces").iterdir()}
+
+
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
     """A step's metrics without those that no two runs share: how long it took, and what engines did in this process."""
     of_processes = ("time_s/", "perf/tokens_per_s", "rollout/idle_slots/")

@@ -32,6 +32,7 @@ from tests.end_to_end.runs import (
     sample_files,
     step_lines,
     timeless,
+    trace_files,
     train,
 )
 from tests.parallel import layouts
@@ -64,6 +65,8 @@ def assert_same(folder: Path, straight: Path) -> None:
     assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)]
     assert differing(exported_weights(folder), exported_weights(straight)) == []
     assert sample_files(folder) == sample_files(straight)
+    assert trace_files(folder) == trace_files(straight)
+    assert len(trace_files(folder)) >= 2
 
 
 @pytest.fixture(scope="module")

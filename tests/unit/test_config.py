@@ -369,6 +369,9 @@ REFUSED = {
     "batch.pad_multiple=500": ("batch.max_tokens_per_microbatch", "at least 500"),
     "evaluation.top_p=2": ("evaluation.top_p", ""),
     "metrics.num_samples_per_step=-1": ("metrics.num_samples_per_step", ""),
+    "metrics.trace_every_num_steps=-1": ("metrics.trace_every_num_steps", "at least 0"),
+    "metrics.num_traced_groups=0": ("metrics.num_traced_groups", "at least 1"),
+    "metrics.max_traced_tokens=0": ("metrics.max_traced_tokens", "at least 1"),
     "metrics.wandb=on": ("metrics.wandb", ""),
     "checkpoint.keep_last=0": ("checkpoint.keep_last", ""),
 }

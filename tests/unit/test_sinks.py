@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import types
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 
 from megatron_fipo.config import Config, MetricsSection
 from megatron_fipo.metrics.sinks import JsonlSink, SinkGroup, TensorBoardSink, WandbSink, open_sinks
+from megatron_fipo.metrics.tables import Table
 from megatron_fipo.system.disk import DiskError
+from tests.unit import wandb_file
 
 
 def config_with(**metrics: Any) -> Config:
@@ -100,6 +103,70 @@ def test_tensorboard_scalars_and_resuming(tmp_path: Path) -> None:
     second.write(2, {"reward/mean": 5.0})
     second.close()
     assert tensorboard_scalars(tmp_path, "reward/mean") == [(0, 0.0), (1, 0.25), (2, 5.0)]
+
+
+HOSTILE = "a | b\n**c** _d_ `e` <script>alert(1)</script> [f](g) # h \\n \u202e &lt; 3*4*5"
+
+
+class _Cells(HTMLParser):
+    """Texts of a table's cells, and which marks stand in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.marks: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: object) -> None:
+        self.marks.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "br":
+            self.rows[-1][-1] += "\n"
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def test_tensorboard_shows_a_table_whose_texts_stand_for_themselves(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    sink = TensorBoardSink(tmp_path, resumed_step=0)
+    sink.write_table(3, "samples", Table(("response", "score"), [[HOSTILE, 0.5], ["", None]]))
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert event.step == 3
+    cells = _Cells()
+    cells.feed(markdown_to_safe_html(event.tensor_proto.string_val[0]))
+    header, first, second = ([cell.strip() for cell in row if cell.strip()] for row in cells.rows)
+    assert (header, first, second) == (["response", "score"], [HOSTILE.replace("\u202e", "\\u202e"), "0.5"], [])
+    assert cells.marks == {"table", "thead", "tbody", "tr", "th", "td", "br"}
+
+
+def test_long_texts_lose_their_middle() -> None:
+    table = Table(("response", "tokens"), [["a" * 1000 + "b" * 5000 + "c" * 1000, 7000]]).shortened()
+    assert table.rows == [["a" * 1000 + " … 5000 characters … " + "c" * 1000, 7000]]
+    assert Table(("x",), [["a" * 2000]]).shortened().rows == [["a" * 2000]]
+
+
+def test_wandb_itself_takes_numbers_and_tables_offline(tmp_path: Path) -> None:
+    """The real package without a network: what it would send lies in its own file."""
+    sink = WandbSink(config_with(wandb="offline", wandb_project="mine"), tmp_path)
+    sink.write(3, {"reward/mean": 0.25, "gap": math.nan})
+    sink.write_table(3, "samples", Table(("response", "score"), [[HOSTILE, 0.5], ["", None]]))
+    sink.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    numbers, table = wandb_file.logged(file)
+    assert numbers == {"step": 3, "reward/mean": 0.25}
+    assert table["step"] == 3
+    assert (table["samples|_type"], table["samples|nrows"]) == ("table-file", 2)
+    (written,) = tmp_path.glob(f"wandb/offline-run-*/files/{table['samples|path']}")
+    assert json.loads(written.read_text()) == {"columns": ["response", "score"], "data": [[HOSTILE, 0.5], ["", None]]}
 
 
 class FakeWandb(types.ModuleType):
