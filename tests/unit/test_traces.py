@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_each_column_says_what_it_means(tmp_path: Path) -> None:
     path = write_trace(tmp_path, [traced(2)], {})
     described = {field.name: field.metadata[b"description"].decode() for field in pq.read_schema(path)}
     assert described == {name: meaning for name, _, meaning in columns()}
+
+
+KINDS = {pa.string(): "text", pa.bool_(): "yes or no", pa.float32(): "number", pa.float64(): "number"}
+
+
+def test_the_documentation_has_each_column() -> None:
+    text = (Path(__file__).parents[2] / "docs/traces.md").read_text(encoding="utf-8")
+    for name, kind, meaning in columns():
+        item = kind.value_type if pa.types.is_list(kind) else kind
+        holds = ("list, " if item is not kind else "") + KINDS.get(item, "whole number")
+        assert f"\n| `{name}` | {holds} | {meaning} |\n" in text
+    assert all(f"\n| `{reason}` | " in text for reason in REASONS if reason)
 
 
 def test_the_same_trace_has_the_same_bytes(tmp_path: Path) -> None:
