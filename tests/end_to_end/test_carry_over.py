@@ -21,7 +21,7 @@ from megatron_fipo.rollout.ledger import RolloutLedger
 from megatron_fipo.rollout.ledger_lines import read_lines
 from megatron_fipo.rollout.stream import Stream
 from tests.end_to_end import kills
-from tests.end_to_end.runs import differing, exported_weights, sample_files, step_lines, timeless, train
+from tests.end_to_end.runs import differing, exported_weights, sample_files, step_lines, timeless, trace_files, train
 from tests.end_to_end.test_kill import kill
 
 NUM_STEPS, NUM_GROUPS, NUM_SAMPLES = 4, 4, 8
@@ -81,10 +81,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(folder: Path, straight: Path) -> None:
-    """Metrics, weights, samples and what was carried are the same bit for bit."""
+    """Metrics, weights, samples, traces and what was carried are the same bit for bit."""
     assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)]
     assert differing(exported_weights(folder), exported_weights(straight)) == []
     assert sample_files(folder) == sample_files(straight)
+    assert trace_files(folder) == trace_files(straight)
     for step in range(NUM_STEPS - 1, NUM_STEPS + 1):  # the ledger of earlier steps may be gone
         assert carried_in(folder, step) == carried_in(straight, step)
 

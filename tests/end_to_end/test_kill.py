@@ -61,12 +61,12 @@ def _wait_until_gone(folder: Path) -> None:
 
 
 def assert_same(folder: Path, straight: Path) -> None:
-    """Weights and metrics are those of the run that nothing stopped, bit for bit."""
+    """Weights, metrics, samples and traces are those of the run that nothing stopped, bit for bit."""
     assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)]
     assert differing(exported_weights(folder), exported_weights(straight)) == []
     assert sample_files(folder) == sample_files(straight)
     assert trace_files(folder) == trace_files(straight)
-    assert len(trace_files(folder)) >= 2
+    assert len(trace_files(folder)) > 1
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,6 +34,7 @@ from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.run.samples import read_samples
+from megatron_fipo.traces.files import read_trace, trace_files
 from megatron_fipo.verifiers import chain_arithmetic
 from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines
 
@@ -186,6 +188,21 @@ def test_tensorboard_can_be_read(run: QuickStart) -> None:
         assert [event.step for event in scalars] == list(range(NUM_STEPS))
         expected = [line[name] for line in step_lines(run.folder)]
         assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)
+
+
+def test_traces_tell_each_token_of_whole_groups(run: QuickStart) -> None:
+    found = trace_files(run.folder / "traces")
+    assert {step for step, _ in found} == {0, NUM_STEPS - 1}
+    for (step, update), path in found.items():
+        responses = read_trace(path).responses
+        assert [one.sample_index for one in responses] == list(range(8)) * (len(responses) // 8)
+        for one in responses:
+            assert (one.step, one.update) == (step, update)
+            assert "".join(one.texts).removesuffix("<eos>") == one.response
+            assert not one.left_out
+            assert set(one.policy_versions.tolist()) <= {step - 1, step}, "a group that was left over is a step older"
+            assert np.all((one.influence_weights >= np.float32(0.8)) & (one.influence_weights <= np.float32(1.2)))
+            assert np.ptp(one.influence_weights) > 0 or update == 0, "no shift without an update"
 
 
 def test_responses_of_every_step_can_be_read(run: QuickStart) -> None:

@@ -25,6 +25,7 @@ from tests.end_to_end.runs import (
     metric_lines,
     step_lines,
     timeless,
+    trace_files,
     train,
 )
 
@@ -301,3 +302,9 @@ def test_a_half_done_step_that_is_stopped_again_is_still_half_done(straight: Pat
         assert latest_checkpoint_name(folder).removesuffix(".again") == "step_000000_update_0001"
     train(folder, *RUN, "train.num_steps=2", expected=0)
     assert [timeless(line) for line in step_lines(folder)] == [timeless(line) for line in step_lines(straight)[:2]]
+    of_step, of_straight = (
+        {name: content for name, content in trace_files(run).items() if name.startswith("step_000000_")}
+        for run in (folder, straight)
+    )
+    assert of_step == of_straight, "those of the updates before it was stopped, and those after"
+    assert len(of_step) > 1

@@ -13,7 +13,7 @@ import pytest
 from megatron_fipo import train as train_module
 from megatron_fipo.rollout.ledger import RolloutLedger
 from tests.end_to_end import kills
-from tests.end_to_end.runs import differing, exported_weights, sample_files, step_lines, timeless, train
+from tests.end_to_end.runs import differing, exported_weights, sample_files, step_lines, timeless, trace_files, train
 from tests.end_to_end.test_kill import kill
 from tests.parallel.test_train_layouts import different_metrics
 
@@ -57,6 +57,7 @@ def assert_same(folder: Path, streamed: Path) -> None:
     assert settled(folder) == settled(streamed)
     assert differing(exported_weights(folder), exported_weights(streamed)) == []
     assert sample_files(folder) == sample_files(streamed)
+    assert trace_files(folder) == trace_files(streamed)
 
 
 def test_batches_are_full_in_the_order_of_prompts(streamed: Path) -> None:
