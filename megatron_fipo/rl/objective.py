@@ -29,6 +29,7 @@ from megatron_fipo.rl.former_call import takes_former_call
 from megatron_fipo.rl.objective_metrics import policy_metrics
 from megatron_fipo.rl.rollout_correction import Correction, correct
 from megatron_fipo.rl.sequences import Sequences, count_per_sequence
+from megatron_fipo.rl.shadow import shadow_metrics
 from megatron_fipo.rl.token_values import TokenValues
 
 MAX_LOG_PROB_SHIFT = 20.0
@@ -102,6 +103,15 @@ def policy_loss(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -
     )
     if correction is not None:
         metrics |= correction.metrics
+    if config.shadow:
+        metrics |= shadow_metrics(
+            lambda settings: future_kl_terms(shift.detach(), tokens, settings),
+            lambda sums, settings: influence_weights(sums, shift.detach().exp(), tokens.advantages, settings),
+            influence.weights,
+            tokens.response_mask,
+            sequences,
+            config,
+        )
     return LossOutput(
         loss_sum, normalizer, metrics, token_loss.detach(), influence.weights, influence.future_kl, final_mask
     )
@@ -174,24 +184,28 @@ def _influence(shift: Tensor, tokens: TokenValues, sequences: Sequences, config:
         kept = torch.ones(sequences.num, dtype=torch.bool, device=shift.device)
         return _Influence(torch.ones_like(shift), None, kept)
     ratio = shift.exp()
-    x = _summed(shift, ratio, tokens, config)
+    summed, enters = future_kl_terms(shift, tokens, config)
+    x = torch.where(enters, summed, 0.0)
     clipped = dual_clipped(ratio, tokens.advantages, tokens.response_mask, config)
     future_kl, num_clipped = sequences.suffix_sum(x, clipped, config.half_life_tokens)
     weights = influence_weights(future_kl, ratio, tokens.advantages, config)
     return _Influence(weights, future_kl, num_clipped <= config.max_dual_clipped_tokens)
 
 
-def _summed(shift: Tensor, ratio: Tensor, tokens: TokenValues, config: FipoConfig) -> Tensor:
-    """[T] what the suffix sum adds up: the shift of the response tokens that take part, 0 elsewhere; detached.
+def future_kl_terms(shift: Tensor, tokens: TokenValues, config: FipoConfig) -> tuple[Tensor, Tensor]:
+    """([T] what the suffix sum may add up, bool [T] where it does); detached.
 
-    The ablation future_kl_reference=behaviour sums up, and judges by `participates`, the shift against the policy that
-    wrote the token. Everything else that a shift decides stays with the proximal policy.
+    It adds up the shifts of the response tokens that take part. The ablation future_kl_reference=behaviour sums up, and
+    judges by `participates`, the shift against the policy that wrote the token. Everything else that a shift decides
+    stays with the proximal policy.
+
+    Args:
+        shift: [T] from `log_prob_shift`, detached.
     """
     if config.future_kl_reference == "behaviour":
         assert tokens.rollout_log_probs is not None, "_check demands them"
         shift = log_prob_shift(tokens.log_probs, tokens.rollout_log_probs).detach()
-        ratio = shift.exp()
-    return torch.where(tokens.response_mask & participates(ratio, config), shift, 0.0)
+    return shift, tokens.response_mask & participates(shift.exp(), config)
 
 
 def _token_loss(
@@ -266,7 +280,7 @@ def _check(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -> Non
             f"the sequences were made for {sequences.ids.device} but log_probs lie on {tokens.log_probs.device}. Make "
             "them with device=log_probs.device."
         )
-    sums_behaviour = config.future_kl and config.future_kl_reference == "behaviour"
+    sums_behaviour = (config.future_kl or config.shadow) and config.future_kl_reference == "behaviour"
     for key, value, name in (
         ("future_kl_reference", sums_behaviour and config.future_kl_reference, "rollout_log_probs"),
         ("kl_coefficient", config.kl_coefficient, "reference_log_probs"),
