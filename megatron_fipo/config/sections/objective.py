@@ -106,5 +106,6 @@ class FipoConfig:
     rollout_ratio_max: float = key(2.0, above=1)
     """Largest such ratio: token_truncated cuts the weight there, the others mask what lies above."""
     shadow: Dict[str, ShadowConfig] = key({}, changes_results=False)
-    """Shadow objectives by name: other settings whose Future-KL and influence weights are measured in the same updates,
-    without being trained on. What one leaves open is as here, and {} is all of it. They work without future_kl, too."""
+    """Shadow objectives by name, such as objective.shadow.tau_128.half_life_tokens=128: settings under which Future-KL
+    and influence weights are measured in the same updates, without being trained on. What one leaves open is the
+    objective's own: with algorithm=dapo, objective.shadow.fipo={} shows what FIPO would have made of the run."""
