@@ -79,11 +79,11 @@ def test_nothing_counted() -> None:
 
 def test_a_correlation_needs_both_to_vary() -> None:
     values = torch.linspace(-1, 1, 1001, dtype=torch.float64)
-    constant = torch.full_like(values, 0.1)  # whose sums are rounded
-    for x, y in ((values, constant), (constant, values), (constant, constant), (values, torch.zeros_like(values))):
-        parts = [correlation(a, b) for a, b in zip(x.split(77), y.split(77), strict=True)]
-        assert math.isnan(merge([{"x": part} for part in parts])["x"].value())
-    almost = constant + 1e-5 * values
+    for constant in (torch.full_like(values, hundredths / 100) for hundredths in range(20)):  # whose sums are rounded
+        for x, y in ((values, constant), (constant, values), (constant, constant)):
+            parts = [correlation(a, b) for a, b in zip(x.split(77), y.split(77), strict=True)]
+            assert math.isnan(merge([{"x": part} for part in parts])["x"].value())
+    almost = 0.1 + 1e-5 * values
     assert correlation(values, almost).value() == pytest.approx(1.0, rel=1e-6)
     assert correlation(values, -values).value() == -1.0
     assert math.isnan(correlation(values, values * math.inf).value())

@@ -128,6 +128,24 @@ def test_weights_that_do_not_vary_correlate_with_nothing() -> None:
     assert math.isnan(fipo.metrics["shadow/constant/influence_weight/correlation"].value())
 
 
+def test_nothing_is_clipped_before_the_policy_has_moved() -> None:
+    """F is 0 and lies within a range that ends at 1."""
+    ranges = {"upwards": ShadowConfig(influence_min=1.0), "downwards": ShadowConfig(influence_max=1.0)}
+    given = inputs()
+    given["log_probs"] = given["old_log_probs"].clone()
+    metrics = packed_loss(**given, config=replace(FIPO, shadow=ranges)).metrics
+    for name in ranges:
+        found = shadow_numbers(scalars(metrics), name)
+        assert math.isnan(found.pop("influence_weight/correlation"))
+        assert found == {
+            "influence_weight/mean": 1.0,
+            "influence_weight/std": 0.0,
+            "influence_weight/clipped_share": 0.0,
+            "future_kl/std": 0.0,
+            "future_kl/absmax": 0.0,
+        }
+
+
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
 def test_nothing_else_changes(base: FipoConfig) -> None:
     """Loss, gradient and all other metrics keep their bits; without shadows there is no metric of them."""
