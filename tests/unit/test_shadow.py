@@ -245,6 +245,8 @@ def test_refuses() -> None:
     with pytest.raises(ValueError, match="future_kl_reference=behaviour needs rollout_log_probs"):
         packed_loss(**given, config=replace(BASES["dapo, behaviour"], shadow=shadows("tau_1")))
     packed_loss(**given, config=BASES["dapo, behaviour"])  # which sums nothing up
+    with pytest.raises(ValueError, match=r"objective.shadow.x=\{'half_life_tokens': 8\}: a ShadowConfig was expected"):
+        packed_loss(**given, config=replace(FIPO, shadow={"x": {"half_life_tokens": 8}}))  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"objective.shadow.x.half_life_tokens=0: must be above 0"):
         packed_loss(**given, config=replace(FIPO, shadow={"x": ShadowConfig(half_life_tokens=0)}))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_fipo.config.derived import shadow_objectives
 from megatron_fipo.config.errors import NOT_SHOWN, Problem
-from megatron_fipo.config.sections import FipoConfig
+from megatron_fipo.config.sections import FipoConfig, ShadowConfig
 from megatron_fipo.config.values import section_problems
 
 MOST_SHADOWS = 16
@@ -42,6 +42,9 @@ def shadow_problems(objective: FipoConfig) -> Iterator[Problem]:
                 f"the name {name!r} goes into metric names",
                 "Use letters, digits, _ and - only",
             )
+            continue
+        if not isinstance(settings, ShadowConfig):  # of a library's caller; the loader makes no others
+            yield Problem(f"objective.shadow.{name}", settings, "a ShadowConfig was expected", "Make one of it")
             continue
         by_itself = list(section_problems(settings, f"objective.shadow.{name}."))
         yield from by_itself or _combination_problems(name, objective)
