@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.metrics.reductions import (
+    Correlation,
     Distribution,
     Histogram,
     Last,
@@ -27,6 +28,7 @@ from megatron_fipo.metrics.reductions import (
 _EDGES = [torch.linspace(-1, 1, 6, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)]
 _SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 0, True, 2**53 + 1, -(2**60), 3]
 _DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64]
+_KINDS = (Sum, Mean, Std, Correlation, Max, Min, Last, Histogram, Distribution, "of one element")
 
 
 def number(random: Random) -> float | Tensor:
@@ -41,11 +43,12 @@ def number(random: Random) -> float | Tensor:
 def metric(name: str, random: Random) -> Reduction:
     """A part of the metric of this name, whose kind and settings are in the name's number."""
     index = int(name.partition("/")[2])
-    kind = (Sum, Mean, Std, Max, Min, Last, Histogram, Distribution, "of one element")[index % 9]
+    again, place = divmod(index, len(_KINDS))
+    kind = _KINDS[place]
     if kind is Histogram:
-        edges = _EDGES[index % 2]
+        edges = _EDGES[again % 2]
         counts = torch.tensor([random.uniform(0, 10 ** random.uniform(0, 9)) for _ in edges[1:]], dtype=torch.float64)
-        return Histogram(counts, edges.clone(), (("p1", 0.01), ("median", 0.5)), exponentiate=index % 2 == 0)
+        return Histogram(counts, edges.clone(), (("p1", 0.01), ("median", 0.5)), exponentiate=again % 2 == 0)
     if kind is Distribution:
         return Distribution(torch.tensor([random.gauss(0, 1) for _ in range(random.randrange(4))], dtype=torch.float32))
     if kind is Last:
@@ -55,7 +58,7 @@ def metric(name: str, random: Random) -> Reduction:
     return kind(*(number(random) for _ in fields(kind)))
 
 
-def metrics(random: Random, num_names: int = 18, share_missing: float = 0.0, shuffled: bool = False) -> Metrics:
+def metrics(random: Random, num_names: int = 20, share_missing: float = 0.0, shuffled: bool = False) -> Metrics:
     """Two metrics of each kind, unless fewer are asked for; some names may be missing, or in another order."""
     names = [f"metric/{index}" for index in range(num_names) if random.random() >= share_missing]
     if shuffled:

@@ -22,6 +22,7 @@ from megatron_fipo.config.derived import (
     pad_multiple,
     recomputed_part,
     required_pad_multiple,
+    shadow_objectives,
     updates_per_step,
 )
 from megatron_fipo.config.environment import (
@@ -60,6 +61,7 @@ from megatron_fipo.config.sections import (
     RunSection,
     SamplingSection,
     ServersSection,
+    ShadowConfig,
     TrainSection,
     VerifierSection,
 )
@@ -99,6 +101,7 @@ __all__ = [
     "RunSection",
     "SamplingSection",
     "ServersSection",
+    "ShadowConfig",
     "StopRule",
     "TrainSection",
     "VerifierSection",
@@ -130,6 +133,7 @@ __all__ = [
     "resolved_yaml",
     "save_resolved",
     "server_device_problems",
+    "shadow_objectives",
     "updates_per_step",
     "validate",
     "validate_model_layout",

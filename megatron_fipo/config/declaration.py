@@ -111,7 +111,8 @@ def key(default: T, **declared: Any) -> T:
     """
     metadata = {_METADATA: Declaration(**declared)}
     if isinstance(default, (list, dict)):
-        made: T = field(default_factory=partial(copy.copy, default), metadata=metadata)
+        # Left out of its section's hash, because it has none; `==` compares it.
+        made: T = field(default_factory=partial(copy.copy, default), hash=False, metadata=metadata)
     else:
         made = field(default=default, metadata=metadata)
     return made

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
-from megatron_fipo.config.sections import Config, ModelSection
+from megatron_fipo.config.sections import Config, FipoConfig, ModelSection
 from megatron_fipo.config.sections.model import FP8_ALIGNMENT
 
 _MARGIN = 2.0
@@ -19,6 +20,22 @@ RecomputedPart = Literal["nothing", "core_attn", "mlp", "layer"]
 def updates_per_step(config: Config) -> int:
     """Optimizer steps that one batch of rollouts gets."""
     return config.train.num_minibatches * config.train.num_epochs
+
+
+def shadow_objectives(objective: FipoConfig) -> dict[str, FipoConfig]:
+    """Each shadow objective by its name, as an objective of its own: with Future-KL, and whole.
+
+    What its settings leave open is the objective's.
+    """
+    return {
+        name: replace(
+            objective,
+            future_kl=True,
+            shadow={},
+            **{key: value for key, value in vars(settings).items() if value is not None},
+        )
+        for name, settings in objective.shadow.items()
+    }
 
 
 def num_groups_to_begin(num_missing: int, share: float) -> int:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fipo.config.declaration import Declaration, declaration_of
 from megatron_fipo.config.foreign_keys import foreign_hint
-from megatron_fipo.config.sections import Config
+from megatron_fipo.config.sections import Config, DataSourceConfig
 from megatron_fipo.system.nearest_name import nearest_name
 
 _ALMOST_THE_SAME = 0.9
@@ -70,7 +70,8 @@ def _declared_fields(section: type) -> dict[str, tuple[Declaration, Any]]:
 def declarations_along(parts: Sequence[str]) -> list[Declaration]:
     """Declarations of the key with these parts and of each section that it is in, as far as there are any.
 
-    The name of a data source is declared by what holds the sources; what is below a key (a source's params) is not.
+    The name of a data source, or of a shadow objective, is declared by what holds them all; what is below a key (a
+    source's params) is not.
     """
     annotation: Any = Config
     found: list[Declaration] = []
@@ -88,7 +89,7 @@ def declarations_along(parts: Sequence[str]) -> list[Declaration]:
 
 @cache
 def _known_keys() -> tuple[str, ...]:
-    """Every key, dotted; <name> stands for the name of a data source."""
+    """Every key, dotted; <name> stands for the name of a data source or of a shadow objective."""
 
     def walk(section: type, prefix: str) -> Iterator[str]:
         for name, annotation in field_types(section).items():
@@ -123,8 +124,11 @@ def key_problems(layer: Any, section: type, prefix: str, place: str) -> Iterator
             yield from key_problems(value, types[key], f"{prefix}{key}.", place)
         elif entry := entry_type(types[key]):
             if not isinstance(value, Mapping):
-                given = f"{prefix}{key}={shown(value)} in {place}"
-                yield f"{given}: sources by name were expected ({prefix}{key}.<name>.kind)."
+                entries = "sources" if entry is DataSourceConfig else "settings"
+                yield (
+                    f"{prefix}{key}={shown(value)} in {place}: {entries} by name were expected "
+                    f"({prefix}{key}.<name>.{next(iter(field_types(entry)))})."
+                )
                 continue
             for name, source in value.items():
                 yield from key_problems(source, entry, f"{prefix}{key}.{name}.", place)

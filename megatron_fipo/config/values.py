@@ -14,7 +14,7 @@ from megatron_fipo.config.keys import field_types
 def section_problems(section: Any, prefix: str) -> Iterator[Problem]:
     """Values that break what their keys were declared with, in a section and the sections in it.
 
-    Data sources are checked by `cross_rules.sources`.
+    Data sources are checked by `cross_rules.sources`, shadow objectives by `cross_rules.shadows`.
 
     Args:
         prefix: prefix of the section's keys in messages, such as "train."; empty for a whole configuration.

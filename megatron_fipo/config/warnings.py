@@ -49,6 +49,16 @@ def _inert_fipo(config: Config, model_config: ModelConfig) -> Iterator[str]:
 
 
 @warns
+def _inert_shadows(config: Config, model_config: ModelConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.shadow and not objective.future_kl and updates_per_step(config) == 1:
+        yield (
+            "objective.shadow shows nothing: with one update per step (train.num_minibatches x train.num_epochs = 1) "
+            "the policy has not moved when Future-KL is taken, and it is 0 under all settings."
+        )
+
+
+@warns
 def _equal_weights(config: Config, model_config: ModelConfig) -> Iterator[str]:
     objective = config.objective
     if objective.future_kl and objective.influence_min == objective.influence_max:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Number: TypeAlias = float | int | Tensor
 
+ROUNDING_OF_SUMS = 1e-12
+"""Share of a mean square up to which a variance may be rounding alone: float64 sums over thousands of parts."""
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -63,6 +66,44 @@ class Std:
             return math.nan
         mean = float(self.total) / count
         return math.sqrt(max(float(self.total_squared) / count - mean * mean, 0.0))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's correlation of pairs (x, y) from their count and sums; NaN where either does not vary, or nothing was.
+
+    Take the sums in float64, and of values less something near their means: what the sums cannot tell from rounding
+    counts as not varying.
+    """
+
+    total_x: Number
+    total_y: Number
+    total_xx: Number
+    total_yy: Number
+    total_xy: Number
+    count: Number
+
+    def __add__(self, other: Correlation) -> Correlation:
+        return Correlation(
+            self.total_x + other.total_x,
+            self.total_y + other.total_y,
+            self.total_xx + other.total_xx,
+            self.total_yy + other.total_yy,
+            self.total_xy + other.total_xy,
+            self.count + other.count,
+        )
+
+    def value(self) -> float:
+        count = float(self.count)
+        if not count:
+            return math.nan
+        mean_x, mean_y = float(self.total_x) / count, float(self.total_y) / count
+        square_x, square_y = float(self.total_xx) / count, float(self.total_yy) / count
+        variance_x, variance_y = square_x - mean_x * mean_x, square_y - mean_y * mean_y
+        if not (variance_x > ROUNDING_OF_SUMS * square_x and variance_y > ROUNDING_OF_SUMS * square_y):
+            return math.nan
+        covariance = float(self.total_xy) / count - mean_x * mean_y
+        return min(max(covariance / math.sqrt(variance_x) / math.sqrt(variance_y), -1.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -182,7 +223,7 @@ def _larger(mine: Number, other: Number) -> Number:
     return max(float(mine), float(other))
 
 
-Reduction: TypeAlias = Sum | Mean | Std | Max | Min | Last | Histogram | Distribution
+Reduction: TypeAlias = Sum | Mean | Std | Correlation | Max | Min | Last | Histogram | Distribution
 Metrics: TypeAlias = dict[str, Reduction]
 
 
@@ -217,7 +258,7 @@ def scalars(metrics: Mapping[str, Reduction]) -> dict[str, float]:
     return numbers
 
 
-KINDS = {kind.__name__: kind for kind in (Sum, Mean, Std, Max, Min, Last, Histogram, Distribution)}
+KINDS = {kind.__name__: kind for kind in (Sum, Mean, Std, Correlation, Max, Min, Last, Histogram, Distribution)}
 
 
 def to_plain(metrics: Mapping[str, Reduction]) -> dict[str, dict[str, Any]]:

@@ -89,28 +89,63 @@ def segment_future_kl(
     heads = segment_heads(future_kl, segments).view(len(counts), 2)
     own = torch.cat([heads, counts.to(heads.dtype)[:, None]], dim=1)
     gathered = torch.stack(exchange.all_gather_tensors(own, cp_group))
-    chunk_lengths = segments.lengths_on_device[::2]
-    carries = carries_into_chunks(gathered[:, :, :2], chunk_lengths, half_life_tokens)
-    own_carries = torch.stack([carries[cp_group.rank()], carries[-1 - cp_group.rank()]], dim=1).flatten()
-    future_kl = future_kl + decay_to_end(segments, half_life_tokens) * segments.per_token(own_carries)
+    future_kl = _with_carries(future_kl, gathered[:, :, :2], segments, half_life_tokens, cp_group)
     return future_kl, gathered[:, :, 2].sum(0).round().long()
 
 
-def exchanged_bytes(num_sequences: int, cp_size: int) -> int:
-    """Bytes that each rank receives in `cp_future_kl`'s exchange, its own part included."""
-    return 12 * cp_size * num_sequences if cp_size > 1 else 0
+def segment_future_kls(
+    x_local: Sequence[Tensor], segments: Segments, half_lives: Sequence[float], cp_group: ProcessGroup
+) -> list[Tensor]:
+    """Several Future-KLs of the same segments, each of its own x and half-life: [T_local] each.
+
+    As `segment_future_kl`, without counts. Collective: one all-gather for all of them, 8 * cp bytes a sequence each.
+    """
+    sums = [segment_suffix_sum(x, segments, half_life) for x, half_life in zip(x_local, half_lives, strict=True)]
+    if cp_group.size() == 1:
+        return sums
+    own = torch.stack([segment_heads(each, segments).view(-1, 2) for each in sums])
+    gathered = torch.stack(exchange.all_gather_tensors(own, cp_group))
+    return [
+        _with_carries(each, gathered[:, index], segments, half_life, cp_group)
+        for index, (each, half_life) in enumerate(zip(sums, half_lives, strict=True))
+    ]
+
+
+def _with_carries(
+    chunk_sums: Tensor, gathered_heads: Tensor, segments: Segments, half_life_tokens: float, cp_group: ProcessGroup
+) -> Tensor:
+    """[T_local] the sums over whole sequences, from those within this rank's chunks and every rank's heads."""
+    chunk_lengths = segments.lengths_on_device[::2]
+    carries = carries_into_chunks(gathered_heads, chunk_lengths, half_life_tokens)
+    own_carries = torch.stack([carries[cp_group.rank()], carries[-1 - cp_group.rank()]], dim=1).flatten()
+    return chunk_sums + decay_to_end(segments, half_life_tokens) * segments.per_token(own_carries)
+
+
+def exchanged_bytes(num_sequences: int, cp_size: int, *, future_kl: bool = True, num_shadows: int = 0) -> int:
+    """Bytes that each rank receives for the Future-KL of an update on these sequences, its own part included.
+
+    Args:
+        future_kl: whether the objective has one, whose heads travel with the filter's counts.
+        num_shadows: shadow objectives.
+    """
+    of_a_sequence = (12 if future_kl else 0) + 8 * num_shadows
+    return of_a_sequence * cp_size * num_sequences if cp_size > 1 else 0
 
 
 def exchange_metrics(minibatches: Sequence[Sequence[PackedBatch]], config: Config, ranks: ParallelGroups) -> Metrics:
     """Return the bytes that this rank receives in a step's exchanges; merged over ranks, those of the busiest rank.
 
     Data-parallel ranks have different sequences, and only the last pipeline stage has a loss. The busiest rank is the
-    one that the others wait for. No communication; empty without Future-KL.
+    one that the others wait for. No communication; empty where neither objective nor shadow has a Future-KL.
     """
-    if not config.objective.future_kl:
+    objective = config.objective
+    if not (objective.future_kl or objective.shadow):
         return {}
     num_sequences = sum(batch.layout.num_sequences for batches in minibatches for batch in batches)
-    received = exchanged_bytes(num_sequences, ranks.cp.size()) * config.train.num_epochs
+    of_an_epoch = exchanged_bytes(
+        num_sequences, ranks.cp.size(), future_kl=objective.future_kl, num_shadows=len(objective.shadow)
+    )
+    received = of_an_epoch * config.train.num_epochs
     return {"perf/suffix_sum_exchange_bytes": Max(received if ranks.is_last_stage else 0)}
 
 

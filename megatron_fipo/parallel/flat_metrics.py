@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fipo.metrics.reductions import KINDS, Mean, Metrics, Reduction, Std, Sum, merge
+from megatron_fipo.metrics.reductions import KINDS, Correlation, Mean, Metrics, Reduction, Std, Sum, merge
 
 _SETTINGS = {"edges", "quantiles", "exponentiate"}
 """Fields that are alike in all parts of a metric, so that they belong to what the metric is."""
 _TYPES = {bool: "?", int: "q", float: "d"}
 """The letters of `struct` for types of numbers; a bool is an int as well, so it comes first."""
-_ADDED_BY_FIELD = {Sum, Mean, Std}
+_ADDED_BY_FIELD = {Sum, Mean, Std, Correlation}
 _ALIGNMENT = 8
 """Tensors begin at multiples of it, so that bytes can be viewed as any dtype."""
 

@@ -32,8 +32,8 @@ class Objective:
     def __call__(self, log_probs: Tensor, entropy: Tensor, batch: PackedBatch) -> LossOutput:
         """The loss of a microbatch. Differentiable in log_probs and entropy.
 
-        Collective over `cp_group` where objective.future_kl is set, or a rollout_correction that masks. Nothing is read
-        from the batch's device nor sent there.
+        Collective over `cp_group` where objective.future_kl is set, or shadow, or a rollout_correction that masks.
+        Nothing is read from the batch's device nor sent there.
 
         Args:
             log_probs, entropy: float32 [T_local].

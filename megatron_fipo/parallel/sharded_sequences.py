@@ -5,6 +5,7 @@ Shapes: T_local rows of this rank, S whole sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,10 @@ class ShardedSequences:
         """
         counts = count_per_sequence(flags, self.ids, self.num)
         return cp_suffix_sum.segment_future_kl(x, counts, self.segments, half_life_tokens, self.cp_group)
+
+    def suffix_sums(self, x: Sequence[Tensor], half_lives: Sequence[float]) -> list[Tensor]:
+        """See `Sequences.suffix_sums`. Collective: one all-gather. Nothing is read from the device nor sent to it."""
+        return cp_suffix_sum.segment_future_kls(x, self.segments, half_lives, self.cp_group)
 
     def total(self, per_sequence: Tensor) -> Tensor:
         """[S, …] added up in the order of the ranks, so that all have the same bits. Collective: one all-gather."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,10 @@ class NoiseFloor:
     """Compares the first update's own forward pass with the later ones."""
 
     metrics: Metrics
-    """noise_floor/<log_prob_shift or future_kl>/{std, absmax, share_of_later_std}."""
+    """noise_floor/<log_prob_shift or future_kl>/{std, absmax, share_of_later_std}, and each shadow objective's
+    shadow/<name>/noise_floor/share_of_later_std."""
     warning: str
-    """A warning for the user if noise dominates, else an empty string."""
+    """A warning for the user if noise dominates what is trained on, else an empty string."""
 
 
 def noise_floor(first: Mapping[str, float], later: Mapping[str, float]) -> NoiseFloor:
@@ -107,11 +109,19 @@ def noise_floor(first: Mapping[str, float], later: Mapping[str, float]) -> Noise
         if f"{area}/std" not in later:
             continue
         later_std = later[f"{area}/std"]
-        share = std / later_std if later_std else float(std > 0)
+        share = _share(std, later_std)
         metrics[f"noise_floor/{name}/share_of_later_std"] = Last(share)
         if share > NOISE_DOMINATES_ABOVE:
             noisy.append(f"{name}: std {std:.2e} (largest {absmax:.2e}) before any update, {later_std:.2e} after")
+    for area in sorted(first.keys() & later.keys()):
+        if shadow := re.fullmatch(r"shadow/([^/]+)/future_kl/std", area):
+            share = _share(first[area], later[area])
+            metrics[f"shadow/{shadow[1]}/noise_floor/share_of_later_std"] = Last(share)
     return NoiseFloor(metrics, _noise_warning(noisy) if noisy else "")
+
+
+def _share(std: float, later_std: float) -> float:
+    return std / later_std if later_std else float(std > 0)
 
 
 def _noise_warning(noisy: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ Shapes: T packed tokens of this rank, S whole sequences.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -101,6 +101,13 @@ class _FormerSequences:
             return self._suffix_sum(x, flags, self._cu_seqlens)
         ids = sequence_ids_of(self._cu_seqlens, len(x), x.device)
         return future_kl(x, self._cu_seqlens, half_life_tokens), count_per_sequence(flags, ids, self.num)
+
+    def suffix_sums(self, x: Sequence[Tensor], half_lives: Sequence[float]) -> list[Tensor]:
+        if self._suffix_sum is not None:
+            raise ValueError(
+                "objective.shadow needs sums of other half-lives than suffix_sum has. Pass TokenValues and Sequences."
+            )
+        return [future_kl(each, self._cu_seqlens, half_life) for each, half_life in zip(x, half_lives, strict=True)]
 
     def total(self, per_sequence: Tensor) -> Tensor:
         return per_sequence if self._sum_over_shards is None else self._sum_over_shards(per_sequence)

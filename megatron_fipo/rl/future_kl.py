@@ -131,13 +131,13 @@ def power_table(rate: float, count: int, device: torch.device, dtype: torch.dtyp
     return _power_table(rate, 1 << max(count - 1, 0).bit_length(), device, dtype)[:count]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _power_table(rate: float, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # or a table first made in inference mode could take no part in a gradient
         return torch.exp2(-rate * torch.arange(count, dtype=torch.float64, device=device)).to(dtype)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _block_matrix(rate: float, device: torch.device) -> Tensor:
     """float64 [BLOCK, BLOCK]: 2^(-(k - j) * rate) at [k, j], 0 where k < j. Kept, so it must not be changed."""
     with torch.inference_mode(False):

@@ -29,6 +29,7 @@ from megatron_fipo.rl.former_call import takes_former_call
 from megatron_fipo.rl.objective_metrics import policy_metrics
 from megatron_fipo.rl.rollout_correction import Correction, correct
 from megatron_fipo.rl.sequences import Sequences, count_per_sequence
+from megatron_fipo.rl.shadow import shadow_metrics
 from megatron_fipo.rl.token_values import TokenValues
 
 MAX_LOG_PROB_SHIFT = 20.0
@@ -106,6 +107,15 @@ def policy_loss(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -
     )
     if correction is not None:
         metrics |= correction.metrics
+    if config.shadow:
+        metrics |= shadow_metrics(
+            lambda settings: future_kl_terms(shift.detach(), tokens, settings),
+            lambda sums, settings: influence_weights(sums, shift.detach().exp(), tokens.advantages, settings),
+            influence.weights,
+            tokens.response_mask,
+            sequences,
+            config,
+        )
     return LossOutput(
         loss_sum,
         normalizer,
@@ -282,7 +292,7 @@ def _check(tokens: TokenValues, sequences: Sequences, config: FipoConfig) -> Non
             f"the sequences were made for {sequences.ids.device} but log_probs lie on {tokens.log_probs.device}. Make "
             "them with device=log_probs.device."
         )
-    sums_behaviour = config.future_kl and config.future_kl_reference == "behaviour"
+    sums_behaviour = (config.future_kl or config.shadow) and config.future_kl_reference == "behaviour"
     for key, value, name in (
         ("future_kl_reference", sums_behaviour and config.future_kl_reference, "rollout_log_probs"),
         ("kl_coefficient", config.kl_coefficient, "reference_log_probs"),

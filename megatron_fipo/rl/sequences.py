@@ -9,6 +9,7 @@ Shapes: T packed tokens of this rank, S whole sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -54,6 +55,10 @@ class Sequences(Protocol):
         """
         ...
 
+    def suffix_sums(self, x: Sequence[Tensor], half_lives: Sequence[float]) -> list[Tensor]:
+        """Several Future-KLs, each of its own x [T] and half-life, in one exchange if in any; float32 [T] each."""
+        ...
+
     def total(self, per_sequence: Tensor) -> Tensor:
         """Sums over this rank's rows, [S, …], added up to sums over whole sequences, alike on all that share them."""
         ...
@@ -89,6 +94,12 @@ class WholeSequences:
     def suffix_sum(self, x: Tensor, flags: Tensor, half_life_tokens: float) -> tuple[Tensor, Tensor]:
         """See `Sequences.suffix_sum`."""
         return segment_suffix_sum(x, self._segments, half_life_tokens), count_per_sequence(flags, self.ids, self.num)
+
+    def suffix_sums(self, x: Sequence[Tensor], half_lives: Sequence[float]) -> list[Tensor]:
+        """See `Sequences.suffix_sums`."""
+        return [
+            segment_suffix_sum(each, self._segments, half_life) for each, half_life in zip(x, half_lives, strict=True)
+        ]
 
     def total(self, per_sequence: Tensor) -> Tensor:
         """Return the argument: here sums are over whole sequences already."""

@@ -16,7 +16,7 @@ ONE_STEP = ("train.num_steps=1", "data.train.chains.params.num_terms=7")
 """On the prompts that what is known below of a step is known of."""
 RUNS: dict[str, tuple[str, ...]] = {
     "fipo": (),
-    "dapo": ("algorithm=dapo",),
+    "dapo": ("algorithm=dapo", "objective.shadow={fipo: {}, tau_128: {half_life_tokens: 128}}"),
     "grpo": ("algorithm=grpo",),
     "grpo_sequence_mean": ("algorithm=grpo_sequence_mean",),
     "dr_grpo": ("algorithm=dr_grpo", "objective.sequence_sum_tokens=96"),
@@ -63,6 +63,21 @@ def test_dapo_differs_from_fipo_in_nothing_else(runs: dict[str, Any]) -> None:
     for name in (*of_the_batch, *of_the_policy):
         assert fipo[name] == dapo[name], name
     assert abs(fipo["policy/loss/mean"] - dapo["policy/loss/mean"]) > 1e-4  # far above the rounding of float32
+
+
+def test_a_shadow_of_dapo_is_what_fipo_sees_of_the_same_step(runs: dict[str, Any]) -> None:
+    """Both come to the second update with the same weights; see above."""
+    fipo, dapo = runs["fipo"][0], runs["dapo"][0]
+    for stat in (
+        *("influence_weight/mean", "influence_weight/std", "influence_weight/clipped_share"),
+        *("future_kl/std", "future_kl/absmax"),
+    ):
+        assert math.isclose(dapo[f"shadow/fipo/{stat}"], fipo[f"fipo/{stat}"], rel_tol=1e-9), stat
+    assert dapo["shadow/tau_128/future_kl/std"] > 1.01 * fipo["fipo/future_kl/std"]
+    for name in ("fipo", "tau_128"):
+        assert dapo[f"shadow/{name}/influence_weight/correlation"] is None, "all weights in use are 1"
+        assert dapo[f"shadow/{name}/noise_floor/share_of_later_std"] == 0
+    assert not [name for name in fipo if name.startswith("shadow/")]
 
 
 def test_what_sets_the_grpo_family_apart(runs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.config import FipoConfig
+from megatron_fipo.config import FipoConfig, ShadowConfig
 from megatron_fipo.parallel import cp_layout
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.parallel.objective import Objective
@@ -27,10 +27,19 @@ LENGTHS = (5, 33, 64, 1100)
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 BASE = FipoConfig(influence_min=0.8, sequence_sum_tokens=100, rollout_ratio_min=0.9, rollout_ratio_max=1.1)
+SHADOWS = {
+    "own": ShadowConfig(),
+    "tau_8": ShadowConfig(half_life_tokens=8.0, influence_min=0.5, influence_max=2.0),
+    "tau_256": ShadowConfig(half_life_tokens=256.0, safety_ratio=2.0),
+    "strict": ShadowConfig(dual_clip=2.0),
+    "unfiltered": ShadowConfig(filter_extreme_ratios=False, influence_min=0.0),
+}
 OBJECTIVES = {
     "fipo": BASE,
     "behaviour in Future-KL": replace(BASE, future_kl_reference="behaviour"),
     "dapo": replace(BASE, future_kl=False),
+    "shadows": replace(BASE, shadow=SHADOWS),
+    "dapo with shadows": replace(BASE, future_kl=False, shadow=SHADOWS),
     "kl and entropy": replace(BASE, kl_coefficient=0.1, entropy_coefficient=0.01),
     **{
         f"{kind}, {aggregation}": replace(BASE, rollout_correction=kind, loss_aggregation=aggregation)

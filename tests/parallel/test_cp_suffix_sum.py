@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.config import Config, FipoConfig, ParallelSection, TrainSection
+from megatron_fipo.config import Config, FipoConfig, ParallelSection, ShadowConfig, TrainSection
 from megatron_fipo.metrics.reductions import Last, Metrics, scalars
 from megatron_fipo.parallel import cp_suffix_sum
 from megatron_fipo.parallel import groups as parallel_groups
@@ -118,9 +119,9 @@ def check(batch: Batch, group: dist.ProcessGroup) -> None:
     assert counts.tolist() == expected[: batch.num_sequences], f"{batch.name}: {counts.tolist()} counted"
 
 
-def check_exchange(batch: Batch, group: dist.ProcessGroup) -> None:
-    """Assert that one all-gather of 12 * cp bytes a sequence is all that crosses ranks, whatever the length."""
-    rows = zigzag_rows(batch.cu_seqlens, group.size(), group.rank())
+@contextmanager
+def counting_received() -> Iterator[list[int]]:
+    """Bytes that this rank receives in each all-gather, noted while it is entered."""
     received: list[int] = []
     gather = dist.all_gather_into_tensor
 
@@ -128,8 +129,15 @@ def check_exchange(batch: Batch, group: dist.ProcessGroup) -> None:
         received.append(output.numel() * output.element_size())
         return gather(output, own, **keywords)
 
+    with mock.patch.object(dist, "all_gather_into_tensor", counting):
+        yield received
+
+
+def check_exchange(batch: Batch, group: dist.ProcessGroup) -> None:
+    """Assert that one all-gather of 12 * cp bytes a sequence is all that crosses ranks, whatever the length."""
+    rows = zigzag_rows(batch.cu_seqlens, group.size(), group.rank())
     refused = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("all_reduce", "broadcast", "all_gather")}
-    with mock.patch.object(dist, "all_gather_into_tensor", counting), mock.patch.multiple(dist, **refused):
+    with counting_received() as received, mock.patch.multiple(dist, **refused):
         cp_future_kl(batch.x[rows], batch.cu_seqlens, batch.half_life, group, batch.flags[rows])
     expected = exchanged_bytes(batch.num_sequences, group.size())
     assert received == ([expected] if group.size() > 1 else [])
@@ -201,6 +209,7 @@ def _all_checks(cp_size: int) -> int:
         for breakage in BREAKAGES:
             check_is_noticed(breakage, cases[0], group)
         _check_suffix_sum_of_the_loss(cases[0], group)
+        _check_several_at_once(cases[0], group)
         _check_layout_errors(group)
     return len(cases)
 
@@ -217,6 +226,19 @@ def _check_suffix_sum_of_the_loss(batch: Batch, group: dist.ProcessGroup) -> Non
     alone = cp_future_kl(batch.x[rows], batch.cu_seqlens, batch.half_life, group)
     assert isinstance(alone, Tensor)
     assert torch.equal(alone, values)
+
+
+def _check_several_at_once(batch: Batch, group: dist.ProcessGroup) -> None:
+    """Several sums are those of one by one, bit for bit, and take one all-gather of 8 * cp bytes a sequence each."""
+    rows = zigzag_rows(batch.cu_seqlens, group.size(), group.rank())
+    sequences, half_lives = ShardedSequences.of(batch.cu_seqlens, group), (8.0, 32.0, 256.0)
+    x = [batch.x[rows], batch.x[rows].square(), batch.x[rows]]
+    with counting_received() as received:
+        found = sequences.suffix_sums(x, half_lives)
+    assert received == [exchanged_bytes(batch.num_sequences, group.size(), future_kl=False, num_shadows=3)]
+    assert received == [3 * 8 * group.size() * batch.num_sequences]
+    for sums, values, half_life in zip(found, x, half_lives, strict=True):
+        assert torch.equal(sums, sequences.suffix_sum(values, batch.flags[rows], half_life)[0])
 
 
 def _check_layout_errors(group: dist.ProcessGroup) -> None:
@@ -263,14 +285,7 @@ def _own_and_merged(config: Config, ranks: ParallelGroups) -> tuple[list[list[Pa
 
 def _received_by_the_loss(minibatches: list[list[PackedBatch]], objective: Objective) -> int:
     """Bytes that this rank receives in the loss of these microbatches, counted at the collective. Collective."""
-    received: list[int] = []
-    gather = dist.all_gather_into_tensor
-
-    def counting(output: Tensor, own: Tensor, **keywords: Any) -> Any:
-        received.append(output.numel() * output.element_size())
-        return gather(output, own, **keywords)
-
-    with mock.patch.object(dist, "all_gather_into_tensor", counting):
+    with counting_received() as received:
         for batch in itertools.chain(*minibatches):
             batch.old_log_probs = batch.rollout_log_probs
             objective(batch.rollout_log_probs.clone(), torch.zeros_like(batch.rollout_log_probs), batch)
@@ -292,6 +307,11 @@ def _measure_exchange() -> dict[str, Any]:
                 _own_and_merged(config, ranks)
             dapo = replace(config, objective=FipoConfig(future_kl=False))
             assert cp_suffix_sum.exchange_metrics(minibatches, dapo, ranks) == {}
+            for future_kl in (True, False):
+                objective = FipoConfig(future_kl=future_kl, shadow={"a": ShadowConfig(8.0), "b": ShadowConfig(128.0)})
+                own = cp_suffix_sum.exchange_metrics(minibatches, replace(config, objective=objective), ranks)
+                received = _received_by_the_loss(minibatches, Objective(objective, ranks.cp))
+                assert own["perf/suffix_sum_exchange_bytes"].value() == received * EPOCHS
         parallel_groups.destroy_model_parallel()
     return found
 

@@ -47,7 +47,7 @@ ROUNDS: dict[str, tuple[float, float, bool]] = {
 def _own(random: Random, share_absent: float, share_missing: float, shuffled: bool) -> Metrics | None:
     if random.random() < share_absent:
         return random.choice([None, {}])
-    return metrics(random, 18, share_missing, shuffled)
+    return metrics(random, 20, share_missing, shuffled)
 
 
 def _in_another_order(parts: Any) -> Metrics:

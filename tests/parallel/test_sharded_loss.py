@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_fipo.config import FipoConfig, ParallelSection
 from megatron_fipo.metrics.reductions import merge, scalars
@@ -16,11 +18,13 @@ from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.batch import shard_batch
 from megatron_fipo.parallel.objective import Objective
 from megatron_fipo.parallel.sharded_sequences import ShardedSequences
+from megatron_fipo.rl.future_kl import segment_suffix_sum
 from megatron_fipo.rl.objective import LossOutput
 from megatron_fipo.rl.packed_batch import PackedBatch
 from megatron_fipo.rl.packing import build_packed_batch
 from megatron_fipo.rl.trajectory import Trajectory
 from tests.losses import CORRECTIONS, packed_loss
+from tests.parallel.loss_cases import SHADOWS
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = (5, 33, 64, 97)
@@ -85,10 +89,11 @@ def compare(config: FipoConfig, group: dist.ProcessGroup, config_here: FipoConfi
     found = set()
     if not torch.equal(part.final_mask, whole.final_mask[own]):
         found.add("mask")
-    assert part.future_kl is not None
-    assert whole.future_kl is not None
-    if not torch.allclose(part.future_kl, whole.future_kl[own], rtol=0, atol=2e-5):
-        found.add("future_kl")
+    if config.future_kl:
+        assert part.future_kl is not None
+        assert whole.future_kl is not None
+        if not torch.allclose(part.future_kl, whole.future_kl[own], rtol=0, atol=2e-5):
+            found.add("future_kl")
     if sum(int(each.normalizer) for each in parts) != int(whole.normalizer):
         found.add("normalizer")
     if sum(float(each.loss_sum) for each in parts) != pytest.approx(float(whole.loss_sum), rel=1e-5):
@@ -97,6 +102,10 @@ def compare(config: FipoConfig, group: dist.ProcessGroup, config_here: FipoConfi
     if merged != pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True):
         found.add("metrics")
     return found
+
+
+def _of_own_chunks_alone(self: ShardedSequences, x: Sequence[Tensor], half_lives: Sequence[float]) -> list[Tensor]:
+    return [segment_suffix_sum(each, self.segments, half_life) for each, half_life in zip(x, half_lives, strict=True)]
 
 
 def _check(cp_size: int) -> dict[str, set[str]]:
@@ -110,6 +119,15 @@ def _check(cp_size: int) -> dict[str, set[str]]:
     behaviour = replace(proximal, future_kl_reference="behaviour")
     results["behaviour in Future-KL"] = compare(behaviour, group)
     results["proximal for behaviour"] = compare(behaviour, group, config_here=proximal)
+    shadowed = {"fipo": replace(proximal, shadow=SHADOWS), "behaviour": replace(behaviour, shadow=SHADOWS)}
+    for name, config in {**shadowed, "dapo": replace(shadowed["fipo"], future_kl=False)}.items():
+        results[f"shadows of {name}"] = compare(config, group)
+    with mock.patch.object(ShardedSequences, "suffix_sums", _of_own_chunks_alone):
+        results["shadows of own chunks"] = compare(shadowed["fipo"], group)
+    swapped = {"own": SHADOWS["tau_8"], "tau_8": SHADOWS["own"]}
+    results["shadows of others"] = compare(
+        replace(proximal, shadow={**SHADOWS, **swapped}), group, config_here=shadowed["fipo"]
+    )
     with mock.patch.object(ShardedSequences, "total", lambda self, per_sequence: per_sequence):
         for kind in ("sequence_masked", "geometric_masked"):
             results[f"own rows only, {kind}"] = compare(objective(kind, "token_mean"), group)
@@ -125,6 +143,8 @@ def test_corrections_are_those_of_one_process(cp_size: int) -> None:
             assert "loss" in found, f"{name}: not noticed"
         elif name == "proximal for behaviour":
             assert {"loss", "future_kl", "metrics"} <= found, f"{name}: not noticed"
+        elif name in ("shadows of own chunks", "shadows of others"):
+            assert found == {"metrics"}, f"{name}: not noticed, or not in the metrics alone"
         else:
             assert found == set(), name
 

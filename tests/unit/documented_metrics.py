@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fipo.config import FipoConfig, RewardSection, SamplingSection
+from megatron_fipo.config import FipoConfig, RewardSection, SamplingSection, ShadowConfig
 from megatron_fipo.evaluation.scores import ProblemResult, evaluate_problems
 from megatron_fipo.metrics.reductions import Metrics, scalars
 from megatron_fipo.rl.advantages import assign_advantages, assign_rewards
@@ -26,7 +26,7 @@ from tests.unit.rl_samples import make_group, make_judged
 
 AREAS = (
     "advantages", "canary", "evaluation", "fipo", "mismatch", "noise_floor", "optim", "perf", "policy", "reward",
-    "rollout", "time_s", "weight_sync",
+    "rollout", "shadow", "time_s", "weight_sync",
 )  # fmt: skip
 _NAME = re.compile(rf"({'|'.join(AREAS)})/[A-Za-z0-9_./@{{}}<>,-]+")
 _FIELD = "\0"
@@ -35,7 +35,7 @@ _FIELD = "\0"
 
 def measured_names() -> set[str]:
     """Names that the package's own functions give for a made-up step, under every rollout correction."""
-    config = FipoConfig(kl_coefficient=0.1, entropy_coefficient=0.1)
+    config = FipoConfig(kl_coefficient=0.1, entropy_coefficient=0.1, shadow={"tau_128": ShadowConfig(128.0)})
     whole = make_group(0, (1.0, 0.0))
     whole.samples[0].parts = {"math": 1.0}
     groups = [JudgedGroup.of(whole), make_judged(1, (1.0, 1.0, 0.5, 0.0))]

@@ -17,12 +17,15 @@ from megatron_fipo.config import (
     Config,
     ConfigError,
     DataSourceConfig,
+    ShadowConfig,
+    TrainSection,
     load_config,
     log_prob_chunk_tokens,
     microbatch_token_multiple,
     read_model_config,
     required_pad_multiple,
     save_resolved,
+    shadow_objectives,
     updates_per_step,
     validate,
     validate_model_layout,
@@ -125,6 +128,37 @@ def test_overrides_reach_into_sources_and_make_new_ones(sound: Path) -> None:
     assert config.data.train["chain"].kind == "chain_arithmetic"
 
 
+def test_shadow_objectives_come_from_the_file_and_from_overrides(tmp_path: Path) -> None:
+    text = SOUND + "objective: {influence_max: 1.5, shadow: {tau_8: {half_life_tokens: 8}, plain: {}}}\n"
+    overrides = ["objective.shadow.tau_8.influence_min=0.5", "objective.shadow.wide.influence_max=.inf"]
+    config = load_config(write(tmp_path, text), overrides)
+    validate(config, world_size=4)
+    assert config.objective.shadow == {
+        "tau_8": ShadowConfig(half_life_tokens=8.0, influence_min=0.5),
+        "plain": ShadowConfig(),
+        "wide": ShadowConfig(influence_max=float("inf")),
+    }
+    whole = shadow_objectives(config.objective)
+    own = dataclasses.replace(config.objective, shadow={})
+    assert whole == {
+        "tau_8": dataclasses.replace(own, half_life_tokens=8.0, influence_min=0.5),
+        "plain": own,
+        "wide": dataclasses.replace(own, influence_max=float("inf")),
+    }
+    assert load_config(save_resolved(config, tmp_path)).objective == config.objective
+    assert load_config(tmp_path / "config.yaml", ["objective.shadow={}"]).objective == own
+    assert load_config(None).objective.shadow == {}
+
+
+def test_dapo_with_fipo_as_a_shadow(sound: Path) -> None:
+    config = load_config(sound, ["algorithm=dapo", "objective.shadow.fipo={}"])
+    validate(config, world_size=4)
+    assert config.objective.future_kl is False
+    assert shadow_objectives(config.objective) == {"fipo": load_config(sound).objective}
+    (warning,) = warnings_for(dataclasses.replace(config, train=TrainSection(num_minibatches=1)))
+    assert "objective.shadow shows nothing: with one update per step" in warning
+
+
 @pytest.mark.parametrize(
     ("override", "read", "expected"),
     [
@@ -164,6 +198,11 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         ("train.num_step=5", "train.num_step", "Did you mean train.num_steps?"),
         ("paralel.cp=2", "paralel", "Did you mean parallel?"),
         ("data.train.chain.num_promts=3", "data.train.chain.num_promts", "Did you mean data.train.chain.num_prompts?"),
+        (
+            "objective.shadow.tau.half_life=8",
+            "objective.shadow.tau.half_life",
+            "Did you mean objective.shadow.tau.half_life_tokens?",
+        ),
         ("data.evaluation.new.kin=jsonl", "data.evaluation.new.kin", "Did you mean data.evaluation.new.kind?"),
         ("train.learning_rate=1", "train.learning_rate", "Did you mean optimizer.learning_rate?"),
         ("model.log_prob_chunk_tokens=512", "model.log_prob_chunk_tokens", "Did you mean model.log_prob_chunk_mib?"),
@@ -218,6 +257,15 @@ def test_a_wrong_type_names_key_value_and_type(sound: Path, override: str, expec
         ("train=3", "train=3 in override 'train=3': a section was expected"),
         ("data.train=[1]", "data.train=[1] in override 'data.train=[1]': sources by name were expected"),
         ("data.train.chain=null", "data.train.chain=null in override 'data.train.chain=null': a section was expected"),
+        (
+            "objective.shadow=[8]",
+            "objective.shadow=[8] in override 'objective.shadow=[8]': settings by name were expected "
+            "(objective.shadow.<name>.half_life_tokens)",
+        ),
+        (
+            "objective.shadow.tau=8",
+            "objective.shadow.tau=8 in override 'objective.shadow.tau=8': a section was expected",
+        ),
         ("train.num_steps", "override 'train.num_steps' is not of the form section.key=value"),
         ("train..num_steps=3", "is not of the form section.key=value"),
         ("servers.gpus=[1", "override 'servers.gpus=[1' is not valid YAML"),
@@ -346,6 +394,24 @@ REFUSED = {
     "objective.influence_min=1.3": ("objective.influence_min", "objective.influence_max=1.2"),
     "objective.loss_aggregation=sequence_sum": ("objective.sequence_sum_tokens", "rollout.max_response_tokens=50"),
     "objective.future_kl=false": ("objective.future_kl", "algorithm=dapo"),
+    "objective.shadow.tau.half_life_tokens=0": (
+        "objective.shadow.tau.half_life_tokens",
+        "or null to take the objective",
+    ),
+    "objective.shadow.tau.dual_clip=1": ("objective.shadow.tau.dual_clip", ""),
+    "objective.shadow.a/b.half_life_tokens=8": ("objective.shadow", "Use letters"),
+    "objective.shadow.a.influence_max=0.5": ("objective.shadow.a.influence_max", "objective.influence_min=1.0"),
+    "objective.shadow.a.influence_min=1.3": ("objective.shadow.a.influence_min", "objective.influence_max=1.2"),
+    "objective.shadow={a: {influence_min: 0.5, influence_max: 0.4}}": (
+        "objective.shadow.a.influence_min",
+        "objective.shadow.a.influence_max=0.4",
+    ),
+    "objective={dual_clip: null, shadow: {a: {half_life_tokens: 8}}}": (
+        "objective.shadow.a.dual_clip",
+        "objective.shadow.a.filter_extreme_ratios=false",
+    ),
+    "objective={old_log_probs: rollout, shadow: {a: {}}}": ("objective.shadow", "objective.shadow={}"),
+    f"objective.shadow={{{', '.join(f'a{i}: {{}}' for i in range(17))}}}": ("objective.shadow", "at most 16"),
     "train.num_minibatches=3": ("train.num_minibatches", "one of 1, 2, 4, 8"),
     "train.num_minibatches=16": ("train.num_minibatches", "one of 1, 2, 4, 8"),
     "optimizer.num_warmup_steps=-1": ("optimizer.num_warmup_steps", ""),

@@ -15,7 +15,7 @@ from typing import Any, List, Optional
 import pytest
 
 from megatron_fipo.actor import precision
-from megatron_fipo.config import Config, DataSourceConfig, sections
+from megatron_fipo.config import Config, DataSourceConfig, ShadowConfig, sections
 from megatron_fipo.config.declaration import Declaration, declaration_of, key
 from megatron_fipo.config.keys import field_types
 from megatron_fipo.config.values import section_problems
@@ -35,7 +35,11 @@ def declared_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type, 
             yield f"{prefix}{item.name}", section, item
 
 
-EVERY_KEY = [*declared_keys(Config), *declared_keys(DataSourceConfig, "data.train.NAME.")]
+EVERY_KEY = [
+    *declared_keys(Config),
+    *declared_keys(DataSourceConfig, "data.train.NAME."),
+    *declared_keys(ShadowConfig, "objective.shadow.NAME."),
+]
 
 
 # --- bounds and choices ----------------------------------------------------------------------------------------------

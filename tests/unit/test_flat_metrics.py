@@ -61,7 +61,7 @@ def test_each_tensor_has_a_memory_of_its_own() -> None:
 @pytest.mark.parametrize("share_missing", [0.0, 0.3])
 def test_a_sum_has_the_bits_of_one_merge_after_the_other(share_missing: float, shuffled: bool) -> None:
     random = Random(7)
-    given = [on_cpu(metrics(random, 18, share_missing, shuffled)) for _ in range(40)]
+    given = [on_cpu(metrics(random, 20, share_missing, shuffled)) for _ in range(40)]
     expected = bits(merge(given))  # type: ignore[arg-type]
     assert bits(add_up(_parts(given))) == expected
     assert bits(add_up(_parts(given[::-1]))) != expected, "the order is not noticed"

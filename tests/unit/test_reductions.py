@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.metrics.reductions import (
+    Correlation,
     Distribution,
     Histogram,
     Last,
@@ -31,10 +32,15 @@ def histogram(values: Tensor) -> Histogram:
     return Histogram(torch.bincount(bins, minlength=len(EDGES) - 1).double(), EDGES)
 
 
+def correlation(x: Tensor, y: Tensor) -> Correlation:
+    return Correlation(x.sum(), y.sum(), x.square().sum(), y.square().sum(), (x * y).sum(), len(x))
+
+
 MAKERS: dict[str, Callable[[Tensor], Reduction]] = {
     "sum": lambda values: Sum(values.sum()),
     "mean": lambda values: Mean(values.sum(), len(values)),
     "std": lambda values: Std(values.sum(), values.square().sum(), len(values)),
+    "correlation": lambda values: correlation(values, values.exp()),
     "max": lambda values: Max(values.amax()),
     "min": lambda values: Min(values.amin()),
     "histogram": histogram,
@@ -56,6 +62,8 @@ def test_values_by_hand() -> None:
     assert Sum(3).value() == 3
     assert (Mean(6, 2) + Mean(0, 4)).value() == 1
     assert (Std(1, 1, 1) + Std(3, 9, 1)).value() == 1
+    # (1, 3), (2, 1) and (4, 5): deviations (-4, 0), (-1, -6), (5, 6) in thirds; covariance 36, variances 42 and 72.
+    assert (Correlation(3, 4, 5, 10, 5, 2) + Correlation(4, 5, 16, 25, 20, 1)).value() == pytest.approx(36 / 3024**0.5)
     assert (Max(1) + Max(torch.tensor(5.0))).value() == 5
     assert (Min(1) + Min(-2)).value() == -2
 
@@ -63,9 +71,22 @@ def test_values_by_hand() -> None:
 def test_nothing_counted() -> None:
     assert math.isnan(Mean(0, 0).value())
     assert math.isnan(Std(0, 0, 0).value())
+    assert math.isnan(Correlation(0, 0, 0, 0, 0, 0).value())
     assert math.isnan(histogram(torch.zeros(0)).quantile(0.5))
     assert math.isnan(Distribution(torch.zeros(0)).quantile(0.5))
     assert (Max(-math.inf) + Max(2)).value() == 2
+
+
+def test_a_correlation_needs_both_to_vary() -> None:
+    values = torch.linspace(-1, 1, 1001, dtype=torch.float64)
+    for constant in (torch.full_like(values, hundredths / 100) for hundredths in range(20)):  # whose sums are rounded
+        for x, y in ((values, constant), (constant, values), (constant, constant)):
+            parts = [correlation(a, b) for a, b in zip(x.split(77), y.split(77), strict=True)]
+            assert math.isnan(merge([{"x": part} for part in parts])["x"].value())
+    almost = 0.1 + 1e-5 * values
+    assert correlation(values, almost).value() == pytest.approx(1.0, rel=1e-6)
+    assert correlation(values, -values).value() == -1.0
+    assert math.isnan(correlation(values, values * math.inf).value())
 
 
 def test_last_must_be_alike() -> None:

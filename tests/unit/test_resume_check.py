@@ -37,6 +37,15 @@ def test_what_leaves_the_numbers_alone_is_shown(override: str, is_mid_step: bool
     assert line.endswith(f"-> {value}") or line.endswith(f'-> "{value}"')
 
 
+def test_another_shadow_objective_leaves_the_numbers_alone() -> None:
+    changed = config("objective.shadow.wide.influence_max=1.5")
+    check = check_resume(asdict(config()), changed, is_mid_step=True)
+    assert check.refused == ()
+    assert check.same_numbers
+    assert "objective.shadow.wide.influence_max: (not there) -> 1.5" in check.shown
+    assert numbers_fingerprint(config()) == numbers_fingerprint(changed)
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -67,6 +67,7 @@ _KINDS = {
     List[float]: "list of numbers",
     Dict[str, Any]: "values by name",
     Dict[str, sections.DataSourceConfig]: "[sources](#a-source) by name",
+    Dict[str, sections.ShadowConfig]: "[settings](#a-shadow-objective) by name",
 }
 
 
@@ -81,6 +82,14 @@ def reference() -> str:
         if name == "data":
             lines += ["", "### A source", "", "Each entry of `data.train` and `data.evaluation`.", "", *_TABLE]
             lines += _rows(sections.DataSourceConfig, "", fields(sections.DataSourceConfig))
+        if name == "objective":
+            lines += [
+                "",
+                "### A shadow objective",
+                "",
+                "Each entry of `objective.shadow`; null takes the objective's own.",
+            ]
+            lines += ["", *_TABLE, *_rows(sections.ShadowConfig, "", fields(sections.ShadowConfig))]
     lines += ["", "## Algorithms", "", "| algorithm | sets |", "|---|---|"]
     lines += [f"| `{name}` | {', '.join(_preset(values))} |" for name, values in ALGORITHMS.items()]
     return "\n".join(lines) + "\n"

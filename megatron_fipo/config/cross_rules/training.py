@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_fipo.config.cross_rules.shadows import shadow_problems
 from megatron_fipo.config.derived import (
     longest_sequence_tokens,
     microbatch_token_multiple,
@@ -147,6 +148,7 @@ def objective_problems(config: Config) -> Iterator[Problem]:
             "loss_aggregation=sequence_sum divides by a constant length",
             f"Set it, usually to rollout.max_response_tokens={config.rollout.max_response_tokens}",
         )
+    yield from shadow_problems(objective)
 
 
 def precision_problems(config: Config) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from megatron_fipo.config.declaration import key, section
 from megatron_fipo.config.presets import ALGORITHMS
 from megatron_fipo.config.sections.data import DataSection, DataSourceConfig, VerifierSection
 from megatron_fipo.config.sections.model import BatchSection, ModelSection, OptimizerSection, ParallelSection
-from megatron_fipo.config.sections.objective import AdvantageSection, FipoConfig, RewardSection
+from megatron_fipo.config.sections.objective import AdvantageSection, FipoConfig, RewardSection, ShadowConfig
 from megatron_fipo.config.sections.rollout import RolloutSection, SamplingSection, ServersSection
 from megatron_fipo.config.sections.run import (
     CheckpointSection,
@@ -65,6 +65,7 @@ __all__ = [
     "RunSection",
     "SamplingSection",
     "ServersSection",
+    "ShadowConfig",
     "TrainSection",
     "VerifierSection",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Dict, Optional
 
 from megatron_fipo.config.declaration import key
 
 # OmegaConf resolves these annotations at run time, hence Optional, Dict and List rather than the newer spellings.
+
+_OWN = "to take the objective's own"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,26 @@ class AdvantageSection:
 
     estimator: str = key("group_std", choices=("group_std", "group_mean", "leave_one_out"))
     """group_std: (R - mean)/(std + 1e-6); group_mean: R - mean (Dr. GRPO); leave_one_out (RLOO)."""
+
+
+@dataclass(frozen=True)
+class ShadowConfig:
+    """Settings under which Future-KL and influence weights are measured without being trained on."""
+
+    half_life_tokens: Optional[float] = key(None, above=0, null_means=_OWN)
+    """Distance in tokens at which a later token's influence has halved."""
+    influence_min: Optional[float] = key(None, least=0, null_means=_OWN)
+    """Lower end of the influence weights."""
+    influence_max: Optional[float] = key(
+        None, above=0, finite=False, null_means=_OWN, because=".inf leaves weights unclipped above"
+    )
+    """Upper end of the influence weights."""
+    safety_ratio: Optional[float] = key(None, above=0, null_means=_OWN)
+    """Where the advantage is negative and the ratio above this, the weight is clipped to [0.8, 1.0]."""
+    dual_clip: Optional[float] = key(None, above=1, null_means=_OWN)
+    """Tokens with a ratio above this stay out of Future-KL."""
+    filter_extreme_ratios: Optional[bool] = None
+    """Whether they do; false lets every token in."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +105,7 @@ class FipoConfig:
     """Least accepted ratio of the actor's to the engine's probability; of a token, or of a whole response."""
     rollout_ratio_max: float = key(2.0, above=1)
     """Largest such ratio: token_truncated cuts the weight there, the others mask what lies above."""
+    shadow: Dict[str, ShadowConfig] = key({}, changes_results=False)
+    """Shadow objectives by name, such as objective.shadow.tau_128.half_life_tokens=128: settings under which Future-KL
+    and influence weights are measured in the same updates, without being trained on. What one leaves open is the
+    objective's own: with algorithm=dapo, objective.shadow.fipo={} shows what FIPO would have made of the run."""
