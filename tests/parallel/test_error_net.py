@@ -19,6 +19,7 @@ def _wait_for_a_rank_that_leaves() -> tuple[list[str], int, str]:
     say_once_module._say = said.append
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
+        dist.barrier()  # a rank that leaves while the other one still connects would be met in there
         if os.environ["RANK"] == "0":
             raise ValueError("the reason")
         dist.barrier()
