@@ -130,6 +130,28 @@ def read_run(folder: str | Path) -> RunData:
     )
 
 
+def read_measured_runs(folders: Sequence[str]) -> list[RunData]:
+    """Read runs that have something to report, each once.
+
+    Raises:
+        ValueError: if a folder is no run's, is given twice, or has no numbers.
+    """
+    seen: set[Path] = set()
+    runs = []
+    for folder in folders:
+        run = read_run(folder)
+        if (place := run.folder.resolve()) in seen:
+            raise ValueError(f"{folder} is given twice. Give each run once.")
+        seen.add(place)
+        if not run.metrics.steps:
+            raise ValueError(
+                f"{run.folder / 'metrics.jsonl'} holds no numbers: the run has finished no step yet, or "
+                "metrics.jsonl=false keeps it from writing them. Wait for its first step, or leave it out."
+            )
+        runs.append(run)
+    return runs
+
+
 def evaluated_sources(metrics: MetricTable) -> list[tuple[str, int]]:
     """(source, k) of the scores that there are, in order."""
     found = [re.fullmatch(rf"{EVALUATION}(.+)/avg@(\d+)", name) for name in metrics.columns]

@@ -38,13 +38,15 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean of independent values; of differences within pairs it is the paired t interval.
 
+    Values that are all the same say nothing of their spread, and have no interval.
+
     Raises:
         ValueError: if there are no values.
     """
     if not len(values):
         raise ValueError("a mean needs at least one value")
     mean = float(np.mean(values))
-    if len(values) == 1:
+    if min(values) == max(values):
         return Interval(mean, None, None)
     half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
@@ -53,7 +55,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def difference_interval(values: Sequence[float], others: Sequence[float]) -> Interval:
     """Mean of the values minus mean of the others, of two independent sets whose variances may differ.
 
-    Welch's degrees of freedom ("The generalization of Student's problem", Biometrika 34, 1947), rounded down.
+    Welch's degrees of freedom ("The generalization of Student's problem", Biometrika 34, 1947), rounded down. Where
+    neither side varies, the difference is as certain as it can be.
 
     Raises:
         ValueError: if there are no values, or no others.

@@ -16,6 +16,7 @@ from megatron_fipo.report.trends import LEAST_STEPS, recent, trend
 REWARD, ACCURACY, ENTROPY = "reward/mean", "rollout/accuracy/mean", "policy/entropy/mean"
 UPDATES, SHIFT_STD = "optim/updates", "policy/log_prob_shift/std"
 STD, STD_AFTER_FIRST = "fipo/influence_weight/std", "fipo/influence_weight/std_after_first_update"
+NOISE = "noise_floor/future_kl/share_of_later_std"
 FILTERED, GROUPS = "fipo/filtered_sequences", "rollout/batch_groups"
 STALENESS = "rollout/staleness_steps/max"
 ROUNDS = "rollout/generation_rounds"
@@ -134,7 +135,7 @@ def _influence(run: RunData) -> Iterator[Finding]:
         yield Finding(BAD, "FIPO is inert", text, (name,))
     elif spread < THRESHOLDS.inert_weight_std:
         yield Finding(WARNING, "FIPO hardly acts", f"{text}: they change next to nothing.", (name,))
-    else:
+    elif (recent(run.metrics, NOISE) or 0) <= THRESHOLDS.noise_share:  # otherwise it is the noise that acts
         clipped = recent(run.metrics, "fipo/influence_weight/clipped_share")
         more = "" if clipped is None else f"; exp(F) lies outside their range for {percent(clipped)} of the tokens"
         metrics = (name, *([] if clipped is None else ["fipo/influence_weight/clipped_share"]))
@@ -175,7 +176,8 @@ def _staleness(run: RunData) -> Iterator[Finding]:
     if largest is None or not bound:
         return
     mean = recent(run.metrics, "rollout/staleness_steps/mean")
-    text = f"Tokens are up to {number(largest)} versions old" + ("" if mean is None else f", {number(mean)} on average")
+    text = f"The oldest tokens are of {number(largest)} versions ago"
+    text += "" if mean is None else f", {number(mean)} on average"
     text += f"; rollout.max_staleness_steps allows {bound}."
     metrics = (STALENESS, "rollout/staleness_steps/mean")
     if largest > bound and run.config.get("rollout.too_stale") != "mask":
