@@ -79,9 +79,12 @@ def read_credit(folder: Path, max_tokens: int, name: str) -> Credit:
 
 def _in_turn(files: dict[tuple[int, int], Path]) -> Iterator[list[TracedResponse]]:
     """Groups: one of each step in turn, steps from both ends, the last update of a step first."""
-    steps = sorted({step for step, _ in files})
-    order = [steps[-1 - place // 2] if place % 2 == 0 else steps[place // 2] for place in range(len(steps))]
-    waiting = [_groups(path for (of, _), path in sorted(files.items(), reverse=True) if of == step) for step in order]
+    of_steps: dict[int, list[Path]] = {}
+    for (step, _), path in sorted(files.items(), reverse=True):
+        of_steps.setdefault(step, []).append(path)
+    newest_first = list(of_steps)
+    order = [newest_first[place // 2 if place % 2 == 0 else -1 - place // 2] for place in range(len(newest_first))]
+    waiting = [_groups(of_steps[step]) for step in order]
     while waiting:
         still = []
         for groups in waiting:
