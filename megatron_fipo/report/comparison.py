@@ -22,6 +22,8 @@ NOT_COMPARED = ("run.", "metrics.", "checkpoint.", "train.resume")
 TRAINING_SCORES = ("reward/mean", "rollout/accuracy/mean")
 """Compared by their means over the last third of the steps."""
 BY_PROBLEM, BY_SEED, UNPAIRED = "problem", "seed", "nothing"
+MOST_KEYS, MOST_CHARACTERS = 2, 24
+"""What a label holds at most of what differs."""
 _MISSING = "(missing)"
 
 
@@ -50,7 +52,7 @@ def compare(runs: Sequence[RunData], configs: Sequence[Mapping[str, Any]]) -> di
     """
     if len(runs) < 2:
         return None
-    groups = run_groups(runs)
+    groups = run_groups(runs, configs)
     return {
         "groups": [{"label": group.label, "runs": list(group.runs)} for group in groups],
         "scores": [_score(metric, title, groups, values, runs) for metric, title, values in _measured(runs)],
@@ -59,14 +61,15 @@ def compare(runs: Sequence[RunData], configs: Sequence[Mapping[str, Any]]) -> di
     }
 
 
-def run_groups(runs: Sequence[RunData]) -> list[RunGroup]:
-    """The groups in order of their first runs."""
+def run_groups(runs: Sequence[RunData], configs: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
+    """The groups in order of their first runs; labels show what a report may show."""
     members: dict[frozenset[tuple[str, str]], list[int]] = {}
     for place, run in enumerate(runs):
         members.setdefault(frozenset((key, repr(value)) for key, value in _compared(run.config).items()), []).append(
             place
         )
-    labels = _labels([runs[places[0]] for places in members.values()])
+    firsts = [places[0] for places in members.values()]
+    labels = _labels([runs[place] for place in firsts], [configs[place] for place in firsts])
     return [RunGroup(label, tuple(places)) for label, places in zip(labels, members.values(), strict=True)]
 
 
@@ -90,18 +93,28 @@ def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith(NOT_COMPARED)}
 
 
-def _labels(firsts: Sequence[RunData]) -> list[str]:
-    """A label for each group: its algorithm, and where several share it, up to three of the keys that differ."""
+def _labels(runs: Sequence[RunData], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each group: its algorithm, and where several share it, what differs, the objective's keys first."""
     labels = []
-    for run in firsts:
-        alike = [other for other in firsts if other.algorithm == run.algorithm]
-        differing = [row["key"] for row in config_differences([other.config for other in alike])]
-        parts = [f"{key.rpartition('.')[2]}={run.config.get(key, _MISSING)}" for key in differing[:3]]
+    for run, config in zip(runs, configs, strict=True):
+        alike = [other for one, other in zip(runs, configs, strict=True) if one.algorithm == run.algorithm]
+        differing = [
+            (row["key"], _shown(config.get(row["key"], _MISSING)))
+            for row in config_differences(alike)
+            if len(set(map(_shown, row["values"]))) > 1
+        ]
+        differing.sort(key=lambda pair: not pair[0].startswith("objective."))
+        parts = [f"{key.rpartition('.')[2]}={value}" for key, value in differing[:MOST_KEYS]]
         labels.append(", ".join([run.algorithm or run.name, *parts]))
     return [
-        label if labels.count(label) == 1 else f"{label} ({run.name})"
-        for label, run in zip(labels, firsts, strict=True)
+        label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs, strict=True)
     ]
+
+
+def _shown(value: Any) -> str:
+    """A value in a label: of a path, its name."""
+    text = str(value).rstrip("/").rpartition("/")[2]
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -130,25 +130,32 @@ def read_run(folder: str | Path) -> RunData:
     )
 
 
+def read_runs(folders: Sequence[str]) -> list[RunData]:
+    """Read several runs.
+
+    Raises:
+        ValueError: if a folder is no run's, or is given twice.
+    """
+    places = [Path(folder).resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{folder} is given twice. Give each run once.")
+    return [read_run(folder) for folder in folders]
+
+
 def read_measured_runs(folders: Sequence[str]) -> list[RunData]:
-    """Read runs that have something to report, each once.
+    """Read runs that have something to report.
 
     Raises:
         ValueError: if a folder is no run's, is given twice, or has no numbers.
     """
-    seen: set[Path] = set()
-    runs = []
-    for folder in folders:
-        run = read_run(folder)
-        if (place := run.folder.resolve()) in seen:
-            raise ValueError(f"{folder} is given twice. Give each run once.")
-        seen.add(place)
+    runs = read_runs(folders)
+    for run in runs:
         if not run.metrics.steps:
             raise ValueError(
                 f"{run.folder / 'metrics.jsonl'} holds no numbers: the run has finished no step yet, or "
                 "metrics.jsonl=false keeps it from writing them. Wait for its first step, or leave it out."
             )
-        runs.append(run)
     return runs
 
 

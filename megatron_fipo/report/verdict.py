@@ -18,6 +18,14 @@ UPDATES, SHIFT_STD = "optim/updates", "policy/log_prob_shift/std"
 STD, STD_AFTER_FIRST = "fipo/influence_weight/std", "fipo/influence_weight/std_after_first_update"
 NOISE = "noise_floor/future_kl/share_of_later_std"
 FILTERED, GROUPS = "fipo/filtered_sequences", "rollout/batch_groups"
+TELLING = (
+    ENTROPY,
+    "optim/grad_norm",
+    "policy/clip_fraction",
+    "fipo/influence_weight/clipped_share",
+    "mismatch/kl/mean",
+)
+"""The metrics that a healthy run's verdict points to."""
 STALENESS = "rollout/staleness_steps/max"
 ROUNDS = "rollout/generation_rounds"
 
@@ -33,9 +41,10 @@ def verdict(run: RunData) -> list[Finding]:
     troubles = [*_updates(run), *_entropy(run), *_filter(run), *_staleness(run), *_rounds(run), *_evaluation(run)]
     troubles = sorted([*troubles, *beyond_limits(run.metrics)], key=lambda finding: LEVELS.index(finding.level))
     if not any(finding.level in (WARNING, BAD) for finding in troubles):
-        seen = tuple(name for name in (*watched_metrics(), ENTROPY) if run.metrics.values(name))
-        text = f"None of the {len(set(seen))} metrics that are watched for that lies beyond its line."
-        troubles.append(Finding(GOOD, "Nothing saturates or drifts", text, tuple(dict.fromkeys(seen))))
+        seen = {name for name in (*watched_metrics(), ENTROPY) if run.metrics.values(name)}
+        text = f"None of the {len(seen)} metrics that are watched for that lies beyond its line; these tell most."
+        named = tuple(name for name in TELLING if name in seen)
+        troubles.append(Finding(GOOD, "Nothing saturates or drifts", text, named))
     return [*_progress(run), *_learning(run), *_held_out(run), *_influence(run), *troubles]
 
 

@@ -46,14 +46,25 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group(tmp_path: Path) -> Non
         made(tmp_path, "c", 0.5, run__seed=1, run__output_dir="elsewhere", train__resume=True, metrics__wandb="online"),
         made(tmp_path, "d", 0.5, run__seed=1, objective__half_life_tokens=128.0),
     ]
-    groups = [(group.label, group.runs) for group in run_groups(runs)]
+    groups = [(group.label, group.runs) for group in run_groups(runs, [run.config for run in runs])]
     assert groups == [("fipo, half_life_tokens=32.0", (0, 2)), ("dapo", (1,)), ("fipo, half_life_tokens=128.0", (3,))]
 
 
-def test_groups_that_nothing_tells_apart_have_names(tmp_path: Path) -> None:
-    settings = [{f"train.x{place}": place} for place in range(2)]
-    runs = [made(tmp_path, f"r{place}", 0.5, **{"a.b": 1, **one}) for place, one in enumerate(settings)]
-    assert len({group.label for group in run_groups(runs)}) == 2
+def test_labels_are_short_and_show_no_secret(tmp_path: Path) -> None:
+    """The objective's keys first, of paths their names, and names of runs where nothing else tells groups apart."""
+    runs = [
+        made(tmp_path, "a", 0.5, model__path="/x/base", train__num_steps=1),
+        made(tmp_path, "b", 0.5, model__path="/y/base", train__num_steps=1),
+        made(tmp_path, "c", 0.5, model__path="/y/larger", objective__half_life_tokens=8.0, batch__tokens="A" * 99),
+        made(tmp_path, "d", 0.5, train__api_key="sesame", objective__half_life_tokens=8.0),
+    ]
+    labels = [group.label for group in run_groups(runs, [written_config(run.config) for run in runs])]
+    assert labels[0] == "fipo, half_life_tokens=32.0, path=base (a)"
+    assert labels[1] == "fipo, half_life_tokens=32.0, path=base (b)"
+    assert labels[2] == "fipo, half_life_tokens=8.0, path=larger"
+    assert labels[3] == "fipo, half_life_tokens=8.0, path=folder"
+    two = run_groups([runs[0], runs[3]], [{"a.b": "A" * 99}, {"a.b": "(left out)"}])
+    assert [group.label for group in two] == [f"fipo, b={'A' * 24}…", "fipo, b=(left out)"]
 
 
 def test_a_single_run_is_compared_with_nothing(tmp_path: Path) -> None:
