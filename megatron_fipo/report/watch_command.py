@@ -11,8 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
     parser.description = (
         "Serve the report's page of a run, or of several, while they go on: on 127.0.0.1 alone, read-only, "
-        "and refreshed as "
-        "steps end. An ssh tunnel brings it to another machine."
+        "and refreshed as steps end. An ssh tunnel brings it to another machine."
     )
     parser.add_argument("run_folders", metavar="RUN", nargs="+", help="folder of a run, such as outputs/quickstart")
     parser.add_argument("--port", type=port, default=0, metavar="N", help="by default a free one")

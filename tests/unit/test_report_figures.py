@@ -98,6 +98,11 @@ def test_every_source_has_a_figure_of_scores() -> None:
     ]
 
 
+def test_a_sources_figure_has_the_lines_that_were_measured() -> None:
+    (found,) = found_figures(FIGURES, ["evaluation/aime/avg@4", "evaluation/aime/pass@2"])
+    assert [line.metric for line in found.lines] == ["evaluation/aime/avg@4"]
+
+
 @pytest.mark.parametrize("name", ["tau_128", "wide-range", "a.b"])
 def test_shadow_settings_are_lines(name: str) -> None:
     (found,) = found_figures(FIGURES, {f"shadow/{name}/influence_weight/clipped_share"})

@@ -153,7 +153,6 @@ def test_another_name_for_this_machine_is_refused(server: ThreadingHTTPServer, h
         "/..",
         "/../run/config.yaml",
         "/%2e%2e/config.yaml",
-        "//",
         "/data.json/",
         "/data.json?x",
         "/evaluation/",
