@@ -128,11 +128,16 @@ def _measured(runs: Sequence[RunData]) -> list[tuple[str, str, list[float | None
             names |= {f"evaluation/{source}/{kind}@{k}": f"{kind}@{k} on {source}" for kind in ("avg", "cons", "pass")}
             names[f"evaluation/{source}/response_tokens/mean"] = f"Response length on {source}"
     found: list[tuple[str, str, list[float | None]]] = [
-        (name, title, [(run.metrics.values(name) or [None])[-1] for run in runs]) for name, title in names.items()
+        (name, title, [_last(run, name) for run in runs]) for name, title in names.items()
     ]
     for name in TRAINING_SCORES:
         found.append((name, f"{name}, last third of the steps", [recent(run.metrics, name) for run in runs]))
     return [one for one in found if any(value is not None for value in one[2])]
+
+
+def _last(run: RunData, name: str) -> float | None:
+    values = run.metrics.values(name)
+    return values[-1] if values else None
 
 
 def _score(

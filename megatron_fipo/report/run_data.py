@@ -192,7 +192,7 @@ def _read_problems(path: Path) -> list[ProblemResult]:
 
 
 def _problem(row: Mapping[str, Any]) -> ProblemResult:
-    values = {
+    values: dict[str, Any] = {
         field.name: tuple(row[field.name]) if field.type.startswith("tuple") else row[field.name]
         for field in fields(ProblemResult)
         if isinstance(field.type, str) and (field.name != "parts" or field.name in row)
