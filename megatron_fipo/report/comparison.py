@@ -17,8 +17,8 @@ from megatron_fipo.report.run_data import RunData, evaluated_sources
 from megatron_fipo.report.statistics import Interval, difference_interval, mean_interval
 from megatron_fipo.report.trends import recent
 
-NOT_COMPARED = ("run.", "metrics.", "checkpoint.", "train.resume")
-"""How keys begin that say where and how much is written, and never what is learnt."""
+NOT_COMPARED = ("run.", "metrics.", "checkpoint.", "train.resume", "evaluation.every_num_steps")
+"""How keys begin that say where, how often and how much is written, and never what is learnt."""
 TRAINING_SCORES = ("reward/mean", "rollout/accuracy/mean")
 """Compared by their means over the last third of the steps."""
 BY_PROBLEM, BY_SEED, UNPAIRED = "problem", "seed", "nothing"

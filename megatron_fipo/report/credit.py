@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from megatron_fipo.traces.files import read_trace, trace_files
 from megatron_fipo.traces.schema import ENVIRONMENT, IN_LOSS, TOO_STALE, TRUNCATED, TracedResponse
 
-MAX_TRACE_TOKENS = 300_000
-"""Tokens of all runs that a page shows unless told otherwise: some 60 bytes each."""
 OUTSIDE_THE_SUM = (ENVIRONMENT, TRUNCATED, TOO_STALE)
 """Reasons for which a token's response_mask is false, so that its shift does not enter Future-KL. What the sequence
 filter and the rollout correction leave out of the loss enters it."""

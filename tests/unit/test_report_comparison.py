@@ -43,7 +43,15 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group(tmp_path: Path) -> Non
     runs = [
         made(tmp_path, "a", 0.5, run__seed=0),
         made(tmp_path, "b", 0.5, run__seed=0, algorithm="dapo", objective__future_kl=False),
-        made(tmp_path, "c", 0.5, run__seed=1, run__output_dir="elsewhere", train__resume=True, metrics__wandb="online"),
+        made(
+            tmp_path,
+            "c",
+            0.5,
+            run__seed=1,
+            run__output_dir="elsewhere",
+            train__resume=True,
+            evaluation__every_num_steps=5,
+        ),
         made(tmp_path, "d", 0.5, run__seed=1, objective__half_life_tokens=128.0),
     ]
     groups = [(group.label, group.runs) for group in run_groups(runs, [run.config for run in runs])]
