@@ -46,8 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output or (Path(folders[0]) / FILE_NAME if len(folders) == 1 else FILE_NAME))
     if output.is_dir():
         raise ValueError(f"--output={output} is a folder. Name the file to write, such as {output / FILE_NAME}.")
+    runs = read_measured_runs(folders)
     page = installed_page()
-    report = make_report(read_measured_runs(folders), arguments.max_trace_tokens)
+    report = make_report(runs, arguments.max_trace_tokens)
     size = write_page(output, report, page)
     print(f"{output} ({size / 1e6:.1f} MB): open it in a browser; it needs no network.")
     if report.num_shown < report.num_traced:

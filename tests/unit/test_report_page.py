@@ -268,6 +268,19 @@ def test_the_page_of_several_runs_lies_here(tmp_path: Path, monkeypatch: pytest.
         call(runs[0], "-o", tmp_path)
 
 
+def test_a_wrong_folder_is_said_before_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_file, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="is no folder here"):
+        call(tmp_path / "missing")
+    run = write_run(tmp_path / "run", training_lines(reward__mean=[0.5]))
+    monkeypatch.setattr(page_file, "PAGE", tmp_path)
+    for name in ("page.html", "page.css"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="pip install plotly"):
+        call(run)
+    assert not (run / "report.html").exists()
+
+
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     run = hostile_run(tmp_path / "run")
     code = (
