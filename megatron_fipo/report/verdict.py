@@ -42,7 +42,7 @@ def verdict(run: RunData) -> list[Finding]:
     troubles = sorted([*troubles, *beyond_limits(run.metrics)], key=lambda finding: LEVELS.index(finding.level))
     if not any(finding.level in (WARNING, BAD) for finding in troubles):
         seen = {name for name in (*watched_metrics(), ENTROPY) if run.metrics.values(name)}
-        text = f"None of the {len(seen)} metrics that are watched for that lies beyond its line; those named here tell most."
+        text = f"None of the {len(seen)} watched metrics lies beyond its line; those named here tell most."
         named = tuple(name for name in TELLING if name in seen)
         troubles.append(Finding(GOOD, "Nothing saturates or drifts", text, named))
     return [*_progress(run), *_learning(run), *_held_out(run), *_influence(run), *troubles]
