@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "hub", "data", "rl", "verifiers", "parallel", "convert", "environments"),
         *("rollout", "rollout.engine", "console", "evaluation", "evaluation.scores", "system.error_net"),
     },
+    "report": {"config", "convert", "preflight", "traces", "evaluation.scores", "run.samples", "report"},
     "run.folder": {"config", "metrics"},
     "traces": {"traces"},
     "run.samples": {"console", "metrics.tables"},
@@ -74,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
 OPEN_TO_ALL = {"system", "quiet", "cuda_start"}
 """What the operating system, the process and its libraries need: they import nothing else of the package."""
 
-TORCH_FREE = {"config", "hub", "preflight", "launch"}
+TORCH_FREE = {"config", "hub", "preflight", "launch", "report"}
 TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")
 PURE = {"config", "metrics.reductions", "rl"}
 """Parts that never see a process group or Megatron."""
