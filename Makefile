@@ -1,6 +1,6 @@
 # make demo trains a small model with FIPO on this machine; make test checks everything. Both set themselves up first.
 
-.PHONY: help install demo demo-dapo docs lint test test-fast test-docs test-engines test-slurm test-long clean
+.PHONY: help install demo demo-dapo docs lint test test-fast test-docs test-browser test-engines test-slurm test-long clean
 .DEFAULT_GOAL := help
 
 # The first of these that is Python 3.11 or 3.12 makes the environment; PYTHON=/path/to/python3.12 overrides.
@@ -77,6 +77,9 @@ test-fast: $(INSTALLED) ## unit tests that start no processes: less than a minut
 
 test-docs: $(INSTALLED) $(DOCS)/.installed ## the site builds strictly, and does not where something is broken
 	MEGATRON_FIPO_DOCS_PYTHON=$(DOCS)/bin/python $(BIN)/python -m pytest -m docs $(ARGS)
+
+test-browser: $(INSTALLED) ## the report's page in Chromium (root installs Debian's, where there is none)
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM servers, installed if they are not there
 	@set -e; sglang=$$($(BIN)/python tools/engines/install.py sglang); \

@@ -85,6 +85,8 @@ setup(
         "megatron_fipo": ["py.typed"],
         "megatron_fipo.starters": ["own_data/*", "gsm8k/*"],
         "megatron_fipo.conformance": ["recorded/*"],
+        "megatron_fipo.report": ["page/*"],
+        "megatron_fipo.analysis": ["patterns.yaml"],
     },
     cmdclass={"build_py": BuildWithExamples},
     install_requires=[
@@ -101,6 +103,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.7",
         "tensorboard>=2.18",
+        "plotly>=6",  # its JavaScript goes into reports; nothing of it is imported
         "math-verify>=0.8",
         "reasoning-gym>=0.1.20",
         "pyarrow>=17",
@@ -129,6 +132,7 @@ setup(
                 "matplotlib>=3.9",
             ),
             *("dockerfile-parse>=2", "uv>=0.9"),  # tests of the container recipe and of the GPU environments' pins
+            *("wandb>=0.19", "playwright>=1.50"),  # samples on Weights & Biases, offline; the report in Chromium
         ],
     },
     entry_points={"console_scripts": ["megatron-fipo = megatron_fipo.cli:main"]},

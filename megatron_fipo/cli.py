@@ -34,6 +34,13 @@ COMMANDS = {
     "train": Command("run.train_command", "train on this machine, in as many processes as the layout or --nproc says"),
     "evaluate": Command("evaluation.evaluate_command", "score a model on the configuration's evaluation data"),
     "samples": Command("run.samples_command", "show what a run's model wrote in training"),
+    "report": Command(
+        "report.report_command", "write one page on a run or several: verdict, figures, credit per token"
+    ),
+    "watch": Command("report.watch_command", "serve that page while a run goes on, on this machine alone"),
+    "analyse": Command(
+        "analysis.command", "what a run's responses consist of: re-checks, restarts, repetition, lengths by part"
+    ),
     "chat": Command("evaluation.chat_command", "talk to a model"),
     "validate": Command(
         "run.validate_command", "check a configuration and its files, and print it in full, without running it"
