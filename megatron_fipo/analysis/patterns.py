@@ -1,0 +1,188 @@
+"""The patterns of `patterns.yaml`, and the places of a text where they are found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PATTERNS = Path(__file__).with_name("patterns.yaml")
+FORMAT = 1
+KINDS = ("doubt", "check", "correction", "restart")
+ERROR = "error/"
+"""Beginning of the kinds that are classes of errors."""
+
+_REACH = 160
+"""Characters behind a word in which a match ends; no pattern is longer."""
+_LEAD = 44
+"""Characters before a match that tell whether a sentence begins there."""
+_QUOTED = 24
+"""Characters on each side of a mark that are looked for in the prompt: found there, it is a quotation."""
+_FRAGMENT = re.compile(r"<([a-z]+)>")
+_SENTENCE_BEGINS = re.compile(
+    r"(?:\A|[.!?:;…—–\n>*_#\]。！？：；，、](?:[\"”'])? {0,2}|\n[ \t]{0,8}(?:[-*•]|\d{1,2}[.)]) {1,2}|- |"
+    r", (?=(?:but|no|oh|hmm|wait|aber|nein) ))"
+    r"(?:(?:but|oh|ah|no|hm{1,6}|so|ok|okay|and|well|yes|yeah|right|wait|now|then|actually|hold on|oops|also|alright|"
+    r"aber|nein|ja|gut|doch|但|但是|可是|那|哦|啊|嗯)[,.…!，。]{0,3} ?){0,3}\Z"
+)
+"""Where a sentence or clause begins, perhaps with a word or three that announce a turn."""
+_QUOTATION_MARKS = frozenset("\"“„«'‘「『")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One of the file's entries, as its head explains them."""
+
+    id: str
+    kind: str
+    language: str
+    words: tuple[str, ...]
+    before: int
+    begins_sentence: bool
+    compiled: re.Pattern[str]
+    matches: tuple[str, ...]
+    matches_not: tuple[str, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """A place of a text where a pattern was found."""
+
+    start: int
+    end: int
+    kind: str
+    pattern: str
+
+
+@lru_cache(maxsize=1)
+def load_patterns() -> tuple[Pattern, ...]:
+    """All patterns, in the order of the file."""
+    content = yaml.safe_load(PATTERNS.read_text(encoding="utf-8"))
+    assert content["format"] == FORMAT
+    return tuple(_pattern(entry, content["fragments"]) for entry in content["patterns"])
+
+
+def _pattern(entry: dict[str, Any], fragments: dict[str, str]) -> Pattern:
+    text = entry["pattern"]
+    while (filled := _FRAGMENT.sub(lambda match: fragments[match[1]], text)) != text:
+        text = filled
+    assert entry["place"] in ("sentence", "anywhere"), entry["id"]
+    return Pattern(
+        id=entry["id"],
+        kind=entry["kind"],
+        language=entry["language"],
+        words=tuple(entry["words"]),
+        before=entry.get("before", 0),
+        begins_sentence=entry["place"] == "sentence",
+        compiled=re.compile(text),
+        matches=tuple(entry["matches"]),
+        matches_not=tuple(entry["matches_not"]),
+    )
+
+
+def lowered(text: str) -> str:
+    """The text as patterns want it, each character in its place: lower case, one kind of apostrophe."""
+    if text.isascii():
+        return text.lower()
+    lower = text.lower()
+    if len(lower) != len(text):  # a capital I with a dot above becomes two characters
+        lower = "".join(char.lower()[0] for char in text)
+    return lower.replace("’", "'").replace("‘", "'")
+
+
+@lru_cache(maxsize=1)
+def mark_patterns() -> tuple[Pattern, ...]:
+    """Those that are searched in responses."""
+    return tuple(pattern for pattern in load_patterns() if pattern.kind in KINDS)
+
+
+def find_marks(
+    lower: str,
+    prompt: str = "",
+    code: Sequence[tuple[int, int]] = (),
+    patterns: tuple[Pattern, ...] | None = None,
+) -> list[Mark]:
+    """Where the patterns are found, in order; of marks of a kind that overlap, the one that begins first.
+
+    The time is linear in the text: each word is looked for once, and around each a bounded stretch is searched.
+
+    Args:
+        lower: the text, `lowered`.
+        prompt: the prompt, `lowered`; a mark in what is quoted from it is none.
+        code: (start, end) of the blocks of code, in order, in which there are no marks.
+        patterns: which; None takes `mark_patterns`.
+    """
+    found: set[Mark] = set()
+    for word, of_word in _by_word(mark_patterns() if patterns is None else patterns):
+        at = lower.find(word)
+        while at >= 0:
+            for pattern in of_word:
+                match = _match(pattern, lower, at)
+                if match is not None and _counts(pattern, lower, match.start(), prompt, code):
+                    found.add(Mark(match.start(), match.end(), pattern.kind, pattern.id))
+            at = lower.find(word, at + len(word))
+    return list(_without_overlaps(sorted(found)))
+
+
+@lru_cache(maxsize=256)
+def _by_word(patterns: tuple[Pattern, ...]) -> list[tuple[str, list[Pattern]]]:
+    words: dict[str, list[Pattern]] = {}
+    for pattern in patterns:
+        for word in pattern.words:
+            words.setdefault(word, []).append(pattern)
+    return list(words.items())
+
+
+def _match(pattern: Pattern, lower: str, at: int) -> re.Match[str] | None:
+    """The match that holds the word at a place."""
+    end = at + _REACH
+    if not pattern.before:
+        return pattern.compiled.match(lower, at, end)
+    # The one that begins nearest before the word: a longer one may hold another word, which has its own turn.
+    match = pattern.compiled.search(lower, max(at - pattern.before, 0), end)
+    return match if match is not None and match.start() <= at < match.end() else None
+
+
+def _counts(pattern: Pattern, lower: str, start: int, prompt: str, code: Sequence[tuple[int, int]]) -> bool:
+    if start and lower[start - 1] in _QUOTATION_MARKS:
+        return False
+    if pattern.begins_sentence and not _begins_sentence(lower, start):
+        return False
+    if any(begin <= start < end for begin, end in code):
+        return False
+    around = lower[max(start - _QUOTED, 0) : start + _QUOTED].strip()
+    return not (prompt and len(around) > _QUOTED and around in prompt)
+
+
+def _begins_sentence(lower: str, start: int) -> bool:
+    lead = lower[max(start - _LEAD, 0) : start]
+    if start > _LEAD:
+        lead = f"a{lead}"  # the text goes on before it
+    return _SENTENCE_BEGINS.search(lead) is not None
+
+
+def _without_overlaps(marks: Sequence[Mark]) -> Iterator[Mark]:
+    ends: dict[str, int] = {}
+    for mark in marks:
+        if mark.start >= ends.get(mark.kind, 0):
+            ends[mark.kind] = mark.end
+            yield mark
+
+
+def error_class(error: str) -> str:
+    """The class of a text that says why a response could not be judged; "other" where no pattern fits."""
+    lower = lowered(error[:2000])
+    for pattern in load_patterns():
+        if pattern.kind.startswith(ERROR) and pattern.compiled.search(lower):
+            return pattern.kind.removeprefix(ERROR)
+    return "other"
+
+
+def error_classes() -> list[str]:
+    """All of them."""
+    return [*(p.kind.removeprefix(ERROR) for p in load_patterns() if p.kind.startswith(ERROR)), "other"]
