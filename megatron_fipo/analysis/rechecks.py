@@ -11,8 +11,9 @@ by working the left side out, or by the reference; otherwise only whether it cha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_fipo.analysis.arithmetic import value_of
 from megatron_fipo.analysis.candidates import Candidate, answers_in, is_same
@@ -28,11 +29,9 @@ _GAP = 80
 """Characters between marks of one re-check, at most."""
 _NEAR = 400
 """Characters around a re-check in which equations are looked for."""
-_MAX_EQUATIONS = 12
-_EQUATION = re.compile(
-    r"(?<![0-9a-z.])((?:[0-9.(][0-9.+*/×·÷^()\s-]{0,60}|[0-9(][0-9+*/×·÷^()., -]{0,60}))"
-    r"(?:=|is|≈)\s{0,3}\$?\s?(-?[0-9][0-9,]{0,20}(?:\.[0-9]{1,12})?)"
-)
+_SIDE = r"[0-9(][0-9+*/×·÷^()., -]{0,60}"
+_EQUATION = re.compile(rf"(?<![0-9a-z.])(?:{_SIDE}(?:=|≈)[ $]{{0,3}}){{1,6}}-?[0-9][0-9,]{{0,20}}(?:\.[0-9]{{1,12}})?")
+_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 _STEP = re.compile(r"(?:(?<![0-9])([0-9]{1,6})([+-])([0-9]{1,6}))?=([0-9]{0,9})((?:\?[0-9]{0,9}){1,50})")
 
 
@@ -64,13 +63,13 @@ def chain_rechecks(text: str) -> list[Recheck]:
             truth = str(min(max(exact, 0), MAX_VALUE))
         before, place = first, step.start(5)
         for after in looks[1:].split("?"):
-            found.append(Recheck(place, place + 1, _outcome(before, after, _equals(truth))))
+            found.append(Recheck(place, place + 1, _outcome(before, after, partial(_is, truth=truth))))
             before, place = after or before, place + 1 + len(after)
     return found
 
 
-def _equals(truth: str | None) -> Callable[[str], bool | None]:
-    return lambda value: None if truth is None else value == truth
+def _is(value: str, truth: str | None) -> bool | None:
+    return None if truth is None else value == truth
 
 
 def _outcome(before: str, after: str, is_right: Callable[[str], bool | None]) -> str:
@@ -84,7 +83,7 @@ def _outcome(before: str, after: str, is_right: Callable[[str], bool | None]) ->
     return FOR_WORSE if was and now is False else CHANGED
 
 
-# --- text --------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def text_rechecks(text: str, marks: Sequence[Mark], reference: str, is_right: bool | None) -> list[Recheck]:
@@ -100,27 +99,28 @@ def text_rechecks(text: str, marks: Sequence[Mark], reference: str, is_right: bo
     if not spans:
         return []
     answers = answers_in(text)
-    bounds = [*(start for start, _ in spans[1:]), len(text)]
+    bounds = [*(start for start, _, _ in spans[1:]), len(text)]
     judge = _Judge(reference, answers[-1] if answers else None, is_right)
     found, former_end = [], 0
-    for (start, end), bound in zip(spans, bounds, strict=True):
-        outcome = _by_answers(answers, start, end, bound, judge)
+    for (start, behind, end), bound in zip(spans, bounds, strict=True):
+        outcome = _by_answers(answers, start, behind, bound, judge)
         if outcome == UNTOLD:
-            outcome = _by_equations(
-                text[max(start - _NEAR, former_end, 0) : start], text[end : min(end + _NEAR, bound)]
-            )
+            before, after = text[max(start - _NEAR, former_end) : start], text[behind : min(behind + _NEAR, bound)]
+            outcome = _by_equations(before, after)
         found.append(Recheck(start, end, outcome))
         former_end = end
     return found
 
 
-def _spans(marks: Sequence[Mark]) -> list[tuple[int, int]]:
-    spans: list[tuple[int, int]] = []
+def _spans(marks: Sequence[Mark]) -> list[tuple[int, int, int]]:
+    """(start, end of the first mark, end) of the marks that stand close together."""
+    spans: list[tuple[int, int, int]] = []
     for mark in marks:
-        if spans and mark.start - spans[-1][1] <= _GAP:
-            spans[-1] = spans[-1][0], max(spans[-1][1], mark.end)
+        if spans and mark.start - spans[-1][2] <= _GAP:
+            start, behind, end = spans[-1]
+            spans[-1] = start, behind, max(end, mark.end)
         else:
-            spans.append((mark.start, mark.end))
+            spans.append((mark.start, mark.end, mark.end))
     return spans
 
 
@@ -153,18 +153,21 @@ def _by_answers(answers: Sequence[Candidate], start: int, end: int, bound: int, 
 
 
 def _by_equations(before: str, after: str) -> str:
-    """By the first equation behind a re-check whose left side, or whose value of it, stands before it, too."""
-    earlier: dict[str, str] = {}
-    for match in list(_EQUATION.finditer(before))[-_MAX_EQUATIONS:]:
-        earlier[_left_side(match[1])] = match[2]
-    if not earlier:
-        return UNTOLD
-    for match in list(_EQUATION.finditer(after))[:_MAX_EQUATIONS]:
-        side = _left_side(match[1])
+    """By the first equation behind a re-check of which a side that is to be worked out stands before it, too."""
+    earlier = dict(_results(before))
+    for side, value in _results(after) if earlier else ():
         if side in earlier:
-            truth = value_of(side)
-            return _outcome(earlier[side], match[2], lambda value, truth=truth: _comes_to(value, truth))
+            return _outcome(earlier[side], value, partial(_comes_to, truth=value_of(side)))
     return UNTOLD
+
+
+def _results(text: str) -> Iterator[tuple[str, str]]:
+    """(side, number) of the equations of numbers, such as 17*3 and 51 of "17 × 3 = 51"; the last number counts."""
+    for match in _EQUATION.finditer(text.replace(" is ", " = ")):
+        *sides, value = re.split("[=≈]", match[0])
+        for side in map(_left_side, sides):
+            if not _NUMBER.fullmatch(side):
+                yield side, value.strip(" $")
 
 
 def _comes_to(value: str, truth: float | None) -> bool | None:

@@ -1,4 +1,4 @@
-"""The responses that a run's folder holds, one after the other: of evaluations, of samples that were kept, of traces."""
+"""The responses that a run's folder holds, one after the other: evaluations, kept samples and traces."""
 
 from __future__ import annotations
 
