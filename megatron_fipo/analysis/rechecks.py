@@ -4,8 +4,9 @@ In text, marks of doubt, of checks and of corrections that stand close together 
 chains a re-check is a "?" behind a result: 12-5=8?7.
 
 What a re-check did is told where a value can be compared: the same left side of an equation before and after
-("17*3=41. Wait, 17*3=51"), or the answers that the response names before and after. Whether a value is right is told
-by working the left side out, or by the reference; otherwise only whether it changed.
+("17*3=41. Wait, 17*3=51"), the answers that the response names before and after, or a result that is found again in
+another way. Whether a value is right is told by working the left side out, or by the reference; otherwise only
+whether it changed.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def text_rechecks(text: str, marks: Sequence[Mark], reference: str, is_right: bo
         reference: the right answer; "" where there is none as text.
         is_right: the verdict on the response's last answer; None where there is none.
     """
-    spans = _spans([mark for mark in marks if mark.kind != RESTART])
+    spans = _spans([mark for mark in marks if mark.kind != RESTART], text)
     if not spans:
         return []
     answers = answers_in(text)
@@ -108,15 +109,15 @@ def text_rechecks(text: str, marks: Sequence[Mark], reference: str, is_right: bo
             before, after = text[max(start - _NEAR, former_end) : start], text[behind : min(behind + _NEAR, bound)]
             outcome = _by_equations(before, after)
         found.append(Recheck(start, end, outcome))
-        former_end = end
+        former_end = behind
     return found
 
 
-def _spans(marks: Sequence[Mark]) -> list[tuple[int, int, int]]:
-    """(start, end of the first mark, end) of the marks that stand close together."""
+def _spans(marks: Sequence[Mark], text: str) -> list[tuple[int, int, int]]:
+    """(start, end of the first mark, end) of the marks that stand close together, on one line."""
     spans: list[tuple[int, int, int]] = []
     for mark in marks:
-        if spans and mark.start - spans[-1][2] <= _GAP:
+        if spans and mark.start - spans[-1][2] <= _GAP and "\n" not in text[spans[-1][2] : mark.start]:
             start, behind, end = spans[-1]
             spans[-1] = start, behind, max(end, mark.end)
         else:
@@ -153,12 +154,19 @@ def _by_answers(answers: Sequence[Candidate], start: int, end: int, bound: int, 
 
 
 def _by_equations(before: str, after: str) -> str:
-    """By the first equation behind a re-check of which a side that is to be worked out stands before it, too."""
-    earlier = dict(_results(before))
-    for side, value in _results(after) if earlier else ():
+    """By the first equation behind a re-check of which a side that is to be worked out stands before it, too.
+
+    Failing this, a line that comes in another way to the last result before it confirms that.
+    """
+    results = list(_results(before))
+    if not results:
+        return UNTOLD
+    earlier, (_, last) = dict(results), results[-1]
+    for side, value in _results(after):
         if side in earlier:
             return _outcome(earlier[side], value, partial(_comes_to, truth=value_of(side)))
-    return UNTOLD
+    line = after.lstrip().partition("\n")[0]
+    return UNCHANGED if any(is_same(value, last) for _, value in _results(line)) else UNTOLD
 
 
 def _results(text: str) -> Iterator[tuple[str, str]]:
