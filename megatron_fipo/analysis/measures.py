@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from megatron_fipo.analysis.parts import (
@@ -54,9 +55,12 @@ def add_response(totals: Totals, response: Response) -> None:
     totals.num_responses += 1
     lower = lowered(response.text)
     parts = parts_of(lower)
+    words = lower.split()
     _add_lengths(totals, response, lower, parts)
-    _add_thoughts(totals, response, lower)
-    _add_repetition(totals, response.text, lower)
+    different = set(words)
+    _add_thoughts(totals, response, lower, different)
+    _add_repetition(totals, response.text, lower, words)
+    _add_scripts(totals, response.text, different)
     _add_end(totals, response)
 
 
@@ -80,8 +84,8 @@ def _add_lengths(totals: Totals, response: Response, lower: str, parts: list[Par
             totals.add(f"length/{part}_tokens", tokens[part])
 
 
-def _add_thoughts(totals: Totals, response: Response, lower: str) -> None:
-    rechecks, kinds = rechecks_of(response, lower, totals.marks)
+def _add_thoughts(totals: Totals, response: Response, lower: str, words: Set[str]) -> None:
+    rechecks, kinds = rechecks_of(response, lower, words, totals.marks)
     for kind in KINDS:
         totals.add(f"{kind}/per_response", kinds[kind])
         totals.add(f"{kind}/share", kinds[kind] > 0)
@@ -101,33 +105,37 @@ def _add_thoughts(totals: Totals, response: Response, lower: str) -> None:
 
 
 def rechecks_of(
-    response: Response, lower: str, marks: Counter[str] | None = None
+    response: Response, lower: str, words: Set[str], marks: Counter[str] | None = None
 ) -> tuple[list[Recheck], Counter[str]]:
     """The re-checks of a response, and how many marks of each kind there are.
 
     Args:
         lower: the response's text, lowered.
+        words: its different words, as `str.split` splits it.
         marks: counts how often each pattern was found.
     """
     if is_chain(lower):
         looks = chain_rechecks(lower)
         return looks, Counter(check=len(looks))
-    found = find_marks(lower, lowered(response.prompt), code_blocks(lower))
+    found = find_marks(lower, lowered(response.prompt), code_blocks(lower), words=words)
     if marks is not None:
         marks.update(mark.pattern for mark in found)
     verdict = response.is_right if response.answer and not response.error else None
     return text_rechecks(lower, found, response.reference, verdict), Counter(mark.kind for mark in found)
 
 
-def _add_repetition(totals: Totals, text: str, lower: str) -> None:
+def _add_repetition(totals: Totals, text: str, lower: str, words: Sequence[str]) -> None:
     totals.add("repetition/compressible_share", compressible_share(text))
-    for size, share in repeated_ngrams(lower).items():
+    for size, share in repeated_ngrams(lower, words).items():
         totals.add(f"repetition/{size}_share", share)
     loop = loop_at_end(text)
     totals.add("repetition/loop_share", loop is not None)
     if loop is not None:
         totals.add("repetition/loop_characters", loop.length)
-    scripts = scripts_of(text)
+
+
+def _add_scripts(totals: Totals, text: str, words: Set[str]) -> None:
+    scripts = scripts_of(text, words)
     totals.add("language/switches_per_response", scripts.switches)
     totals.add("language/switched_share", scripts.switches > 0)
     totals.add("language/other_script_share", scripts.other_share)

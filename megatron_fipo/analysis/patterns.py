@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,12 @@ _SENTENCE_BEGINS = re.compile(
     r"aber|nein|ja|gut|doch|但|但是|可是|那|哦|啊|嗯)[,.…!，。]{0,3} ?){0,3}\Z"
 )
 """Where a sentence or clause begins, perhaps with a word or three that announce a turn."""
+_LETTERS = re.compile(r"[^\W\d_]+")
+_GERMAN = frozenset(
+    {"das", "der", "die", "den", "ist", "sind", "ich", "wir", "und", "nicht", "ein", "eine", "von", "zur"}
+)
+_WITHOUT_SPACES = "zh"
+_FIRST_IDEOGRAPH = "一"
 _QUOTATION_MARKS = frozenset("\"“„«'‘「『")
 
 
@@ -106,19 +112,26 @@ def find_marks(
     prompt: str = "",
     code: Sequence[tuple[int, int]] = (),
     patterns: tuple[Pattern, ...] | None = None,
+    words: Set[str] | None = None,
 ) -> list[Mark]:
     """Where the patterns are found, in order; of marks of a kind that overlap, the one that begins first.
 
-    The time is linear in the text: each word is looked for once, and around each a bounded stretch is searched.
+    The time is linear in the text: each word of a pattern is looked for once, if it can be there at all, and around
+    each a bounded stretch is searched.
 
     Args:
         lower: the text, `lowered`.
         prompt: the prompt, `lowered`; a mark in what is quoted from it is none.
         code: (start, end) of the blocks of code, in order, in which there are no marks.
         patterns: which; None takes `mark_patterns`.
+        words: the text's different words, as `str.split` splits it, where they are known.
     """
     found: set[Mark] = set()
-    for word, of_word in _by_word(mark_patterns() if patterns is None else patterns):
+    pieces = _pieces(set(lower.split()) if words is None else words)
+    languages = _languages(pieces)
+    for word, needed, of_word in _by_word(mark_patterns() if patterns is None else patterns):
+        if not (needed <= pieces or of_word[0].language in languages):
+            continue
         at = lower.find(word)
         while at >= 0:
             for pattern in of_word:
@@ -130,22 +143,46 @@ def find_marks(
 
 
 @lru_cache(maxsize=256)
-def _by_word(patterns: tuple[Pattern, ...]) -> list[tuple[str, list[Pattern]]]:
-    words: dict[str, list[Pattern]] = {}
+def _by_word(patterns: tuple[Pattern, ...]) -> list[tuple[str, frozenset[str], list[Pattern]]]:
+    """Each word with its pieces of three letters or more, and the patterns of one language that want it."""
+    words: dict[tuple[str, str], list[Pattern]] = {}
     for pattern in patterns:
         for word in pattern.words:
-            words.setdefault(word, []).append(pattern)
-    return list(words.items())
+            words.setdefault((pattern.language, word), []).append(pattern)
+    return [(word, _long_pieces(word), of_word) for (_, word), of_word in words.items()]
+
+
+def _long_pieces(word: str) -> frozenset[str]:
+    pieces = _LETTERS.findall(word)
+    return frozenset(piece for piece in pieces if len(piece) >= min(3, max(map(len, pieces))))
+
+
+def _pieces(words: Set[str]) -> set[str]:
+    """The pieces of letters of words that may have marks before, behind and within."""
+    whole = {word for word in words if word.isalpha()}
+    return whole.union(_LETTERS.findall(" ".join(words - whole)))
+
+
+def _languages(pieces: Set[str]) -> set[str]:
+    """Languages beside English in which a text may be, and whose words are parts of words."""
+    found = set()
+    if pieces & _GERMAN:
+        found.add("de")
+    if max(pieces, default="") >= _FIRST_IDEOGRAPH:
+        found.add("zh")
+    return found
 
 
 def _match(pattern: Pattern, lower: str, at: int) -> re.Match[str] | None:
     """The match that holds the word at a place."""
     end = at + _REACH
-    if not pattern.before:
-        return pattern.compiled.match(lower, at, end)
-    # The one that begins nearest before the word: a longer one may hold another word, which has its own turn.
-    match = pattern.compiled.search(lower, max(at - pattern.before, 0), end)
-    return match if match is not None and match.start() <= at < match.end() else None
+    # Where it may begin: at the word, or at one before it; text without spaces may begin anywhere.
+    for start in range(max(at - pattern.before, 0), at + 1):
+        if start == at or pattern.language == _WITHOUT_SPACES or not lower[start - 1 : start].isalnum():
+            match = pattern.compiled.match(lower, start, end)
+            if match is not None and match.end() > at:
+                return match
+    return None
 
 
 def _counts(pattern: Pattern, lower: str, start: int, prompt: str, code: Sequence[tuple[int, int]]) -> bool:

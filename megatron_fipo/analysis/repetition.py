@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,12 +48,15 @@ def expected_share(num_bytes: int) -> float:
     return float(np.interp(math.log(num_bytes), [math.log(size) for size in sizes], shares))
 
 
-def repeated_ngrams(lower: str) -> dict[str, float | None]:
+def repeated_ngrams(lower: str, words: Sequence[str]) -> dict[str, float | None]:
     """Share of a text's n-grams that came before in it: of 4 and 10 words, or of 10 characters in text without spaces.
 
     By "word4", "word10" and "character10"; None where the text has none, or is of the other kind.
+
+    Args:
+        lower: the text, lowered.
+        words: its words, as `str.split` splits it.
     """
-    words = lower.split()
     shares: dict[str, float | None] = {f"word{size}": None for size in WORD_SIZES} | {
         f"character{CHARACTER_SIZE}": None
     }

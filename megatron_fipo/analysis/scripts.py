@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from megatron_fipo.analysis.parts import code_blocks
 
@@ -38,7 +38,12 @@ _MATHEMATICS = re.compile(
     r"|https?://\S{1,400}",
     re.DOTALL,
 )
-_WORDS = re.compile(r"[^\W\d_]+")
+_LATIN = re.compile(r"[A-Za-z\u00aa-\u024f\u1e00-\u1eff]+")
+_OTHER = re.compile(
+    r"[\u0370-\u1dff\u1f00-\u1fff\u2c00-\u2dff\u2e80-\u2fdf\u3005-\u3007\u3040-\ufdff\ufe70-\ufefe\uff66-\uffdc"
+    r"\U00010000-\U0001d3ff\U00020000-\U0003ffff]+"
+)
+"""Where letters of other scripts lie; what is none there is passed over."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,15 @@ class Scripts:
     other_share: float
 
 
-def scripts_of(text: str) -> Scripts:
-    """Look at the scripts of a text's runs of letters."""
-    if text.isascii():
+def scripts_of(text: str, words: Set[str]) -> Scripts:
+    """Look at the scripts of a text's runs of letters.
+
+    Args:
+        words: the text's different words, in any case.
+    """
+    if text.isascii() or not any(not word.isascii() and _OTHER.search(word) for word in words):
         return Scripts(0, 0.0)
-    runs = _runs(text)
+    runs = _runs(_without_code(text))
     counts: dict[str, int] = {}
     for script, letters in runs:
         counts[script] = counts.get(script, 0) + letters
@@ -68,30 +77,25 @@ def scripts_of(text: str) -> Scripts:
     return Scripts(switches, 1.0 - max(counts.values()) / total if total else 0.0)
 
 
-def _runs(text: str) -> Sequence[tuple[str, int]]:
+def _runs(text: str) -> list[tuple[str, int]]:
     """(script, letters) of the text's runs in one script, whatever is no letter between."""
     runs: list[tuple[str, int]] = []
-    for word in _WORDS.finditer(_without_code(text)):
-        for script, letters in _of_word(word[0]):
-            if runs and runs[-1][0] == script:
-                runs[-1] = script, runs[-1][1] + letters
-            else:
-                runs.append((script, letters))
-    return runs
 
-
-def _of_word(word: str) -> list[tuple[str, int]]:
-    if word.isascii():
-        return [("Latin", len(word))]
-    runs: list[tuple[str, int]] = []
-    for char in word:
-        script = _script(char)
-        if not script:
-            continue
+    def add(script: str, letters: int) -> None:
         if runs and runs[-1][0] == script:
-            runs[-1] = script, runs[-1][1] + 1
+            runs[-1] = script, runs[-1][1] + letters
         else:
-            runs.append((script, 1))
+            runs.append((script, letters))
+
+    position = 0
+    for other in [*_OTHER.finditer(text), None]:
+        latin = sum(map(len, _LATIN.findall(text, position, other.start() if other else len(text))))
+        if latin:
+            add("Latin", latin)
+        if other is not None:
+            position = other.end()
+            for script, letters in groupby(filter(None, map(_script, other[0]))):
+                add(script, sum(1 for _ in letters))
     return runs
 
 
