@@ -21,8 +21,8 @@ _REACH = 160
 """Characters behind a word in which a match ends; no pattern is longer."""
 _LEAD = 44
 """Characters before a match that tell whether a sentence begins there."""
-_QUOTED = 24
-"""Characters on each side of a mark that are looked for in the prompt: found there, it is a quotation."""
+_QUOTED = 40
+"""Characters that are looked for in the prompt, half of them before a mark or all behind it: found, it is a quotation."""
 _FRAGMENT = re.compile(r"<([a-z]+)>")
 _SENTENCE_BEGINS = re.compile(
     r"(?:\A|[.!?:;…—–\n>*_#\]。！？：；，、](?:[\"”'])? {0,2}|\n[ \t]{0,8}(?:[-*•]|\d{1,2}[.)]) {1,2}|- |"
@@ -192,8 +192,13 @@ def _counts(pattern: Pattern, lower: str, start: int, prompt: str, code: Sequenc
         return False
     if any(begin <= start < end for begin, end in code):
         return False
-    around = lower[max(start - _QUOTED, 0) : start + _QUOTED].strip()
-    return not (prompt and len(around) > _QUOTED and around in prompt)
+    return not (prompt and _is_quoted(lower, start, prompt))
+
+
+def _is_quoted(lower: str, start: int, prompt: str) -> bool:
+    """Whether what stands around a place, or begins there, stands in the prompt, too."""
+    stretches = lower[max(start - _QUOTED // 2, 0) : start + _QUOTED // 2], lower[start : start + _QUOTED]
+    return any(len(stretch) > _QUOTED // 2 and stretch in prompt for stretch in stretches)
 
 
 def _begins_sentence(lower: str, start: int) -> bool:
