@@ -22,7 +22,7 @@ _REACH = 160
 _LEAD = 44
 """Characters before a match that tell whether a sentence begins there."""
 _QUOTED = 40
-"""Characters that are looked for in the prompt, half of them before a mark or all behind it: found, it is a quotation."""
+"""Characters that are looked for in the prompt, half of them before a mark or all behind it; there, it is quoted."""
 _FRAGMENT = re.compile(r"<([a-z]+)>")
 _SENTENCE_BEGINS = re.compile(
     r"(?:\A|[.!?:;…—–\n>*_#\]。！？：；，、](?:[\"”'])? {0,2}|\n[ \t]{0,8}(?:[-*•]|\d{1,2}[.)]) {1,2}|- |"

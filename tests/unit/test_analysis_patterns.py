@@ -167,7 +167,7 @@ def test_code_holds_no_marks() -> None:
 
 def test_what_is_quoted_from_the_prompt_is_no_mark() -> None:
     prompt = "Mia says nothing. Wait, let me check, says Tom, and leaves the room."
-    response = "The text has this: Wait, let me check, says Tom, and leaves. So it is Tom."
+    response = "The text has this: Wait, let me check, says Tom, and leaves the room. So it is Tom."
     assert found(response)
     assert found(response, prompt) == []
     assert found("It is Mia. Wait, no.", prompt) == ["Wait"]
@@ -198,9 +198,9 @@ def test_where_a_sentence_begins(text: str, counts: bool) -> None:
 
 
 def test_lower_case_keeps_every_place() -> None:
-    text = "İİ That’s odd. WAIT, İ"
+    text = "İİ. That’s odd. WAIT, İ"
     assert len(lowered(text)) == len(text)
-    assert lowered(text)[5:12] == "at's od"
+    assert lowered(text)[6:13] == "at's od"
     assert found(text) == ["That’s odd", "WAIT"]
 
 
