@@ -114,7 +114,12 @@ def loop_at_end(text: str) -> Loop | None:
             break  # a longer end is not found earlier, either
         period = len(end) - size - former
         length = period + _length_of_match(end, period)
-        if length >= max(_LOOP_PERIODS * period, _LOOP_CHARACTERS) and (best is None or length > best.length):
+        # The last stretch may lack the blank behind it.
+        if (
+            length + 1 >= _LOOP_PERIODS * period
+            and length >= _LOOP_CHARACTERS
+            and (best is None or length > best.length)
+        ):
             best = Loop(period, length)
     return best
 
