@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_fipo.analysis.measures import Totals, add_response
 from megatron_fipo.analysis.names import NAMES
-from megatron_fipo.analysis.responses import Batch, batches_of, read_batch
+from megatron_fipo.analysis.responses import Batch, State, batches_of, read_batch
 
 BYTES_OF_ONE_PROCESS = 32 * 2**20
 """Folders with more to read are read by several processes."""
@@ -49,7 +49,7 @@ class Analysis:
     """
 
     points: Sequence[Point]
-    batches: Mapping[Batch, tuple[object, Sequence[Point]]] = field(default_factory=dict, repr=False)
+    batches: Mapping[Batch, tuple[State, Sequence[Point]]] = field(default_factory=dict, repr=False)
 
     def to_plain(self) -> dict[str, Any]:
         """The same in JSON's types: {"points": […], "names": {name: {"title", "caption"}}}; None where none is."""
@@ -84,8 +84,8 @@ def analyse_run(folder: str | Path, earlier: Analysis | None = None) -> Analysis
     """
     run = Path(folder)
     known = earlier.batches if earlier is not None else {}
-    found: dict[Batch, tuple[object, Sequence[Point]]] = {}
-    new: list[tuple[Batch, object, int]] = []
+    found: dict[Batch, tuple[State, Sequence[Point]]] = {}
+    new: list[tuple[Batch, State, int]] = []
     for batch in batches_of(run):
         try:
             state = batch.state
@@ -104,7 +104,7 @@ def analyse_run(folder: str | Path, earlier: Analysis | None = None) -> Analysis
     return Analysis(points, found)
 
 
-def _analysed(run: Path, batches: Sequence[tuple[Batch, object, int]]) -> Iterator[Sequence[Point]]:
+def _analysed(run: Path, batches: Sequence[tuple[Batch, State, int]]) -> Iterator[Sequence[Point]]:
     """The points of each batch, in order."""
     processes = min(len(os.sched_getaffinity(0)), len(batches))
     if processes < 2 or sum(size for _, _, size in batches) < BYTES_OF_ONE_PROCESS:

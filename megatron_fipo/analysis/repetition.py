@@ -57,9 +57,8 @@ def repeated_ngrams(lower: str, words: Sequence[str]) -> dict[str, float | None]
         lower: the text, lowered.
         words: its words, as `str.split` splits it.
     """
-    shares: dict[str, float | None] = {f"word{size}": None for size in WORD_SIZES} | {
-        f"character{CHARACTER_SIZE}": None
-    }
+    names = [*(f"word{size}" for size in WORD_SIZES), f"character{CHARACTER_SIZE}"]
+    shares: dict[str, float | None] = dict.fromkeys(names)
     if not words:
         return shares
     if len(lower) > _CHARACTERS_PER_WORD * len(words):

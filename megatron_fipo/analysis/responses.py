@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron_fipo.run.samples import TrainingSample, read_samples
 from megatron_fipo.traces.files import read_trace, trace_files
@@ -54,6 +54,10 @@ class Response:
         return self.score >= 1 and not self.error
 
 
+State: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Names of files with their sizes and times in nanoseconds."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """The files of one step, or of one evaluation, that are read together.
@@ -69,8 +73,8 @@ class Batch:
     files: tuple[Path, ...]
 
     @property
-    def state(self) -> tuple[tuple[str, int, int], ...]:
-        """What tells whether a file was written anew: name, size and time."""
+    def state(self) -> State:
+        """What tells whether a file was written anew."""
         return tuple((str(path), found.st_size, found.st_mtime_ns) for path in self.files for found in (path.stat(),))
 
 
@@ -233,7 +237,7 @@ def _evaluated(path: Path) -> Iterator[Response]:
                     f"{path}, line {number} is no judged problem: {error}. The file was damaged or edited."
                 ) from error
             columns = zip(*(row[name] for name in _LISTS), strict=True)
-            for text, score, answer, num_tokens, finish_reason, error in columns:
+            for text, score, answer, num_tokens, finish_reason, why_not in columns:
                 yield Response(
                     source=row["source"],
                     prompt=row["prompt"],
@@ -243,7 +247,7 @@ def _evaluated(path: Path) -> Iterator[Response]:
                     score=score,
                     num_tokens=num_tokens,
                     finish_reason=finish_reason,
-                    error=error,
+                    error=why_not,
                 )
 
 

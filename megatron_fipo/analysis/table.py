@@ -46,7 +46,7 @@ def _table(points: Sequence[Point]) -> Table:
         if not any(point.values.get(name) for point in points):
             continue
         values = [point.values.get(name) for point in steps]
-        cells = [_number(value) for value in values]
+        cells: list[str | Text] = [_number(value) for value in values]
         if not only_one:
             known = [value for value in values if value is not None]
             cells.append(

@@ -17,8 +17,8 @@ import pytest
 from megatron_fipo.analysis import command, of_run
 from megatron_fipo.analysis.measures import ENDS, Totals, add_response, end_of
 from megatron_fipo.analysis.names import NAMES
-from megatron_fipo.analysis.of_run import analyse_run
-from megatron_fipo.analysis.responses import EVALUATION, TRAINING, Response, batches_of, read_batch
+from megatron_fipo.analysis.of_run import Point, analyse_run
+from megatron_fipo.analysis.responses import EVALUATION, TRAINING, Batch, Response, batches_of, read_batch
 from megatron_fipo.analysis.table import print_analysis
 from megatron_fipo.run.samples import TrainingSample, write_samples
 from megatron_fipo.traces.files import write_trace
@@ -303,9 +303,12 @@ def test_a_file_that_is_deleted_meanwhile(tmp_path: Path) -> None:
 def test_only_what_is_new_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     analyse_batch = of_run.analyse_batch
-    monkeypatch.setattr(
-        of_run, "analyse_batch", lambda run, batch: read.append(batch.step) or analyse_batch(run, batch)
-    )
+
+    def noted(run: Path, batch: Batch) -> list[Point]:
+        read.append(batch.step)
+        return analyse_batch(run, batch)
+
+    monkeypatch.setattr(of_run, "analyse_batch", noted)
     for step in (0, 1):
         write_samples(tmp_path / "samples", step, [sample(step=step)])
     first = analyse_run(tmp_path)
