@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from megatron_fipo.analysis.parts import (
@@ -28,6 +27,7 @@ from megatron_fipo.analysis.rechecks import (
 from megatron_fipo.analysis.repetition import compressible_share, loop_at_end, repeated_ngrams
 from megatron_fipo.analysis.responses import Response
 from megatron_fipo.analysis.scripts import scripts_of
+from megatron_fipo.analysis.words import Words
 
 
 @dataclass
@@ -55,12 +55,11 @@ def add_response(totals: Totals, response: Response) -> None:
     totals.num_responses += 1
     lower = lowered(response.text)
     parts = parts_of(lower)
-    words = lower.split()
+    words = Words(lower)
     _add_lengths(totals, response, lower, parts)
-    different = set(words)
-    _add_thoughts(totals, response, lower, different)
-    _add_repetition(totals, response.text, lower, words)
-    _add_scripts(totals, response.text, different)
+    _add_thoughts(totals, response, lower, words)
+    _add_repetition(totals, response.text, words)
+    _add_scripts(totals, response.text, words)
     _add_end(totals, response)
 
 
@@ -84,7 +83,7 @@ def _add_lengths(totals: Totals, response: Response, lower: str, parts: list[Par
             totals.add(f"length/{part}_tokens", tokens[part])
 
 
-def _add_thoughts(totals: Totals, response: Response, lower: str, words: Set[str]) -> None:
+def _add_thoughts(totals: Totals, response: Response, lower: str, words: Words) -> None:
     rechecks, kinds = rechecks_of(response, lower, words, totals.marks)
     for kind in KINDS:
         totals.add(f"{kind}/per_response", kinds[kind])
@@ -105,13 +104,13 @@ def _add_thoughts(totals: Totals, response: Response, lower: str, words: Set[str
 
 
 def rechecks_of(
-    response: Response, lower: str, words: Set[str], marks: Counter[str] | None = None
+    response: Response, lower: str, words: Words, marks: Counter[str] | None = None
 ) -> tuple[list[Recheck], Counter[str]]:
     """The re-checks of a response, and how many marks of each kind there are.
 
     Args:
         lower: the response's text, lowered.
-        words: its different words, as `str.split` splits it.
+        words: its words.
         marks: counts how often each pattern was found.
     """
     if is_chain(lower):
@@ -124,9 +123,9 @@ def rechecks_of(
     return text_rechecks(lower, found, response.reference, verdict), Counter(mark.kind for mark in found)
 
 
-def _add_repetition(totals: Totals, text: str, lower: str, words: Sequence[str]) -> None:
+def _add_repetition(totals: Totals, text: str, words: Words) -> None:
     totals.add("repetition/compressible_share", compressible_share(text))
-    for size, share in repeated_ngrams(lower, words).items():
+    for size, share in repeated_ngrams(words).items():
         totals.add(f"repetition/{size}_share", share)
     loop = loop_at_end(text)
     totals.add("repetition/loop_share", loop is not None)
@@ -134,7 +133,7 @@ def _add_repetition(totals: Totals, text: str, lower: str, words: Sequence[str])
         totals.add("repetition/loop_characters", loop.length)
 
 
-def _add_scripts(totals: Totals, text: str, words: Set[str]) -> None:
+def _add_scripts(totals: Totals, text: str, words: Words) -> None:
     scripts = scripts_of(text, words)
     totals.add("language/switches_per_response", scripts.switches)
     totals.add("language/switched_share", scripts.switches > 0)

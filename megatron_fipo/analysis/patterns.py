@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_fipo.analysis.words import Wanted, Words, hash_of
 
 PATTERNS = Path(__file__).with_name("patterns.yaml")
 FORMAT = 1
@@ -32,11 +34,7 @@ _SENTENCE_BEGINS = re.compile(
 )
 """Where a sentence or clause begins, perhaps with a word or three that announce a turn."""
 _LETTERS = re.compile(r"[^\W\d_]+")
-_GERMAN = frozenset(
-    {"das", "der", "die", "den", "ist", "sind", "ich", "wir", "und", "nicht", "ein", "eine", "von", "zur"}
-)
 _WITHOUT_SPACES = "zh"
-_FIRST_IDEOGRAPH = "一"
 _QUOTATION_MARKS = frozenset("\"“„«'‘「『")
 
 
@@ -112,65 +110,88 @@ def find_marks(
     prompt: str = "",
     code: Sequence[tuple[int, int]] = (),
     patterns: tuple[Pattern, ...] | None = None,
-    words: Set[str] | None = None,
+    words: Words | None = None,
 ) -> list[Mark]:
     """Where the patterns are found, in order; of marks of a kind that overlap, the one that begins first.
 
-    The time is linear in the text: each word of a pattern is looked for once, if it can be there at all, and around
-    each a bounded stretch is searched.
+    The time is linear in the text: around each of the patterns' words a bounded stretch is searched.
 
     Args:
         lower: the text, `lowered`.
         prompt: the prompt, `lowered`; a mark in what is quoted from it is none.
         code: (start, end) of the blocks of code, in order, in which there are no marks.
         patterns: which; None takes `mark_patterns`.
-        words: the text's different words, as `str.split` splits it, where they are known.
+        words: of the text, where they are known.
     """
+    index = _index(mark_patterns() if patterns is None else patterns)
     found: set[Mark] = set()
-    pieces = _pieces(set(lower.split()) if words is None else words)
-    languages = _languages(pieces)
-    for word, needed, of_word in _by_word(mark_patterns() if patterns is None else patterns):
-        if not (needed <= pieces or of_word[0].language in languages):
-            continue
-        at = lower.find(word)
-        while at >= 0:
-            for pattern in of_word:
-                match = _match(pattern, lower, at)
-                if match is not None and _counts(pattern, lower, match.start(), prompt, code):
-                    found.add(Mark(match.start(), match.end(), pattern.kind, pattern.id))
-            at = lower.find(word, at + len(word))
+    for at, of_word in _places(index, lower, Words(lower) if words is None else words):
+        for pattern in of_word:
+            match = _match(pattern, lower, at)
+            if match is not None and _counts(pattern, lower, match.start(), prompt, code):
+                found.add(Mark(match.start(), match.end(), pattern.kind, pattern.id))
     return list(_without_overlaps(sorted(found)))
 
 
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """The words of some patterns, by how they are looked for.
+
+    Attributes:
+        wanted: the longest pieces of letters of those words that are whole in their language.
+        by_piece: (word, place of the piece in it, its patterns) by the piece's hash.
+        within: (word, its patterns) of those that may be parts of words, by language.
+    """
+
+    wanted: Wanted
+    by_piece: dict[int, list[tuple[str, int, list[Pattern]]]]
+    within: dict[str, list[tuple[str, list[Pattern]]]]
+
+
 @lru_cache(maxsize=256)
-def _by_word(patterns: tuple[Pattern, ...]) -> list[tuple[str, frozenset[str], list[Pattern]]]:
-    """Each word with its pieces of three letters or more, and the patterns of one language that want it."""
-    words: dict[tuple[str, str], list[Pattern]] = {}
+def _index(patterns: tuple[Pattern, ...]) -> _Index:
+    by_word: dict[tuple[str, str], list[Pattern]] = {}
     for pattern in patterns:
         for word in pattern.words:
-            words.setdefault((pattern.language, word), []).append(pattern)
-    return [(word, _long_pieces(word), of_word) for (_, word), of_word in words.items()]
+            by_word.setdefault((pattern.language, word), []).append(pattern)
+    pieces: list[str] = []
+    by_piece: dict[int, list[tuple[str, int, list[Pattern]]]] = {}
+    within: dict[str, list[tuple[str, list[Pattern]]]] = {}
+    for (language, word), of_word in by_word.items():
+        if language != "en":
+            within.setdefault(language, []).append((word, of_word))
+            continue
+        piece = max(_LETTERS.finditer(word), key=lambda match: len(match[0]))
+        pieces.append(piece[0])
+        by_piece.setdefault(hash_of(piece[0]), []).append((word, piece.start(), of_word))
+    return _Index(Wanted.of(pieces), by_piece, within)
 
 
-def _long_pieces(word: str) -> frozenset[str]:
-    pieces = _LETTERS.findall(word)
-    return frozenset(piece for piece in pieces if len(piece) >= min(3, max(map(len, pieces))))
+def _places(index: _Index, lower: str, words: Words) -> Iterator[tuple[int, list[Pattern]]]:
+    """Where words of patterns stand, with the patterns."""
+    for place, piece in words.places_of(index.wanted):
+        for word, offset, of_word in index.by_piece[piece]:
+            if place >= offset and lower.startswith(word, place - offset):
+                yield place - offset, of_word
+    for language, entries in index.within.items():
+        if language == "zh" and not words.has_other_scripts:
+            continue
+        if language == "de" and not words.places_of(_german()):
+            continue
+        for word, of_word in entries:
+            at = lower.find(word)
+            while at >= 0:
+                yield at, of_word
+                at = lower.find(word, at + len(word))
 
 
-def _pieces(words: Set[str]) -> set[str]:
-    """The pieces of letters of words that may have marks before, behind and within."""
-    whole = {word for word in words if word.isalpha()}
-    return whole.union(_LETTERS.findall(" ".join(words - whole)))
-
-
-def _languages(pieces: Set[str]) -> set[str]:
-    """Languages beside English in which a text may be, and whose words are parts of words."""
-    found = set()
-    if pieces & _GERMAN:
-        found.add("de")
-    if max(pieces, default="") >= _FIRST_IDEOGRAPH:
-        found.add("zh")
-    return found
+@lru_cache(maxsize=1)
+def _german() -> Wanted:
+    """Words of which each German text has one, however short."""
+    articles = ["das", "der", "die", "den", "ein", "eine", "zur"]
+    return Wanted.of(
+        [*articles, "ist", "sind", "ich", "wir", "und", "nicht", "von", "aber", "warte", "probe", "korrektur"]
+    )
 
 
 def _match(pattern: Pattern, lower: str, at: int) -> re.Match[str] | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_fipo.analysis.words import Words
 
 MIN_BYTES = 200
 """A shorter text is not compressed: the format's own bytes would be what is measured."""
@@ -48,24 +50,21 @@ def expected_share(num_bytes: int) -> float:
     return float(np.interp(math.log(num_bytes), [math.log(size) for size in sizes], shares))
 
 
-def repeated_ngrams(lower: str, words: Sequence[str]) -> dict[str, float | None]:
+def repeated_ngrams(words: Words) -> dict[str, float | None]:
     """Share of a text's n-grams that came before in it: of 4 and 10 words, or of 10 characters in text without spaces.
 
     By "word4", "word10" and "character10"; None where the text has none, or is of the other kind.
 
     Args:
-        lower: the text, lowered.
-        words: its words, as `str.split` splits it.
+        words: of the text in lower case.
     """
     names = [*(f"word{size}" for size in WORD_SIZES), f"character{CHARACTER_SIZE}"]
     shares: dict[str, float | None] = dict.fromkeys(names)
-    if not words:
+    hashes = words.word_hashes
+    if len(words.codes) > _CHARACTERS_PER_WORD * len(hashes):
+        if len(hashes):
+            shares[f"character{CHARACTER_SIZE}"] = next(_shares(words.without_spaces(), (CHARACTER_SIZE,)))
         return shares
-    if len(lower) > _CHARACTERS_PER_WORD * len(words):
-        codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        shares[f"character{CHARACTER_SIZE}"] = next(_shares(codes.astype(np.uint64), (CHARACTER_SIZE,)))
-        return shares
-    hashes = np.fromiter(map(hash, words), dtype=np.int64, count=len(words)).view(np.uint64)
     for size, share in zip(WORD_SIZES, _shares(hashes, WORD_SIZES), strict=True):
         shares[f"word{size}"] = share
     return shares

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
 
 from megatron_fipo.analysis.parts import code_blocks
+from megatron_fipo.analysis.words import Words
 
 _SCRIPTS = {
     "LATIN": "Latin",
@@ -59,13 +59,13 @@ class Scripts:
     other_share: float
 
 
-def scripts_of(text: str, words: Set[str]) -> Scripts:
+def scripts_of(text: str, words: Words) -> Scripts:
     """Look at the scripts of a text's runs of letters.
 
     Args:
-        words: the text's different words, in any case.
+        words: of the text, in any case.
     """
-    if text.isascii() or not any(not word.isascii() and _OTHER.search(word) for word in words):
+    if not words.has_other_scripts:
         return Scripts(0, 0.0)
     runs = _runs(_without_code(text))
     counts: dict[str, int] = {}

@@ -23,6 +23,7 @@ from megatron_fipo.analysis.rechecks import OUTCOMES, UNTOLD, chain_rechecks
 from megatron_fipo.analysis.repetition import loop_at_end
 from megatron_fipo.analysis.responses import Response
 from megatron_fipo.analysis.scripts import scripts_of
+from megatron_fipo.analysis.words import Words
 
 FILE = Path(__file__).resolve().parents[1] / "analysis/labelled_responses.jsonl"
 SPLITS = ("tuning", "held_out")
@@ -80,7 +81,7 @@ def outcomes(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     for row in rows:
         response = Response("", row["prompt"], row["response"], row["reference"], "", 0.0, 1, row["finish_reason"], "")
         lower = lowered(row["response"])
-        found, _ = rechecks_of(response, lower, set(lower.split()))
+        found, _ = rechecks_of(response, lower, Words(lower))
         for place, outcome in row["rechecks"]:
             yield outcome, next((one.outcome for one in found if one.start <= place < one.end), "")
 
@@ -140,7 +141,7 @@ def test_what_a_recheck_did(split: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_loops_and_scripts() -> None:
     assert {row["id"] for row in ROWS if loop_at_end(row["response"])} == {row["id"] for row in ROWS if row["loop"]}
-    switches = {row["id"]: scripts_of(row["response"], set(row["response"].split())).switches for row in ROWS}
+    switches = {row["id"]: scripts_of(row["response"], Words(row["response"])).switches for row in ROWS}
     assert switches == {row["id"]: row["switches"] for row in ROWS}
     assert sum(row["loop"] for row in ROWS) == 2
     assert sum(row["switches"] > 0 for row in ROWS) == 2

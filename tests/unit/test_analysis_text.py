@@ -26,6 +26,7 @@ from megatron_fipo.analysis.repetition import (
     repeated_ngrams,
 )
 from megatron_fipo.analysis.scripts import scripts_of
+from megatron_fipo.analysis.words import Wanted, Words, hash_of
 
 
 def split(text: str) -> list[tuple[str, str]]:
@@ -103,7 +104,7 @@ def test_chains_are_told_by_their_characters(text: str, expected: bool) -> None:
 
 
 def shares(text: str) -> dict[str, float | None]:
-    return repeated_ngrams(text.lower(), text.lower().split())
+    return repeated_ngrams(Words(text.lower()))
 
 
 def test_repeated_ngrams_of_words() -> None:
@@ -180,7 +181,7 @@ def test_a_loop_with_a_long_stretch_is_found() -> None:
 
 
 def switches(text: str) -> int:
-    return scripts_of(text, set(text.split())).switches
+    return scripts_of(text, Words(text)).switches
 
 
 @pytest.mark.parametrize(
@@ -207,5 +208,31 @@ def test_changes_of_script(text: str, expected: int) -> None:
 
 def test_other_share() -> None:
     """8 Latin letters and 2 ideographs: a fifth is not in the main script."""
-    assert scripts_of("abcd efgh 首都", {"abcd", "efgh", "首都"}).other_share == pytest.approx(0.2)
-    assert scripts_of("abcd", {"abcd"}).other_share == 0.0
+    assert scripts_of("abcd efgh 首都", Words("abcd efgh 首都")).other_share == pytest.approx(0.2)
+    assert scripts_of("abcd", Words("abcd")).other_share == 0.0
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_hashes_are_those_of_words_and_pieces() -> None:
+    text = "\x00Wait—no,  über\u3000双 x2y\tEnd "
+    words = Words(text)
+    assert words.word_hashes.tolist() == [hash_of(word) for word in text.split()]
+    places, hashes = words.pieces
+    pieces = ["Wait", "no", "über", "双", "x", "y", "End"]
+    assert hashes.tolist() == [hash_of(piece) for piece in pieces]
+    assert [text[place:].startswith(piece) for place, piece in zip(places.tolist(), pieces, strict=True)] == [True] * 7
+    assert len({hash_of(piece) for piece in [*pieces, "on", "ab", "ba", "", "a", "aa"]}) == 13
+
+
+def test_pieces_that_are_wanted() -> None:
+    found = Words("on no, not now. no!").places_of(Wanted.of(["no", "never"]))
+    assert found == [(3, hash_of("no")), (16, hash_of("no"))]
+    assert Words("").places_of(Wanted.of(["no"])) == []
+
+
+def test_a_long_text_has_the_same_hashes() -> None:
+    """Hashes are differences of sums that wrap around many times."""
+    words = Words("wait " * 300_000)
+    assert set(words.word_hashes.tolist()) == {hash_of("wait")}
