@@ -188,7 +188,7 @@ def _places(index: _Index, lower: str, words: Words) -> Iterator[tuple[int, list
 @lru_cache(maxsize=1)
 def _german() -> Wanted:
     """Words of which each German text has one, however short."""
-    articles = ["das", "der", "die", "den", "ein", "eine", "zur"]
+    articles = ["das", "der", "ein", "eine", "zur"]
     return Wanted.of(
         [*articles, "ist", "sind", "ich", "wir", "und", "nicht", "von", "aber", "warte", "probe", "korrektur"]
     )
