@@ -22,6 +22,7 @@ _PLAIN_ANSWER_MARKS = ("\\boxed", "####", "<answer>")
 _ANSWER_WORDS = ("answer", "antwort", "答案")
 _ANSWER_COLON = re.compile(r"(?:answer|antwort|答案)[*_]{0,2}\s{0,4}(?:[:：]|is\b|ist\b|lautet\b|是|为)")
 _CHAIN = re.compile(r"[0-9+\-=;?#]{3,}")
+_BEGINS_CHAIN = frozenset("0123456789+-=;?#<")
 _UNKNOWN = "<unk>"
 _FENCE = "```"
 
@@ -37,6 +38,8 @@ class Part:
 
 def is_chain(text: str) -> bool:
     """Whether a response is one of the quick-start's chains of sums, such as 3+9=12;12-5=8?7;#7."""
+    if not text[:1] or text[0] not in _BEGINS_CHAIN:  # most texts end here, however long they are
+        return False
     text = text.replace(_UNKNOWN, "")
     return _CHAIN.fullmatch(text) is not None and "=" in text
 
@@ -67,11 +70,12 @@ def parts_of(lower: str) -> list[Part]:
 
 def _end_of_thinking(lower: str) -> int:
     """Where the answer begins; the length of the response where it does not."""
-    closed = max((at + len(tag) for tag in _CLOSINGS if (at := lower.rfind(tag)) >= 0), default=-1)
-    if closed >= 0:
-        return closed
-    if any(tag in lower[:2000] for tag in _OPENINGS):
-        return len(lower)
+    if "<" in lower:
+        closed = max((at + len(tag) for tag in _CLOSINGS if (at := lower.rfind(tag)) >= 0), default=-1)
+        if closed >= 0:
+            return closed
+        if any(tag in lower[:2000] for tag in _OPENINGS):
+            return len(lower)
     if is_chain(lower):
         return at if (at := lower.rfind("#")) >= 0 else len(lower)
     mark = last_answer_mark(lower)
@@ -80,7 +84,8 @@ def _end_of_thinking(lower: str) -> int:
 
 def last_answer_mark(lower: str) -> int:
     r"""Place of the last \boxed, "####", <answer> or "answer:"; -1 where there is none."""
-    last = max(lower.rfind(mark) for mark in _PLAIN_ANSWER_MARKS)
+    # One character is found ten times as fast as a word.
+    last = max(lower.rfind(mark) if mark[0] in lower else -1 for mark in _PLAIN_ANSWER_MARKS)
     for word in _ANSWER_WORDS:
         at = lower.rfind(word)
         for _ in range(_MAX_ANSWER_WORDS):
