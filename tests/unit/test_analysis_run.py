@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -383,10 +383,3 @@ def test_the_json_file(run: Path, tmp_path: Path) -> None:
 def test_plain_is_json_without_nan(run: Path) -> None:
     plain = analyse_run(run).to_plain()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-
-
-def test_every_sample_field_is_a_text_of_the_run(run: Path) -> None:
-    """The reader takes what the writer writes: a field that is renamed there is noticed here."""
-    assert {"source", "prompt", "response", "reference", "answer", "score", "tokens", "finish_reason", "error"} <= set(
-        asdict(sample())
-    )
