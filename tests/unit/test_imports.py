@@ -41,6 +41,8 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "rl", "parallel", "convert", "metrics.reductions", "environments", "rollout", "rollout.engine")
     },
     "console": {"config", "console"},
+    "traces": {"traces"},
+    "analysis": {"analysis", "console", "data", "run.samples", "traces"},
     "certify.command": {"config", "hub", "parallel", "certify"},
     "certify": {"config", "rl", "parallel", "convert", "metrics.reductions", "actor", "certify"},
     "conformance": {"config", "rl", "conformance"},
@@ -75,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
 OPEN_TO_ALL = {"system", "quiet", "cuda_start"}
 """What the operating system, the process and its libraries need: they import nothing else of the package."""
 
-TORCH_FREE = {"config", "hub", "preflight", "launch", "report"}
+TORCH_FREE = {"config", "hub", "preflight", "launch", "analysis", "report"}
 TORCH_FREE_REFUSED = ("torch", "megatron", "transformers")
 PURE = {"config", "metrics.reductions", "rl"}
 """Parts that never see a process group or Megatron."""
