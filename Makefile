@@ -39,13 +39,19 @@ $(INSTALLED): setup.py constraints.txt
 SERVER = python=$$($(BIN)/python tools/engines/install.py $(ENGINE)); \
 	set -- rollout.engine=$(ENGINE) servers.python="$$python" run.name=quickstart-$(ENGINE);
 
-demo: $(INSTALLED) ## train the quick-start model with FIPO (ENGINE=sglang or vllm: on that server; ARGS="key=value …")
+# Where a demonstration's run lies: ARGS may say so.
+FOLDER = $(or $(patsubst run.output_dir=%,%,$(filter run.output_dir=%,$(ARGS))),$\
+	outputs/$(or $(patsubst run.name=%,%,$(filter run.name=%,$(ARGS))),$(1)))
+
+demo: $(INSTALLED) ## train the quick-start model with FIPO (ENGINE=sglang or vllm: on that server; ARGS="key=value …"), and report
 	@set -e; $(if $(ENGINE),$(SERVER)) \
-	set -x; $(BIN)/megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 "$$@" $(ARGS)
+	set -x; $(BIN)/megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 "$$@" $(ARGS); \
+	$(BIN)/megatron-fipo report $(call FOLDER,quickstart$(if $(ENGINE),-$(ENGINE)))
 
 demo-dapo: $(INSTALLED) ## the same with DAPO, the baseline
 	$(BIN)/megatron-fipo train examples/quickstart/fipo.yaml --nproc 2 \
 		algorithm=dapo run.name=quickstart-dapo $(ARGS)
+	$(BIN)/megatron-fipo report $(call FOLDER,quickstart-dapo)
 
 # MkDocs has an environment of its own: it reads the package's source and needs none of what the package needs.
 DOCS := .venv-docs

@@ -56,6 +56,7 @@ def _push_and_say_where_things_lie(parts: RunParts) -> None:
         places["best model"] = f"{folder.best} (after {parts.best.step} steps)"
     if config.metrics.jsonl:
         places["metrics"] = str(folder.metrics)
+        places["report"] = f"{_console_script()} report {folder.root}"
     if config.metrics.tensorboard:
         places["TensorBoard"] = f"tensorboard --logdir {folder.root / 'tensorboard'}"
     command = None

@@ -122,7 +122,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(copied: Path, straight: Pat
 
 
 def _tiny_files_only() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, resource.RLIM_INFINITY))
 
 
 def test_a_disk_that_is_full_in_a_rollout_stops_the_run_and_loses_nothing(straight: Path, tmp_path: Path) -> None:

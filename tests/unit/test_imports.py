@@ -56,7 +56,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"config", "convert", "preflight", "traces", "evaluation.scores", "run.samples", "report"},
     "run.folder": {"config", "metrics"},
-    "traces": {"traces"},
     "run.samples": {"console", "metrics.tables"},
     "run.samples_command": {"run.samples"},
     "run.serve_command": {"config", "hub", "rollout", "run.folder"},
