@@ -1,0 +1,99 @@
+/* A live report asks for its data every few seconds and changes only what has changed. */
+
+const POLL_MS = 3000;
+
+/* The parts of the page, in order: the data that each is made of, and how. A part is made anew when its data differ. */
+const PARTS = [
+  ["overview", (data) => [data.figures, data.runs.map(({ verdict, label }) => [verdict, label])], overviewSection],
+  ["time", (data) => data.runs.map(({ time }) => time.phases), timeSection],
+  ["evaluation", (data) => data.runs.map(({ evaluations }) => evaluations), evaluationSection],
+  ["samples", (data) => data.runs.map(({ samples }) => samples), samplesSection],
+  ["comparison", (data) => data.comparison, comparisonSection],
+  ["analysis", (data) => data.runs.map(({ analysis }) => analysis), analysisSection],
+  ["credit", () => null, creditSection],
+  ["configuration", (data) => data.runs.map(({ config }) => config), configSection],
+];
+const known = new Map();
+
+function hasChanged(key, value) {
+  const text = JSON.stringify(value);
+  const is = known.get(key) !== text;
+  known.set(key, text);
+  return is;
+}
+
+/** Puts the new sections in, takes away those that are gone; leaves the others, and the reader's place, alone. */
+function fillReport(data) {
+  const report = document.getElementById("sections");
+  const shape = data.figures.map((figure) => [figure.id, figure.section, figure.lines]);
+  if (hasChanged("figures", [data.sections, shape])) {
+    document.querySelectorAll("main > .metrics-figures").forEach((node) => node.remove());
+    const fresh = figureSections(data).filter(Boolean);
+    fresh.forEach((node) => node.classList.add("metrics-figures"));
+    const overview = document.getElementById("overview");
+    if (overview) overview.after(...fresh);
+    else report.prepend(...fresh);
+  }
+  let after = null;
+  for (const [id, needs, make] of PARTS) {
+    const old = document.getElementById(id);
+    if (hasChanged(id, needs(data))) {
+      const fresh = make(data);
+      if (old && fresh) old.replaceWith(fresh);
+      else if (old) old.remove();
+      else if (fresh) place(report, fresh, after);
+      fresh?.credit?.fillText();
+    }
+    const now = document.getElementById(id);
+    if (id === "overview") after = [...document.querySelectorAll("main > .metrics-figures")].at(-1) || now;
+    else if (now) after = now;
+  }
+}
+
+function place(report, fresh, after) {
+  if (fresh.id === "overview") report.prepend(fresh);
+  else if (after) after.after(fresh);
+  else report.append(fresh);
+}
+
+/** Traces keep to the page's first data, whose tokens it holds; new ones need it loaded again. */
+function takeData(fresh) {
+  const traced = (data) => data.runs.map((run) => run.groups.length).join(" ");
+  const hasMore = traced(fresh) !== traced(page.opened);
+  const byId = new Map(page.opened.runs.map((run) => [run.id, run.groups]));
+  page.data = { ...fresh, runs: fresh.runs.map((run) => ({ ...run, groups: byId.get(run.id) || [] })) };
+  if (hasChanged("masthead", [page.data.title, page.data.written_at, page.data.runs.map(({ state, steps }) => [state, steps.length])])) fillMasthead(page.data);
+  fillReport(page.data);
+  fillToolbarIfChanged(page.data);
+  redrawPlots();
+  setLiveState(hasMore ? "live; there are new traces: load the page again to read them" : "live");
+}
+
+function fillToolbarIfChanged(data) {
+  const sections = [...document.querySelectorAll("main > section")].map(({ id }) => id);
+  if (hasChanged("toolbar", [sections, data.runs.map(({ id, label }) => [id, label]), Object.keys(AXES).map(hasAxis)])) fillToolbar(data);
+}
+
+function setLiveState(text) {
+  const node = document.getElementById("live");
+  if (node && node.textContent !== text) node.textContent = text;
+}
+
+async function poll() {
+  try {
+    const answer = await fetch("data.json", { cache: "no-cache" });
+    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
+    const text = await answer.text();
+    if (hasChanged("data.json", text)) takeData(JSON.parse(text));
+    else setLiveState("live");
+  } catch (error) {
+    setLiveState(`not live: ${error.message}; asking again`);
+  }
+}
+
+async function pollForEver() {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    if (!document.hidden) await poll();
+  }
+}
