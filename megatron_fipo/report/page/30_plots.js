@@ -87,7 +87,7 @@ function baseLayout() {
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     uirevision: page.axis,
     xaxis: { ...axis, exponentformat: "SI", zeroline: false, showgrid: false, title: { ...axis.title, text: AXES[page.axis] } },
-    yaxis: { ...axis },
+    yaxis: { ...axis, nticks: 7 },
   };
 }
 

@@ -42,6 +42,11 @@ function goToMetric(metric) {
   requestAnimationFrame(() => figure.classList.add("pointed-at"));
 }
 
+/** A metric's name with places where a line may break. */
+function breakable(metric) {
+  return metric.split(/(?<=[/_])/).flatMap((part) => [part, element("wbr")]);
+}
+
 function metricLinks(metrics, data) {
   const drawn = new Set(data.figures.flatMap((figure) => figure.lines.map((line) => line.metric)));
   return element(
@@ -49,8 +54,8 @@ function metricLinks(metrics, data) {
     { class: "metrics" },
     metrics.map((metric) =>
       drawn.has(metric)
-        ? element("button", { type: "button", class: "link", on: { click: () => goToMetric(metric) } }, metric)
-        : element("code", {}, metric),
+        ? element("button", { type: "button", class: "link", on: { click: () => goToMetric(metric) } }, breakable(metric))
+        : element("code", {}, breakable(metric)),
     ),
   );
 }
@@ -64,11 +69,19 @@ function mergedFindings(runs) {
       if (!merged.has(key)) merged.set(key, { ...finding, metrics: new Set(), told: [] });
       const entry = merged.get(key);
       finding.metrics.forEach((metric) => entry.metrics.add(metric));
-      entry.told.push({ run: run.label || run.name, text: finding.text });
+      entry.told.push({ run, text: finding.text });
     }
   }
   const order = Object.keys(LEVELS);
   return [...merged.values()].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
+}
+
+/** In how many runs a finding was made, by group where there are groups. */
+function whichRuns({ told }, { runs, comparison }) {
+  if (!comparison) return `${told.length} of ${counted(runs.length, "run")}`;
+  const found = new Set(told.map(({ run }) => run.id));
+  const counts = comparison.groups.map(({ label, runs: members }) => [label, members.filter((index) => found.has(runs[index].id)).length, members.length]);
+  return counts.filter(([, count]) => count).map(([label, count, all]) => `${label}: ${count} of ${counted(all, "run")}`).join("; ");
 }
 
 function findingCard(finding, data) {
@@ -78,8 +91,8 @@ function findingCard(finding, data) {
       : element(
           "details",
           {},
-          element("summary", {}, `${finding.told.length} of ${counted(data.runs.length, "run")}`),
-          element("ul", {}, finding.told.map(({ run, text }) => element("li", {}, element("b", {}, run), ` ${text}`))),
+          element("summary", {}, whichRuns(finding, data)),
+          element("ul", {}, finding.told.map(({ run, text }) => element("li", {}, element("b", {}, run.label || run.name), ` ${text}`))),
         );
   return element(
     "article",

@@ -9,7 +9,9 @@ function fillToolbar(data) {
     text,
     hasAxis(axis) ? "" : "No run recorded it.",
   ]);
-  document.getElementById("toolbar").replaceChildren(
+  const toolbar = document.getElementById("toolbar");
+  toolbar.classList.toggle("two-rows", data.runs.length > 1);
+  toolbar.replaceChildren(
     element("div", { class: "links" }, links),
     element(
       "div",

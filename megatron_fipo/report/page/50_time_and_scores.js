@@ -15,6 +15,11 @@ function timeSentence(run) {
   return `A step took ${formatSeconds(whole)} on average: ${told.join(", ")}.`;
 }
 
+/** Not the first two colours, which are those of groups and runs. */
+function phaseColour(order) {
+  return lineColour(order + 2);
+}
+
 function timedRuns() {
   return page.data.runs.filter((run) => run.time?.phases.length && run.time.seconds[0].length);
 }
@@ -22,7 +27,7 @@ function timedRuns() {
 /** One run: its phases stacked step by step. */
 function timeOfOne(run) {
   const xs = run.steps.map((_, index) => position(run, index));
-  const phases = run.time.phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: lineColour(order), order }));
+  const phases = run.time.phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: phaseColour(order), order }));
   return {
     traces: phases.map(({ colour, order }) => ({ type: "bar", marker: { color: colour }, x: xs, y: run.time.seconds[order] })),
     series: phases.map(({ label, colour, order }) => ({ label, colour, dash: "", values: [{ xs, values: run.time.seconds[order] }] })),
@@ -37,8 +42,8 @@ function timeOfSeveral(runs) {
   const names = runs.map((run) => run.label || run.name);
   const seconds = (phase) => runs.map((run) => new Map(phaseMeans(run)).get(phase) ?? 0);
   return {
-    traces: phases.map((phase, order) => ({ type: "bar", orientation: "h", marker: { color: lineColour(order) }, y: names, x: seconds(phase) })),
-    series: phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: lineColour(order), dash: "", values: [] })),
+    traces: phases.map((phase, order) => ({ type: "bar", orientation: "h", marker: { color: phaseColour(order) }, y: names, x: seconds(phase) })),
+    series: phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: phaseColour(order), dash: "", values: [] })),
     layout: {
       barmode: "stack",
       bargap: 0.3,

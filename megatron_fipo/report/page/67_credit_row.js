@@ -16,7 +16,7 @@ function quoted(text) {
 
 function tokenFacts(view, index) {
   const { arrays } = view;
-  const logProb = (name) => (isNumber(arrays[name][index]) ? `${formatNumber(arrays[name][index], 4)} (p ${formatNumber(Math.exp(arrays[name][index]))})` : "–");
+  const logProb = (name) => (isNumber(arrays[name][index]) ? `${formatNumber(arrays[name][index], 4)}, p ${formatNumber(Math.exp(arrays[name][index]))}` : "–");
   const reason = view.leftOut[index];
   const version = arrays.policy_version[index];
   const recorded = view.objective.future_kl;
@@ -32,9 +32,9 @@ function tokenFacts(view, index) {
     ["in the loss", reason ? `no: ${REASONS[reason] || reason}` : "yes"],
     ["entropy", `${formatNumber(arrays.entropy[index])} nats`],
     ["log-prob, engine", logProb("rollout_log_prob")],
-    ["log-prob, before the step", logProb("old_log_prob")],
-    ["log-prob, now", logProb("log_prob")],
-    ["written by", version < 0 ? "untold weights" : `weights of version ${version}`],
+    ["log-prob, old", logProb("old_log_prob")],
+    ["log-prob, current", logProb("log_prob")],
+    ["written by", version < 0 ? "untold weights" : `version ${version}`],
     ["segment", String(view.segments[index] ?? "–")],
   ];
 }

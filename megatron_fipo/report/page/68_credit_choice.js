@@ -1,7 +1,7 @@
 /* Which response the credit view shows: run, step and update, group, filters, and the list of the group's responses. */
 
 const JUDGEMENTS = { all: "right and wrong", right: "right", wrong: "wrong" };
-const ORDERS = { sampled: "as sampled", longest: "longest first", reweighted: "most re-weighted first" };
+const ORDERS = { sampled: "as sampled", longest: "longest", reweighted: "most re-weighted" };
 const ALL_GROUPS = -1;
 
 function hasLeftOut(response) {
@@ -50,7 +50,7 @@ class CreditChoice {
       selection("Group", groups, this.group, (group) => this.change("group", group)),
       selection("Responses", entries(JUDGEMENTS), this.judgement, (judgement) => this.change("judgement", judgement)),
       selection("Order", entries(ORDERS), this.order, (order) => this.change("order", order)),
-      element("label", { class: "check" }, leftOut, "only with tokens left out"),
+      element("label", { class: "check" }, leftOut, "with tokens left out"),
     );
     this.fillList();
   }

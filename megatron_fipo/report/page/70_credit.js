@@ -36,7 +36,7 @@ class Credit {
       { class: "reading-desk" },
       this.head,
       this.notice,
-      element("div", { class: "credit-controls" }, colour, this.slider.node, element("label", { class: "check" }, spaces, "token edges and white space")),
+      element("div", { class: "credit-controls" }, colour, this.slider.node, element("label", { class: "check" }, spaces, "show white space")),
       element("div", { class: "legend-line" }, this.legend, this.summary),
       this.strip.node,
       element("div", { class: "text-and-row" }, this.text.box, this.row),
@@ -123,10 +123,10 @@ class Credit {
 
 function summarySentence(view) {
   const { mean: centre, deviation: spread, clipped } = view.summary();
-  const numbers = `f: mean ${formatNumber(centre, 4)}, standard deviation ${formatNumber(spread)}, ${formatShare(clipped)} outside the range.`;
+  const numbers = `f has mean ${formatNumber(centre, 4)} and standard deviation ${formatNumber(spread)}; ${formatShare(clipped)} of its tokens lie outside the range.`;
   if (!view.objective.future_kl) return `${numbers} This run trained without Future-KL, with every weight at 1: this is what FIPO's would have been.`;
   if (!view.isOwnHalfLife()) return `${numbers} Losses are the run's, at its own half-life.`;
-  return `${numbers} The run's own half-life; its recorded F differs from the page's by at most ${formatNumber(view.errorAgainstRun(), 2)}.`;
+  return `${numbers} This is the run's own half-life: its recorded F differs by at most ${formatNumber(view.errorAgainstRun(), 2)}.`;
 }
 
 function responseHead(group, response) {

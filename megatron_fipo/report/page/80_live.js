@@ -5,14 +5,15 @@ const POLL_MS = 3000;
 /* The parts of the page, in order: the data that each is made of, and how. A part is made anew when its data differ. */
 const PARTS = [
   ["overview", (data) => [data.figures, data.runs.map(({ verdict, label }) => [verdict, label])], overviewSection],
+  ["comparison", (data) => data.comparison, comparisonSection],
   ["time", (data) => data.runs.map(({ time }) => time.phases), timeSection],
   ["evaluation", (data) => data.runs.map(({ evaluations }) => evaluations), evaluationSection],
   ["samples", (data) => data.runs.map(({ samples }) => samples), samplesSection],
-  ["comparison", (data) => data.comparison, comparisonSection],
   ["analysis", (data) => data.runs.map(({ analysis }) => analysis), analysisSection],
   ["credit", () => null, creditSection],
   ["configuration", (data) => data.runs.map(({ config }) => config), configSection],
 ];
+const NUM_AHEAD = 2; // parts that stand before the figures of metrics
 const known = new Map();
 
 function hasChanged(key, value) {
@@ -30,30 +31,27 @@ function fillReport(data) {
     document.querySelectorAll("main > .metrics-figures").forEach((node) => node.remove());
     const fresh = figureSections(data).filter(Boolean);
     fresh.forEach((node) => node.classList.add("metrics-figures"));
-    const overview = document.getElementById("overview");
-    if (overview) overview.after(...fresh);
-    else report.prepend(...fresh);
+    report.prepend(...fresh);
   }
-  let after = null;
   for (const [id, needs, make] of PARTS) {
+    if (!hasChanged(id, needs(data))) continue;
     const old = document.getElementById(id);
-    if (hasChanged(id, needs(data))) {
-      const fresh = make(data);
-      if (old && fresh) old.replaceWith(fresh);
-      else if (old) old.remove();
-      else if (fresh) place(report, fresh, after);
-      fresh?.credit?.fillText();
-    }
-    const now = document.getElementById(id);
-    if (id === "overview") after = [...document.querySelectorAll("main > .metrics-figures")].at(-1) || now;
-    else if (now) after = now;
+    const fresh = make(data);
+    if (old && fresh) old.replaceWith(fresh);
+    else if (old) old.remove();
+    else if (fresh) report.append(fresh);
+    fresh?.credit?.fillText();
   }
+  keepOrder(report);
 }
 
-function place(report, fresh, after) {
-  if (fresh.id === "overview") report.prepend(fresh);
-  else if (after) after.after(fresh);
-  else report.append(fresh);
+/** Sections that came later go to their places; one that is in its place is not touched, so that nothing jumps. */
+function keepOrder(report) {
+  const [ahead, behind] = [PARTS.slice(0, NUM_AHEAD), PARTS.slice(NUM_AHEAD)].map((parts) => parts.map(([id]) => document.getElementById(id)));
+  const wanted = [...ahead, ...document.querySelectorAll("main > .metrics-figures"), ...behind].filter(Boolean);
+  wanted.forEach((node, index) => {
+    if (report.children[index] !== node) report.insertBefore(node, report.children[index]);
+  });
 }
 
 /** Traces keep to the page's first data, whose tokens it holds; new ones need it loaded again. */
