@@ -90,7 +90,7 @@ function segmented(label, choices, chosen, choose) {
 function selection(label, choices, chosen, choose) {
   const list = element(
     "select",
-    { on: { change: () => choose(choices[list.selectedIndex][0]) } },
+    { "aria-label": label, on: { change: () => choose(choices[list.selectedIndex][0]) } },
     choices.map(([value, text]) => element("option", { selected: value === chosen }, text)),
   );
   return element("label", { class: "selection" }, element("span", {}, label), list);

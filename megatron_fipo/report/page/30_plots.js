@@ -91,6 +91,11 @@ function baseLayout() {
   };
 }
 
+/** A text for the plotting library, which would read markup in it. */
+function plotText(text) {
+  return visibleText(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+}
+
 async function drawPlot(plot) {
   plot.isStale = false;
   const { traces, layout = {}, series = [], caption } = plot.build();

@@ -40,16 +40,17 @@ function timeOfOne(run) {
 function timeOfSeveral(runs) {
   const phases = [...new Set(runs.flatMap((run) => run.time.phases))];
   const names = runs.map((run) => run.label || run.name);
+  const rows = runs.map((_, index) => index); // not the names, which may be equal
   const seconds = (phase) => runs.map((run) => new Map(phaseMeans(run)).get(phase) ?? 0);
   return {
-    traces: phases.map((phase, order) => ({ type: "bar", orientation: "h", marker: { color: phaseColour(order) }, y: names, x: seconds(phase) })),
+    traces: phases.map((phase, order) => ({ type: "bar", orientation: "h", marker: { color: phaseColour(order) }, y: rows, x: seconds(phase) })),
     series: phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: phaseColour(order), dash: "", values: [] })),
     layout: {
       barmode: "stack",
       bargap: 0.3,
       height: 60 + 34 * runs.length,
       xaxis: { title: { text: "seconds of a step" }, showgrid: true },
-      yaxis: { autorange: "reversed", fixedrange: true, showgrid: false },
+      yaxis: { autorange: "reversed", fixedrange: true, showgrid: false, tickvals: rows, ticktext: names.map(plotText) },
     },
     caption: `Mean over each run's steps. ${names[0]}: ${timeSentence(runs[0])}`,
   };

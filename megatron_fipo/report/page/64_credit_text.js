@@ -95,6 +95,11 @@ class TokenText {
     for (const block of this.blocks) if (block.isSeen) this.paintBlock(block);
   }
 
+  /** For printing, where all blocks are seen. */
+  paintAll() {
+    for (const block of this.blocks) this.paintBlock(block);
+  }
+
   paintBlock({ start, end }) {
     for (let index = start; index < end; index += 1) {
       const level = this.levels[index];

@@ -26,7 +26,10 @@ function startPage() {
     redrawPlots();
   };
   darkScheme.addEventListener("change", recolour);
-  addEventListener("beforeprint", () => drawAllPlots());
+  addEventListener("beforeprint", () => {
+    credit()?.text.paintAll();
+    drawAllPlots();
+  });
   window.report = { data: () => page.data, drawAll: drawAllPlots, recompute, decodeArray, credit, poll };
   if (data.is_live) pollForEver();
 }
