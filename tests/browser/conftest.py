@@ -34,6 +34,12 @@ class Opened:
         """Have every figure drawn."""
         self.run("window.report.drawAll()")
 
+    def wait_until(self, condition: str) -> None:
+        """Look at a JavaScript condition in each frame until it holds; the page forbids Playwright's own way, eval."""
+        self.run(
+            f"new Promise((done) => {{ const look = () => ({condition} ? done() : requestAnimationFrame(look)); look(); }})"
+        )
+
     def settle(self) -> None:
         """Wait for two frames: what was asked for in this one is on the screen."""
         self.run("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")

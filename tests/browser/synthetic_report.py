@@ -42,10 +42,16 @@ SENTENCES = (
 def figures() -> list[dict[str, Any]]:
     """A figure of each kind: one line, several lines, a band, a logarithmic axis."""
 
-    def figure(section: str, title: str, caption: str, lines: list[tuple[str, str, str]], **more: Any) -> dict[str, Any]:
+    def figure(
+        section: str, title: str, caption: str, lines: list[tuple[str, str, str]], **more: Any
+    ) -> dict[str, Any]:
         identifier = title.lower().replace(" ", "-")
         told = [{"metric": metric, "label": label, "role": role} for metric, label, role in lines]
-        return {"id": identifier, "section": section, "title": title, "caption": caption, "unit": "", "log": False} | more | {"lines": told}
+        return (
+            {"id": identifier, "section": section, "title": title, "caption": caption, "unit": "", "log": False}
+            | more
+            | {"lines": told}
+        )
 
     quantiles = [("min", "low"), ("p25", "line"), ("mean", "line"), ("p75", "line"), ("max", "high")]
     return [
@@ -57,15 +63,22 @@ def figures() -> list[dict[str, Any]]:
             [(f"rollout/response_tokens/{name}", name, role) for name, role in quantiles],
             unit="tokens",
         ),
-        figure("learning", "Entropy", "Falls slowly; a fall to 0 is collapse.", [("policy/entropy/mean", "mean", "line")]),
+        figure(
+            "learning", "Entropy", "Falls slowly; a fall to 0 is collapse.", [("policy/entropy/mean", "mean", "line")]
+        ),
         figure(
             "fipo",
             "Influence weights",
             "The mean differs a little from 1, inside the range.",
-            [(f"fipo/influence_weight/{name}", name, role) for name, role in (("min", "low"), ("mean", "line"), ("max", "high"))],
+            [
+                (f"fipo/influence_weight/{name}", name, role)
+                for name, role in (("min", "low"), ("mean", "line"), ("max", "high"))
+            ],
         ),
         figure("fipo", "Policy KL", "Small and steady.", [("policy/kl/mean", "mean of −s", "line")], log=True),
-        figure("fipo", "Held-out score", "Sparse: evaluations alone.", [("evaluation/held_out/avg@4", "avg@4", "line")]),
+        figure(
+            "fipo", "Held-out score", "Sparse: evaluations alone.", [("evaluation/held_out/avg@4", "avg@4", "line")]
+        ),
     ]
 
 
@@ -84,9 +97,7 @@ def metrics(random: np.random.Generator, pace: float, future_kl: bool) -> dict[s
         "reward/mean": noisy(-0.6 + 1.4 * rise, 0.05),
         "policy/entropy/mean": noisy(0.9 - 0.5 * rise, 0.02),
         "policy/kl/mean": noisy(1e-4 * (1 + 4 * rise), 1e-5),
-        "evaluation/held_out/avg@4": [
-            float(0.3 + 0.5 * rise[step]) if step % 10 == 0 else None for step in steps
-        ],
+        "evaluation/held_out/avg@4": [float(0.3 + 0.5 * rise[step]) if step % 10 == 0 else None for step in steps],
     }
     for name, factor in {"min": 0.2, "p25": 0.7, "mean": 1.0, "p75": 1.3, "max": 2.6}.items():
         found[f"rollout/response_tokens/{name}"] = noisy(length * factor, 6)
@@ -133,7 +144,11 @@ def future_kl_of(
 
 
 def token_data(
-    random: np.random.Generator, num_tokens: int, advantage: float, future_kl: bool = True, texts: list[str] | None = None
+    random: np.random.Generator,
+    num_tokens: int,
+    advantage: float,
+    future_kl: bool = True,
+    texts: list[str] | None = None,
 ) -> dict[str, Any]:
     """T of the contract: a few extreme ratios, a stretch that an environment wrote, two masked tokens."""
     texts = token_texts(random, num_tokens) if texts is None else texts
@@ -250,24 +265,44 @@ def run(index: int, algorithm: str, seed: int, pace: float) -> dict[str, Any]:
             "seconds": [[None, *random.gamma(40, size / 40, NUM_STEPS).tolist()] for size in (41, 3, 12, 2, 0.6)],
         },
         "samples": {
-            "before": [one | {"response": "I think it is 42.", "answer": "42", "is_right": False, "step": 0} for one in (sample, second)],
+            "before": [
+                one | {"response": "I think it is 42.", "answer": "42", "is_right": False, "step": 0}
+                for one in (sample, second)
+            ],
             "after": [
-                one | {"response": f"17 + 26 = 43.\n43 + 9 = 52.\n52 − 12 = 40.\n{HOSTILE}", "answer": "40", "is_right": True, "step": NUM_STEPS}
+                one
+                | {
+                    "response": f"17 + 26 = 43.\n43 + 9 = 52.\n52 − 12 = 40.\n{HOSTILE}",
+                    "answer": "40",
+                    "is_right": True,
+                    "step": NUM_STEPS,
+                }
                 for one in (sample, second)
             ],
         },
         "analysis": analysis(random),
         "objective": OBJECTIVE | {"future_kl": is_fipo},
         "groups": [],
-        "config": {"run.seed": seed, "algorithm": algorithm, "objective.half_life_tokens": HALF_LIFE, "run.name": HOSTILE},
+        "config": {
+            "run.seed": seed,
+            "algorithm": algorithm,
+            "objective.half_life_tokens": HALF_LIFE,
+            "run.name": HOSTILE,
+        },
     }
 
 
 def analysis(random: np.random.Generator) -> dict[str, Any]:
     """Trends of two names over training, at two places."""
     names = {
-        "recheck/per_response": {"title": "Re-checks per response", "caption": "How often a response looks again at what it has."},
-        "repetition/compressible_share": {"title": "Compressible share", "caption": "What a compressor takes away; repetition raises it."},
+        "recheck/per_response": {
+            "title": "Re-checks per response",
+            "caption": "How often a response looks again at what it has.",
+        },
+        "repetition/compressible_share": {
+            "title": "Compressible share",
+            "caption": "What a compressor takes away; repetition raises it.",
+        },
     }
     points = [
         {"step": step, "source": "held_out", "where": where, "num_responses": 128}
@@ -285,11 +320,27 @@ def verdict(is_fipo: bool) -> list[dict[str, Any]]:
     findings = [("good", "It is learning", good, ["reward/mean"])]
     if is_fipo:
         acting = "Weights have a standard deviation of 0.06 after each step's first update."
-        findings.append(("good", "FIPO is acting", acting, ["fipo/influence_weight/std_after_first_update", "fipo/influence_weight/mean"]))
-    findings.append(("note", "Responses grow", "The mean length went from 182 to 396 tokens.", ["rollout/response_tokens/mean"]))
+        findings.append(
+            (
+                "good",
+                "FIPO is acting",
+                acting,
+                ["fipo/influence_weight/std_after_first_update", "fipo/influence_weight/mean"],
+            )
+        )
+    findings.append(
+        ("note", "Responses grow", "The mean length went from 182 to 396 tokens.", ["rollout/response_tokens/mean"])
+    )
     findings.append(("warning", "Entropy is falling", "It fell from 0.88 to 0.41 nats.", ["policy/entropy/mean"]))
     if not is_fipo:
-        findings.append(("bad", "Many responses are cut", "9.1 % of the last step's responses were cut at the limit.", ["rollout/truncated_share"]))
+        findings.append(
+            (
+                "bad",
+                "Many responses are cut",
+                "9.1 % of the last step's responses were cut at the limit.",
+                ["rollout/truncated_share"],
+            )
+        )
     return [dict(zip(("level", "title", "text", "metrics"), finding, strict=True)) for finding in findings]
 
 
@@ -339,7 +390,10 @@ def one_run(lengths: Iterable[int] = (260, 140, 700, 64, 330, 210, 90, 480), lon
 
 def six_runs() -> SyntheticReport:
     """FIPO beside DAPO, three seeds each."""
-    runs = [run(index, algorithm, index % 3, pace) for index, (algorithm, pace) in enumerate([("fipo", 1.3)] * 3 + [("dapo", 0.9)] * 3)]
+    runs = [
+        run(index, algorithm, index % 3, pace)
+        for index, (algorithm, pace) in enumerate([("fipo", 1.3)] * 3 + [("dapo", 0.9)] * 3)
+    ]
     groups = [{"label": "fipo", "runs": [0, 1, 2]}, {"label": "dapo", "runs": [3, 4, 5]}]
     scores = [
         {
@@ -349,11 +403,30 @@ def six_runs() -> SyntheticReport:
                 {"label": "dapo", "mean": 0.77, "low": 0.74, "high": 0.8, "values": [0.77, 0.76, 0.78]},
             ],
             "differences": [
-                {"a": "fipo", "b": "dapo", "mean": 0.02, "low": 0.004, "high": 0.036, "paired_by": "problem", "num_pairs": 128},
-                {"a": "fipo", "b": "dapo", "mean": 0.02, "low": -0.03, "high": 0.07, "paired_by": "seed", "num_pairs": 3},
+                {
+                    "a": "fipo",
+                    "b": "dapo",
+                    "mean": 0.02,
+                    "low": 0.004,
+                    "high": 0.036,
+                    "paired_by": "problem",
+                    "num_pairs": 128,
+                },
+                {
+                    "a": "fipo",
+                    "b": "dapo",
+                    "mean": 0.02,
+                    "low": -0.03,
+                    "high": 0.07,
+                    "paired_by": "seed",
+                    "num_pairs": 3,
+                },
             ],
         }
     ]
-    differences = [{"key": "algorithm", "values": ["fipo"] * 3 + ["dapo"] * 3}, {"key": "objective.dual_clip", "values": [10.0] * 3 + [None] * 3}]
+    differences = [
+        {"key": "algorithm", "values": ["fipo"] * 3 + ["dapo"] * 3},
+        {"key": "objective.dual_clip", "values": [10.0] * 3 + [None] * 3},
+    ]
     comparison = {"groups": groups, "scores": scores, "config_differences": differences}
     return SyntheticReport(report(runs, comparison, title="FIPO beside DAPO"), {})

@@ -81,9 +81,25 @@ def test_plots_take_the_new_colours_when_the_scheme_changes(open_page: OpenPage,
 
 def _with_hostile_words(value: Any) -> Any:
     """The data with the hostile text in every text that a run can choose."""
-    keys = {"title", "label", "name", "text", "caption", "unit", "prompt", "response", "reference", "answer", "finish_reason", "state"}
+    keys = {
+        "title",
+        "label",
+        "name",
+        "text",
+        "caption",
+        "unit",
+        "prompt",
+        "response",
+        "reference",
+        "answer",
+        "finish_reason",
+        "state",
+    }
     if isinstance(value, dict):
-        return {key: HOSTILE + one if key in keys and isinstance(one, str) else _with_hostile_words(one) for key, one in value.items()}
+        return {
+            key: HOSTILE + one if key in keys and isinstance(one, str) else _with_hostile_words(one)
+            for key, one in value.items()
+        }
     return [_with_hostile_words(one) for one in value] if isinstance(value, list) else value
 
 
@@ -95,7 +111,9 @@ def test_hostile_texts_stay_text(name: str, open_page: OpenPage, request: pytest
     for details in opened.page.locator("details").all():
         details.evaluate("(node) => (node.open = true)")
     assert opened.run("document.title").startswith("</script>")
-    assert opened.run("document.querySelectorAll('img, body script:not([type])').length") == 2  # the library and the page's own
+    assert (
+        opened.run("document.querySelectorAll('img, body script:not([type])').length") == 2
+    )  # the library and the page's own
     text = opened.run("document.body.innerText")
     assert text.count("</script><script>document.title='owned'</script><img src=x") > 10
     assert "‹U+202E›evil‹U+0000›" in text
@@ -135,8 +153,12 @@ def test_print_shows_everything_that_was_not_yet_in_view(open_page: OpenPage, si
     opened.page.locator(".response-choice").nth(2).click()
     opened.page.emulate_media(media="print")
     opened.run("dispatchEvent(new Event('beforeprint'))")
-    opened.page.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot.classList.contains('drawn'))")
+    opened.wait_until("[...document.querySelectorAll('.plot')].every((plot) => plot.classList.contains('drawn'))")
     assert not opened.page.locator("#toolbar").is_visible()
-    height = opened.run("[document.querySelector('.response').clientHeight, document.querySelector('.response').scrollHeight]")
+    height = opened.run(
+        "[document.querySelector('.response').clientHeight, document.querySelector('.response').scrollHeight]"
+    )
     assert height[0] == height[1]
-    assert opened.run("[...window.report.credit().text.painted].join() === [...window.report.credit().text.levels].join()")
+    assert opened.run(
+        "[...window.report.credit().text.painted].join() === [...window.report.credit().text.levels].join()"
+    )

@@ -70,7 +70,9 @@ def test_the_slider_gives_pythons_numbers(half_life: float, open_page: OpenPage,
 
 def test_the_safety_clip_and_open_bounds() -> None:
     """By hand: what the next test gives to the page."""
-    sums, weights = future_kl_of(np.array([0.5, 1.4]), np.ones(2), np.ones(2), -1.0, 1.0, OBJECTIVE | {"influence_max": 5.0})
+    sums, weights = future_kl_of(
+        np.array([0.5, 1.4]), np.ones(2), np.ones(2), -1.0, 1.0, OBJECTIVE | {"influence_max": 5.0}
+    )
     assert sums == pytest.approx([1.2, 1.4])
     assert weights == pytest.approx([np.exp(1.2), 1.0])
 
@@ -164,7 +166,9 @@ def test_filters(open_page: OpenPage, single: SyntheticReport) -> None:
     assert [lengths[index] for index in listed()] == sorted(lengths.values(), reverse=True)
     choose(opened, "Order", "most re-weighted")
     told = {
-        one["sample_index"]: float(np.abs(decoded(single.tokens[one["tokens"]], "influence_weight") - 1).mean()) if one["tokens"] else -1
+        one["sample_index"]: float(np.abs(decoded(single.tokens[one["tokens"]], "influence_weight") - 1).mean())
+        if one["tokens"]
+        else -1
         for one in responses
     }
     assert listed() == sorted(told, key=lambda index: -told[index])
@@ -191,7 +195,13 @@ def test_keys_lead_through_tokens_and_responses(open_page: OpenPage, single: Syn
     open_response(opened, 1)
     texts = single.tokens[single.data["runs"][0]["groups"][1]["responses"][1]["tokens"]]["texts"]
     opened.page.locator(".response").focus()
-    for key, index in [("Home", 0), ("ArrowRight", 1), ("Shift+ArrowRight", 11), ("ArrowLeft", 10), ("End", len(texts) - 1)]:
+    for key, index in [
+        ("Home", 0),
+        ("ArrowRight", 1),
+        ("Shift+ArrowRight", 11),
+        ("ArrowLeft", 10),
+        ("End", len(texts) - 1),
+    ]:
         opened.page.keyboard.press(key)
         assert opened.run(f"{CREDIT}.text.current") == index
         assert opened.page.locator(".token-row .number").inner_text() == f"{index + 1} of {len(texts)}"
@@ -252,11 +262,26 @@ def test_future_kl_against_the_behaviour_policy_sums_its_own_shift(open_page: Op
     assert np.abs(shown(opened)[0] - wanted).max() <= TOLERANCE
 
 
+def test_colours_of_weights_reach_to_the_range_or_to_the_responses_own_largest(
+    open_page: OpenPage, single: SyntheticReport
+) -> None:
+    opened = open_page(single)
+    open_response(opened, 1)
+    ticks = opened.page.locator(".ticks span")
+    assert ticks.all_inner_texts() == ["0.8", "0.9", "1", "1.1", "1.2"]
+    opened.page.get_by_label("stretch colours").check()
+    own = np.sort(np.abs(shown(opened)[1] - 1))
+    reach = own[int(0.995 * (len(own) - 1))]
+    assert float(ticks.last.inner_text()) == pytest.approx(1 + reach, rel=5e-3)
+    levels = opened.run(f"[...{CREDIT}.text.levels]")
+    assert max(map(abs, levels)) == 20
+
+
 def test_white_space_is_shown_on_demand(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
     mark = "getComputedStyle(document.querySelector('.token[data-mark^=\"↵\"]'), '::before').content"
     assert opened.run(mark) == "none"
-    opened.page.get_by_label("show white space").check()
+    opened.page.get_by_label("white space").check()
     assert opened.run(mark).startswith('"↵')
 
 
@@ -299,10 +324,10 @@ def test_only_blocks_in_view_are_coloured(open_page: OpenPage) -> None:
     opened = open_page(one_run(long_tokens=NUM_LONG), NARROW)
     choose(opened, "Group", "chains 81: 5 of 9 right")
     opened.page.locator(".response").scroll_into_view_if_needed()
-    opened.page.wait_for_function(f"{CREDIT}.text.painted.some((level) => level !== 0)")
+    opened.wait_until(f"{CREDIT}.text.painted.some((level) => level !== 0)")
     opened.settle()
     assert opened.run(f"{CREDIT}.text.painted.slice(2000).every((level) => level === 0)")
     opened.page.locator(".strip").focus()
     opened.page.keyboard.press("End")
-    opened.page.wait_for_function(f"{CREDIT}.text.painted.slice(-300).some((level) => level !== 0)")
+    opened.wait_until(f"{CREDIT}.text.painted.slice(-300).some((level) => level !== 0)")
     assert opened.run(f"{CREDIT}.text.current") == NUM_LONG - 1

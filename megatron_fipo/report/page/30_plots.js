@@ -40,8 +40,7 @@ function plotFigure({ id, title, unit = "", caption = "", build, isWide = false 
     { id: `figure-${id}`, class: isWide ? "wide" : null },
     element("header", {}, heading, readout),
     box,
-    element("figcaption", {}, caption),
-    numbers,
+    element("figcaption", {}, element("p", { class: "caption" }, caption), numbers),
   );
   const plot = { id, title, node, box, readout, build, isStale: true, isVisible: false, width: 0 };
   numbers.addEventListener("toggle", () => numbers.open && fillNumbers(plot, numbers));
@@ -99,7 +98,7 @@ function plotText(text) {
 async function drawPlot(plot) {
   plot.isStale = false;
   const { traces, layout = {}, series = [], caption } = plot.build();
-  if (caption !== undefined) plot.node.querySelector("figcaption").textContent = visibleText(caption);
+  if (caption !== undefined) plot.node.querySelector(".caption").textContent = visibleText(caption);
   const base = baseLayout();
   const merged = { ...base, ...layout, xaxis: { ...base.xaxis, ...layout.xaxis }, yaxis: { ...base.yaxis, ...layout.yaxis } };
   plot.series = series;

@@ -62,6 +62,13 @@ function drawLines(lines, lows, highs, read) {
   return { traces: [...bands, ...traces], series: series.filter((line) => line.values.length) };
 }
 
+/** A logarithmic axis with plain numbers; a linear one that does not go below 0 where no value does. */
+function verticalAxis(isLog, traces) {
+  if (isLog) return { type: "log", tickformat: "~g" };
+  const isPositive = traces.every(({ y }) => y.every((value) => !isNumber(value) || value >= 0));
+  return { rangemode: isPositive ? "nonnegative" : "normal" };
+}
+
 function metricFigure(figure) {
   const byRole = (role) => figure.lines.filter((line) => line.role === role);
   const [lines, lows, highs] = ["line", "low", "high"].map(byRole);
@@ -72,10 +79,10 @@ function metricFigure(figure) {
     title: figure.title,
     unit: figure.unit,
     caption: figure.caption + shade,
-    build: () => ({
-      ...drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries),
-      layout: figure.log ? { yaxis: { type: "log" } } : {},
-    }),
+    build: () => {
+      const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries);
+      return { ...drawn, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
+    },
   });
   node.dataset.metrics = figure.lines.map((line) => line.metric).join(" ");
   return node;

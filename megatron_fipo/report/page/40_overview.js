@@ -1,5 +1,6 @@
 /* The head of the page: what run this is, and the verdict in words. */
 
+const PLURALS = { bad: "bad", warning: "warnings", note: "notes", good: "good" };
 const LEVELS = { bad: "Bad", warning: "Warning", note: "Note", good: "Good" };
 
 function fillMasthead(data) {
@@ -110,7 +111,7 @@ function overviewSection(data) {
   const counts = Object.keys(LEVELS)
     .map((level) => [level, findings.filter((finding) => finding.level === level).length])
     .filter(([, count]) => count)
-    .map(([level, count]) => `${count} ${LEVELS[level].toLowerCase()}`);
+    .map(([level, count]) => `${count} ${count === 1 ? LEVELS[level].toLowerCase() : PLURALS[level]}`);
   return section(
     "overview",
     ["Verdict"],

@@ -1,9 +1,11 @@
 /* The bar that stays in view: the sections, the axis of all figures, and the runs that they show. */
 
 function fillToolbar(data) {
-  const links = [...document.querySelectorAll("main > section")].map((node) =>
-    element("a", { href: `#${node.id}` }, node.dataset.short),
-  );
+  const link = (node) => element("a", { href: `#${node.id}` }, node.dataset.short);
+  const ofMetrics = [...document.querySelectorAll("main > .metrics-figures")];
+  const others = [...document.querySelectorAll("main > section:not(.metrics-figures)")];
+  const before = others.filter((node) => ofMetrics[0] && node.compareDocumentPosition(ofMetrics[0]) & Node.DOCUMENT_POSITION_FOLLOWING);
+  const links = [before.map(link), ofMetrics.length ? figureMenu(ofMetrics.map(link)) : [], others.slice(before.length).map(link)];
   const axes = Object.entries({ step: "Steps", tokens: "Tokens", flops: "FLOPs" }).map(([axis, text]) => [
     axis,
     text,
@@ -24,6 +26,19 @@ function fillToolbar(data) {
       data.runs.length > 1 ? runSwitches(data) : null,
     ),
   );
+}
+
+/** The sections of figures are many: a menu holds them. */
+function figureMenu(links) {
+  const menu = element("div", { class: "menu", popover: "auto", id: "figure-menu" }, links);
+  const button = element("button", { type: "button", class: "menu-button", popovertarget: "figure-menu" }, "Figures");
+  menu.addEventListener("beforetoggle", () => {
+    const place = button.getBoundingClientRect();
+    menu.style.left = `${Math.max(8, Math.min(place.left, innerWidth - 260))}px`;
+    menu.style.top = `${place.bottom + 4}px`;
+  });
+  menu.addEventListener("click", (event) => event.target.matches("a") && menu.hidePopover());
+  return [button, menu];
 }
 
 function runSwitches(data) {

@@ -76,9 +76,10 @@ function samplesSection(data) {
 }
 
 /** A point with its interval on a common scale from `low` to `high`; the numbers stand beside it. */
-function intervalBar({ mean: centre, low, high }, [from, to], zero = null) {
+function intervalBar({ mean: centre, low, high }, [from, to], { zero = null, colour = null }) {
   const along = (value) => `${(100 * (value - from)) / (to - from || 1)}%`;
   const bar = element("span", { class: "interval", "aria-hidden": "true" });
+  if (colour) bar.style.setProperty("--tone", colour);
   const mark = (kind, place) => {
     const node = element("i", { class: kind });
     Object.assign(node.style, place);
@@ -98,17 +99,18 @@ function bounds(entries, more = []) {
 }
 
 function withInterval({ mean: centre, low, high }, format = formatNumber) {
-  const range = isNumber(low) && isNumber(high) ? ` [${format(low)}, ${format(high)}]` : " (no interval from one value)";
+  const range = isNumber(low) && isNumber(high) ? ` [${format(low)}, ${format(high)}]` : " (no interval)";
   return format(centre) + range;
 }
 
 function scoreRows({ metric, groups }) {
   const scale = bounds(groups);
+  const colour = (label) => `var(--line-${(page.data.comparison.groups.findIndex((group) => group.label === label) % NUM_LINE_COLOURS) + 1})`;
   return groups.map((group, index) => [
     index === 0 ? element("code", {}, metric) : "",
     group.label,
     [withInterval(group), { class: "number" }],
-    intervalBar(group, scale),
+    intervalBar(group, scale, { colour: colour(group.label) }),
     group.values.map((value) => formatNumber(value)).join(", "),
   ]);
 }
@@ -120,11 +122,11 @@ function differenceRows({ metric, differences }) {
     const pairs = counted(one.num_pairs, one.paired_by === "problem" ? "problem" : "seed");
     return [
       index === 0 ? element("code", {}, metric) : "",
-      `${one.a} − ${one.b}`,
+      [`${one.a} − ${one.b}`, { class: "number" }],
       [withInterval(one, formatSigned), { class: "number" }],
-      intervalBar(one, scale, 0),
-      `paired by ${one.paired_by}, ${pairs}`,
-      isNumber(one.low) ? (isClear ? "clear" : "not clear: the interval holds 0") : "not known",
+      intervalBar(one, scale, { zero: 0 }),
+      [`paired by ${one.paired_by}, ${pairs}`, { class: "number" }],
+      isNumber(one.low) ? (isClear ? "clear" : "not clear: it may be 0") : "not known",
     ];
   });
 }

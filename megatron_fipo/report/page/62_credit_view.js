@@ -10,15 +10,17 @@ const QUANTITIES = {
   entropy: { title: "entropy, nats", symbol: "entropy", centre: 0, isPositive: true, values: (view) => view.arrays.entropy },
 };
 
-/** An open response with everything per token. Its F and f are recomputed by `setHalfLife`. */
+/** An open response with everything per token. Its F and f are recomputed by `setHalfLife`. `isStretched`: the colours of f
+    are full at the response's own largest, too. */
 class CreditView {
-  constructor(run, group, response, tokens) {
+  constructor(run, group, response, tokens, isStretched) {
     Object.assign(this, { run, group, response, texts: tokens.texts, arrays: tokens.arrays, segments: tokens.segments });
     this.leftOut = tokens.left_out;
     this.objective = run.objective;
     this.numTokens = tokens.texts.length;
     this.summed = summedShift(this.arrays, this.objective);
     this.setHalfLife(ownHalfLife(this.objective));
+    this.isStretched = isStretched;
     this.reaches = Object.fromEntries(Object.keys(QUANTITIES).map((name) => [name, this.reachOf(name)]));
   }
 
@@ -29,10 +31,11 @@ class CreditView {
     Object.assign(this, recompute(shift, participates, inSuffixSum, advantage, halfLife, this.objective, this.summed));
   }
 
-  /** Distance from the centre at which the colour is full; the same for every half-life, so that colours compare. */
+  /** Distance from the centre at which the colour is full: for f the objective's range, else nearly the largest of the
+      response's own. The same for every half-life, so that colours compare. */
   reachOf(name) {
     const { centre, values } = QUANTITIES[name];
-    if (name === "influence_weight") {
+    if (name === "influence_weight" && !this.isStretched) {
       const ends = [this.objective.influence_min, this.objective.influence_max].filter(isNumber);
       const widest = Math.max(0, ...ends.map((end) => Math.abs(end - 1)));
       if (ends.length === 2 && widest > 0) return widest;

@@ -18,6 +18,7 @@ class Credit {
     this.notice = element("p", { class: "notice" });
     this.summary = element("p", { class: "summary" });
     this.slider = this.makeSlider();
+    this.stretch = element("input", { type: "checkbox", on: { change: () => this.stretchColours() } });
     const opened = (run, group, response) => this.open(run, group, response);
     this.choice = new CreditChoice(data, opened);
     this.node = this.assemble();
@@ -36,7 +37,7 @@ class Credit {
       { class: "reading-desk" },
       this.head,
       this.notice,
-      element("div", { class: "credit-controls" }, colour, this.slider.node, element("label", { class: "check" }, spaces, "show white space")),
+      element("div", { class: "credit-controls" }, colour, this.slider.node, element("label", { class: "check" }, spaces, "white space"), element("label", { class: "check" }, this.stretch, "stretch colours")),
       element("div", { class: "legend-line" }, this.legend, this.summary),
       this.strip.node,
       element("div", { class: "text-and-row" }, this.text.box, this.row),
@@ -65,7 +66,7 @@ class Credit {
 
   open(run, group, response) {
     const tokens = response && tokensOf(response);
-    this.view = tokens ? new CreditView(run, group, response, tokens) : null;
+    this.view = tokens ? new CreditView(run, group, response, tokens, this.stretch.checked) : null;
     this.head.replaceChildren(...(response ? responseHead(group, response) : []));
     this.notice.textContent = response && !tokens ? "The page holds no tokens of this response: it was written with a smaller limit of tokens." : "";
     for (const node of [this.slider.node, this.strip.node, this.text.box, this.row, this.legend]) node.toggleAttribute("hidden", !this.view);
@@ -79,6 +80,14 @@ class Credit {
     this.legend.replaceChildren(creditLegend(this.view, this.quantity));
     fillTokenRow(this.row, this.view, null);
     if (this.text.box.isConnected) this.fillText();
+  }
+
+  stretchColours() {
+    if (!this.view) return;
+    this.view.isStretched = this.stretch.checked;
+    this.view.reaches.influence_weight = this.view.reachOf("influence_weight");
+    this.repaint();
+    this.legend.replaceChildren(creditLegend(this.view, this.quantity));
   }
 
   /** The text needs its box's width, so it is filled once the box is in the page. */
