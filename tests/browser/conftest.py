@@ -36,9 +36,8 @@ class Opened:
 
     def wait_until(self, condition: str) -> None:
         """Look at a JavaScript condition in each frame until it holds; the page forbids Playwright's own way, eval."""
-        self.run(
-            f"new Promise((done) => {{ const look = () => ({condition} ? done() : requestAnimationFrame(look)); look(); }})"
-        )
+        look = f"const look = () => ({condition} ? done() : requestAnimationFrame(look));"
+        self.run(f"new Promise((done) => {{ {look} look(); }})")
 
     def settle(self) -> None:
         """Wait for two frames: what was asked for in this one is on the screen."""

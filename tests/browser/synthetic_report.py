@@ -27,7 +27,10 @@ OBJECTIVE: dict[str, Any] = {
     "clip_ratio_high": 0.28,
     "max_dual_clipped_tokens": 1,
 }
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202eevil\u0000 <!-- "
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "\u202eevil\u0000 <!-- "
+)
 SENTENCES = (
     "Let me add the first two numbers.\n",
     "So 17 plus 26 is 43, and 43 plus 9 is 52.\n",
@@ -157,7 +160,7 @@ def token_data(
     if num_tokens > 60 and advantage < 0:
         shift[17], shift[41] = 2.6, 1.4
     left_out = {index: "rollout_correction" for index in (23, 31) if index < num_tokens}
-    left_out |= {index: "environment" for index in range(80, min(95, num_tokens - 1))}
+    left_out |= dict.fromkeys(range(80, min(95, num_tokens - 1)), "environment")
     in_suffix_sum = np.array([left_out.get(index) != "environment" for index in range(num_tokens)], np.uint8)
     participates = (np.exp(shift) <= OBJECTIVE["dual_clip"]).astype(np.uint8)
     sums, weights = future_kl_of(shift, participates, in_suffix_sum, advantage, HALF_LIFE)
@@ -316,7 +319,7 @@ def analysis(random: np.random.Generator) -> dict[str, Any]:
 def verdict(is_fipo: bool) -> list[dict[str, Any]]:
     """A finding of each level."""
     findings: list[tuple[str, str, str, list[str]]]
-    good = "Reward rose from −0.41 in the first third of the steps to 0.72 in the last; the 95 % interval of the difference is [1.05, 1.21]."
+    good = "Reward rose from −0.41 in the first third of the steps to 0.72 in the last: 95 % interval [1.05, 1.21]."
     findings = [("good", "It is learning", good, ["reward/mean"])]
     if is_fipo:
         acting = "Weights have a standard deviation of 0.06 after each step's first update."
@@ -364,7 +367,7 @@ def report(runs: list[dict[str, Any]], comparison: dict[str, Any] | None = None,
 
 
 def one_run(lengths: Iterable[int] = (260, 140, 700, 64, 330, 210, 90, 480), long_tokens: int = 0) -> SyntheticReport:
-    """One run with three traced groups; the first response of the last group has hostile tokens, or long_tokens of them."""
+    """One run with three traced groups: in the second one hostile tokens, in the third a response of long_tokens."""
     random = np.random.default_rng(7)
     told = run(0, "fipo", 0, 1.0)
     tokens: dict[str, dict[str, Any]] = {}

@@ -35,10 +35,11 @@ CONTRAST = """() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let text = walker.nextNode(); text; text = walker.nextNode()) {
     const node = text.parentElement;
-    if (!text.data.trim() || ["SCRIPT", "STYLE", "OPTION", "NOSCRIPT"].includes(node.tagName) || node.closest("svg, :disabled")) continue;
-    if (!node.checkVisibility()) continue;
+    const isUnseen = ["SCRIPT", "STYLE", "OPTION", "NOSCRIPT"].includes(node.tagName) || !node.checkVisibility();
+    if (!text.data.trim() || isUnseen || node.closest("svg, :disabled")) continue;
     const back = ground(node);
-    const [one, other] = [luminance(over(parse(getComputedStyle(node).color), back)), luminance(back)].sort((a, b) => b - a);
+    const ink = over(parse(getComputedStyle(node).color), back);
+    const [one, other] = [luminance(ink), luminance(back)].sort((a, b) => b - a);
     told.push([(one + 0.05) / (other + 0.05), node.className || node.tagName, text.data.slice(0, 40)]);
   }
   return told.sort((a, b) => a[0] - b[0]);
@@ -141,10 +142,8 @@ def test_every_control_is_reached_by_tab(open_page: OpenPage, single: SyntheticR
         opened.run("document.activeElement.wasReached = true")
     missed = opened.run(f"{controls}.filter((node) => !node.wasReached).map((node) => node.outerHTML.slice(0, 120))")
     assert missed == []
-    unnamed = opened.run(
-        f"""{controls}.filter((node) => !(node.textContent.trim() || node.getAttribute("aria-label") || node.closest("label")?.textContent))
-        .map((node) => node.outerHTML.slice(0, 120))"""
-    )
+    named = "node.textContent.trim() || node.getAttribute('aria-label') || node.closest('label')?.textContent"
+    unnamed = opened.run(f"{controls}.filter((node) => !({named})).map((node) => node.outerHTML.slice(0, 120))")
     assert unnamed == []
 
 

@@ -102,7 +102,8 @@ def test_recompute_by_hand(
 
 def test_tokens_that_take_no_part_count_as_distance_alone(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
-    script = "(objective) => [...window.report.recompute([1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], 1, 1, objective).futureKl]"
+    arguments = "[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], 1, 1, objective"
+    script = f"(objective) => [...window.report.recompute({arguments}).futureKl]"
     assert opened.run(script, OBJECTIVE) == [1.125, 0.25, 0.5, 1.0]
 
 

@@ -73,7 +73,7 @@ def test_groups_are_means_with_a_band_and_a_legend_that_hides_them_everywhere(
 
     def traces(figure: str) -> list[dict[str, Any]]:
         return opened.run(
-            f"document.querySelector('#figure-{figure} .plot').data.map(({{x, y, fill}}) => ({{x: [...x], y: [...y], fill}}))"
+            f"document.querySelector('#figure-{figure} .plot').data.map(({{ x, y }}) => ({{ x: [...x], y: [...y] }}))"
         )
 
     band, _, line, _ = traces("reward")

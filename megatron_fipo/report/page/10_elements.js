@@ -83,7 +83,12 @@ function segmented(label, choices, chosen, choose) {
       choose(choices[index][0]);
     }),
   );
-  return element("div", { class: "segmented", role: "group", "aria-label": label }, element("span", {}, label), buttons);
+  return element(
+    "div",
+    { class: "segmented", role: "group", "aria-label": label },
+    element("span", {}, label),
+    buttons,
+  );
 }
 
 /** A labelled list of choices. */

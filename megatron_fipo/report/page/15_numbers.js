@@ -1,6 +1,13 @@
 /* Numbers as a reader wants them. */
 
-const SUFFIXES = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+const SUFFIXES = [
+  [1e18, "E"],
+  [1e15, "P"],
+  [1e12, "T"],
+  [1e9, "G"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
 
 function isNumber(value) {
   return typeof value === "number" && Number.isFinite(value);
@@ -15,7 +22,11 @@ function formatNumber(value, digits = 3) {
     const [unit, suffix] = SUFFIXES.find(([least]) => size >= least);
     return `${Number((value / unit).toPrecision(digits))}${suffix}`;
   }
-  if (size < 1e-4) return value.toExponential(digits - 1).replace("-", "−").replace("e-", "e−");
+  if (size < 1e-4)
+    return value
+      .toExponential(digits - 1)
+      .replace("-", "−")
+      .replace("e-", "e−");
   if (Number.isInteger(value)) return String(value).replace("-", "−");
   const text = size >= 1000 ? String(Math.round(value)) : String(Number(value.toPrecision(digits)));
   return text.replace("-", "−");

@@ -17,7 +17,11 @@ function units() {
   const { runs, comparison } = page.data;
   const single = (run, index) => ({ key: run.id, label: run.label || run.name, runs: [index] });
   if (!comparison || page.grouping === "runs" || runs.length === 1) return runs.map(single);
-  const grouped = comparison.groups.map((group) => ({ key: `group ${group.label}`, label: group.label, runs: group.runs }));
+  const grouped = comparison.groups.map((group) => ({
+    key: `group ${group.label}`,
+    label: group.label,
+    runs: group.runs,
+  }));
   const found = new Set(grouped.flatMap((group) => group.runs));
   return [...grouped, ...runs.map(single).filter((unit) => !found.has(unit.runs[0]))];
 }
@@ -75,7 +79,9 @@ function unitSeries(unit, readOne) {
   const bands = entries.map(({ values }) => bandOf(values));
   return {
     steps,
-    xs: entries.map(({ xs }, index) => (xs.length ? mean(xs.filter(isNumber)) : page.axis === "step" ? steps[index] : null)),
+    xs: entries.map(({ xs }, index) =>
+      xs.length ? mean(xs.filter(isNumber)) : page.axis === "step" ? steps[index] : null,
+    ),
     values: entries.map(({ values }) => mean(values)),
     lows: bands.map((band) => band && band[0]),
     highs: bands.map((band) => band && band[1]),

@@ -30,7 +30,13 @@ const widthWatch = new ResizeObserver((entries) => {
 
 /** A figure with its title, readout, plot, caption and numbers; registered, and drawn when it is seen. */
 function plotFigure({ id, title, unit = "", caption = "", build, isWide = false }) {
-  const box = element("div", { class: "plot", "data-plot": id, tabindex: "0", role: "group", "aria-roledescription": "plot" });
+  const box = element("div", {
+    class: "plot",
+    "data-plot": id,
+    tabindex: "0",
+    role: "group",
+    "aria-roledescription": "plot",
+  });
   box.setAttribute("aria-label", `${title}. Left and right arrows move the cursor from step to step.`);
   const readout = element("div", { class: "readout" });
   const numbers = element("details", { class: "numbers" }, element("summary", {}, "Numbers"));
@@ -85,7 +91,13 @@ function baseLayout() {
     hovermode: false,
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     uirevision: page.axis,
-    xaxis: { ...axis, exponentformat: "SI", zeroline: false, showgrid: false, title: { ...axis.title, text: AXES[page.axis] } },
+    xaxis: {
+      ...axis,
+      exponentformat: "SI",
+      zeroline: false,
+      showgrid: false,
+      title: { ...axis.title, text: AXES[page.axis] },
+    },
     yaxis: { ...axis, nticks: 7 },
   };
 }
@@ -100,7 +112,12 @@ async function drawPlot(plot) {
   const { traces, layout = {}, series = [], caption } = plot.build();
   if (caption !== undefined) plot.node.querySelector(".caption").textContent = visibleText(caption);
   const base = baseLayout();
-  const merged = { ...base, ...layout, xaxis: { ...base.xaxis, ...layout.xaxis }, yaxis: { ...base.yaxis, ...layout.yaxis } };
+  const merged = {
+    ...base,
+    ...layout,
+    xaxis: { ...base.xaxis, ...layout.xaxis },
+    yaxis: { ...base.yaxis, ...layout.yaxis },
+  };
   plot.series = series;
   plot.width = Math.round(plot.box.clientWidth);
   await Plotly.react(plot.box, traces, merged, { displayModeBar: false, showTips: false, responsive: false });
@@ -157,7 +174,8 @@ function nearestX(plot, x) {
 
 function nearest(xs, x) {
   let found = null;
-  for (const other of xs) if (isNumber(other) && (found === null || Math.abs(other - x) < Math.abs(found - x))) found = other;
+  for (const other of xs)
+    if (isNumber(other) && (found === null || Math.abs(other - x) < Math.abs(found - x))) found = other;
   return found;
 }
 
@@ -179,7 +197,11 @@ function showReadout(plot, x) {
         { class: "reading" },
         line.dash === null ? null : swatch(line.colour || "currentColor", line.dash),
         line.label ? `${line.label} ` : null,
-        line.values.map((one) => [one.mark ? swatch(one.mark) : null, element("b", {}, formatNumber(valueAt(one, x))), " "]),
+        line.values.map((one) => [
+          one.mark ? swatch(one.mark) : null,
+          element("b", {}, formatNumber(valueAt(one, x))),
+          " ",
+        ]),
       ),
     ),
   );
@@ -220,7 +242,10 @@ function fillNumbers(plot, details) {
   const every = Math.ceil(stops.length / MOST_ROWS);
   const rows = stops
     .filter((_, index) => index % every === 0 || index === stops.length - 1)
-    .map((x) => [formatNumber(x, 6), ...columns.map(({ xs, values }) => formatNumber(values[xs.indexOf(x)] ?? null, 4))]);
+    .map((x) => [
+      formatNumber(x, 6),
+      ...columns.map(({ xs, values }) => formatNumber(values[xs.indexOf(x)] ?? null, 4)),
+    ]);
   const rest = [...details.children].filter((child) => child.tagName !== "SUMMARY");
   rest.forEach((child) => child.remove());
   details.append(table(plot.title, [AXES[page.axis], ...columns.map(({ title }) => title)], rows));

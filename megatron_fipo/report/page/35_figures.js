@@ -1,4 +1,4 @@
-/* The figures of metrics over training: the lines and bands of the report's table of figures, and trends of analyses. */
+/* The figures of metrics over training, by the report's table of figures, and trends of analyses. */
 
 const FEW_POINTS = 25;
 
@@ -50,13 +50,20 @@ function drawLines(lines, lows, highs, read) {
       if (!data.values.some(isNumber)) return;
       if (data.lows && lines.length === 1) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
       traces.push(lineTrace(data.xs, data.values, colour, DASHES[isAlone ? 0 : order % DASHES.length][0]));
-      series[order].values.push({ unit: isAlone ? "" : unit.label, mark: isAlone ? null : colour, xs: data.xs, values: data.values });
+      series[order].values.push({
+        unit: isAlone ? "" : unit.label,
+        mark: isAlone ? null : colour,
+        xs: data.xs,
+        values: data.values,
+      });
     });
   }
   if (chosen.length === 1) {
     lows.forEach((low, index) => {
       const [lower, upper] = [low, highs[index]].map((line) => unitSeries(chosen[0], (run) => read(run, line.metric)));
-      bands.push(bandTrace(lower.xs, lower.values, upper.values, isAlone ? lineColour(0) : lineColour(chosen[0].colour), 0.13));
+      bands.push(
+        bandTrace(lower.xs, lower.values, upper.values, isAlone ? lineColour(0) : lineColour(chosen[0].colour), 0.13),
+      );
     });
   }
   return { traces: [...bands, ...traces], series: series.filter((line) => line.values.length) };
@@ -91,7 +98,9 @@ function metricFigure(figure) {
 function figureSections(data) {
   return data.sections.map(({ id, title, text }) => {
     const figures = data.figures.filter((figure) => figure.section === id).map(metricFigure);
-    return figures.length ? section(`section-${id}`, [title], text, element("div", { class: "figures" }, figures)) : null;
+    return figures.length
+      ? section(`section-${id}`, [title], text, element("div", { class: "figures" }, figures))
+      : null;
   });
 }
 
@@ -114,7 +123,9 @@ function analysisSection(data) {
   if (!analysed.length) return null;
   const names = new Map(analysed.flatMap((run) => Object.entries(run.analysis.names)));
   const points = analysed.flatMap((run) => run.analysis.points);
-  const places = [...new Set(points.map(({ source, where }) => JSON.stringify([source, where])))].map((text) => JSON.parse(text));
+  const places = [...new Set(points.map(({ source, where }) => JSON.stringify([source, where])))].map((text) =>
+    JSON.parse(text),
+  );
   const figures = [...names].map(([name, { title, caption }]) => {
     const lines = places.map(([source, where]) => ({ metric: [source, where], label: `${source}, ${where}` }));
     return plotFigure({
@@ -125,6 +136,12 @@ function analysisSection(data) {
     });
   });
   const text =
-    "Counts over the responses of traces and evaluations, by patterns whose precision was measured. They tell what changes in the responses, not why.";
-  return section("analysis", ["What the responses consist of", "Analysis"], text, element("div", { class: "figures" }, figures));
+    "Counts over the responses of traces and evaluations, by patterns whose precision was measured. " +
+    "They tell what changes in the responses, not why.";
+  return section(
+    "analysis",
+    ["What the responses consist of", "Analysis"],
+    text,
+    element("div", { class: "figures" }, figures),
+  );
 }

@@ -9,7 +9,12 @@ function fillMasthead(data) {
   const finished = states.filter((state) => state === "finished").length;
   const facts =
     data.runs.length === 1
-      ? [first.state, `${first.steps.at(-1) ?? 0} of ${counted(first.num_steps, "step")}`, first.label || first.algorithm, first.name]
+      ? [
+          first.state,
+          `${first.steps.at(-1) ?? 0} of ${counted(first.num_steps, "step")}`,
+          first.label || first.algorithm,
+          first.name,
+        ]
       : [counted(data.runs.length, "run"), `${finished} finished`];
   document.title = data.title;
   document.getElementById("masthead").replaceChildren(
@@ -25,12 +30,16 @@ function fillMasthead(data) {
   );
   document
     .getElementById("colophon")
-    .replaceChildren(element("p", {}, `Written by megatron_fipo ${data.version}. This page needs no network. Plots by Plotly (MIT).`));
+    .replaceChildren(
+      element("p", {}, `Written by megatron_fipo ${data.version}. This page needs no network. Plots by Plotly (MIT).`),
+    );
 }
 
 /** The figure that shows a metric, if there is one. */
 function figureOf(metric) {
-  return [...document.querySelectorAll("figure[data-metrics]")].find((node) => node.dataset.metrics.split(" ").includes(metric));
+  return [...document.querySelectorAll("figure[data-metrics]")].find((node) =>
+    node.dataset.metrics.split(" ").includes(metric),
+  );
 }
 
 function goToMetric(metric) {
@@ -55,7 +64,11 @@ function metricLinks(metrics, data) {
     { class: "metrics" },
     metrics.map((metric) =>
       drawn.has(metric)
-        ? element("button", { type: "button", class: "link", on: { click: () => goToMetric(metric) } }, breakable(metric))
+        ? element(
+            "button",
+            { type: "button", class: "link", on: { click: () => goToMetric(metric) } },
+            breakable(metric),
+          )
         : element("code", {}, breakable(metric)),
     ),
   );
@@ -81,8 +94,15 @@ function mergedFindings(runs) {
 function whichRuns({ told }, { runs, comparison }) {
   if (!comparison) return `${told.length} of ${counted(runs.length, "run")}`;
   const found = new Set(told.map(({ run }) => run.id));
-  const counts = comparison.groups.map(({ label, runs: members }) => [label, members.filter((index) => found.has(runs[index].id)).length, members.length]);
-  return counts.filter(([, count]) => count).map(([label, count, all]) => `${label}: ${count} of ${counted(all, "run")}`).join("; ");
+  const counts = comparison.groups.map(({ label, runs: members }) => [
+    label,
+    members.filter((index) => found.has(runs[index].id)).length,
+    members.length,
+  ]);
+  return counts
+    .filter(([, count]) => count)
+    .map(([label, count, all]) => `${label}: ${count} of ${counted(all, "run")}`)
+    .join("; ");
 }
 
 function findingCard(finding, data) {
@@ -93,7 +113,11 @@ function findingCard(finding, data) {
           "details",
           {},
           element("summary", {}, whichRuns(finding, data)),
-          element("ul", {}, finding.told.map(({ run, text }) => element("li", {}, element("b", {}, run.label || run.name), ` ${text}`))),
+          element(
+            "ul",
+            {},
+            finding.told.map(({ run, text }) => element("li", {}, element("b", {}, run.label || run.name), ` ${text}`)),
+          ),
         );
   return element(
     "article",
@@ -116,6 +140,10 @@ function overviewSection(data) {
     "overview",
     ["Verdict"],
     `${counts.join(", ")}. Each finding names the metric that says so.`,
-    element("div", { class: "cards" }, findings.map((finding) => findingCard(finding, data))),
+    element(
+      "div",
+      { class: "cards" },
+      findings.map((finding) => findingCard(finding, data)),
+    ),
   );
 }

@@ -4,8 +4,14 @@ function fillToolbar(data) {
   const link = (node) => element("a", { href: `#${node.id}` }, node.dataset.short);
   const ofMetrics = [...document.querySelectorAll("main > .metrics-figures")];
   const others = [...document.querySelectorAll("main > section:not(.metrics-figures)")];
-  const before = others.filter((node) => ofMetrics[0] && node.compareDocumentPosition(ofMetrics[0]) & Node.DOCUMENT_POSITION_FOLLOWING);
-  const links = [before.map(link), ofMetrics.length ? figureMenu(ofMetrics.map(link)) : [], others.slice(before.length).map(link)];
+  const before = others.filter(
+    (node) => ofMetrics[0] && node.compareDocumentPosition(ofMetrics[0]) & Node.DOCUMENT_POSITION_FOLLOWING,
+  );
+  const links = [
+    before.map(link),
+    ofMetrics.length ? figureMenu(ofMetrics.map(link)) : [],
+    others.slice(before.length).map(link),
+  ];
   const axes = Object.entries({ step: "Steps", tokens: "Tokens", flops: "FLOPs" }).map(([axis, text]) => [
     axis,
     text,
@@ -54,7 +60,17 @@ function runSwitches(data) {
       page.hidden.clear();
       changed();
     };
-    switches.unshift(segmented("Draw", [["groups", "Groups"], ["runs", "Each run"]], page.grouping, choose));
+    switches.unshift(
+      segmented(
+        "Draw",
+        [
+          ["groups", "Groups"],
+          ["runs", "Each run"],
+        ],
+        page.grouping,
+        choose,
+      ),
+    );
     const bands = selection("Band", Object.entries(BANDS), page.band, (band) => {
       page.band = band;
       changed();

@@ -27,10 +27,24 @@ function timedRuns() {
 /** One run: its phases stacked step by step. */
 function timeOfOne(run) {
   const xs = run.steps.map((_, index) => position(run, index));
-  const phases = run.time.phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: phaseColour(order), order }));
+  const phases = run.time.phases.map((phase, order) => ({
+    label: phase.replaceAll("_", " "),
+    colour: phaseColour(order),
+    order,
+  }));
   return {
-    traces: phases.map(({ colour, order }) => ({ type: "bar", marker: { color: colour }, x: xs, y: run.time.seconds[order] })),
-    series: phases.map(({ label, colour, order }) => ({ label, colour, dash: "", values: [{ xs, values: run.time.seconds[order] }] })),
+    traces: phases.map(({ colour, order }) => ({
+      type: "bar",
+      marker: { color: colour },
+      x: xs,
+      y: run.time.seconds[order],
+    })),
+    series: phases.map(({ label, colour, order }) => ({
+      label,
+      colour,
+      dash: "",
+      values: [{ xs, values: run.time.seconds[order] }],
+    })),
     layout: { barmode: "stack", bargap: 0.25 },
     caption: timeSentence(run),
   };
@@ -43,14 +57,31 @@ function timeOfSeveral(runs) {
   const rows = runs.map((_, index) => index); // not the names, which may be equal
   const seconds = (phase) => runs.map((run) => new Map(phaseMeans(run)).get(phase) ?? 0);
   return {
-    traces: phases.map((phase, order) => ({ type: "bar", orientation: "h", marker: { color: phaseColour(order) }, y: rows, x: seconds(phase) })),
-    series: phases.map((phase, order) => ({ label: phase.replaceAll("_", " "), colour: phaseColour(order), dash: "", values: [] })),
+    traces: phases.map((phase, order) => ({
+      type: "bar",
+      orientation: "h",
+      marker: { color: phaseColour(order) },
+      y: rows,
+      x: seconds(phase),
+    })),
+    series: phases.map((phase, order) => ({
+      label: phase.replaceAll("_", " "),
+      colour: phaseColour(order),
+      dash: "",
+      values: [],
+    })),
     layout: {
       barmode: "stack",
       bargap: 0.3,
       height: 60 + 34 * runs.length,
       xaxis: { title: { text: "seconds of a step" }, showgrid: true },
-      yaxis: { autorange: "reversed", fixedrange: true, showgrid: false, tickvals: rows, ticktext: names.map(plotText) },
+      yaxis: {
+        autorange: "reversed",
+        fixedrange: true,
+        showgrid: false,
+        tickvals: rows,
+        ticktext: names.map(plotText),
+      },
     },
     caption: `Mean over each run's steps. ${names[0]}: ${timeSentence(runs[0])}`,
   };
@@ -121,7 +152,8 @@ function evaluationTable(data) {
     return sources.map((source) => {
       const found = run.evaluations.filter((one) => one.source === source).sort((a, b) => a.step - b.step);
       const [first, last] = [found[0], found.at(-1)];
-      const both = (key) => (found.length > 1 ? `${formatNumber(first[key])} → ${formatNumber(last[key])}` : formatNumber(last[key]));
+      const both = (key) =>
+        found.length > 1 ? `${formatNumber(first[key])} → ${formatNumber(last[key])}` : formatNumber(last[key]);
       return [
         run.label || run.name,
         source,
@@ -134,7 +166,16 @@ function evaluationTable(data) {
       ];
     });
   });
-  const head = ["run", "source", "k", "first avg@k [95 % interval]", "last avg@k [95 % interval]", "cons@k", "pass@k", "tokens"];
+  const head = [
+    "run",
+    "source",
+    "k",
+    "first avg@k [95 % interval]",
+    "last avg@k [95 % interval]",
+    "cons@k",
+    "pass@k",
+    "tokens",
+  ];
   return table("First and last evaluation of each run", head, rows);
 }
 
@@ -145,7 +186,11 @@ function evaluationSection(data) {
     "evaluation",
     ["Evaluation"],
     "Problems that are not trained on.",
-    element("div", { class: "figures" }, sources.map((source) => evaluationFigure(data, source))),
+    element(
+      "div",
+      { class: "figures" },
+      sources.map((source) => evaluationFigure(data, source)),
+    ),
     evaluationTable(data),
   );
 }

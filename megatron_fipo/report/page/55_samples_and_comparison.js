@@ -6,7 +6,10 @@ function samplePairs(run) {
   const key = ({ source, prompt }) => JSON.stringify([source, prompt]);
   const before = new Map(run.samples.before.map((sample) => [key(sample), sample]));
   const after = new Map(run.samples.after.map((sample) => [key(sample), sample]));
-  return [...new Set([...before.keys(), ...after.keys()])].map((name) => ({ before: before.get(name), after: after.get(name) }));
+  return [...new Set([...before.keys(), ...after.keys()])].map((name) => ({
+    before: before.get(name),
+    after: after.get(name),
+  }));
 }
 
 const CHANGES = {
@@ -17,17 +20,32 @@ const CHANGES = {
 };
 
 function outcome(isRight) {
-  return element("span", { class: `outcome ${isRight ? "right" : "wrong"}` }, icon(isRight ? "good" : "bad"), isRight ? "right" : "wrong");
+  return element(
+    "span",
+    { class: `outcome ${isRight ? "right" : "wrong"}` },
+    icon(isRight ? "good" : "bad"),
+    isRight ? "right" : "wrong",
+  );
 }
 
 function sampleColumn(when, sample) {
-  if (!sample) return element("div", { class: "sample" }, element("h4", {}, when), element("p", { class: "muted" }, "Not recorded."));
+  if (!sample)
+    return element(
+      "div",
+      { class: "sample" },
+      element("h4", {}, when),
+      element("p", { class: "muted" }, "Not recorded."),
+    );
   return element(
     "div",
     { class: "sample" },
     element("h4", {}, when, " ", outcome(sample.is_right)),
     element("pre", { tabindex: "0" }, sample.response),
-    element("p", { class: "muted" }, `step ${sample.step}, ${counted(sample.num_tokens, "token")}, answer ${sample.answer || "none"}`),
+    element(
+      "p",
+      { class: "muted" },
+      `step ${sample.step}, ${counted(sample.num_tokens, "token")}, answer ${sample.answer || "none"}`,
+    ),
   );
 }
 
@@ -68,11 +86,29 @@ function samplesSection(data) {
   const controls = element(
     "div",
     { class: "controls" },
-    withSamples.length > 1 ? selection("Run", withSamples.map((run) => [run, run.label || run.name]), chosen.run, choose("run")) : null,
-    selection("Show", Object.entries(CHANGES).map(([key, [text]]) => [key, text]), "all", choose("change")),
+    withSamples.length > 1
+      ? selection(
+          "Run",
+          withSamples.map((run) => [run, run.label || run.name]),
+          chosen.run,
+          choose("run"),
+        )
+      : null,
+    selection(
+      "Show",
+      Object.entries(CHANGES).map(([key, [text]]) => [key, text]),
+      "all",
+      choose("change"),
+    ),
   );
   fill();
-  return section("samples", ["Responses before and after", "Responses"], "The same prompts, answered before training and after it.", controls, list);
+  return section(
+    "samples",
+    ["Responses before and after", "Responses"],
+    "The same prompts, answered before training and after it.",
+    controls,
+    list,
+  );
 }
 
 /** A point with its interval on a common scale from `low` to `high`; the numbers stand beside it. */
@@ -86,13 +122,17 @@ function intervalBar({ mean: centre, low, high }, [from, to], { zero = null, col
     bar.append(node);
   };
   if (zero !== null) mark("zero", { left: along(zero) });
-  if (isNumber(low) && isNumber(high)) mark("range", { left: along(low), width: `${(100 * (high - low)) / (to - from || 1)}%` });
+  if (isNumber(low) && isNumber(high))
+    mark("range", { left: along(low), width: `${(100 * (high - low)) / (to - from || 1)}%` });
   mark("dot", { left: along(centre) });
   return bar;
 }
 
 function bounds(entries, more = []) {
-  const values = entries.flatMap(({ mean: centre, low, high }) => [centre, low, high]).concat(more).filter(isNumber);
+  const values = entries
+    .flatMap(({ mean: centre, low, high }) => [centre, low, high])
+    .concat(more)
+    .filter(isNumber);
   const [least, most] = [Math.min(...values), Math.max(...values)];
   const margin = 0.08 * (most - least || 1);
   return [least - margin, most + margin];
@@ -105,7 +145,8 @@ function withInterval({ mean: centre, low, high }, format = formatNumber) {
 
 function scoreRows({ metric, groups }) {
   const scale = bounds(groups);
-  const colour = (label) => `var(--line-${(page.data.comparison.groups.findIndex((group) => group.label === label) % NUM_LINE_COLOURS) + 1})`;
+  const colour = (label) =>
+    `var(--line-${(page.data.comparison.groups.findIndex((group) => group.label === label) % NUM_LINE_COLOURS) + 1})`;
   return groups.map((group, index) => [
     index === 0 ? element("code", {}, metric) : "",
     group.label,
@@ -135,14 +176,19 @@ function comparisonSection(data) {
   const { comparison } = data;
   if (!comparison) return null;
   const members = comparison.groups.map(
-    ({ label, runs }) => `${label}: ${counted(runs.length, "run")} (seeds ${runs.map((index) => data.runs[index].seed).join(", ")})`,
+    ({ label, runs }) =>
+      `${label}: ${counted(runs.length, "run")} (seeds ${runs.map((index) => data.runs[index].seed).join(", ")})`,
   );
   const differences = comparison.scores.flatMap(differenceRows);
   return section(
     "comparison",
     ["Comparison"],
     `${members.join("; ")}. Runs of a group differ in their seed alone.`,
-    table("Final scores, with 95 % intervals over seeds", ["score", "group", "mean", "", "each seed"], comparison.scores.flatMap(scoreRows)),
+    table(
+      "Final scores, with 95 % intervals over seeds",
+      ["score", "group", "mean", "", "each seed"],
+      comparison.scores.flatMap(scoreRows),
+    ),
     differences.length
       ? table("Paired differences, with 95 % intervals", ["score", "difference", "mean", "", "pairs", ""], differences)
       : null,
@@ -152,7 +198,8 @@ function comparisonSection(data) {
 
 function configDifferences({ comparison, runs }) {
   if (!comparison.config_differences.length) return element("p", {}, "The configurations do not differ.");
-  const said = (value) => (value === null || value === undefined ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
+  const said = (value) =>
+    value === null || value === undefined ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
   const rows = comparison.config_differences.map(({ key, values }) => [element("code", {}, key), ...values.map(said)]);
   return table("What differs in the configurations", ["key", ...runs.map((run) => run.label || run.name)], rows);
 }

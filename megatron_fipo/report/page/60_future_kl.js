@@ -45,7 +45,7 @@ function decodeArray(name, text) {
 
 const MAX_LOG_PROB_SHIFT = 20;
 
-/** The shift that Future-KL adds up: another one than the ratio's only in the ablation future_kl_reference=behaviour. */
+/** The shift that Future-KL adds up: not the ratio's only in the ablation future_kl_reference=behaviour. */
 function summedShift(arrays, objective) {
   if (objective.future_kl_reference !== "behaviour") return arrays.shift;
   return Float64Array.from(arrays.log_prob, (value, index) =>
@@ -62,7 +62,9 @@ function tokensOf(response) {
     const holder = document.getElementById(response.tokens);
     if (!holder) return null;
     const parsed = JSON.parse(holder.textContent);
-    const arrays = Object.fromEntries(Object.entries(parsed.arrays).map(([name, text]) => [name, decodeArray(name, text)]));
+    const arrays = Object.fromEntries(
+      Object.entries(parsed.arrays).map(([name, text]) => [name, decodeArray(name, text)]),
+    );
     decoded.set(response.tokens, { ...parsed, arrays });
   }
   return decoded.get(response.tokens);
@@ -75,7 +77,14 @@ function reweighting(response, objective) {
   const { arrays } = tokens;
   const recorded = objective.future_kl
     ? arrays.influence_weight
-    : recompute(arrays.shift, arrays.participates, arrays.in_suffix_sum, response.advantage, ownHalfLife(objective), objective).influenceWeights;
+    : recompute(
+        arrays.shift,
+        arrays.participates,
+        arrays.in_suffix_sum,
+        response.advantage,
+        ownHalfLife(objective),
+        objective,
+      ).influenceWeights;
   return mean(Array.from(recorded, (weight) => Math.abs(weight - 1)));
 }
 

@@ -7,14 +7,27 @@ const QUANTITIES = {
   future_kl: { title: "Future-KL F", symbol: "F", centre: 0, values: (view) => view.futureKl },
   shift: { title: "log-prob shift s", symbol: "s", centre: 0, values: (view) => view.arrays.shift },
   token_loss: { title: "token loss", symbol: "loss", centre: 0, values: (view) => view.arrays.token_loss },
-  entropy: { title: "entropy, nats", symbol: "entropy", centre: 0, isPositive: true, values: (view) => view.arrays.entropy },
+  entropy: {
+    title: "entropy, nats",
+    symbol: "entropy",
+    centre: 0,
+    isPositive: true,
+    values: (view) => view.arrays.entropy,
+  },
 };
 
-/** An open response with everything per token. Its F and f are recomputed by `setHalfLife`. `isStretched`: the colours of f
-    are full at the response's own largest, too. */
+/** An open response with everything per token. Its F and f are recomputed by `setHalfLife`.
+    `isStretched`: the colours of f are full at the response's own largest, too. */
 class CreditView {
   constructor(run, group, response, tokens, isStretched) {
-    Object.assign(this, { run, group, response, texts: tokens.texts, arrays: tokens.arrays, segments: tokens.segments });
+    Object.assign(this, {
+      run,
+      group,
+      response,
+      texts: tokens.texts,
+      arrays: tokens.arrays,
+      segments: tokens.segments,
+    });
     this.leftOut = tokens.left_out;
     this.objective = run.objective;
     this.numTokens = tokens.texts.length;
@@ -52,7 +65,8 @@ class CreditView {
   levels(name) {
     const values = this.values(name);
     const levels = new Int8Array(this.numTokens);
-    for (let index = 0; index < levels.length; index += 1) levels[index] = levelOf(values[index], QUANTITIES[name].centre, this.reaches[name]);
+    for (let index = 0; index < levels.length; index += 1)
+      levels[index] = levelOf(values[index], QUANTITIES[name].centre, this.reaches[name]);
     return levels;
   }
 
@@ -68,13 +82,25 @@ class CreditView {
       const unclipped = Math.exp(futureKl);
       return this.arrays.in_suffix_sum[index] && (unclipped < (low ?? -Infinity) || unclipped > (high ?? Infinity));
     });
-    return { mean: mean(counted), deviation: deviation(counted), clipped: counted.length ? outside.length / counted.length : null };
+    return {
+      mean: mean(counted),
+      deviation: deviation(counted),
+      clipped: counted.length ? outside.length / counted.length : null,
+    };
   }
 
   /** Largest difference between the page's F and the one that the run recorded, under the run's own half-life. */
   errorAgainstRun() {
     const { shift, participates, in_suffix_sum: inSuffixSum, future_kl: recorded } = this.arrays;
-    const own = recompute(shift, participates, inSuffixSum, this.response.advantage, ownHalfLife(this.objective), this.objective, this.summed);
+    const own = recompute(
+      shift,
+      participates,
+      inSuffixSum,
+      this.response.advantage,
+      ownHalfLife(this.objective),
+      this.objective,
+      this.summed,
+    );
     return own.futureKl.reduce((largest, value, index) => Math.max(largest, Math.abs(value - recorded[index]) || 0), 0);
   }
 }

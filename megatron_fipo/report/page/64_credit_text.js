@@ -1,8 +1,8 @@
 /* The response as running text, a span for each token, in blocks of some 250 tokens.
 
    The browser lays out only the blocks in view (content-visibility), and only these are coloured; a change of the
-   half-life changes the classes of those tokens alone whose colour changes. A block starts on a line of its own, with the
-   number of its first token beside it, after a newline where there is one nearby. */
+   half-life changes the classes of those tokens alone whose colour changes. A block starts on a line of its own, with
+   the number of its first token beside it, after a newline where there is one nearby. */
 
 const BLOCK_TOKENS = { least: 200, usual: 250, most: 300 };
 const LINE_HEIGHT_PX = 28;
@@ -25,16 +25,24 @@ function markOf(text) {
 }
 
 class TokenText {
-  /** `chosen(index)` is called for a token that is pressed or reached by keys, `pointed(index or null)` under a pointer. */
+  /** `chosen(index)`: a token was pressed or reached by keys; `pointed(index or null)`: it is under the pointer. */
   constructor({ chosen, pointed, scrolled }) {
     this.chosen = chosen;
     this.spans = [];
     this.blocks = [];
     this.current = -1;
     this.box = element("div", { class: "response", tabindex: "0", role: "group", "aria-roledescription": "response" });
-    this.box.setAttribute("aria-label", "Response. Arrow keys go from token to token; Home and End to the first and last.");
-    this.box.addEventListener("click", (event) => event.target.matches(".token") && this.choose(event.target.tokenIndex));
-    this.box.addEventListener("pointerover", (event) => pointed(event.target.matches(".token") ? event.target.tokenIndex : null));
+    this.box.setAttribute(
+      "aria-label",
+      "Response. Arrow keys go from token to token; Home and End to the first and last.",
+    );
+    this.box.addEventListener(
+      "click",
+      (event) => event.target.matches(".token") && this.choose(event.target.tokenIndex),
+    );
+    this.box.addEventListener("pointerover", (event) =>
+      pointed(event.target.matches(".token") ? event.target.tokenIndex : null),
+    );
     this.box.addEventListener("pointerleave", () => pointed(null));
     this.box.addEventListener("keydown", (event) => this.onKey(event));
     this.box.addEventListener("scroll", scrolled, { passive: true });
@@ -50,7 +58,8 @@ class TokenText {
     this.painted = new Int8Array(view.numTokens);
     this.base = new Array(view.numTokens);
     const charactersInLine = Math.max(20, (this.box.clientWidth - 60) / CHARACTER_WIDTH_PX);
-    for (let start = 0; start < view.numTokens; start = this.blocks.at(-1).end) this.addBlock(view, start, charactersInLine);
+    for (let start = 0; start < view.numTokens; start = this.blocks.at(-1).end)
+      this.addBlock(view, start, charactersInLine);
     this.box.replaceChildren(...this.blocks.map(({ node }) => node));
     this.box.scrollTop = 0;
     this.blocks.forEach(({ node }) => this.watch.observe(node));
@@ -143,10 +152,13 @@ class TokenText {
   /** [first, last] index of the tokens in view, by blocks and their share in view. */
   inView() {
     const box = this.box.getBoundingClientRect();
-    const seen = this.blocks.filter(({ isSeen }) => isSeen).map((block) => ({ ...block, place: block.node.getBoundingClientRect() }));
+    const seen = this.blocks
+      .filter(({ isSeen }) => isSeen)
+      .map((block) => ({ ...block, place: block.node.getBoundingClientRect() }));
     const inside = seen.filter(({ place }) => place.bottom > box.top && place.top < box.bottom);
     if (!inside.length) return [0, 0];
-    const along = ({ start, end, place }, edge) => start + ((end - start) * within(edge - place.top, 0, place.height)) / (place.height || 1);
+    const along = ({ start, end, place }, edge) =>
+      start + ((end - start) * within(edge - place.top, 0, place.height)) / (place.height || 1);
     return [along(inside[0], box.top), along(inside.at(-1), box.bottom)];
   }
 }

@@ -1,4 +1,4 @@
-/* The strip above the text: the chosen quantity over the whole response on a canvas; a press goes to the token there. */
+/* The strip above the text: the chosen quantity over the response on a canvas; a press goes to the token there. */
 
 const STRIP_HEIGHT_PX = 64;
 
@@ -81,7 +81,7 @@ class CreditStrip {
     return low === high ? { low: low - 1, high: high + 1 } : { low, high };
   }
 
-  /** One pixel column: from the smallest to the largest of its tokens' values and the centre; tokens left out beneath. */
+  /** One pixel column, from the smallest to the largest of its tokens' values; tokens left out beneath. */
   drawColumn(context, column, columns, width, y) {
     const first = Math.floor((column * this.numTokens) / columns);
     const last = Math.max(first + 1, Math.floor(((column + 1) * this.numTokens) / columns));
@@ -128,7 +128,11 @@ function creditLegend(view, name) {
       "div",
       { class: "scale" },
       element("div", { class: "gradient", "aria-hidden": "true" }),
-      element("div", { class: "ticks" }, parts.map((part) => element("span", {}, formatNumber(centre + part * reach)))),
+      element(
+        "div",
+        { class: "ticks" },
+        parts.map((part) => element("span", {}, formatNumber(centre + part * reach))),
+      ),
     ),
     element("span", { class: "key" }, element("span", { class: "token left-out" }, "struck"), " not in the loss"),
   );

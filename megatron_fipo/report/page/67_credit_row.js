@@ -16,7 +16,10 @@ function quoted(text) {
 
 function tokenFacts(view, index) {
   const { arrays } = view;
-  const logProb = (name) => (isNumber(arrays[name][index]) ? `${formatNumber(arrays[name][index], 4)}, p ${formatNumber(Math.exp(arrays[name][index]))}` : "–");
+  const logProb = (name) =>
+    isNumber(arrays[name][index])
+      ? `${formatNumber(arrays[name][index], 4)}, p ${formatNumber(Math.exp(arrays[name][index]))}`
+      : "–";
   const reason = view.leftOut[index];
   const version = arrays.policy_version[index];
   const recorded = view.objective.future_kl;
@@ -27,7 +30,14 @@ function tokenFacts(view, index) {
     ["Future-KL F", formatNumber(view.futureKl[index], 4) + beside("future_kl")],
     ["shift s", formatNumber(shift, 4)],
     ["ratio, exp(s)", formatNumber(Math.exp(shift), 4)],
-    ["enters F", !arrays.in_suffix_sum[index] ? "no: not the policy's" : arrays.participates[index] ? "yes" : "no: its ratio is extreme"],
+    [
+      "enters F",
+      !arrays.in_suffix_sum[index]
+        ? "no: not the policy's"
+        : arrays.participates[index]
+          ? "yes"
+          : "no: its ratio is extreme",
+    ],
     ["token loss", formatNumber(arrays.token_loss[index], 4)],
     ["in the loss", reason ? `no: ${REASONS[reason] || reason}` : "yes"],
     ["entropy", `${formatNumber(arrays.entropy[index])} nats`],
@@ -41,11 +51,22 @@ function tokenFacts(view, index) {
 
 function fillTokenRow(panel, view, index) {
   if (!view || index === null || index < 0) {
-    panel.replaceChildren(element("p", { class: "muted" }, "Point at a token, or press one, to read everything about it."));
+    panel.replaceChildren(
+      element("p", { class: "muted" }, "Point at a token, or press one, to read everything about it."),
+    );
     return;
   }
   panel.replaceChildren(
-    element("p", { class: "token-name" }, element("span", { class: "number" }, `${index + 1} of ${view.numTokens}`), element("code", {}, quoted(view.texts[index]))),
-    element("dl", {}, tokenFacts(view, index).map(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+    element(
+      "p",
+      { class: "token-name" },
+      element("span", { class: "number" }, `${index + 1} of ${view.numTokens}`),
+      element("code", {}, quoted(view.texts[index])),
+    ),
+    element(
+      "dl",
+      {},
+      tokenFacts(view, index).map(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]),
+    ),
   );
 }

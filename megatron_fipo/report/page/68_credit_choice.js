@@ -28,7 +28,9 @@ class CreditChoice {
   chooseTrace({ step, update }) {
     this.trace = { step, update };
     this.groups = this.run.groups.filter((group) => group.step === step && group.update === update);
-    const mixed = this.groups.findIndex(({ responses }) => new Set(responses.map(({ is_right: isRight }) => isRight)).size > 1);
+    const mixed = this.groups.findIndex(
+      ({ responses }) => new Set(responses.map(({ is_right: isRight }) => isRight)).size > 1,
+    );
     this.group = Math.max(0, mixed);
     this.fill();
   }
@@ -40,13 +42,28 @@ class CreditChoice {
       const right = group.responses.filter(({ is_right: isRight }) => isRight).length;
       return `${group.source} ${group.prompt_id}: ${right} of ${group.responses.length} right`;
     };
-    const groups = [...this.groups.map((group, index) => [index, groupTitle(group)]), ...(this.groups.length > 1 ? [[ALL_GROUPS, "all groups of this update"]] : [])];
+    const groups = [
+      ...this.groups.map((group, index) => [index, groupTitle(group)]),
+      ...(this.groups.length > 1 ? [[ALL_GROUPS, "all groups of this update"]] : []),
+    ];
     const leftOut = element("input", { type: "checkbox", checked: this.leftOutOnly });
     leftOut.addEventListener("change", () => this.change("leftOutOnly", leftOut.checked));
     const entries = (names) => Object.entries(names);
     this.controls.replaceChildren(
-      this.runs.length > 1 ? selection("Run", this.runs.map((run) => [run, run.label || run.name]), this.run, (run) => this.chooseRun(run)) : "",
-      selection("Trace", this.traces.map((trace) => [trace, told(trace)]), traceOf(this.trace), (trace) => this.chooseTrace(trace)),
+      this.runs.length > 1
+        ? selection(
+            "Run",
+            this.runs.map((run) => [run, run.label || run.name]),
+            this.run,
+            (run) => this.chooseRun(run),
+          )
+        : "",
+      selection(
+        "Trace",
+        this.traces.map((trace) => [trace, told(trace)]),
+        traceOf(this.trace),
+        (trace) => this.chooseTrace(trace),
+      ),
       selection("Group", groups, this.group, (group) => this.change("group", group)),
       selection("Responses", entries(JUDGEMENTS), this.judgement, (judgement) => this.change("judgement", judgement)),
       selection("Order", entries(ORDERS), this.order, (order) => this.change("order", order)),
@@ -65,7 +82,8 @@ class CreditChoice {
     const all = groups.flatMap((group) => group.responses.map((response) => ({ group, response })));
     const kept = all.filter(
       ({ response }) =>
-        (this.judgement === "all" || (this.judgement === "right") === response.is_right) && (!this.leftOutOnly || hasLeftOut(response)),
+        (this.judgement === "all" || (this.judgement === "right") === response.is_right) &&
+        (!this.leftOutOnly || hasLeftOut(response)),
     );
     if (this.order === "longest") kept.sort((a, b) => b.response.num_tokens - a.response.num_tokens);
     if (this.order === "reweighted") {
@@ -91,7 +109,8 @@ class CreditChoice {
     const bar = element("span", { class: `bar ${response.is_right ? "right" : "wrong"}`, "aria-hidden": "true" });
     bar.style.width = `${(100 * response.num_tokens) / longest}%`;
     const about = [counted(response.num_tokens, "token"), `A ${formatSigned(response.advantage)}`];
-    if (this.order === "reweighted") about.push(`mean |f − 1| ${formatNumber(reweighting(response, this.run.objective))}`);
+    if (this.order === "reweighted")
+      about.push(`mean |f − 1| ${formatNumber(reweighting(response, this.run.objective))}`);
     const place = this.group === ALL_GROUPS ? `${group.source} ${group.prompt_id}, ` : "";
     const button = element(
       "button",
@@ -99,7 +118,9 @@ class CreditChoice {
       element("span", { class: "name" }, `${place}#${response.sample_index} `, outcome(response.is_right)),
       bar,
       element("span", { class: "about" }, about.join(" · ")),
-      response.left_out ? element("span", { class: "about" }, `left out: ${response.left_out.replaceAll("_", " ")}`) : null,
+      response.left_out
+        ? element("span", { class: "about" }, `left out: ${response.left_out.replaceAll("_", " ")}`)
+        : null,
     );
     button.addEventListener("click", () => this.open(this.items.find((item) => item.button === button)));
     return button;
@@ -107,7 +128,8 @@ class CreditChoice {
 
   open(item) {
     this.current = item ? item.response : null;
-    for (const { button, response } of this.items) button.setAttribute("aria-current", String(response === this.current));
+    for (const { button, response } of this.items)
+      button.setAttribute("aria-current", String(response === this.current));
     this.opened(this.run, item?.group ?? null, this.current);
   }
 

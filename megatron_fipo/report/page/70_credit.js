@@ -27,31 +27,63 @@ class Credit {
   assemble() {
     const spaces = element("input", { type: "checkbox" });
     spaces.addEventListener("change", () => this.text.box.classList.toggle("show-spaces", spaces.checked));
-    const colour = selection("Colour by", Object.entries(QUANTITIES).map(([name, { title }]) => [name, title]), this.quantity, (name) => {
-      this.quantity = name;
-      this.repaint();
-      this.legend.replaceChildren(creditLegend(this.view, name));
-    });
+    const colour = selection(
+      "Colour by",
+      Object.entries(QUANTITIES).map(([name, { title }]) => [name, title]),
+      this.quantity,
+      (name) => {
+        this.quantity = name;
+        this.repaint();
+        this.legend.replaceChildren(creditLegend(this.view, name));
+      },
+    );
     const reading = element(
       "div",
       { class: "reading-desk" },
       this.head,
       this.notice,
-      element("div", { class: "credit-controls" }, colour, this.slider.node, element("label", { class: "check" }, spaces, "white space"), element("label", { class: "check" }, this.stretch, "stretch colours")),
+      element(
+        "div",
+        { class: "credit-controls" },
+        colour,
+        this.slider.node,
+        element("label", { class: "check" }, spaces, "white space"),
+        element("label", { class: "check" }, this.stretch, "stretch colours"),
+      ),
       element("div", { class: "legend-line" }, this.legend, this.summary),
       this.strip.node,
       element("div", { class: "text-and-row" }, this.text.box, this.row),
     );
-    return element("div", { class: "credit" }, this.choice.controls, element("div", { class: "credit-columns" }, this.choice.list, reading));
+    return element(
+      "div",
+      { class: "credit" },
+      this.choice.controls,
+      element("div", { class: "credit-columns" }, this.choice.list, reading),
+    );
   }
 
   makeSlider() {
-    const range = element("input", { type: "range", min: 0, max: LOG2_LONGEST, step: 0.01, "aria-label": "Half-life in tokens, from 1 to 512" });
-    const exact = element("input", { type: "number", min: 1, max: 2 ** LOG2_LONGEST, step: "any", "aria-label": "Half-life in tokens" });
+    const range = element("input", {
+      type: "range",
+      min: 0,
+      max: LOG2_LONGEST,
+      step: 0.01,
+      "aria-label": "Half-life in tokens, from 1 to 512",
+    });
+    const exact = element("input", {
+      type: "number",
+      min: 1,
+      max: 2 ** LOG2_LONGEST,
+      step: "any",
+      "aria-label": "Half-life in tokens",
+    });
     const own = element("i", { class: "own", "aria-hidden": "true" });
     const reset = element("button", { type: "button" }, "Reset");
     range.addEventListener("input", () => this.setHalfLife(Number((2 ** range.valueAsNumber).toPrecision(3))));
-    exact.addEventListener("input", () => exact.validity.valid && exact.value !== "" && this.setHalfLife(exact.valueAsNumber));
+    exact.addEventListener(
+      "input",
+      () => exact.validity.valid && exact.value !== "" && this.setHalfLife(exact.valueAsNumber),
+    );
     reset.addEventListener("click", () => this.setHalfLife(ownHalfLife(this.view.objective)));
     const node = element(
       "div",
@@ -68,8 +100,12 @@ class Credit {
     const tokens = response && tokensOf(response);
     this.view = tokens ? new CreditView(run, group, response, tokens, this.stretch.checked) : null;
     this.head.replaceChildren(...(response ? responseHead(group, response) : []));
-    this.notice.textContent = response && !tokens ? "The page holds no tokens of this response: it was written with a smaller limit of tokens." : "";
-    for (const node of [this.slider.node, this.strip.node, this.text.box, this.row, this.legend]) node.toggleAttribute("hidden", !this.view);
+    this.notice.textContent =
+      response && !tokens
+        ? "The page holds no tokens of this response: it was written with a smaller limit of tokens."
+        : "";
+    for (const node of [this.slider.node, this.strip.node, this.text.box, this.row, this.legend])
+      node.toggleAttribute("hidden", !this.view);
     this.summary.textContent = "";
     if (!this.view) return;
     const { range, exact, reset, own } = this.slider;
@@ -132,10 +168,13 @@ class Credit {
 
 function summarySentence(view) {
   const { mean: centre, deviation: spread, clipped } = view.summary();
-  const numbers = `f has mean ${formatNumber(centre, 4)} and standard deviation ${formatNumber(spread)}; ${formatShare(clipped)} of its tokens lie outside the range.`;
-  if (!view.objective.future_kl) return `${numbers} This run trained without Future-KL, with every weight at 1: this is what FIPO's would have been.`;
+  const spreads = `f has mean ${formatNumber(centre, 4)} and standard deviation ${formatNumber(spread)}`;
+  const numbers = `${spreads}; for ${formatShare(clipped)} of the tokens exp(F) lies outside its range.`;
+  if (!view.objective.future_kl)
+    return `${numbers} This run trained without Future-KL, every weight 1: this is what FIPO's would have been.`;
   if (!view.isOwnHalfLife()) return `${numbers} Losses are the run's, at its own half-life.`;
-  return `${numbers} This is the run's own half-life: its recorded F differs by at most ${formatNumber(view.errorAgainstRun(), 2)}.`;
+  const error = formatNumber(view.errorAgainstRun(), 2);
+  return `${numbers} This is the run's own half-life: its recorded F differs by at most ${error}.`;
 }
 
 function responseHead(group, response) {
@@ -148,10 +187,20 @@ function responseHead(group, response) {
     ["ended by", response.finish_reason],
     ["tokens", String(response.num_tokens)],
   ];
-  const prompt = element("details", {}, element("summary", {}, "Prompt"), element("pre", { class: "prompt" }, group.prompt));
+  const prompt = element(
+    "details",
+    {},
+    element("summary", {}, "Prompt"),
+    element("pre", { class: "prompt" }, group.prompt),
+  );
   prompt.open = group.prompt.length <= 240;
   return [
-    element("p", { class: "facts" }, outcome(response.is_right), facts.map(([name, value]) => element("span", {}, `${name} `, element("b", {}, value)))),
+    element(
+      "p",
+      { class: "facts" },
+      outcome(response.is_right),
+      facts.map(([name, value]) => element("span", {}, `${name} `, element("b", {}, value))),
+    ),
     prompt,
   ];
 }
@@ -162,7 +211,9 @@ function creditSection(data) {
   const node = section(
     "credit",
     ["Which tokens got the credit", "Credit"],
-    "A response as one update saw it. Future-KL adds up the log-prob shifts of a token and of those after it, each halved over a half-life; the influence weight, its exponential within a range, is what the token's advantage is multiplied by.",
+    "A response as one update saw it. Future-KL adds up the log-prob shifts of a token and of those after it, each " +
+      "halved over a half-life; the influence weight, its exponential within a range, is what the token's advantage " +
+      "is multiplied by.",
     credit.node,
   );
   node.credit = credit;

@@ -47,7 +47,9 @@ function fillReport(data) {
 
 /** Sections that came later go to their places; one that is in its place is not touched, so that nothing jumps. */
 function keepOrder(report) {
-  const [ahead, behind] = [PARTS.slice(0, NUM_AHEAD), PARTS.slice(NUM_AHEAD)].map((parts) => parts.map(([id]) => document.getElementById(id)));
+  const [ahead, behind] = [PARTS.slice(0, NUM_AHEAD), PARTS.slice(NUM_AHEAD)].map((parts) =>
+    parts.map(([id]) => document.getElementById(id)),
+  );
   const wanted = [...ahead, ...document.querySelectorAll("main > .metrics-figures"), ...behind].filter(Boolean);
   wanted.forEach((node, index) => {
     if (report.children[index] !== node) report.insertBefore(node, report.children[index]);
@@ -60,7 +62,14 @@ function takeData(fresh) {
   const hasMore = traced(fresh) !== traced(page.opened);
   const byId = new Map(page.opened.runs.map((run) => [run.id, run.groups]));
   page.data = { ...fresh, runs: fresh.runs.map((run) => ({ ...run, groups: byId.get(run.id) || [] })) };
-  if (hasChanged("masthead", [page.data.title, page.data.written_at, page.data.runs.map(({ state, steps }) => [state, steps.length])])) fillMasthead(page.data);
+  if (
+    hasChanged("masthead", [
+      page.data.title,
+      page.data.written_at,
+      page.data.runs.map(({ state, steps }) => [state, steps.length]),
+    ])
+  )
+    fillMasthead(page.data);
   fillReport(page.data);
   fillToolbarIfChanged(page.data);
   redrawPlots();
@@ -69,7 +78,8 @@ function takeData(fresh) {
 
 function fillToolbarIfChanged(data) {
   const sections = [...document.querySelectorAll("main > section")].map(({ id }) => id);
-  if (hasChanged("toolbar", [sections, data.runs.map(({ id, label }) => [id, label]), Object.keys(AXES).map(hasAxis)])) fillToolbar(data);
+  if (hasChanged("toolbar", [sections, data.runs.map(({ id, label }) => [id, label]), Object.keys(AXES).map(hasAxis)]))
+    fillToolbar(data);
 }
 
 function setLiveState(text) {
