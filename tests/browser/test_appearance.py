@@ -150,14 +150,12 @@ def test_every_control_is_reached_by_tab(open_page: OpenPage, single: SyntheticR
 def test_print_shows_everything_that_was_not_yet_in_view(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
     opened.page.locator(".response-choice").nth(2).click()
+    text = "window.report.credit().text"
+    painted = f"[...{text}.painted].join() === [...{text}.levels].join()"
+    assert not opened.run(painted)
+    assert opened.run(f"(dispatchEvent(new Event('beforeprint')), {painted})")
     opened.page.emulate_media(media="print")
-    opened.run("dispatchEvent(new Event('beforeprint'))")
     opened.wait_until("[...document.querySelectorAll('.plot')].every((plot) => plot.classList.contains('drawn'))")
     assert not opened.page.locator("#toolbar").is_visible()
-    height = opened.run(
-        "[document.querySelector('.response').clientHeight, document.querySelector('.response').scrollHeight]"
-    )
-    assert height[0] == height[1]
-    assert opened.run(
-        "[...window.report.credit().text.painted].join() === [...window.report.credit().text.levels].join()"
-    )
+    box = "document.querySelector('.response')"
+    assert opened.run(f"{box}.clientHeight === {box}.scrollHeight")
