@@ -90,8 +90,12 @@ def test_groups_are_means_with_a_band_and_a_legend_that_hides_them_everywhere(
     half = 4.303 * (sum((value - mean) ** 2 for value in values) / 2) ** 0.5 / 3**0.5
     assert (low, high) == pytest.approx((mean - half, mean + half), rel=1e-9)
 
+    shaded = "The shaded range is from min to max."
+    caption = opened.page.locator("#figure-response-length .caption")
+    assert shaded not in caption.inner_text()
     opened.page.get_by_role("button", name="dapo 3 seeds").click()
     opened.draw_all()
+    assert shaded in caption.inner_text()
     assert [len(traces(figure)) for figure in ("reward", "entropy", "policy-kl")] == [2, 2, 2]
     opened.page.get_by_role("button", name="Each run").click()
     opened.draw_all()
@@ -107,6 +111,11 @@ def test_a_cursor_tells_the_values_of_all_figures_in_view(open_page: OpenPage, s
     assert opened.page.locator("#figure-reward .readout").inner_text().split()[:2] == ["step", "2"]
     told = opened.page.locator("#figure-entropy .readout b").inner_text()
     assert float(told) == pytest.approx(single.data["runs"][0]["metrics"]["policy/entropy/mean"][2], rel=5e-3)
+    opened.page.locator("#figure-held-out-score").scroll_into_view_if_needed()
+    opened.page.locator("#figure-held-out-score .plot").focus()
+    opened.page.keyboard.press("ArrowRight")
+    opened.page.keyboard.press("ArrowRight")
+    assert opened.page.locator("#figure-held-out-score .readout").inner_text().split()[:2] == ["step", "10"]
 
 
 def test_numbers_are_there_as_a_table(open_page: OpenPage, single: SyntheticReport) -> None:

@@ -185,9 +185,10 @@ function moveCursor(x) {
   for (const plot of plots.values()) if (plot.isVisible && plot.series) showReadout(plot, x);
 }
 
-/** Values at the cursor, or the last ones; the line under the cursor. */
-function showReadout(plot, x) {
+/** Values at the plot's own point that is nearest to the cursor, or the last ones; the line at that point. */
+function showReadout(plot, cursorX) {
   if (!plot.series.length) return;
+  const x = cursorX === null ? null : nearestX(plot, cursorX);
   const at = x === null ? "last" : `${page.axis} ${formatNumber(x, 4)}`;
   plot.readout.replaceChildren(
     ...(plot.series.some(({ values }) => values.length) ? [element("span", { class: "reading" }, at)] : []),

@@ -85,10 +85,11 @@ function metricFigure(figure) {
     id: figure.id,
     title: figure.title,
     unit: figure.unit,
-    caption: figure.caption + shade,
+    caption: figure.caption,
     build: () => {
       const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries);
-      return { ...drawn, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
+      const caption = figure.caption + (shownUnits().length === 1 ? shade : "");
+      return { ...drawn, caption, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
     },
   });
   node.dataset.metrics = figure.lines.map((line) => line.metric).join(" ");
