@@ -169,4 +169,6 @@ def test_new_traces_need_the_page_loaded_again(live: tuple[LiveServer, Opened]) 
     fresh["runs"][0]["groups"].append(fresh["runs"][0]["groups"][0] | {"step": 99})
     take(server, opened, fresh)
     assert "there are new traces" in opened.page.locator("#live").inner_text()
+    opened.run("window.report.poll()")  # the same data once more
+    assert "there are new traces" in opened.page.locator("#live").inner_text()
     assert "step 99" not in opened.page.locator("#credit .controls").inner_text()

@@ -6,6 +6,7 @@ const page = {
   grouping: "groups",
   band: "range",
   hidden: new Set(),
+  hasNewTraces: false,
 };
 
 const AXES = { step: "step", tokens: "response tokens trained on", flops: "FLOPs" };

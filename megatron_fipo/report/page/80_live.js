@@ -58,22 +58,16 @@ function keepOrder(report) {
 
 /** Traces keep to the page's first data, whose tokens it holds; new ones need it loaded again. */
 function takeData(fresh) {
-  const traced = (data) => data.runs.map((run) => run.groups.length).join(" ");
-  const hasMore = traced(fresh) !== traced(page.opened);
+  const traced = (data) =>
+    JSON.stringify(data.runs.map(({ groups }) => groups.map((group) => [group.step, group.update])));
+  page.hasNewTraces = traced(fresh) !== traced(page.opened);
   const byId = new Map(page.opened.runs.map((run) => [run.id, run.groups]));
   page.data = { ...fresh, runs: fresh.runs.map((run) => ({ ...run, groups: byId.get(run.id) || [] })) };
-  if (
-    hasChanged("masthead", [
-      page.data.title,
-      page.data.written_at,
-      page.data.runs.map(({ state, steps }) => [state, steps.length]),
-    ])
-  )
-    fillMasthead(page.data);
+  const progress = page.data.runs.map(({ state, steps }) => [state, steps.length]);
+  if (hasChanged("masthead", [page.data.title, page.data.written_at, progress])) fillMasthead(page.data);
   fillReport(page.data);
   fillToolbarIfChanged(page.data);
   redrawPlots();
-  setLiveState(hasMore ? "live; there are new traces: load the page again to read them" : "live");
 }
 
 function fillToolbarIfChanged(data) {
@@ -87,16 +81,23 @@ function setLiveState(text) {
   if (node && node.textContent !== text) node.textContent = text;
 }
 
-async function poll() {
+/** The server's data as text, or null with the reason on the page. */
+async function askForData() {
   try {
     const answer = await fetch("data.json", { cache: "no-cache" });
     if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
-    const text = await answer.text();
-    if (hasChanged("data.json", text)) takeData(JSON.parse(text));
-    else setLiveState("live");
+    return await answer.text();
   } catch (error) {
     setLiveState(`not live: ${error.message}; asking again`);
+    return null;
   }
+}
+
+async function poll() {
+  const text = await askForData();
+  if (text === null) return;
+  if (hasChanged("data.json", text)) takeData(JSON.parse(text));
+  setLiveState(page.hasNewTraces ? "live; there are new traces: load the page again to read them" : "live");
 }
 
 async function pollForEver() {
