@@ -1,0 +1,148 @@
+/* The figures of metrics over training, by the report's table of figures, and trends of analyses. */
+
+const FEW_POINTS = 25;
+
+function lineTrace(xs, values, colour, dash, width = 1.8) {
+  const isShort = values.filter(isNumber).length <= FEW_POINTS;
+  return {
+    type: "scatter",
+    x: xs,
+    y: values,
+    mode: isShort ? "lines+markers" : "lines",
+    line: { color: colour, width, dash },
+    marker: { color: colour, size: 4.5 },
+    hoverinfo: "skip",
+  };
+}
+
+/** The area between two lines, as one closed outline; steps without both are passed over. */
+function bandTrace(xs, lows, highs, colour, opacity = 0.16) {
+  const kept = xs.map((_, index) => index).filter((index) => isNumber(lows[index]) && isNumber(highs[index]));
+  const back = [...kept].reverse();
+  return {
+    type: "scatter",
+    x: [...kept.map((index) => xs[index]), ...back.map((index) => xs[index])],
+    y: [...kept.map((index) => highs[index]), ...back.map((index) => lows[index])],
+    mode: "lines",
+    fill: "toself",
+    fillcolor: faint(colour, opacity),
+    line: { width: 0, color: colour },
+    hoverinfo: "skip",
+  };
+}
+
+/** Traces and series of lines [{metric, label}], read by `read(run, metric)`, for all units that are shown. */
+function drawLines(lines, lows, highs, read) {
+  const chosen = shownUnits();
+  const isAlone = units().length === 1;
+  const bands = [];
+  const traces = [];
+  const series = lines.map((line, order) => ({
+    label: lines.length > 1 ? line.label : "",
+    colour: isAlone ? lineColour(order) : null,
+    dash: lines.length > 1 || isAlone ? DASHES[isAlone ? 0 : order % DASHES.length][1] : null,
+    values: [],
+  }));
+  for (const unit of chosen) {
+    lines.forEach((line, order) => {
+      const colour = isAlone ? lineColour(order) : lineColour(unit.colour);
+      const data = unitSeries(unit, (run) => read(run, line.metric));
+      if (!data.values.some(isNumber)) return;
+      if (data.lows && lines.length === 1) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
+      traces.push(lineTrace(data.xs, data.values, colour, DASHES[isAlone ? 0 : order % DASHES.length][0]));
+      series[order].values.push({
+        unit: isAlone ? "" : unit.label,
+        mark: isAlone ? null : colour,
+        xs: data.xs,
+        values: data.values,
+      });
+    });
+  }
+  if (chosen.length === 1) {
+    lows.forEach((low, index) => {
+      const [lower, upper] = [low, highs[index]].map((line) => unitSeries(chosen[0], (run) => read(run, line.metric)));
+      bands.push(
+        bandTrace(lower.xs, lower.values, upper.values, isAlone ? lineColour(0) : lineColour(chosen[0].colour), 0.13),
+      );
+    });
+  }
+  return { traces: [...bands, ...traces], series: series.filter((line) => line.values.length) };
+}
+
+/** A logarithmic axis with plain numbers; a linear one that does not go below 0 where no value does. */
+function verticalAxis(isLog, traces) {
+  if (isLog) return { type: "log", tickformat: "~g" };
+  const isPositive = traces.every(({ y }) => y.every((value) => !isNumber(value) || value >= 0));
+  return { rangemode: isPositive ? "nonnegative" : "normal" };
+}
+
+function metricFigure(figure) {
+  const byRole = (role) => figure.lines.filter((line) => line.role === role);
+  const [lines, lows, highs] = ["line", "low", "high"].map(byRole);
+  const pairs = Math.min(lows.length, highs.length);
+  const shade = pairs ? ` The shaded range is from ${lows[0].label} to ${highs[0].label}.` : "";
+  const node = plotFigure({
+    id: figure.id,
+    title: figure.title,
+    unit: figure.unit,
+    caption: figure.caption,
+    build: () => {
+      const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries);
+      const caption = figure.caption + (shownUnits().length === 1 ? shade : "");
+      return { ...drawn, caption, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
+    },
+  });
+  node.dataset.metrics = figure.lines.map((line) => line.metric).join(" ");
+  return node;
+}
+
+function figureSections(data) {
+  return data.sections.map(({ id, title, text }) => {
+    const figures = data.figures.filter((figure) => figure.section === id).map(metricFigure);
+    return figures.length
+      ? section(`section-${id}`, [title], text, element("div", { class: "figures" }, figures))
+      : null;
+  });
+}
+
+/* Analyses: their points have steps of their own. */
+
+function analysisSeries(name, source, where) {
+  return (run) => {
+    const points = (run.analysis?.points || []).filter((point) => point.source === source && point.where === where);
+    const sorted = [...points].sort((a, b) => a.step - b.step);
+    return {
+      steps: sorted.map(({ step }) => step),
+      xs: sorted.map(({ step }) => (page.axis === "step" ? step : position(run, lineAt(run, step)))),
+      values: sorted.map(({ values }) => values[name] ?? null),
+    };
+  };
+}
+
+function analysisSection(data) {
+  const analysed = data.runs.filter((run) => run.analysis);
+  if (!analysed.length) return null;
+  const names = new Map(analysed.flatMap((run) => Object.entries(run.analysis.names)));
+  const points = analysed.flatMap((run) => run.analysis.points);
+  const places = [...new Set(points.map(({ source, where }) => JSON.stringify([source, where])))].map((text) =>
+    JSON.parse(text),
+  );
+  const figures = [...names].map(([name, { title, caption }]) => {
+    const lines = places.map(([source, where]) => ({ metric: [source, where], label: `${source}, ${where}` }));
+    return plotFigure({
+      id: `analysis-${name.replace(/[^\w]+/g, "-")}`,
+      title,
+      caption,
+      build: () => drawLines(lines, [], [], (run, [source, where]) => analysisSeries(name, source, where)(run)),
+    });
+  });
+  const text =
+    "Counts over the responses of traces and evaluations, by patterns whose precision was measured. " +
+    "They tell what changes in the responses, not why.";
+  return section(
+    "analysis",
+    ["What the responses consist of", "Analysis"],
+    text,
+    element("div", { class: "figures" }, figures),
+  );
+}
