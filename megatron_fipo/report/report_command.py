@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page. Returns the exit status."""
     from pathlib import Path
 
+    from megatron_fipo.analysis.of_run import analyse_run
     from megatron_fipo.report.page_file import installed_page, write_page
     from megatron_fipo.report.report_data import make_report
     from megatron_fipo.report.run_data import read_measured_runs
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--output={output} is a folder. Name the file to write, such as {output / FILE_NAME}.")
     runs = read_measured_runs(folders)
     page = installed_page()
-    report = make_report(runs, arguments.max_trace_tokens)
+    report = make_report(runs, [analyse_run(run.folder) for run in runs], arguments.max_trace_tokens)
     size = write_page(output, report, page)
     print(f"{output} ({size / 1e6:.1f} MB): open it in a browser; it needs no network.")
     if report.num_shown < report.num_traced:

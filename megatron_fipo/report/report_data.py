@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fipo import __version__
+from megatron_fipo.analysis.of_run import Analysis
 from megatron_fipo.report.axes import flops_before, tokens_before
 from megatron_fipo.report.comparison import compare
 from megatron_fipo.report.credit import Credit, read_credit
@@ -48,11 +49,14 @@ class Report:
     num_shown: int
 
 
-def make_report(runs: Sequence[RunData], max_trace_tokens: int, *, is_live: bool = False) -> Report:
+def make_report(
+    runs: Sequence[RunData], analyses: Sequence[Analysis], max_trace_tokens: int, *, is_live: bool = False
+) -> Report:
     """Make the report of some runs.
 
     Args:
         runs: at least one.
+        analyses: what each run's responses consist of.
         max_trace_tokens: tokens of traces to show of all runs together.
         is_live: whether the page is to ask for newer data.
 
@@ -82,9 +86,9 @@ def make_report(runs: Sequence[RunData], max_trace_tokens: int, *, is_live: bool
         "sections": [plain(section) for section in SECTIONS if section.id in used],
         "figures": [plain(figure) for figure in figures],
         "runs": [
-            _run(run, place, label, config, credit, figures)
-            for place, (run, label, config, credit) in enumerate(
-                zip(runs, _labels(runs), configs, credits_, strict=True)
+            _run(run, place, label, config, credit, analysis, figures)
+            for place, (run, label, config, credit, analysis) in enumerate(
+                zip(runs, _labels(runs), configs, credits_, analyses, strict=True)
             )
         ],
         "comparison": compare(runs, configs),
@@ -113,7 +117,13 @@ def _labels(runs: Sequence[RunData]) -> list[str]:
 
 
 def _run(
-    run: RunData, place: int, label: str, config: Mapping[str, Any], credit: Credit, figures: Sequence[Figure]
+    run: RunData,
+    place: int,
+    label: str,
+    config: Mapping[str, Any],
+    credit: Credit,
+    analysis: Analysis,
+    figures: Sequence[Figure],
 ) -> dict[str, Any]:
     table, findings = run.metrics, verdict(run)
     flops, reason = flops_before(run)
@@ -133,7 +143,7 @@ def _run(
         "evaluations": _evaluations(run),
         "time": _time(run),
         "samples": shown_samples(run),
-        "analysis": None,
+        "analysis": analysis.to_plain() if analysis.points else None,
         "objective": {
             key.removeprefix("objective."): value for key, value in config.items() if key.startswith("objective.")
         },

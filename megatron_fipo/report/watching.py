@@ -15,6 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from megatron_fipo.analysis.of_run import Analysis, analyse_run
 from megatron_fipo.report.page_file import Page, policy_text, safe_json
 from megatron_fipo.report.report_data import Report, make_report
 from megatron_fipo.report.run_data import read_run
@@ -54,6 +55,7 @@ class LiveReport:
         self._folders, self._max_trace_tokens, self._page = folders, max_trace_tokens, page
         self._lock = threading.Lock()
         self._served: Served | None = None
+        self._analyses: Sequence[Analysis | None] = [None] * len(folders)
 
     def newest(self) -> Served:
         """The report of the files as they are. Several threads may ask.
@@ -65,7 +67,11 @@ class LiveReport:
             tag = self.tag()
             if self._served is None or self._served.tag != tag:
                 runs = [read_run(folder) for folder in self._folders]
-                self._served = Served(tag, make_report(runs, self._max_trace_tokens, is_live=True))
+                analyses = [
+                    analyse_run(folder, earlier) for folder, earlier in zip(self._folders, self._analyses, strict=True)
+                ]
+                self._analyses = analyses  # files that stay as they are are not analysed again
+                self._served = Served(tag, make_report(runs, analyses, self._max_trace_tokens, is_live=True))
             return self._served
 
     def tag(self) -> str:

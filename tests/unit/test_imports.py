@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "hub", "data", "rl", "verifiers", "parallel", "convert", "environments"),
         *("rollout", "rollout.engine", "console", "evaluation", "evaluation.scores", "system.error_net"),
     },
-    "report": {"config", "convert", "preflight", "traces", "evaluation.scores", "run.samples", "report"},
+    "report": {*("analysis", "config", "convert", "preflight", "traces", "evaluation.scores", "run.samples", "report")},
     "run.folder": {"config", "metrics"},
     "run.samples": {"console", "metrics.tables"},
     "run.samples_command": {"run.samples"},

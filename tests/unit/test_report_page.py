@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import megatron_fipo
+from megatron_fipo.analysis.of_run import analyse_run
 from megatron_fipo.report import page_file, report_command
 from megatron_fipo.report.page_file import MARKS, Page, plotting_library, safe_json, write_page
 from megatron_fipo.report.report_data import Report, make_report
-from megatron_fipo.report.run_data import read_run
+from megatron_fipo.report.run_data import RunData, read_run
 from megatron_fipo.traces.files import write_trace
 from tests.unit.report_runs import judged, scores_line, training_lines, write_run
 from tests.unit.test_report_credit import traced
@@ -61,6 +62,10 @@ class Elements(HTMLParser):
         return json.loads("".join(text for name, text in self.contents if name == key))
 
 
+def made(run: RunData, max_tokens: int) -> Report:
+    return make_report([run], [analyse_run(run.folder)], max_tokens)
+
+
 def report_of(data: dict[str, Any], tokens: dict[str, Any] | None = None, is_live: bool = False) -> Report:
     return Report({"is_live": is_live, **data}, tokens or {}, 0, 0)
 
@@ -87,7 +92,7 @@ def hostile_run(folder: Path) -> Path:
 
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
-    report = make_report([read_run(hostile_run(tmp_path / "run"))], 100)
+    report = made(read_run(hostile_run(tmp_path / "run")), 100)
     html = PAGE.html(report)
     page = Elements(html)
     assert [tag for tag, _ in page.tags] == ["html", "head", "meta", "style", "body", *["script"] * 4]
@@ -189,12 +194,20 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     lines = training_lines(reward__mean=[0.123456789123, float("nan"), 0.5])
     run = read_run(write_run(tmp_path / "run", lines, changes))
     write_trace(run.folder / "traces", [traced(1, advantage=float("nan"))], {})
-    data = json.loads(safe_json(make_report([run], 10).data))
+    data = json.loads(safe_json(made(run, 10).data))
     (only,) = data["runs"]
     assert only["metrics"]["reward/mean"] == [0.12345679, None, 0.5]
     assert only["objective"]["influence_max"] is None
     assert only["objective"]["half_life_tokens"] == 32.0
     assert only["groups"][0]["responses"][0]["advantage"] is None
+
+
+def test_the_package_has_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_file, "plotting_library", lambda: "Plotly = 1;")
+    report = made(read_run(hostile_run(tmp_path / "run")), 100)
+    page = Elements(page_file.installed_page().html(report))
+    assert page.named("report-data")["format"] == 1
+    assert not any(tag == "img" for tag, _ in page.tags)
 
 
 # --- the plotting library ---------------------------------------------------------------------------------------------
@@ -285,8 +298,10 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     run = hostile_run(tmp_path / "run")
     code = (
         "import sys\n"
+        "from megatron_fipo.analysis import of_run\n"
         "from megatron_fipo.report import page_file, report_command, report_data, run_data\n"
-        f"report = report_data.make_report([run_data.read_run({str(run)!r})], 100)\n"
+        f"folder = {str(run)!r}\n"
+        "report = report_data.make_report([run_data.read_run(folder)], [of_run.analyse_run(folder)], 100)\n"
         "page_file.safe_json(report.data)\n"
         "print(sorted({'torch', 'megatron', 'transformers', 'plotly', 'pandas'} & set(sys.modules)))"
     )
@@ -319,7 +334,7 @@ def test_the_contract_of_a_run(tmp_path: Path) -> None:
     problems = {"before_held_out": judged([0, 1], [0, 0]), "after_held_out": judged([1, 1], [0, 0])}
     run = read_run(write_run(tmp_path / "run", lines, problems=problems))
     write_trace(run.folder / "traces", [traced(3)], {})
-    data = make_report([run], 100).data
+    data = made(run, 100).data
     (only,) = data["runs"]
     assert only["steps"] == [0, 1, 2, 3, 4, 5, 6]
     assert only["state"] == "finished"
@@ -333,6 +348,7 @@ def test_the_contract_of_a_run(tmp_path: Path) -> None:
         (0, "held_out", 2, 0.2),
         (6, "held_out", 2, 0.6),
     ]
+    assert {point["where"] for point in only["analysis"]["points"]} == {"evaluation", "training"}
     before, after = only["samples"]["before"], only["samples"]["after"]
     assert [one["prompt"] for one in before] == [one["prompt"] for one in after] == ["0+1=", "1+1="]
     assert [(one["is_right"], one["step"]) for one in (before[0], after[0])] == [(False, 0), (True, 6)]
@@ -340,7 +356,7 @@ def test_the_contract_of_a_run(tmp_path: Path) -> None:
     assert named <= only["metrics"].keys()
     sections = {section["id"] for section in data["sections"]}
     assert {figure["section"] for figure in data["figures"]} == sections
-    assert only["groups"][0]["responses"][0]["tokens"] in make_report([run], 100).tokens
+    assert only["groups"][0]["responses"][0]["tokens"] in made(run, 100).tokens
     assert np.isfinite(json.loads(safe_json(only))["objective"]["half_life_tokens"])
 
 
@@ -366,7 +382,7 @@ def test_a_run_without_evaluations_shows_samples_of_training(tmp_path: Path) -> 
             **{"why_not": "", "tokens": 3, "finish_reason": "stop", "error": "", "created_at_step": step},
         )
         write_samples(run.folder / "samples", step, [sample] * 8)
-    shown = make_report([run], 10).data["runs"][0]["samples"]
+    shown = made(run, 10).data["runs"][0]["samples"]
     assert [(len(rows), rows[0]["step"], rows[0]["is_right"]) for rows in shown.values()] == [
         (6, 1, True),
         (6, 5, True),
