@@ -32,6 +32,7 @@ SMALL = (
     "evaluation.num_samples_per_prompt=1",
     "run.num_sample_prints=1",
     "metrics.tensorboard=false",
+    "metrics.num_traced_groups=8",  # of both updates
     "checkpoint.export_huggingface=false",
 )
 """Two updates a step, seconds long."""
