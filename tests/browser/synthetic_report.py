@@ -296,7 +296,7 @@ def run(index: int, algorithm: str, seed: int, pace: float) -> dict[str, Any]:
 
 
 def analysis(random: np.random.Generator) -> dict[str, Any]:
-    """Trends of two names over training, at two places."""
+    """Trends of two names over training, at two places, and a name of which there is nothing."""
     names = {
         "recheck/per_response": {
             "title": "Re-checks per response",
@@ -313,6 +313,9 @@ def analysis(random: np.random.Generator) -> dict[str, Any]:
         for step in range(0, NUM_STEPS + 1, 10)
         for where in ("evaluation", "training")
     ]
+    for point in points:
+        point["values"] |= {"length/code_tokens": 0.0 if point["where"] == "training" else None}
+    names["length/code_tokens"] = {"title": "Tokens of code", "caption": "Tokens of blocks of code."}
     return {"points": points, "names": names}
 
 

@@ -25,6 +25,7 @@ def test_every_figure_is_drawn_and_the_page_does_not_scroll_sideways(
     opened.draw_all()
     num_figures = opened.run("document.querySelectorAll('figure').length")
     assert num_figures == 6 + 1 + 1 + 2  # of metrics, time, evaluation, analysis
+    assert "Nothing at any step: Tokens of code." in opened.page.locator("#analysis").inner_text()
     assert opened.run(FIGURES_WITHOUT_MARKS) == []
     for axis in ("Tokens", "Steps"):
         opened.page.get_by_role("button", name=axis, exact=True).click()
@@ -44,6 +45,7 @@ def test_a_figure_that_has_no_values_is_noticed(open_page: OpenPage, single: Syn
 
 def test_figures_are_drawn_when_they_come_into_view(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
+    opened.page.locator("#figure-reward").scroll_into_view_if_needed()
     opened.page.wait_for_selector("#figure-reward .drawn")
     assert opened.run("document.querySelector('#figure-time .drawn')") is None
     opened.page.locator("#figure-time").scroll_into_view_if_needed()
@@ -105,6 +107,8 @@ def test_groups_are_means_with_a_band_and_a_legend_that_hides_them_everywhere(
 def test_a_cursor_tells_the_values_of_all_figures_in_view(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
     opened.draw_all()
+    opened.page.locator("#section-learning").evaluate("(section) => section.scrollIntoView()")
+    opened.settle()
     opened.page.locator("#figure-reward .plot").focus()
     for _ in range(3):
         opened.page.keyboard.press("ArrowRight")

@@ -138,13 +138,13 @@ def test_new_figures_and_runs_and_verdicts_come_in(live: tuple[LiveServer, Opene
     order = opened.run("[...document.querySelectorAll('main > section')].map(({ id }) => id)")
     told = [
         "overview",
+        "credit",
         "section-learning",
         "section-fipo",
         "time",
         "evaluation",
         "samples",
         "analysis",
-        "credit",
         "configuration",
     ]
     assert order == told

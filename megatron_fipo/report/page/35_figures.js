@@ -127,7 +127,8 @@ function analysisSection(data) {
   const places = [...new Set(points.map(({ source, where }) => JSON.stringify([source, where])))].map((text) =>
     JSON.parse(text),
   );
-  const figures = [...names].map(([name, { title, caption }]) => {
+  const isNothing = ([name]) => points.every(({ values }) => !values[name]);
+  const figures = [...names].filter((entry) => !isNothing(entry)).map(([name, { title, caption }]) => {
     const lines = places.map(([source, where]) => ({ metric: [source, where], label: `${source}, ${where}` }));
     return plotFigure({
       id: `analysis-${name.replace(/[^\w]+/g, "-")}`,
@@ -136,6 +137,7 @@ function analysisSection(data) {
       build: () => drawLines(lines, [], [], (run, [source, where]) => analysisSeries(name, source, where)(run)),
     });
   });
+  const nothings = [...names].filter(isNothing).map(([, { title }]) => title);
   const text =
     "Counts over the responses of traces and evaluations, by patterns whose precision was measured. " +
     "They tell what changes in the responses, not why.";
@@ -144,5 +146,6 @@ function analysisSection(data) {
     ["What the responses consist of", "Analysis"],
     text,
     element("div", { class: "figures" }, figures),
+    nothings.length ? element("p", { class: "nothings" }, `Nothing at any step: ${nothings.join("; ")}.`) : null,
   );
 }

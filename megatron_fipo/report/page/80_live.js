@@ -6,14 +6,14 @@ const POLL_MS = 3000;
 const PARTS = [
   ["overview", (data) => [data.figures, data.runs.map(({ verdict, label }) => [verdict, label])], overviewSection],
   ["comparison", (data) => data.comparison, comparisonSection],
+  ["credit", () => null, creditSection],
   ["time", (data) => data.runs.map(({ time }) => time.phases), timeSection],
   ["evaluation", (data) => data.runs.map(({ evaluations }) => evaluations), evaluationSection],
   ["samples", (data) => data.runs.map(({ samples }) => samples), samplesSection],
   ["analysis", (data) => data.runs.map(({ analysis }) => analysis), analysisSection],
-  ["credit", () => null, creditSection],
   ["configuration", (data) => data.runs.map(({ config }) => config), configSection],
 ];
-const NUM_AHEAD = 2; // parts that stand before the figures of metrics
+const NUM_AHEAD = 3; // parts that stand before the figures of metrics
 const known = new Map();
 
 function hasChanged(key, value) {
