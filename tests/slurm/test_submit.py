@@ -132,7 +132,7 @@ def test_each_node_generates_on_a_server_of_its_own_and_another_one_joins(submit
             run.wait_until(lambda: num_servers(run) == 3, "another server", timeout_s=PATIENCE_S)
             (log,) = (run.folder / "servers").glob("joined-*/sglang-0.log")
             run.wait_until(lambda: '"POST /generate HTTP/1.1" 200' in log.read_text(), "its first response")
-            # As Slurm does before it preempts. A signal to srun would kill the step, and so does scancel of a step.
+            # To the command itself: a signal to srun would kill the step, and so does scancel of a step.
             os.kill(int(log.parent.name.rpartition("-")[2]), signal.SIGTERM)
             serving.wait(PATIENCE_S)
         finally:
