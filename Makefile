@@ -85,7 +85,7 @@ test-docs: $(INSTALLED) $(DOCS)/.installed ## the site builds strictly, and does
 	MEGATRON_FIPO_DOCS_PYTHON=$(DOCS)/bin/python $(BIN)/python -m pytest -m docs $(ARGS)
 
 test-browser: $(INSTALLED) ## the report's page in Chromium (root installs Debian's, where there is none)
-	$(BIN)/python -m pytest -m browser $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m browser $(ARGS)
 
 test-engines: $(INSTALLED) ## the rollout engines against real SGLang and vLLM servers, installed if they are not there
 	@set -e; sglang=$$($(BIN)/python tools/engines/install.py sglang); \

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.browser.synthetic_report import SyntheticReport, one_run, six_runs
+from tests.debian import install_packages
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDE, NARROW = (1280, 900), (390, 844)
@@ -47,14 +49,19 @@ class Opened:
 OpenPage = Callable[..., Opened]
 
 
+def _chromium() -> str | None:
+    return next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Chromium, started once."""
-    program = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"no Chromium here: none of {', '.join(CHROMIUM)} is on the path")
+    """Chromium, started once; it is installed where it is missing."""
     if find_spec("playwright") is None:
         pytest.skip("the package playwright is not installed")
+    if _chromium() is None:
+        install_packages("chromium")
+    program = _chromium()
+    assert program is not None, f"The package chromium is installed, and has none of {', '.join(CHROMIUM)}."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -73,13 +80,12 @@ def plotting() -> str:
 
 
 @pytest.fixture
-def open_page(browser: Any, plotting: str, tmp_path: Path) -> Iterator[OpenPage]:
-    """Opens a report from disk; every message of the console and every request is kept, and must be none at the end."""
+def open_file(browser: Any) -> Iterator[OpenPage]:
+    """Opens a page from disk; every message of the console and every request is kept, and must be none at the end."""
     opened: list[Opened] = []
     contexts = []
 
-    def opener(report: SyntheticReport, size: tuple[int, int] = WIDE, scheme: str = "light", **more: Any) -> Opened:
-        path = report.write(tmp_path / f"report_{len(opened)}.html", plotting)
+    def opener(path: Path, size: tuple[int, int] = WIDE, scheme: str = "light", **more: Any) -> Opened:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce", **more
         )
@@ -99,6 +105,20 @@ def open_page(browser: Any, plotting: str, tmp_path: Path) -> Iterator[OpenPage]
         assert one.messages == []
         asked = [url for url in one.requests if not url.startswith(("data:", "blob:"))]
         assert asked == [one.path.as_uri()]
+
+
+@pytest.fixture
+def open_page(open_file: OpenPage, plotting: str, tmp_path: Path) -> OpenPage:
+    """Writes a report and opens it."""
+    numbers = count()
+
+    def opener(report: SyntheticReport, size: tuple[int, int] = WIDE, scheme: str = "light", **more: Any) -> Opened:
+        return cast(
+            Opened,
+            open_file(report.write(tmp_path / f"report_{next(numbers)}.html", plotting), size, scheme, **more),
+        )
+
+    return opener
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,27 @@ def _train_on_rank(argv: list[str], logs: Path, mark: str, prepare: Preparation 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def run_command(command: Sequence[str], timeout_s: float, mark: str) -> tuple[int, str]:
+    """(exit code, output) of a command in the clone; what runs over its time is killed with all its children."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **marks(mark)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            for pid in processes_of(mark):  # torchrun's ranks lead sessions of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, output
 
 
 def quickstart_with(path: Path, source: dict[str, Any]) -> Path:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,6 @@ from megatron_fipo import config as configuration
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.checkpoint.torch_dist import load_checkpoint
 from megatron_fipo.data.tokenizer import load_tokenizer
-from megatron_fipo.evaluation.chat import Chat, ChatOptions
 from megatron_fipo.parallel import groups as parallel_groups
 from megatron_fipo.parallel.local_ranks import run_local_ranks
 from megatron_fipo.rl.packing import build_packed_batch
@@ -36,7 +30,16 @@ from megatron_fipo.rl.trajectory import Trajectory
 from megatron_fipo.run.samples import read_samples
 from megatron_fipo.traces.files import read_trace, trace_files
 from megatron_fipo.verifiers import chain_arithmetic
-from tests.end_to_end.runs import BASE, QUICKSTART, ROOT, marks, metric_lines, processes_of, sample_files, step_lines
+from tests.end_to_end.runs import (
+    BASE,
+    QUICKSTART,
+    ROOT,
+    metric_lines,
+    processes_of,
+    run_command,
+    sample_files,
+    step_lines,
+)
 
 NUM_STEPS = 3
 SMALLER = (
@@ -99,33 +102,12 @@ class QuickStart:
         return configuration.load_config(self.folder / "config.yaml")
 
 
-def _run(command: Sequence[str], timeout_s: float, mark: str) -> tuple[int, str]:
-    """(exit code, output of both kinds); what runs over its time is killed with all its children."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **marks(mark)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    finally:
-        if process.poll() is None:
-            for pid in processes_of(mark):  # torchrun's ranks lead sessions of their own
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-    return process.returncode, output
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     program = str(Path(sys.executable).with_name("megatron-fipo"))
     command = [program, "train", QUICKSTART, "--nproc", "2", *SMALLER]
-    code, output = _run([*command, f"run.output_dir={folder}"], TIMEOUT_S, mark=str(folder))
+    code, output = run_command([*command, f"run.output_dir={folder}"], TIMEOUT_S, mark=str(folder))
     assert code == 0, output[-6000:]
     return QuickStart(folder, code, output)
 
@@ -280,7 +262,7 @@ def test_the_chat_command_answers(run: QuickStart) -> None:
     command = command[command.index(re.search(r"\S*megatron-fipo chat", command)[0]) :]  # type: ignore[index]
     program, *arguments = shlex.split(command)
     assert Path(program).name == "megatron-fipo"
-    code, answer = _run(
+    code, answer = run_command(
         [str(ROOT / program) if "/" in program else program, *arguments, "--prompt", "3+4=", "--seed", "0"],
         120.0,
         mark=f"{run.folder}/chat",
@@ -291,37 +273,3 @@ def test_the_chat_command_answers(run: QuickStart) -> None:
 
 def test_nothing_is_left_running(run: QuickStart) -> None:
     assert processes_of(str(run.folder)) == {}
-
-
-# The documented run in full, as its documentation gives it: what it promises at its end.
-
-CHAT = re.compile(r'megatron-fipo chat outputs/quickstart/huggingface --prompt "([^"]+)"')
-
-
-@pytest.mark.ci
-def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
-    """The model that the README trains answers every prompt that the README, the tutorial and the run itself show."""
-    folder = tmp_path / "run"
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    command = [torchrun, "--nproc-per-node", "2", "-m", "megatron_fipo.train", QUICKSTART]
-    code, output = _run([*command, f"run.output_dir={folder}"], 3 * TIMEOUT_S, mark=str(folder))
-    assert code == 0, output[-6000:]
-    (proposed,) = re.findall(r"^ *Try: (.+)$", output, re.MULTILINE)
-    prompts = {*proposed.split()}
-    for page in ("README.md", "docs/tutorial.md"):
-        documented = CHAT.findall((ROOT / page).read_text())
-        assert documented, f"{page} shows how to talk to the model"
-        prompts.update(documented)
-    assert "3+9-5=" in prompts
-    assert all(re.fullmatch(r"[0-9+-]+=", prompt) for prompt in prompts)
-    chat = Chat(folder / "huggingface", ChatOptions(temperature=0.0), io.StringIO())
-    wrong = {}
-    for prompt in sorted(prompts):
-        answer = chat.answer(prompt)
-        right = eval(prompt.removesuffix("="), {"__builtins__": {}})  # digits and signs of this project's own pages
-        if not chain_arithmetic.verify(answer, str(right), "stop").correct:
-            wrong[prompt] = answer
-    assert not wrong
-    untrained = Chat(ROOT / BASE, ChatOptions(temperature=1.0, seed=0), io.StringIO())
-    answers = [untrained.answer("6+6+5+8+8-6-8=") for _ in range(16)]
-    assert not all(chain_arithmetic.verify(answer, "5", "stop").correct for answer in answers), "there was to learn"

@@ -106,13 +106,6 @@ def missing_programs() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program, path=_search_path()) is None]
 
 
-def install_packages() -> None:
-    """Install Slurm by apt-get; only root can."""
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *PACKAGES]):
-        subprocess.run(["apt-get", *command], env=environment, check=True, stdout=subprocess.DEVNULL)
-
-
 @contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
     """Bring a cluster up in `folder`, and take it down again, with every job that is still there."""

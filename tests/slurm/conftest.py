@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, install_packages, missing_programs, running_cluster
+from tests.debian import install_packages
+from tests.slurm.cluster import PACKAGES, Cluster, missing_programs, running_cluster
 
 INSTALLER = Path(__file__).parents[2] / "tools" / "engines" / "install.py"
 
@@ -20,10 +21,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm of two nodes on this host."""
     if os.geteuid() != 0:
         pytest.skip("slurmd starts jobs for other users, so it must be started by root")
-    if missing := missing_programs():
-        if subprocess.run(["which", "apt-get"], capture_output=True, check=False).returncode:
-            pytest.skip(f"{', '.join(missing)} not installed, and there is no apt-get to install them with")
-        install_packages()
+    if missing_programs():
+        install_packages(*PACKAGES)
     with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
