@@ -26,13 +26,17 @@ class StepClock:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._ended = 0.0  # seconds of all phases that have ended
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase; the same name again adds up."""
-        started = time.perf_counter()
+        """Time a phase; the same name again adds up. What a phase within it takes is that one's and not its own."""
+        started, ended_before = time.perf_counter(), self._ended
         yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        within = self._ended - ended_before
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds - within
+        self._ended = ended_before + seconds
 
     def metrics(self, num_tokens: int) -> Metrics:
         """time_s/<phase>, and the throughput of the whole step so far."""
