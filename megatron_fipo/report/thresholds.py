@@ -13,6 +13,8 @@ class Thresholds:
     """Accuracy in training above which a run has little left to learn from these data."""
     steps_to_learn: int = 10
     """Steps in a third of the run from which on a reward without a clear change is a warning."""
+    lost_gain: float = 0.25
+    """Share of the reward gained up to the middle third that is lost again in the last one, beyond noise."""
     inert_weight_std: float = 1e-3
     """Standard deviation of the influence weights below which they change nothing."""
     noise_share: float = 0.5

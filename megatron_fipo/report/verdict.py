@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ TELLING = (
 STALENESS = "rollout/staleness_steps/max"
 ROUNDS = "rollout/generation_rounds"
 
+Problem = TypeVar("Problem")
+
 
 def verdict(run: RunData) -> list[Finding]:
     """What there is to say of a run: first of learning and of FIPO, then what is wrong, the worst first.
@@ -42,10 +45,19 @@ def verdict(run: RunData) -> list[Finding]:
     troubles = sorted([*troubles, *beyond_limits(run.metrics)], key=lambda finding: LEVELS.index(finding.level))
     if not any(finding.level in (WARNING, BAD) for finding in troubles):
         seen = {name for name in (*watched_metrics(), ENTROPY) if run.metrics.values(name)}
-        text = f"None of the {len(seen)} watched metrics lies beyond its line; those named here tell most."
-        named = tuple(name for name in TELLING if name in seen)
-        troubles.append(Finding(GOOD, "Nothing saturates or drifts", text, named))
+        troubles.append(_nothing_wrong(run, seen))
     return [*_progress(run), *_learning(run), *_held_out(run), *_influence(run), *troubles]
+
+
+def _nothing_wrong(run: RunData, seen: Set[str]) -> Finding:
+    if not seen:
+        text = "The run has none of the metrics that would tell of it."
+        return Finding(NOTE, "Not known whether anything saturates or drifts", text, ())
+    text = f"None of the {len(seen)} watched metrics lies beyond its line; those named here tell most."
+    named = tuple(name for name in TELLING if name in seen)
+    if len(run.metrics.training_steps) < LEAST_STEPS:
+        return Finding(GOOD, "Nothing saturates", f"{text} To tell a drift takes {LEAST_STEPS} steps.", named)
+    return Finding(GOOD, "Nothing saturates or drifts", text, named)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
@@ -68,10 +80,14 @@ def _learning(run: RunData) -> Iterator[Finding]:
         f"The reward went from {found.first:.3f} in the first {found.num_steps} steps to {found.last:.3f} in the last "
         f"{found.num_steps}: {_signed(found.change)}."
     )
-    if found.rises:
-        yield Finding(GOOD, "It is learning", text, (REWARD,))
-    elif found.falls:
+    lost, lost_share = -found.late_change.mean, THRESHOLDS.lost_gain
+    if found.falls:
         yield Finding(BAD, "The reward falls", text, (REWARD,))
+    elif found.early_change.is_above and found.late_change.is_below and lost > lost_share * found.early_change.mean:
+        text += f" In between it was {found.middle:.3f}; since then: {_signed(found.late_change)}."
+        yield Finding(WARNING, "The reward rose and falls again", text, (REWARD,))
+    elif found.rises:
+        yield Finding(GOOD, "It is learning", text, (REWARD,))
     elif (accuracy := recent(run.metrics, ACCURACY)) is not None and accuracy > THRESHOLDS.solved_accuracy:
         solved = f" {percent(accuracy)} of the responses are right: there is little left to learn from these data."
         yield Finding(NOTE, "The data are solved", text + solved, (REWARD, ACCURACY))
@@ -93,15 +109,17 @@ def _held_out(run: RunData) -> Iterator[Finding]:
         change = None
         if before is not None and after is not None:
             change = paired_change(
-                {problem.prompt_id: float(np.mean(problem.correct)) for problem in before},
-                {problem.prompt_id: float(np.mean(problem.correct)) for problem in after},
+                {(problem.prompt_id, problem.prompt): float(np.mean(problem.correct)) for problem in before},
+                {(problem.prompt_id, problem.prompt): float(np.mean(problem.correct)) for problem in after},
             )
         text = f"avg@{k} on {source} went from {scores[0]:.3f} to {scores[-1]:.3f}"
-        if change is None or change.low is None:
+        if change is None:
             text += "; the problems of both evaluations are needed to tell that from noise."
             yield Finding(NOTE, f"Held-out scores: {source}", text, (name,))
             continue
         text += f": {_signed(change)}, over {len(before or ())} problems."
+        if change.low is None:
+            text += " It is the same on each of them, which tells nothing of noise."
         if change.is_above:
             yield Finding(GOOD, f"Held-out scores rise: {source}", text, (name,))
         elif change.is_below:
@@ -110,7 +128,7 @@ def _held_out(run: RunData) -> Iterator[Finding]:
             yield Finding(NOTE, f"No clear change in held-out scores: {source}", text, (name,))
 
 
-def paired_change(before: dict[int, float], after: dict[int, float]) -> Interval | None:
+def paired_change(before: Mapping[Problem, float], after: Mapping[Problem, float]) -> Interval | None:
     """Mean of the differences of what both have, with its interval; None unless they have the same problems."""
     if not before or before.keys() != after.keys():
         return None
@@ -126,7 +144,8 @@ def _influence(run: RunData) -> Iterator[Finding]:
         yield Finding(NOTE, f"No Future-KL: {run.algorithm}", text, ())
         return
     updates = recent(run.metrics, UPDATES)
-    if updates is not None and updates <= 1:
+    sums_shifts = run.config.get("objective.future_kl_reference") != "behaviour"  # which are 0 in the first update
+    if updates is not None and updates <= 1 and sums_shifts:
         text = (
             "A step has one update, and in the first update every influence weight is 1: this is plain DAPO. Raise "
             "train.num_minibatches or train.num_epochs."
@@ -137,7 +156,8 @@ def _influence(run: RunData) -> Iterator[Finding]:
     spread = recent(run.metrics, name)
     if spread is None:
         return
-    text = f"After the first update of a step the influence weights spread by {number(spread)} (standard deviation)"
+    whose = "The influence weights" if name == STD else "After the first update of a step the influence weights"
+    text = f"{whose} spread by {number(spread)} (standard deviation)"
     low, high = run.config.get("objective.influence_min"), run.config.get("objective.influence_max")
     if low == high and low is not None:
         text = f"objective.influence_min and influence_max are both {low}: the weights cannot vary."
