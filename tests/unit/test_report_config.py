@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ SECRET = "Zq7-hidden-value"
         ("servers.extra_args", ["--api-key", SECRET, "--tp", "2"]),
         ("servers.extra_args", [f"--api-key={SECRET}"]),
         ("servers.extra_args", [f"HF_TOKEN={SECRET}"]),
+        ("servers.extra_args", [f"--tp 2 --api-key {SECRET} --dp 2"]),
+        ("servers.extra_args", [f"--verbose --api-key '{SECRET} {SECRET}'"]),
+        ("servers.extra_args", ["--header", f"X-API-Key: {SECRET}"]),
+        ("servers.extra_args", ["--header", f"Authorization: Basic {SECRET}"]),
+        ("data.train.a.params.command", f"env HF_TOKEN={SECRET} judge"),
+        ("data.train.a.params.options", f"temperature=1,api_key={SECRET}"),
         ("model.path", "hf_abcdefghijklmnopqrstuv"),
         ("data.train.a.prompt_template", "use sk-abcdefghijklmnopqrstuvwx now"),
         ("data.train.a.prompt_template", f"Bearer {SECRET}"),
@@ -59,6 +66,9 @@ def test_a_secret_is_left_out(key: str, value: Any) -> None:
         ("train.resume", False),
         ("data.train.a.prompt_field", "prompt"),
         ("data.train.a.prompt_template", "{prompt} Let's think: 3 < 4 & 5 @ 6?"),
+        ("data.train.a.prompt_template", "Answer key: {prompt} = 5, where x=3 --- no token here"),
+        ("servers.extra_args.0", "--tp 2 --mem-fraction=0.8"),
+        ("data.train.a.params.command", "judge --api-key ${oc.env:JUDGE_KEY}"),
         ("data.train.a.verifier", "https://judge.example/v1/score"),
         ("data.train.a.verifier", "${oc.env:JUDGE_KEY}"),
         ("servers.api_key", ""),
@@ -73,6 +83,16 @@ def test_what_is_no_secret_is_shown(key: str, value: Any) -> None:
 def test_a_urls_place_is_shown() -> None:
     text = "first https://u:p@judge.example:8000/v1?key=1 then http://b/c"
     assert without_credentials(text) == f"first https://judge.example:8000/v1 {LEFT_OUT} then http://b/c"
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "eyJ-", "eyJaaaaaaaaaaaa.", "a://", "-a ", "--a-", "a_", "a=", "http://u:p@", "sk-"]
+)
+def test_a_long_text_takes_no_long_time(piece: str) -> None:
+    """Where the time grows with the square of the length, these 400,000 characters take minutes."""
+    before = time.process_time()
+    assert isinstance(written_config({"a": piece * (400_000 // len(piece))})["a"], str)
+    assert time.process_time() - before < 20
 
 
 def test_every_value_has_a_dotted_key() -> None:
