@@ -20,6 +20,7 @@ from megatron_fipo.analysis.names import NAMES
 from megatron_fipo.analysis.of_run import Point, analyse_run
 from megatron_fipo.analysis.responses import EVALUATION, TRAINING, Batch, Response, batches_of, read_batch
 from megatron_fipo.analysis.table import print_analysis
+from megatron_fipo.report.metrics_file import read_metrics
 from megatron_fipo.run.samples import TrainingSample, write_samples
 from megatron_fipo.traces.files import write_trace
 from megatron_fipo.traces.schema import ENVIRONMENT, IN_LOSS, TracedResponse
@@ -101,7 +102,7 @@ def test_the_steps_of_evaluations(tmp_path: Path) -> None:
 
 
 def test_the_last_steps_own_evaluation_is_not_counted_twice(tmp_path: Path) -> None:
-    write_metrics(tmp_path, {"step": 3, "reward/mean": 1.0})
+    write_metrics(tmp_path, {"step": 3, "reward/mean": 1.0}, {"step": 4, "evaluation/held_out/avg@1": 1.0})
     for when in ("step_000004", "after"):
         write_evaluation(tmp_path, when, problem(["12-5=7;#7"] * 3))
     write_evaluation(tmp_path, "after", problem(["12-5=7;#7"], source="more"), source="more")
@@ -113,9 +114,39 @@ def test_a_last_evaluation_without_metrics_is_refused(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "after", problem(["12-5=7;#7"]))
     with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell how many steps .* delete .* after_"):
         analyse_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x"')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell"):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x"\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell .* Mend the line"):
         analyse_run(tmp_path)
+
+
+def test_evaluations_of_weights_that_were_given_up_are_left_out(tmp_path: Path) -> None:
+    """A run ended after 4 steps, was resumed with more of them before step 6, and writes a line just now: its files
+    after_… and step_000008 are of earlier times, which the newer metrics do not know."""
+    for when in ("before", "step_000002", "step_000006", "step_000008", "after"):
+        write_evaluation(tmp_path, when, problem(["12-5=7;#7"]))
+    score = {"evaluation/held_out/avg@1": 1.0}
+    lines = [{"step": 0, **score}, *({"step": step, "reward/mean": 1.0} for step in range(6)), {"step": 5, **score}]
+    write_metrics(tmp_path, *lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "reward/m')
+    assert [point.step for point in analyse_run(tmp_path).points] == [0, 2, 6]
+
+
+def test_steps_are_those_of_the_report(tmp_path: Path) -> None:
+    """A step is, here and there, the number of steps behind the policy that wrote the responses."""
+    score = {"evaluation/held_out/avg@1": 1.0}
+    training = [{"step": step, "reward/mean": 1.0} for step in range(4)]
+    write_metrics(
+        tmp_path, {"step": 0, **score}, *training[:2], {"step": 1, **score}, *training[2:], {"step": 4, **score}
+    )
+    for when in ("before", "step_000002", "after"):
+        write_evaluation(tmp_path, when, problem(["12-5=7;#7"]))
+    for step in range(4):
+        write_samples(tmp_path / "samples", step, [sample(step=step)])
+    points, metrics = analyse_run(tmp_path).points, read_metrics(tmp_path / "metrics.jsonl")
+    steps = {where: tuple(point.step for point in points if point.where == where) for where in (EVALUATION, TRAINING)}
+    assert steps == {EVALUATION: metrics.evaluated_steps, TRAINING: metrics.training_steps}
+    assert steps == {EVALUATION: (0, 2, 4), TRAINING: (0, 1, 2, 3)}
 
 
 def test_a_response_in_a_trace_is_not_read_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
 
 import pytest
@@ -204,6 +205,15 @@ def switches(text: str) -> int:
 )
 def test_changes_of_script(text: str, expected: int) -> None:
     assert switches(text) == expected
+
+
+def test_formulas_that_are_never_closed_take_no_long_time() -> None:
+    """Each of 500,000 openings would look for its end in the next thousands of characters: minutes."""
+    before = time.process_time()
+    for opening in ("\\[", "\\(", "$$ ", "$"):
+        assert switches("首都 " + opening * 500_000) == 0
+    assert time.process_time() - before < 10
+    assert switches("All is well \\[ and open \\[首都是堪培拉\\] and so it goes on.") == 0
 
 
 def test_other_share() -> None:
