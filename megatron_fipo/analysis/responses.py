@@ -266,7 +266,8 @@ def _evaluated(path: Path) -> Iterator[Response]:
                 _check(row)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is no judged problem: {error}. The file was damaged or edited."
+                    f"{path}, line {number} is no judged problem: {error}. The file was damaged or edited; evaluate "
+                    "again, or remove it."
                 ) from error
             columns = zip(*(row[name] for name in _LISTS), strict=True)
             for text, score, answer, num_tokens, finish_reason, why_not in columns:

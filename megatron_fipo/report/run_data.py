@@ -173,7 +173,10 @@ def _read_json_object(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"an object was expected, not {type(value).__name__}")
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. The file was damaged or edited.") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}. The file was damaged or edited. Restore it from a copy, or remove it: "
+            "the report does without."
+        ) from error
     return value
 
 

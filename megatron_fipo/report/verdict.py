@@ -73,7 +73,7 @@ def _learning(run: RunData) -> Iterator[Finding]:
     found = trend(run.metrics, REWARD)
     if found is None:
         steps = len(run.metrics.values(REWARD))
-        text = f"{steps} steps have a reward; {LEAST_STEPS} are needed to tell a change from noise."
+        text = f"Steps with a reward: {steps}. It takes {LEAST_STEPS} to tell a change from noise."
         yield Finding(NOTE, "Too early to tell whether it learns", text, (REWARD,))
         return
     text = (

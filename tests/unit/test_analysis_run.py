@@ -306,7 +306,7 @@ def test_a_damaged_evaluation(tmp_path: Path, line: str, reason: str) -> None:
     with pytest.raises(ValueError, match=r"before_held_out\.jsonl, line 2") as raised:
         analyse_run(tmp_path)
     assert reason in str(raised.value)
-    assert "damaged or edited" in str(raised.value)
+    assert "damaged or edited; evaluate again, or remove it" in str(raised.value)
 
 
 def test_damaged_samples_and_traces(tmp_path: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_fipo.analysis.of_run import analyse_run
+from megatron_fipo.report.report_data import make_report
+from megatron_fipo.report.run_data import read_measured_runs
 from megatron_fipo.report.written_config import LEFT_OUT, flat_values, without_credentials, written_config
+from tests.unit.report_runs import training_lines, write_run
 
 SECRET = "Zq7-hidden-value"
 
@@ -98,3 +104,28 @@ def test_a_long_text_takes_no_long_time(piece: str) -> None:
 def test_every_value_has_a_dotted_key() -> None:
     config = {"a": {"b": [1, {"c": 2}], "d": {}, "e": []}, "f": None}
     assert flat_values(config) == {"a.b.0": 1, "a.b.1.c": 2, "a.d": "{}", "a.e": "[]", "f": None}
+
+
+def test_no_secret_of_a_run_reaches_its_page(tmp_path: Path) -> None:
+    """Wherever a value of the configuration or of the provenance is repeated: in labels, in notes."""
+    hidden = {
+        "model.path": "hf_abcdefghijklmnopqrstuv",
+        "servers.api_key": SECRET,
+        "objective.note": f"--token {SECRET}",
+    }
+    folders = [
+        write_run(
+            tmp_path / name, training_lines(reward__mean=[0.0]), {**hidden, "train.url": f"http://u:{SECRET}@{name}/"}
+        )
+        for name in ("a", "b")
+    ]
+    for folder in folders:
+        (folder / "provenance.json").write_text(
+            json.dumps({"model": {"url": f"https://u:{SECRET}@hub.example/m", "files": ["hf_abcdefghijklmnopqrstuv"]}})
+        )
+    runs = read_measured_runs([str(folder) for folder in folders])
+    report = make_report(runs, [analyse_run(folder) for folder in folders], 1000)
+    text = json.dumps([report.data, report.tokens])
+    assert SECRET not in text
+    assert "hf_abc" not in text
+    assert "hub.example" in text

@@ -96,6 +96,18 @@ def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
         read_run(tmp_path)
 
 
+def test_a_damaged_provenance_can_be_done_without(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", training_lines(reward__mean=[0.0]))
+    for text in ('{"git"', "[1]"):
+        (folder / "provenance.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"provenance\.json cannot be read.* or remove it: the report does without"
+        ):
+            read_run(folder)
+    (folder / "provenance.json").unlink()
+    assert read_run(folder).provenance == {}
+
+
 def test_a_run_without_numbers_has_no_report(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [])
     (folder / "metrics.jsonl").unlink()
