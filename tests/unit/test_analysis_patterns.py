@@ -259,3 +259,9 @@ def test_many_blocks_of_code_take_no_long_time() -> None:
     before = time.process_time()
     assert len(find_marks(text, code=code_blocks(text))) == 60_000
     assert time.process_time() - before < 20
+
+
+@pytest.mark.parametrize("quoted", ['"Wait, no."', "“Wait, no.”", "„Warte, nein.“", "「等等，不对。」"])
+def test_other_quotation_marks_are_such_too(quoted: str) -> None:
+    assert [mark for mark in find_marks(lowered(f"He said:\n{quoted}")) if mark.start < 12] == []
+    assert [mark.start for mark in find_marks(lowered(f"He said:\n{quoted[1:]}"))][:1] == [9]

@@ -236,6 +236,12 @@ def test_hashes_are_those_of_words_and_pieces() -> None:
     assert len({hash_of(piece) for piece in [*pieces, "on", "ab", "ba", "", "a", "aa"]}) == 13
 
 
+def test_letters_of_latin_script_are_told_from_others() -> None:
+    assert not Words("Łódź, Größe, Ėė, Việt Nam: fine.").has_other_scripts
+    for other in ("α", "я", "等", "한", "𝐱"):
+        assert Words(f"So {other} it is").has_other_scripts
+
+
 def test_pieces_that_are_wanted() -> None:
     found = Words("on no, not now. no!").places_of(Wanted.of(["no", "never"]))
     assert found == [(3, hash_of("no")), (16, hash_of("no"))]

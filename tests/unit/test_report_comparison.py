@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,24 @@ def test_one_shared_seed_among_several_makes_no_pair(tmp_path: Path) -> None:
     assert difference["low"] is not None
 
 
+def test_two_shared_seeds_among_three_are_pairs(tmp_path: Path) -> None:
+    fipo = [made(tmp_path, f"f{seed}", avg, run__seed=seed) for seed, avg in ((0, 0.9), (1, 0.5), (2, 0.6))]
+    dapo = [
+        made(tmp_path, f"d{seed}", avg, run__seed=seed, algorithm="dapo")
+        for seed, avg in ((1, 0.3), (2, 0.2), (3, 0.9))
+    ]
+    (difference,) = score(compared([*fipo, *dapo]))["differences"]
+    assert (difference["paired_by"], difference["num_pairs"]) == ("seed", 2)
+    assert difference["mean"] == pytest.approx(0.3)
+
+
+def test_the_newest_scores_are_compared(tmp_path: Path) -> None:
+    steps = training_lines(reward__mean=[0.0] * 2)
+    lines = [scores_line(0, 0.1), steps[0], scores_line(0, 0.5), steps[1], scores_line(2, 0.9)]
+    runs = [read_run(write_run(tmp_path / str(seed), lines, {"run.seed": seed})) for seed in (0, 1)]
+    assert score(compared(runs))["groups"][0]["values"] == [0.9, 0.9]
+
+
 def test_shadow_objectives_change_nothing_that_is_learnt(tmp_path: Path) -> None:
     plain = made(tmp_path, "a", 0.5, run__seed=0)
     shadowed = made(tmp_path, "b", 0.5, run__seed=1, objective__shadow={"tau_8": {"half_life_tokens": 8.0}})
@@ -229,6 +248,9 @@ def test_other_problems_are_not_paired(tmp_path: Path) -> None:
     one = made(tmp_path, "a", 0.5, judged([1, 1], [0, 0]), run__seed=0)
     other = made(tmp_path, "b", 0.5, judged([1, 1]), run__seed=0, algorithm="dapo")
     assert [row["paired_by"] for row in score(compared([one, other]))["differences"]] == ["seed"]
+    renamed = [replace(problem, prompt=f"another {problem.prompt}") for problem in judged([1, 1], [0, 1])]
+    third = made(tmp_path, "c", 0.5, renamed, run__seed=0, algorithm="dapo")
+    assert [row["paired_by"] for row in score(compared([one, third]))["differences"]] == ["seed"]
 
 
 def test_training_is_compared_by_its_last_third(tmp_path: Path) -> None:

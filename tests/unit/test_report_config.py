@@ -29,6 +29,7 @@ SECRET = "Zq7-hidden-value"
         ("data.train.a.params.client-secret", SECRET),
         ("data.train.a.params.Authorization", f"Basic {SECRET}"),
         ("data.train.a.params.credentials", SECRET),
+        ("data.train.a.params.cookie", SECRET),
         ("data.train.a.params.AWS_SECRET_ACCESS_KEY", SECRET),
         ("data.train.a.verifier", f"https://judge.example/v1?key={SECRET}"),
         ("data.train.a.verifier", f"https://user:{SECRET}@judge.example/v1"),

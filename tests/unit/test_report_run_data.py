@@ -129,6 +129,7 @@ def test_a_run_is_finished_when_its_last_scores_are_there(tmp_path: Path) -> Non
         "in the last evaluation": ([*steps, scores_line(5, 0.5)], False),
         "finished": ([*steps, scores_line(5, 0.5), scores_line(6, 0.5)], True),
         "ended by its rule": ([*steps[:3], scores_line(3, 0.5)], True),
+        "went on after its end": ([*steps[:3], scores_line(3, 0.5), *steps[3:5]], False),
         "not begun": ([scores_line(0, 0.5)], False),
     }
     for name, (lines, is_finished) in rows.items():

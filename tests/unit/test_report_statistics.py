@@ -39,6 +39,13 @@ def test_values_without_a_spread_have_no_interval(values: list[float]) -> None:
     assert not mean_interval(values).is_above
 
 
+def test_an_interval_that_ends_at_0_holds_it() -> None:
+    assert not Interval(1.0, 0.0, 2.0).is_above
+    assert not Interval(-1.0, -2.0, 0.0).is_below
+    assert Interval(1.0, 0.1, 1.9).is_above
+    assert Interval(-1.0, -1.9, -0.1).is_below
+
+
 def test_of_nothing_there_is_no_mean() -> None:
     with pytest.raises(ValueError, match="at least one value"):
         mean_interval([])

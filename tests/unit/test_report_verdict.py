@@ -158,6 +158,28 @@ def test_what_is_wrong_is_named(
     assert title not in findings(tmp_path / "healthy")
 
 
+@pytest.mark.parametrize(
+    ("columns", "changes"),
+    [
+        ({"policy__clip_fraction": [0.1] * 6}, {}),  # at the line
+        ({"rollout__server_restarts": [0] * 6, "rollout__dropped_groups__failed_share": [0] * 6}, {}),
+        ({"optim__grad_norm": [1.0, 1.01, 1.5, 1.5, 2.0, 2.01]}, {}),  # doubled, beyond noise
+        ({"optim__grad_norm": [0.01, 0.011, 0.1, 0.1, 0.5, 0.51]}, {}),  # fifty times as much, and still small
+        ({"fipo__filtered_sequences": [1] * 6}, {}),  # of 16 groups of 4 responses, in 2 epochs
+        ({"rollout__generation_rounds": [5] * 6}, {}),
+    ],
+)
+def test_what_is_usual_is_not_blamed(tmp_path: Path, columns: dict[str, list[float]], changes: dict[str, Any]) -> None:
+    assert "Nothing saturates or drifts" in findings(tmp_path, columns, changes)
+
+
+def test_tokens_that_are_too_old_and_masked_are_not_trained_on(tmp_path: Path) -> None:
+    changes = {"rollout.max_staleness_steps": 2, "rollout.too_stale": "mask"}
+    found = findings(tmp_path, {"rollout__staleness_steps__max": [3] * 6}, changes)
+    assert found["It trains on stale tokens"].level == NOTE
+    assert "Tokens are older than allowed" not in found
+
+
 def test_growth_that_may_be_noise_is_not_called_growth(tmp_path: Path) -> None:
     """From 0.15 to 4.75, yet one of the two last steps is as low as the first: 4.6 ± 54."""
     found = findings(tmp_path, {"optim__grad_norm": [0.1, 0.2, 1.0, 1.0, 0.5, 9.0]})
@@ -270,6 +292,12 @@ def test_only_the_same_problems_are_paired() -> None:
     change = paired_change({0: 0.0, 1: 0.5}, {1: 1.0, 0: 0.0})
     assert change is not None
     assert change.mean == 0.25
+
+
+def test_what_an_evaluation_before_the_last_one_said_is_past(tmp_path: Path) -> None:
+    rows = {"evaluation__held_out__truncated__share": [0.5, 0.0]}
+    found = findings(tmp_path, rows, scores=[(0, 0.5), (6, 0.5)])
+    assert "Many responses are cut: held_out" not in found
 
 
 def test_the_last_evaluation_is_looked_at(tmp_path: Path) -> None:
