@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,9 @@ MOST_NAMED = 4
 LEAST_PAIRS = 2
 """Seeds that two groups need to share to be paired by them, unless they have no others."""
 _MISSING = "(missing)"
+
+Problem: TypeAlias = tuple[int, str]
+"""A problem by the number of its prompt and the prompt."""
 
 
 @dataclass(frozen=True)
@@ -183,36 +186,40 @@ def _score(
         known = _by_seed(group, values, runs)
         interval = mean_interval(list(known.values())) if known else None
         rows.append({"label": group.label, **_plain(interval), "values": [values[place] for place in group.runs]})
+    # Of each group once: files of evaluations are large.
+    by_problem = [_mean_by_problem(metric, group, values, runs) for group in groups]
     return {
         "metric": metric,
         "title": title,
         "groups": rows,
         "differences": [
             {"a": one.label, "b": other.label, **_plain(interval), "paired_by": paired_by, "num_pairs": num_pairs}
-            for one, other in combinations(groups, 2)
-            for interval, paired_by, num_pairs in _differences(metric, one, other, values, runs)
+            for (one, first), (other, second) in combinations(zip(groups, by_problem, strict=True), 2)
+            for interval, paired_by, num_pairs in _differences(
+                _by_seed(one, values, runs), _by_seed(other, values, runs), first, second
+            )
         ],
     }
 
 
 def _differences(
-    metric: str, one: RunGroup, other: RunGroup, values: Sequence[float | None], runs: Sequence[RunData]
+    by_seed: Mapping[str, float],
+    other_by_seed: Mapping[str, float],
+    by_problem: Mapping[Problem, float] | None,
+    other_by_problem: Mapping[Problem, float] | None,
 ) -> list[tuple[Interval, str, int]]:
     """(one minus the other, by what it is paired, number of pairs)."""
     found = []
-    first_by_seed, other_by_seed = (_by_seed(group, values, runs) for group in (one, other))
-    shared = [seed for seed in first_by_seed if seed in other_by_seed]
-    if len(shared) >= LEAST_PAIRS or (shared and first_by_seed.keys() == other_by_seed.keys()):
-        differences = [first_by_seed[seed] - other_by_seed[seed] for seed in shared]
+    shared = [seed for seed in by_seed if seed in other_by_seed]
+    if len(shared) >= LEAST_PAIRS or (shared and by_seed.keys() == other_by_seed.keys()):
+        differences = [by_seed[seed] - other_by_seed[seed] for seed in shared]
         found.append((mean_interval(differences), BY_SEED, len(shared)))
-    elif first_by_seed and other_by_seed:
-        sides = list(first_by_seed.values()), list(other_by_seed.values())
+    elif by_seed and other_by_seed:
+        sides = list(by_seed.values()), list(other_by_seed.values())
         found.append((difference_interval(*sides), UNPAIRED, min(map(len, sides))))
-    if "/avg@" in metric and all(values[place] is not None for place in (*one.runs, *other.runs)):
-        per_problem = [_mean_by_problem(metric, [runs[place] for place in group.runs]) for group in (one, other)]
-        first, second = per_problem
-        if first and second and first.keys() == second.keys():
-            found.append((mean_interval([first[key] - second[key] for key in first]), BY_PROBLEM, len(first)))
+    if by_problem and other_by_problem and by_problem.keys() == other_by_problem.keys():
+        differences = [by_problem[problem] - other_by_problem[problem] for problem in by_problem]
+        found.append((mean_interval(differences), BY_PROBLEM, len(differences)))
     return found
 
 
@@ -226,11 +233,18 @@ def _by_seed(group: RunGroup, values: Sequence[float | None], runs: Sequence[Run
     return {seed: float(np.mean(of_seed)) for seed, of_seed in found.items()}
 
 
-def _mean_by_problem(metric: str, runs: Sequence[RunData]) -> dict[tuple[int, str], float] | None:
-    """Mean over runs of the newest avg@k of each problem; None unless all have judged the same problems."""
+def _mean_by_problem(
+    metric: str, group: RunGroup, values: Sequence[float | None], runs: Sequence[RunData]
+) -> dict[Problem, float] | None:
+    """Mean over a group's runs of the newest avg@k of each problem.
+
+    None of another metric, and unless all runs have the metric and have judged the same problems.
+    """
+    if "/avg@" not in metric or any(values[place] is None for place in group.runs):
+        return None
     source = metric.split("/")[1]
-    scores: list[dict[tuple[int, str], float]] = []
-    for run in runs:
+    scores: list[dict[Problem, float]] = []
+    for run in (runs[place] for place in group.runs):
         latest = run.latest_evaluation()
         problems = run.problems(latest, source) if latest else None
         if not problems:

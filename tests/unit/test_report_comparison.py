@@ -244,6 +244,24 @@ def test_differences_are_paired_by_problem(tmp_path: Path) -> None:
     assert by_problem["high"] == pytest.approx(0.3125 + 0.38088, abs=1e-4)
 
 
+def test_each_evaluation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each pair of groups: their files may have hundreds of megabytes."""
+    read, problems = [], RunData.problems
+
+    def noted(run: RunData, when: str, source: str) -> list[ProblemResult] | None:
+        read.append(run.name)
+        return problems(run, when, source)
+
+    monkeypatch.setattr(RunData, "problems", noted)
+    runs = [
+        made(tmp_path, name, 0.5, judged([1, 1], [0, place % 2]), optimizer__learning_rate=float(place))
+        for place, name in enumerate("abcd")
+    ]
+    differences = score(compared(runs))["differences"]
+    assert [row["paired_by"] for row in differences].count("problem") == 6
+    assert sorted(read) == ["a", "b", "c", "d"]
+
+
 def test_other_problems_are_not_paired(tmp_path: Path) -> None:
     one = made(tmp_path, "a", 0.5, judged([1, 1], [0, 0]), run__seed=0)
     other = made(tmp_path, "b", 0.5, judged([1, 1]), run__seed=0, algorithm="dapo")
