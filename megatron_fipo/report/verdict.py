@@ -15,13 +15,13 @@ from megatron_fipo.report.thresholds import THRESHOLDS
 from megatron_fipo.report.trends import LEAST_STEPS, recent, trend
 
 REWARD, ACCURACY, ENTROPY = "reward/mean", "rollout/accuracy/mean", "policy/entropy/mean"
-UPDATES, SHIFT_STD = "optim/updates", "policy/log_prob_shift/std"
+UPDATES, SHIFT_STD, GRAD_NORM = "optim/updates", "policy/log_prob_shift/std", "optim/grad_norm"
 STD, STD_AFTER_FIRST = "fipo/influence_weight/std", "fipo/influence_weight/std_after_first_update"
 NOISE = "noise_floor/future_kl/share_of_later_std"
 FILTERED, GROUPS = "fipo/filtered_sequences", "rollout/batch_groups"
 TELLING = (
     ENTROPY,
-    "optim/grad_norm",
+    GRAD_NORM,
     "policy/clip_fraction",
     "fipo/influence_weight/clipped_share",
     "mismatch/kl/mean",
@@ -176,7 +176,10 @@ def _influence(run: RunData) -> Iterator[Finding]:
 
 def _updates(run: RunData) -> Iterator[Finding]:
     shift, updates = recent(run.metrics, SHIFT_STD), recent(run.metrics, UPDATES)
-    if shift == 0 and updates is not None and updates > 1:
+    if recent(run.metrics, GRAD_NORM) == 0:
+        text = "The gradient is 0: all responses of a group have the same reward, or the loss leaves out all tokens."
+        yield Finding(BAD, "Nothing is learnt", text, (GRAD_NORM,))
+    elif shift == 0 and updates is not None and updates > 1:
         text = "The log-probs do not move within a step: the learning rate is 0, or no gradient arrives."
         yield Finding(BAD, "Nothing is learnt", text, (SHIFT_STD,))
 

@@ -110,6 +110,8 @@ def test_an_unfinished_run_says_so_and_one_without_steps_says_nothing(tmp_path: 
         ({"noise_floor__future_kl__share_of_later_std": [0.6] * 6}, {}, "The weights follow rounding", BAD),
         ({"fipo__influence_weight__clipped_share": [0.95] * 6}, {}, "The influence weights saturate", WARNING),
         ({"policy__log_prob_shift__std": [0.0] * 6}, {}, "Nothing is learnt", BAD),
+        ({"optim__grad_norm": [0.0] * 6}, {}, "Nothing is learnt", BAD),
+        ({"optim__grad_norm": [0.3] * 4 + [0.0] * 2}, {"objective.future_kl": False}, "Nothing is learnt", BAD),
         ({"policy__clip_fraction": [0.2] * 6}, {}, "Updates are too large", WARNING),
         ({"policy__dual_clip_fraction": [0.01] * 6}, {}, "Dual clipping is no longer rare", WARNING),
         ({"policy__ratio_negative__p99_9": [9.0] * 6}, {}, "Large ratios in wrong responses", WARNING),
@@ -167,6 +169,8 @@ def test_what_is_wrong_is_named(
         ({"optim__grad_norm": [0.01, 0.011, 0.1, 0.1, 0.5, 0.51]}, {}),  # fifty times as much, and still small
         ({"fipo__filtered_sequences": [1] * 6}, {}),  # of 16 groups of 4 responses, in 2 epochs
         ({"rollout__generation_rounds": [5] * 6}, {}),
+        # The first 11 steps of a healthy run of the quick-start.
+        ({"mismatch__kl__mean": [0, 0, 6.5e-7, 1.8e-5, 0, 0, 7.6e-5, 0, 1.3e-4, 1.7e-4, 1.1e-4]}, {}),
     ],
 )
 def test_what_is_usual_is_not_blamed(tmp_path: Path, columns: dict[str, list[float]], changes: dict[str, Any]) -> None:
