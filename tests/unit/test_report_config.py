@@ -76,6 +76,7 @@ def test_a_secret_is_left_out(key: str, value: Any) -> None:
         ("data.train.a.prompt_template", "Answer key: {prompt} = 5, where x=3 --- no token here"),
         ("servers.extra_args.0", "--tp 2 --mem-fraction=0.8"),
         ("data.train.a.params.command", "judge --api-key ${oc.env:JUDGE_KEY}"),
+        ("data.train.a.params.command", "judge --use-token --tp 2"),
         ("data.train.a.verifier", "https://judge.example/v1/score"),
         ("data.train.a.verifier", "${oc.env:JUDGE_KEY}"),
         ("servers.api_key", ""),
@@ -100,6 +101,11 @@ def test_a_long_text_takes_no_long_time(piece: str) -> None:
     before = time.process_time()
     assert isinstance(written_config({"a": piece * (400_000 // len(piece))})["a"], str)
     assert time.process_time() - before < 20
+
+
+def test_a_value_that_looks_like_an_option_is_left_out_whole() -> None:
+    text = "a=1 api_key=token=5 b=2,hub_token=6 c=3"
+    assert written_config({"a": text}) == {"a": f"a=1 api_key={LEFT_OUT} b=2,hub_token={LEFT_OUT} c=3"}
 
 
 def test_every_value_has_a_dotted_key() -> None:
