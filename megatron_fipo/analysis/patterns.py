@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,8 @@ _SENTENCE_BEGINS = re.compile(
 """Where a sentence or clause begins, perhaps with a word or three that announce a turn."""
 _LETTERS = re.compile(r"[^\W\d_]+")
 _WITHOUT_SPACES = "zh"
+_WITHIN_NAME = re.compile(r"[^\s*(]_\Z")
+"""The beginning of a name of code before its last part, do_wait; before _wait_ in italics stands nothing."""
 _QUOTATION_MARKS = frozenset("\"“„«'‘「『")
 
 
@@ -207,11 +210,12 @@ def _match(pattern: Pattern, lower: str, at: int) -> re.Match[str] | None:
 
 
 def _counts(pattern: Pattern, lower: str, start: int, prompt: str, code: Sequence[tuple[int, int]]) -> bool:
-    if start and lower[start - 1] in _QUOTATION_MARKS:
+    if start and (lower[start - 1] in _QUOTATION_MARKS or _WITHIN_NAME.search(lower, max(start - 2, 0), start)):
         return False
     if pattern.begins_sentence and not _begins_sentence(lower, start):
         return False
-    if any(begin <= start < end for begin, end in code):
+    block = bisect_right(code, (start, len(lower) + 1)) - 1  # the last one that begins up to here
+    if block >= 0 and start < code[block][1]:
         return False
     return not (prompt and _is_quoted(lower, start, prompt))
 

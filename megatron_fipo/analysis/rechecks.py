@@ -102,14 +102,13 @@ def text_rechecks(text: str, marks: Sequence[Mark], reference: str, is_right: bo
     answers = answers_in(text)
     bounds = [*(start for start, _, _ in spans[1:]), len(text)]
     judge = _Judge(reference, answers[-1] if answers else None, is_right)
-    found, former_end = [], 0
+    found = []
     for (start, behind, end), bound in zip(spans, bounds, strict=True):
         outcome = _by_answers(answers, start, behind, bound, judge)
         if outcome == UNTOLD:
-            before, after = text[max(start - _NEAR, former_end) : start], text[behind : min(behind + _NEAR, bound)]
+            before, after = text[max(start - _NEAR, 0) : start], text[behind : min(behind + _NEAR, bound)]
             outcome = _by_equations(before, after)
         found.append(Recheck(start, end, outcome))
-        former_end = behind
     return found
 
 

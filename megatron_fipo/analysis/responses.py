@@ -93,6 +93,7 @@ def batches_of(run: Path) -> list[Batch]:
 
 def _evaluations(run: Path) -> list[Batch]:
     by_step: dict[int, list[Path]] = {}
+    done = _done(run)
     for path in sorted(
         (run / "evaluation").glob("*.jsonl"), key=lambda path: (path.name.startswith("after_"), path.name)
     ):
@@ -100,7 +101,20 @@ def _evaluations(run: Path) -> list[Batch]:
         if match is None:
             continue
         when, number = match[1], match[2]
-        step = int(number) if number else 0 if when == "before" else _num_steps(run)
+        if when == "after":
+            if done is None:
+                raise ValueError(
+                    f"{run / 'metrics.jsonl'} does not tell how many steps lie before the last evaluation (there is no "
+                    "such file). Restore it from a copy, or delete the evaluation's files that begin with after_, to "
+                    "read the others."
+                )
+            if not done.has_ended:
+                continue  # of an earlier end: the run was resumed, and goes on with more steps
+            step = done.num_steps
+        else:
+            step = int(number) if number else 0
+            if done is not None and step > done.num_steps:
+                continue  # of steps that were given up: the run was resumed before them
         # The last step may have had an evaluation of its own before the one at the end: of the same weights.
         if when == "after" and any(_source_of(other) == match[3] for other in by_step.get(step, [])):
             continue
@@ -114,27 +128,45 @@ def _source_of(path: Path) -> str:
     return match[3]
 
 
-def _num_steps(run: Path) -> int:
-    """How many steps a run has made, by its metrics.
+@dataclass(frozen=True)
+class _Done:
+    """What a run has done, by its metrics.
+
+    Attributes:
+        num_steps: how many steps it has made.
+        has_ended: whether the evaluation after the last step is there.
+    """
+
+    num_steps: int
+    has_ended: bool
+
+
+def _done(run: Path) -> _Done | None:
+    """What a run has done; None where it has written no metrics.
 
     Raises:
         ValueError: if its metrics cannot be read.
     """
-    path, steps = run / "metrics.jsonl", 0
+    path, num_steps, has_ended = run / "metrics.jsonl", 0, False
     try:
         with path.open(encoding="utf-8", errors="backslashreplace") as lines:
             for line in lines:
-                if not line.strip():
-                    continue
+                if not line.endswith("\n"):
+                    break  # it is being written, or was torn
                 row = json.loads(line)
-                if any(name != "step" and not name.startswith(_SCORES) for name in row):
-                    steps = max(steps, int(row["step"]) + 1)
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+                step, names = int(row["step"]), row.keys() - {"step"}
+                if any(not name.startswith(_SCORES) for name in names):
+                    num_steps, has_ended = max(num_steps, step + 1), False
+                elif names:
+                    has_ended = step >= num_steps > 0
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} does not tell how many steps lie before the last evaluation ({error}). Restore it from a copy, or "
-            "delete the evaluation's files that begin with after_, to read the others."
+            f"{path} does not tell how many steps lie before an evaluation ({error}). Mend the line, or restore the "
+            "file from a copy."
         ) from error
-    return steps
+    return _Done(num_steps, has_ended)
 
 
 def _training(run: Path) -> list[Batch]:
@@ -234,7 +266,8 @@ def _evaluated(path: Path) -> Iterator[Response]:
                 _check(row)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is no judged problem: {error}. The file was damaged or edited."
+                    f"{path}, line {number} is no judged problem: {error}. The file was damaged or edited; evaluate "
+                    "again, or remove it."
                 ) from error
             columns = zip(*(row[name] for name in _LISTS), strict=True)
             for text, score, answer, num_tokens, finish_reason, why_not in columns:

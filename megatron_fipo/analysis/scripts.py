@@ -34,7 +34,7 @@ _LETTERS = 12
 """Letters of an alphabet that make a run: two or three words, not a name or a variable."""
 _IDEOGRAPHS = 2
 _MATHEMATICS = re.compile(
-    r"\$\$[^$]{0,4000}\$\$|\$[^$\n]{1,400}\$|\\\[.{0,4000}?\\\]|\\\(.{0,1000}?\\\)|`[^`\n]{1,400}`|\\[a-zA-Z]{1,30}"
+    r"\$\$[^$]{0,4000}\$\$|\$[^$\n]{1,400}\$|\\\[(?:(?!\\\[).){0,4000}?\\\]|\\\((?:(?!\\\().){0,1000}?\\\)|`[^`\n]{1,400}`|\\[a-zA-Z]{1,30}"
     r"|https?://\S{1,400}",
     re.DOTALL,
 )

@@ -12,6 +12,7 @@ from megatron_fipo.convert.hf_config import read_model_shape
 from megatron_fipo.convert.model_shape import ModelShape
 from megatron_fipo.preflight.work import forward_flops
 from megatron_fipo.report.run_data import RunData
+from megatron_fipo.report.written_config import without_credentials
 
 TOKENS = "policy/response_tokens"
 
@@ -33,7 +34,7 @@ def flops_before(run: RunData) -> tuple[list[float | None] | None, str]:
     try:
         shape = _shape(run)
     except ValueError as error:
-        return None, f"Operations are not known: {error}"
+        return None, without_credentials(f"Operations are not known: {error}")  # it names the model's place
     spent = {step: _flops_of_step(run, step, shape) for step in run.metrics.training_steps}
     if None in spent.values():
         missing = next(step for step, flops in spent.items() if flops is None)

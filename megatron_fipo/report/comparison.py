@@ -6,10 +6,11 @@ other problems have given, with these runs? Each is a paired t interval; a singl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,14 +18,21 @@ from megatron_fipo.report.run_data import RunData, evaluated_sources
 from megatron_fipo.report.statistics import Interval, difference_interval, mean_interval
 from megatron_fipo.report.trends import recent
 
-NOT_COMPARED = ("run.", "metrics.", "checkpoint.", "train.resume", "evaluation.every_num_steps")
-"""How keys begin that say where, how often and how much is written, and never what is learnt."""
+NOT_COMPARED = ("run.", "metrics.", "checkpoint.", "train.resume", "evaluation.every_num_steps", "objective.shadow")
+"""How keys begin that say where, how often and how much is measured and written, and never what is learnt."""
 TRAINING_SCORES = ("reward/mean", "rollout/accuracy/mean")
 """Compared by their means over the last third of the steps."""
 BY_PROBLEM, BY_SEED, UNPAIRED = "problem", "seed", "nothing"
 MOST_KEYS, MOST_CHARACTERS = 2, 24
 """What a label holds at most of what differs."""
+MOST_NAMED = 4
+"""Keys that a warning names."""
+LEAST_PAIRS = 2
+"""Seeds that two groups need to share to be paired by them, unless they have no others."""
 _MISSING = "(missing)"
+
+Problem: TypeAlias = tuple[int, str]
+"""A problem by the number of its prompt and the prompt."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def compare(runs: Sequence[RunData], configs: Sequence[Mapping[str, Any]]) -> di
         "groups": [{"label": group.label, "runs": list(group.runs)} for group in groups],
         "scores": [_score(metric, title, groups, values, runs) for metric, title, values in _measured(runs)],
         "config_differences": config_differences(configs),
-        "note": _uneven(runs),
+        "note": " ".join(filter(None, (_uneven(runs), *_unlike([run.config for run in runs])))),
     }
 
 
@@ -84,9 +92,39 @@ def config_differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 def _uneven(runs: Sequence[RunData]) -> str:
     """A warning where the runs have not come equally far; empty where they have."""
     done = [run.metrics.num_steps_done for run in runs]
-    if len(set(done)) == 1:
-        return ""
-    return f"The runs have trained {', '.join(map(str, done[:-1]))} and {done[-1]} steps: their scores are of these."
+    if len(set(done)) > 1:
+        return (
+            f"The runs have trained {', '.join(map(str, done[:-1]))} and {done[-1]} steps: their scores are of these."
+        )
+    evaluated = [run.metrics.evaluated_steps[-1] for run in runs if run.metrics.evaluated_steps]
+    if len(set(evaluated)) > 1:
+        steps = f"{', '.join(map(str, evaluated[:-1]))} and {evaluated[-1]}"
+        return f"The newest held-out scores are of {steps} steps of training."
+    return ""
+
+
+def _unlike(configs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Warnings where scores of the same name were not measured alike."""
+    held_out = [row["key"] for row in config_differences(configs) if row["key"].startswith("evaluation.")]
+    for begins in _evaluated(configs):
+        having = [config for config in configs if any(key.startswith(begins) for key in config)]
+        held_out += [row["key"] for row in config_differences(having) if row["key"].startswith(begins)]
+    if held_out:
+        yield f"The runs' held-out scores are not of like evaluations, for these differ: {_some(held_out)}."
+    training = [row["key"] for row in config_differences(configs) if row["key"].startswith(("data.train.", "reward."))]
+    if training:
+        yield f"The runs' rewards in training are not of like data and rules, for these differ: {_some(training)}."
+
+
+def _evaluated(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the keys of each held-out source begin."""
+    found = [re.match(r"data\.evaluation\.[^.]+\.", key) for config in configs for key in config]
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(keys[:MOST_NAMED])
+    return shown if len(keys) <= MOST_NAMED else f"{shown} and {len(keys) - MOST_NAMED} more"
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,50 +183,68 @@ def _score(
 ) -> dict[str, Any]:
     rows = []
     for group in groups:
-        known = [value for place in group.runs if (value := values[place]) is not None]
-        interval = mean_interval(known) if known else None
+        known = _by_seed(group, values, runs)
+        interval = mean_interval(list(known.values())) if known else None
         rows.append({"label": group.label, **_plain(interval), "values": [values[place] for place in group.runs]})
+    # Of each group once: files of evaluations are large.
+    by_problem = [_mean_by_problem(metric, group, values, runs) for group in groups]
     return {
         "metric": metric,
         "title": title,
         "groups": rows,
         "differences": [
             {"a": one.label, "b": other.label, **_plain(interval), "paired_by": paired_by, "num_pairs": num_pairs}
-            for one, other in combinations(groups, 2)
-            for interval, paired_by, num_pairs in _differences(metric, one, other, values, runs)
+            for (one, first), (other, second) in combinations(zip(groups, by_problem, strict=True), 2)
+            for interval, paired_by, num_pairs in _differences(
+                _by_seed(one, values, runs), _by_seed(other, values, runs), first, second
+            )
         ],
     }
 
 
 def _differences(
-    metric: str, one: RunGroup, other: RunGroup, values: Sequence[float | None], runs: Sequence[RunData]
+    by_seed: Mapping[str, float],
+    other_by_seed: Mapping[str, float],
+    by_problem: Mapping[Problem, float] | None,
+    other_by_problem: Mapping[Problem, float] | None,
 ) -> list[tuple[Interval, str, int]]:
     """(one minus the other, by what it is paired, number of pairs)."""
     found = []
-    by_seed = [
-        {runs[place].seed: value for place in group.runs if (value := values[place]) is not None}
-        for group in (one, other)
-    ]
-    shared = [seed for seed in by_seed[0] if seed in by_seed[1] and seed is not None]
-    if shared:
-        differences = [by_seed[0][seed] - by_seed[1][seed] for seed in shared]
+    shared = [seed for seed in by_seed if seed in other_by_seed]
+    if len(shared) >= LEAST_PAIRS or (shared and by_seed.keys() == other_by_seed.keys()):
+        differences = [by_seed[seed] - other_by_seed[seed] for seed in shared]
         found.append((mean_interval(differences), BY_SEED, len(shared)))
-    elif by_seed[0] and by_seed[1]:
-        sides = [list(side.values()) for side in by_seed]
+    elif by_seed and other_by_seed:
+        sides = list(by_seed.values()), list(other_by_seed.values())
         found.append((difference_interval(*sides), UNPAIRED, min(map(len, sides))))
-    if "/avg@" in metric:
-        per_problem = [_mean_by_problem(metric, [runs[place] for place in group.runs]) for group in (one, other)]
-        first, second = per_problem
-        if first and second and first.keys() == second.keys():
-            found.append((mean_interval([first[key] - second[key] for key in first]), BY_PROBLEM, len(first)))
+    if by_problem and other_by_problem and by_problem.keys() == other_by_problem.keys():
+        differences = [by_problem[problem] - other_by_problem[problem] for problem in by_problem]
+        found.append((mean_interval(differences), BY_PROBLEM, len(differences)))
     return found
 
 
-def _mean_by_problem(metric: str, runs: Sequence[RunData]) -> dict[tuple[int, str], float] | None:
-    """Mean over runs of the newest avg@k of each problem; None unless all have judged the same problems."""
+def _by_seed(group: RunGroup, values: Sequence[float | None], runs: Sequence[RunData]) -> dict[str, float]:
+    """Mean of each seed's runs: a seed that was run twice is no second seed. A run without a seed stands for itself."""
+    found: dict[str, list[float]] = {}
+    for place in group.runs:
+        if (value := values[place]) is not None:
+            seed = runs[place].seed
+            found.setdefault(f"run {place}" if seed is None else f"seed {seed}", []).append(value)
+    return {seed: float(np.mean(of_seed)) for seed, of_seed in found.items()}
+
+
+def _mean_by_problem(
+    metric: str, group: RunGroup, values: Sequence[float | None], runs: Sequence[RunData]
+) -> dict[Problem, float] | None:
+    """Mean over a group's runs of the newest avg@k of each problem.
+
+    None of another metric, and unless all runs have the metric and have judged the same problems.
+    """
+    if "/avg@" not in metric or any(values[place] is None for place in group.runs):
+        return None
     source = metric.split("/")[1]
-    scores: list[dict[tuple[int, str], float]] = []
-    for run in runs:
+    scores: list[dict[Problem, float]] = []
+    for run in (runs[place] for place in group.runs):
         latest = run.latest_evaluation()
         problems = run.problems(latest, source) if latest else None
         if not problems:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 EVALUATION = "evaluation/"
@@ -47,7 +48,12 @@ class MetricTable:
     def at(self, name: str, step: int) -> float | None:
         """A metric's value at a step that the table has."""
         column = self.columns.get(name)
-        return None if column is None else column[self.steps.index(step)]
+        return None if column is None else column[self._places[step]]
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """Row of each step: of a long run, looking for it step by step would take minutes."""
+        return {step: place for place, step in enumerate(self.steps)}
 
 
 def read_metrics(path: Path) -> MetricTable:
@@ -96,7 +102,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
             if type(step) is not int or step < 0:
                 raise ValueError(f"its step is {step!r}")
             numbers = {name: _number(name, value) for name, value in record.items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             if is_torn:
                 return
             raise ValueError(

@@ -22,7 +22,7 @@ from megatron_fipo.report.finding import Finding
 from megatron_fipo.report.run_data import RunData, evaluated_sources
 from megatron_fipo.report.shown_samples import shown_samples
 from megatron_fipo.report.verdict import verdict
-from megatron_fipo.report.written_config import written_config
+from megatron_fipo.report.written_config import without_credentials, written_config
 
 FORMAT = 1
 """Version of the object."""
@@ -150,8 +150,17 @@ def _run(
         "groups": credit.groups,
         "traces": {"num_responses": credit.num_responses, "num_left_out": credit.num_left_out},
         "config": dict(config),
-        "provenance": dict(run.provenance),
+        "provenance": _without_secrets(run.provenance),
     }
+
+
+def _without_secrets(value: Any) -> Any:
+    """The same without credentials in its texts: places of models and data may be URLs."""
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return [_without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _used_metrics(figures: Sequence[Figure], findings: Sequence[Finding]) -> set[str]:

@@ -20,7 +20,6 @@ from megatron_fipo.report.metrics_file import EVALUATION, MetricTable, read_metr
 from megatron_fipo.report.written_config import flat_values
 
 BEFORE, AFTER = "before", "after"
-_IN_BETWEEN = re.compile(r"step_(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,15 @@ class RunData:
         return value
 
     def latest_evaluation(self) -> str | None:
-        """The newest evaluation after training has begun, as its files are called; None without one."""
-        folder = self.folder / "evaluation"
-        if (folder / f"{AFTER}.json").is_file():
+        """The newest evaluation after training has begun, as its files are called; None without one.
+
+        It is the one of the newest scores. There may be files of later steps: of a run that was resumed before them, or
+        of the end of one that goes on with more steps.
+        """
+        if self.metrics.has_last_scores:
             return AFTER
-        between = sorted(int(match[1]) for path in folder.glob("*.json") if (match := _IN_BETWEEN.fullmatch(path.name)))
-        return f"step_{between[-1]:06d}" if between else None
+        steps = [step for step in self.metrics.evaluated_steps if step > 0]
+        return f"step_{steps[-1]:06d}" if steps else None
 
     def problems(self, when: str, source: str) -> list[ProblemResult] | None:
         """The judged problems of an evaluation; None where it has written none.
@@ -171,7 +173,10 @@ def _read_json_object(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"an object was expected, not {type(value).__name__}")
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. The file was damaged or edited.") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}. The file was damaged or edited. Restore it from a copy, or remove it: "
+            "the report does without."
+        ) from error
     return value
 
 

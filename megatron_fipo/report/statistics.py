@@ -56,7 +56,7 @@ def difference_interval(values: Sequence[float], others: Sequence[float]) -> Int
     """Mean of the values minus mean of the others, of two independent sets whose variances may differ.
 
     Welch's degrees of freedom ("The generalization of Student's problem", Biometrika 34, 1947), rounded down. Where
-    neither side varies, the difference is as certain as it can be.
+    neither side varies, nothing is said of a spread, and there is no interval.
 
     Raises:
         ValueError: if there are no values, or no others.
@@ -68,7 +68,7 @@ def difference_interval(values: Sequence[float], others: Sequence[float]) -> Int
         return Interval(mean, None, None)
     first, second = (float(np.var(side, ddof=1)) / len(side) for side in (values, others))
     if first + second == 0:
-        return Interval(mean, mean, mean)
+        return Interval(mean, None, None)
     degrees = (first + second) ** 2 / (first**2 / (len(values) - 1) + second**2 / (len(others) - 1))
     half = t_quantile(max(math.floor(degrees), 1)) * math.sqrt(first + second)
     return Interval(mean, mean - half, mean + half)

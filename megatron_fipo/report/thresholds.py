@@ -13,6 +13,8 @@ class Thresholds:
     """Accuracy in training above which a run has little left to learn from these data."""
     steps_to_learn: int = 10
     """Steps in a third of the run from which on a reward without a clear change is a warning."""
+    lost_gain: float = 0.25
+    """Share of the reward gained up to the middle third that is lost again in the last one, beyond noise."""
     inert_weight_std: float = 1e-3
     """Standard deviation of the influence weights below which they change nothing."""
     noise_share: float = 0.5
@@ -45,8 +47,9 @@ class Thresholds:
     """Share of responses without an answer above which the prompt does not say how to answer."""
     failed: float = 0.0
     """Share of groups that could not be judged above which the verifier is at fault."""
-    mismatch_kl: float = 1e-4
-    """KL between engine and actor, in nats, below which a trend does no harm."""
+    mismatch_kl: float = 1e-3
+    """KL between engine and actor, in nats, below which a trend does no harm: steps of healthy runs of the quick-start,
+    whose leftover groups older weights wrote, go up to 5e-4."""
     far_from_engine: float = 0.01
     """Share of tokens whose probability is not within a factor of 2 of the engine's."""
     masked: float = 0.5

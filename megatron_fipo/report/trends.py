@@ -22,23 +22,32 @@ class Trend:
     """A metric at the beginning and at the end.
 
     Attributes:
-        first, last: means over the first and the last third.
+        first, middle, last: means over the thirds.
         change: last minus first, with its 95 % interval.
-        num_steps: steps in each third.
+        early_change, late_change: middle minus first, and last minus middle, with theirs.
+        num_steps: steps in the first and in the last third; the middle one has what is between.
     """
 
     first: float
+    middle: float
     last: float
     change: Interval
+    early_change: Interval
+    late_change: Interval
     num_steps: int
 
     @property
     def rises(self) -> bool:
-        return self.change.is_above
+        return self.change.is_above or (_is_without_noise(self.change) and self.change.mean > 0)
 
     @property
     def falls(self) -> bool:
-        return self.change.is_below
+        return self.change.is_below or (_is_without_noise(self.change) and self.change.mean < 0)
+
+
+def _is_without_noise(change: Interval) -> bool:
+    """Whether neither third varies: a mean of many responses that is the same at each step has moved if it differs."""
+    return change.low is None
 
 
 def trend(table: MetricTable, name: str) -> Trend | None:
@@ -47,8 +56,16 @@ def trend(table: MetricTable, name: str) -> Trend | None:
     if len(values) < LEAST_STEPS:
         return None
     size = len(values) // 3
-    first, last = values[:size], values[-size:]
-    return Trend(float(np.mean(first)), float(np.mean(last)), difference_interval(last, first), size)
+    first, middle, last = values[:size], values[size:-size], values[-size:]
+    return Trend(
+        first=float(np.mean(first)),
+        middle=float(np.mean(middle)),
+        last=float(np.mean(last)),
+        change=difference_interval(last, first),
+        early_change=difference_interval(middle, first),
+        late_change=difference_interval(last, middle),
+        num_steps=size,
+    )
 
 
 def recent(table: MetricTable, name: str) -> float | None:

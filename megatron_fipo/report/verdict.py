@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,13 +15,13 @@ from megatron_fipo.report.thresholds import THRESHOLDS
 from megatron_fipo.report.trends import LEAST_STEPS, recent, trend
 
 REWARD, ACCURACY, ENTROPY = "reward/mean", "rollout/accuracy/mean", "policy/entropy/mean"
-UPDATES, SHIFT_STD = "optim/updates", "policy/log_prob_shift/std"
+UPDATES, SHIFT_STD, GRAD_NORM = "optim/updates", "policy/log_prob_shift/std", "optim/grad_norm"
 STD, STD_AFTER_FIRST = "fipo/influence_weight/std", "fipo/influence_weight/std_after_first_update"
 NOISE = "noise_floor/future_kl/share_of_later_std"
 FILTERED, GROUPS = "fipo/filtered_sequences", "rollout/batch_groups"
 TELLING = (
     ENTROPY,
-    "optim/grad_norm",
+    GRAD_NORM,
     "policy/clip_fraction",
     "fipo/influence_weight/clipped_share",
     "mismatch/kl/mean",
@@ -28,6 +29,8 @@ TELLING = (
 """The metrics that a healthy run's verdict points to."""
 STALENESS = "rollout/staleness_steps/max"
 ROUNDS = "rollout/generation_rounds"
+
+Problem = TypeVar("Problem")
 
 
 def verdict(run: RunData) -> list[Finding]:
@@ -42,10 +45,19 @@ def verdict(run: RunData) -> list[Finding]:
     troubles = sorted([*troubles, *beyond_limits(run.metrics)], key=lambda finding: LEVELS.index(finding.level))
     if not any(finding.level in (WARNING, BAD) for finding in troubles):
         seen = {name for name in (*watched_metrics(), ENTROPY) if run.metrics.values(name)}
-        text = f"None of the {len(seen)} watched metrics lies beyond its line; those named here tell most."
-        named = tuple(name for name in TELLING if name in seen)
-        troubles.append(Finding(GOOD, "Nothing saturates or drifts", text, named))
+        troubles.append(_nothing_wrong(run, seen))
     return [*_progress(run), *_learning(run), *_held_out(run), *_influence(run), *troubles]
+
+
+def _nothing_wrong(run: RunData, seen: Set[str]) -> Finding:
+    if not seen:
+        text = "The run has none of the metrics that would tell of it."
+        return Finding(NOTE, "Not known whether anything saturates or drifts", text, ())
+    text = f"None of the {len(seen)} watched metrics lies beyond its line; those named here tell most."
+    named = tuple(name for name in TELLING if name in seen)
+    if len(run.metrics.training_steps) < LEAST_STEPS:
+        return Finding(GOOD, "Nothing saturates", f"{text} To tell a drift takes {LEAST_STEPS} steps.", named)
+    return Finding(GOOD, "Nothing saturates or drifts", text, named)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
@@ -61,17 +73,21 @@ def _learning(run: RunData) -> Iterator[Finding]:
     found = trend(run.metrics, REWARD)
     if found is None:
         steps = len(run.metrics.values(REWARD))
-        text = f"{steps} steps have a reward; {LEAST_STEPS} are needed to tell a change from noise."
+        text = f"Steps with a reward: {steps}. It takes {LEAST_STEPS} to tell a change from noise."
         yield Finding(NOTE, "Too early to tell whether it learns", text, (REWARD,))
         return
     text = (
         f"The reward went from {found.first:.3f} in the first {found.num_steps} steps to {found.last:.3f} in the last "
         f"{found.num_steps}: {_signed(found.change)}."
     )
-    if found.rises:
-        yield Finding(GOOD, "It is learning", text, (REWARD,))
-    elif found.falls:
+    lost, lost_share = -found.late_change.mean, THRESHOLDS.lost_gain
+    if found.falls:
         yield Finding(BAD, "The reward falls", text, (REWARD,))
+    elif found.early_change.is_above and found.late_change.is_below and lost > lost_share * found.early_change.mean:
+        text += f" In between it was {found.middle:.3f}; since then: {_signed(found.late_change)}."
+        yield Finding(WARNING, "The reward rose and falls again", text, (REWARD,))
+    elif found.rises:
+        yield Finding(GOOD, "It is learning", text, (REWARD,))
     elif (accuracy := recent(run.metrics, ACCURACY)) is not None and accuracy > THRESHOLDS.solved_accuracy:
         solved = f" {percent(accuracy)} of the responses are right: there is little left to learn from these data."
         yield Finding(NOTE, "The data are solved", text + solved, (REWARD, ACCURACY))
@@ -93,15 +109,17 @@ def _held_out(run: RunData) -> Iterator[Finding]:
         change = None
         if before is not None and after is not None:
             change = paired_change(
-                {problem.prompt_id: float(np.mean(problem.correct)) for problem in before},
-                {problem.prompt_id: float(np.mean(problem.correct)) for problem in after},
+                {(problem.prompt_id, problem.prompt): float(np.mean(problem.correct)) for problem in before},
+                {(problem.prompt_id, problem.prompt): float(np.mean(problem.correct)) for problem in after},
             )
         text = f"avg@{k} on {source} went from {scores[0]:.3f} to {scores[-1]:.3f}"
-        if change is None or change.low is None:
+        if change is None:
             text += "; the problems of both evaluations are needed to tell that from noise."
             yield Finding(NOTE, f"Held-out scores: {source}", text, (name,))
             continue
         text += f": {_signed(change)}, over {len(before or ())} problems."
+        if change.low is None:
+            text += " It is the same on each of them, which tells nothing of noise."
         if change.is_above:
             yield Finding(GOOD, f"Held-out scores rise: {source}", text, (name,))
         elif change.is_below:
@@ -110,7 +128,7 @@ def _held_out(run: RunData) -> Iterator[Finding]:
             yield Finding(NOTE, f"No clear change in held-out scores: {source}", text, (name,))
 
 
-def paired_change(before: dict[int, float], after: dict[int, float]) -> Interval | None:
+def paired_change(before: Mapping[Problem, float], after: Mapping[Problem, float]) -> Interval | None:
     """Mean of the differences of what both have, with its interval; None unless they have the same problems."""
     if not before or before.keys() != after.keys():
         return None
@@ -126,7 +144,8 @@ def _influence(run: RunData) -> Iterator[Finding]:
         yield Finding(NOTE, f"No Future-KL: {run.algorithm}", text, ())
         return
     updates = recent(run.metrics, UPDATES)
-    if updates is not None and updates <= 1:
+    sums_shifts = run.config.get("objective.future_kl_reference") != "behaviour"  # which are 0 in the first update
+    if updates is not None and updates <= 1 and sums_shifts:
         text = (
             "A step has one update, and in the first update every influence weight is 1: this is plain DAPO. Raise "
             "train.num_minibatches or train.num_epochs."
@@ -137,7 +156,8 @@ def _influence(run: RunData) -> Iterator[Finding]:
     spread = recent(run.metrics, name)
     if spread is None:
         return
-    text = f"After the first update of a step the influence weights spread by {number(spread)} (standard deviation)"
+    whose = "The influence weights" if name == STD else "After the first update of a step the influence weights"
+    text = f"{whose} spread by {number(spread)} (standard deviation)"
     low, high = run.config.get("objective.influence_min"), run.config.get("objective.influence_max")
     if low == high and low is not None:
         text = f"objective.influence_min and influence_max are both {low}: the weights cannot vary."
@@ -156,7 +176,10 @@ def _influence(run: RunData) -> Iterator[Finding]:
 
 def _updates(run: RunData) -> Iterator[Finding]:
     shift, updates = recent(run.metrics, SHIFT_STD), recent(run.metrics, UPDATES)
-    if shift == 0 and updates is not None and updates > 1:
+    if recent(run.metrics, GRAD_NORM) == 0:
+        text = "The gradient is 0: all responses of a group have the same reward, or the loss leaves out all tokens."
+        yield Finding(BAD, "Nothing is learnt", text, (GRAD_NORM,))
+    elif shift == 0 and updates is not None and updates > 1:
         text = "The log-probs do not move within a step: the learning rate is 0, or no gradient arrives."
         yield Finding(BAD, "Nothing is learnt", text, (SHIFT_STD,))
 

@@ -22,10 +22,19 @@ _SECRET_END = re.compile(
 """How the name of a secret ends: api_key, hubToken."""
 _NO_SECRET = re.compile(r"\$\{oc\.env:[^}]*\}|")
 """A reference to an environment variable is no secret; nor is nothing."""
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(\S*)")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)(\S*)")
+_OPTION = re.compile(r"(?<![\w-])(?:-{1,2}[A-Za-z][\w.-]{0,60}(?:=| +(?!-))|[A-Za-z][\w.-]{0,60}=)")
+_OPTION_VALUE = re.compile(r"\"[^\"]*\"|'[^']*'|\S+")
+"""A name and its value within a text: --api-key VALUE, HF_TOKEN=VALUE."""
+_HEADER = re.compile(
+    r"(?<![\w-])((?:(?:[A-Za-z0-9]{1,30}[-_]){1,6}(?:key|token|secret)|(?:proxy-)?authorization|cookie|password): ?)"
+    r"[^\n]+",
+    re.IGNORECASE,
+)
+"""A header with a secret, X-API-Key: VALUE; of "Answer key: 5", in which there is none, the name has one part."""
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|xox[abprs]-[\w-]{10,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|xox[abprs]-[\w-]{10,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{10,1000}\.[\w-]{10,}\.[\w-]*)"
     r"|\b[Bb]earer\s+\S{8,}"
 )
 """What the keys of well-known services look like."""
@@ -72,10 +81,20 @@ def _written(key: str, value: Any, values: Mapping[str, Any]) -> Any:
         return LEFT_OUT
     if not isinstance(value, str):
         return value
-    option, equals, _ = value.partition("=")
-    if equals and re.fullmatch(r"[\w-]+", option) and _names_secret(option):
-        return f"{option}={LEFT_OUT}"
-    return without_credentials(value)
+    return without_credentials(_without_values(_HEADER.sub(rf"\1{LEFT_OUT}", value)))
+
+
+def _without_values(text: str) -> str:
+    """A text with options, but without the values of those whose names are those of secrets."""
+    kept, position = [], 0
+    for option in _OPTION.finditer(text):  # one may begin within the value of the one before: a=1,api_key=VALUE
+        if option.start() < position or not _names_secret(option[0].rstrip(" =")):
+            continue
+        value = _OPTION_VALUE.match(text, option.end())
+        if value is not None and not _NO_SECRET.fullmatch(value[0]):
+            kept += [text[position : option.end()], LEFT_OUT]
+            position = value.end()
+    return "".join([*kept, text[position:]])
 
 
 def _names_secret(name: str) -> bool:

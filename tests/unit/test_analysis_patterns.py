@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.analysis.names import NAMES
+from megatron_fipo.analysis.parts import code_blocks
 from megatron_fipo.analysis.patterns import (
     ERROR,
     KINDS,
@@ -226,3 +227,41 @@ def test_a_text_in_another_language_is_searched_for_its_words() -> None:
 def test_classes_of_errors(error: str, kind: str) -> None:
     assert error_class(error) == kind
     assert kind in error_classes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "self._loop.add_reader(pidfd, self._do_wait, pid)",
+        "if typo in names_to_check: raise",
+        "POLICY_CHECK: int = 5",
+        "address, winapi.PIPE_WAIT, 1",
+    ],
+)
+def test_parts_of_a_name_in_code_are_no_marks(text: str) -> None:
+    assert find_marks(lowered(text)) == []
+
+
+@pytest.mark.parametrize("text", ["_Wait, no._", "So 5.\n*_Wait, no._*", "It is 5. (_wait, no_)"])
+def test_a_mark_in_italics_is_one(text: str) -> None:
+    assert [mark.kind for mark in find_marks(lowered(text))] == ["doubt"]
+
+
+def test_the_text_between_blocks_of_code_counts() -> None:
+    text = "Wait, no. ```wait, no.```\nWait, no. ```wait, no.```\nWait, no. ```wait, no."
+    marks = find_marks(lowered(text), code=code_blocks(text))
+    assert [mark.start for mark in marks] == [place for place in range(len(text)) if text.startswith("Wait", place)]
+
+
+def test_many_blocks_of_code_take_no_long_time() -> None:
+    """Each of 60,000 marks would be looked for in each of 60,000 blocks: minutes."""
+    text = "```wait, ```\nwait. " * 60_000
+    before = time.process_time()
+    assert len(find_marks(text, code=code_blocks(text))) == 60_000
+    assert time.process_time() - before < 20
+
+
+@pytest.mark.parametrize("quoted", ['"Wait, no."', "“Wait, no.”", "„Warte, nein.“", "「等等，不对。」"])
+def test_other_quotation_marks_are_such_too(quoted: str) -> None:
+    assert [mark for mark in find_marks(lowered(f"He said:\n{quoted}")) if mark.start < 12] == []
+    assert [mark.start for mark in find_marks(lowered(f"He said:\n{quoted[1:]}"))][:1] == [9]

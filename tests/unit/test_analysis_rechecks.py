@@ -28,6 +28,8 @@ def outcomes(text: str, reference: str = "", is_right: bool | None = None) -> li
         ("12-5=8?8;#8", ["unchanged"]),
         ("12-5=8?9;#9", ["changed"]),
         ("12-5=8?9?7;#7", ["changed", "wrong_to_right"]),
+        ("12-5=8?7?8;#8", ["wrong_to_right", "right_to_wrong"]),
+        ("12-5=8??7;#7", ["untold", "wrong_to_right"]),
         ("3-5=0?1;#1", ["right_to_wrong"]),  # values end at 0, as the task's solutions do
         ("98+5=99?3;#3", ["right_to_wrong"]),
         ("6-1=5?-1=10;#10", ["untold"]),
@@ -66,6 +68,8 @@ def test_a_long_chain_takes_linear_time() -> None:
         ("640 / 8 = 80. Let me double-check. It fits.\n\nWe also need 70 + 10 = 80.", ["untold"]),
         ("It is odd. Wait, is it even?", ["untold"]),
         ("17 * 3 = 41. So 41. " + "Then we go on. " * 40 + "Wait, 17 * 3 = 51.", ["untold"]),
+        ("17 * 3 = 41. Wait, is it even?\nLet me recalculate: 17 * 3 = 51.", ["untold", "wrong_to_right"]),
+        ("17 * 3 = 41. Wait, 17 * 3 = 51.\nHmm, 17 * 3 = 41.", ["wrong_to_right", "right_to_wrong"]),
         ("1,000 * 3 = 3,100. Hmm, wait: 1,000 * 3 = 3,000.", ["wrong_to_right"]),
         ("7 + 3 = 11。等等，7 + 3 = 10，我算错了。", ["wrong_to_right"]),
         ("5 * 180 = 800. I made a mistake: 5 * 180 = 900.", ["wrong_to_right"]),
@@ -90,6 +94,10 @@ def test_equations(text: str, expected: list[str]) -> None:
         (
             "The answer is 5. Wait, no. The answer is 6.\nLet me double-check this.\nThe answer is 6.",
             ["wrong_to_right", "unchanged"],
+        ),
+        (
+            "The answer is 5. Wait, no. The answer is 6.\nLet me double-check this.\nThe answer is 7.",
+            ["wrong_to_right", "right_to_wrong"],
         ),
     ],
 )
@@ -123,6 +131,7 @@ def test_marks_close_together_are_one_recheck() -> None:
         ("**Answer:** $34$", ["34"]),
         ("the final answer is 1,234.5 kg", ["1,234.5"]),
         ("#### -7", ["-7"]),
+        (r"\boxed{\(5\)} and \boxed{$6$}", ["5", "6"]),
         ("Antwort: 75\n答案：50", ["75", "50"]),
         ("the answer should be blue, I think", ["blue"]),
         ("we answer questions. results vary. \\boxed{", []),

@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 
 from megatron_fipo.analysis import command, of_run
-from megatron_fipo.analysis.measures import ENDS, Totals, add_response, end_of
+from megatron_fipo.analysis.measures import ENDS, Totals, add_response, end_of, rechecks_of
 from megatron_fipo.analysis.names import NAMES
 from megatron_fipo.analysis.of_run import Point, analyse_run
+from megatron_fipo.analysis.patterns import lowered
+from megatron_fipo.analysis.rechecks import FOR_BETTER
 from megatron_fipo.analysis.responses import EVALUATION, TRAINING, Batch, Response, batches_of, read_batch
 from megatron_fipo.analysis.table import print_analysis
+from megatron_fipo.analysis.words import Words
+from megatron_fipo.report.metrics_file import read_metrics
 from megatron_fipo.run.samples import TrainingSample, write_samples
 from megatron_fipo.traces.files import write_trace
 from megatron_fipo.traces.schema import ENVIRONMENT, IN_LOSS, TracedResponse
@@ -101,7 +105,7 @@ def test_the_steps_of_evaluations(tmp_path: Path) -> None:
 
 
 def test_the_last_steps_own_evaluation_is_not_counted_twice(tmp_path: Path) -> None:
-    write_metrics(tmp_path, {"step": 3, "reward/mean": 1.0})
+    write_metrics(tmp_path, {"step": 3, "reward/mean": 1.0}, {"step": 4, "evaluation/held_out/avg@1": 1.0})
     for when in ("step_000004", "after"):
         write_evaluation(tmp_path, when, problem(["12-5=7;#7"] * 3))
     write_evaluation(tmp_path, "after", problem(["12-5=7;#7"], source="more"), source="more")
@@ -113,9 +117,40 @@ def test_a_last_evaluation_without_metrics_is_refused(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "after", problem(["12-5=7;#7"]))
     with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell how many steps .* delete .* after_"):
         analyse_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x"')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell"):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x"\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell .* Mend the line"):
         analyse_run(tmp_path)
+
+
+def test_evaluations_of_weights_that_were_given_up_are_left_out(tmp_path: Path) -> None:
+    """A run ended after 4 steps, was resumed with more of them before step 6, and writes a line just now: its files
+    after_… and step_000008 are of earlier times, which the newer metrics do not know."""
+    for when in ("before", "step_000002", "step_000006", "step_000008", "after"):
+        write_evaluation(tmp_path, when, problem(["12-5=7;#7"]))
+    write_evaluation(tmp_path, "after", problem(["12-5=7;#7"], source="more"), source="more")
+    score = {"evaluation/held_out/avg@1": 1.0}
+    lines = [{"step": 0, **score}, *({"step": step, "reward/mean": 1.0} for step in range(6)), {"step": 5, **score}]
+    write_metrics(tmp_path, *lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "reward/m')
+    assert [point.step for point in analyse_run(tmp_path).points] == [0, 2, 6]
+
+
+def test_steps_are_those_of_the_report(tmp_path: Path) -> None:
+    """A step is, here and there, the number of steps behind the policy that wrote the responses."""
+    score = {"evaluation/held_out/avg@1": 1.0}
+    training = [{"step": step, "reward/mean": 1.0} for step in range(4)]
+    write_metrics(
+        tmp_path, {"step": 0, **score}, *training[:2], {"step": 1, **score}, *training[2:], {"step": 4, **score}
+    )
+    for when in ("before", "step_000002", "after"):
+        write_evaluation(tmp_path, when, problem(["12-5=7;#7"]))
+    for step in range(4):
+        write_samples(tmp_path / "samples", step, [sample(step=step)])
+    points, metrics = analyse_run(tmp_path).points, read_metrics(tmp_path / "metrics.jsonl")
+    steps = {where: tuple(point.step for point in points if point.where == where) for where in (EVALUATION, TRAINING)}
+    assert steps == {EVALUATION: metrics.evaluated_steps, TRAINING: metrics.training_steps}
+    assert steps == {EVALUATION: (0, 2, 4), TRAINING: (0, 1, 2, 3)}
 
 
 def test_a_response_in_a_trace_is_not_read_again(tmp_path: Path) -> None:
@@ -181,6 +216,58 @@ def test_values_by_hand(tmp_path: Path) -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert "length/thinking_tokens" not in found
     assert "repetition/word4_share" not in found
+
+
+def test_changes_for_better_and_for_worse_are_told_apart(tmp_path: Path) -> None:
+    """Five re-checks: two from wrong to right, one from right to wrong, one to another wrong value, one unchanged."""
+    write_samples(
+        tmp_path / "samples",
+        0,
+        [sample(response="12-5=8?7;1+1=3?2;2+1=3?4;#4"), sample(sample_index=1, response="12-5=8?9;1+1=2?2;#2")],
+    )
+    found = values(tmp_path, TRAINING, 0, "chains")
+    expected = {
+        "recheck/per_response": 2.5,
+        "recheck/told_share": 1.0,
+        "recheck/changed_share": 0.8,
+        "recheck/for_better_share": 0.4,
+        "recheck/for_worse_share": 0.2,
+        "recheck/for_better_per_response": 1.0,
+        "recheck/for_worse_per_response": 0.5,
+        "check/per_response": 2.5,
+        "check/share": 1.0,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_marks_in_code_and_in_what_is_quoted_from_the_prompt_do_not_count(tmp_path: Path) -> None:
+    prompt = "Read it.\nWait, that is not the way to the station, said the old man."
+    quoting = f"The text says:\n{prompt[9:]}\nSo 5."
+    texts = ["Wait, no.\n#### 7", "A\n```\nwait, no.\n```\n#### 7", quoting]
+    write_samples(
+        tmp_path / "samples",
+        0,
+        [sample(source="m", sample_index=place, response=text, prompt=prompt) for place, text in enumerate(texts)],
+    )
+    assert values(tmp_path, TRAINING, 0, "m")["doubt/per_response"] == pytest.approx(1 / 3)
+
+
+def test_a_response_that_could_not_be_judged_is_not_right(tmp_path: Path) -> None:
+    late = "verifier math took longer than verifier.timeout_s=10 and was killed"
+    write_samples(tmp_path / "samples", 0, [sample(), sample(sample_index=1, tokens=20, error=late, score=1.0)])
+    found = values(tmp_path, TRAINING, 0, "chains")
+    assert found["right/with_recheck"] == 0.5
+    assert (found["length/tokens_right"], found["length/tokens_wrong"]) == (12, 20)
+
+
+@pytest.mark.parametrize("fields", [{"answer": ""}, {"error": "verifier math took longer than …"}])
+def test_without_a_verdict_on_an_answer_the_reference_says_what_is_right(fields: dict[str, str]) -> None:
+    text = "The answer is 5. Wait, no. The answer is 6."
+    response = replace(Response("s", "p", text, "6", "6", 0.0, 9, "stop", ""), **fields)
+    lower = lowered(text)
+    rechecks, kinds = rechecks_of(response, lower, Words(lower))
+    assert [one.outcome for one in rechecks] == [FOR_BETTER]
+    assert kinds == {"doubt": 1}
 
 
 def test_sources_are_told_apart(tmp_path: Path) -> None:
@@ -275,7 +362,7 @@ def test_a_damaged_evaluation(tmp_path: Path, line: str, reason: str) -> None:
     with pytest.raises(ValueError, match=r"before_held_out\.jsonl, line 2") as raised:
         analyse_run(tmp_path)
     assert reason in str(raised.value)
-    assert "damaged or edited" in str(raised.value)
+    assert "damaged or edited; evaluate again, or remove it" in str(raised.value)
 
 
 def test_damaged_samples_and_traces(tmp_path: Path) -> None:

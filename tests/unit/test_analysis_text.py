@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
 
 import pytest
@@ -206,6 +207,15 @@ def test_changes_of_script(text: str, expected: int) -> None:
     assert switches(text) == expected
 
 
+def test_formulas_that_are_never_closed_take_no_long_time() -> None:
+    """Each of 500,000 openings would look for its end in the next thousands of characters: minutes."""
+    before = time.process_time()
+    for opening in ("\\[", "\\(", "$$ ", "$"):
+        assert switches("首都 " + opening * 500_000) == 0
+    assert time.process_time() - before < 10
+    assert switches("All is well \\[ and open \\[首都是堪培拉\\] and so it goes on.") == 0
+
+
 def test_other_share() -> None:
     """8 Latin letters and 2 ideographs: a fifth is not in the main script."""
     assert scripts_of("abcd efgh 首都", Words("abcd efgh 首都")).other_share == pytest.approx(0.2)
@@ -224,6 +234,12 @@ def test_hashes_are_those_of_words_and_pieces() -> None:
     assert hashes.tolist() == [hash_of(piece) for piece in pieces]
     assert [text[place:].startswith(piece) for place, piece in zip(places.tolist(), pieces, strict=True)] == [True] * 7
     assert len({hash_of(piece) for piece in [*pieces, "on", "ab", "ba", "", "a", "aa"]}) == 13
+
+
+def test_letters_of_latin_script_are_told_from_others() -> None:
+    assert not Words("Łódź, Größe, Ėė, Việt Nam: fine.").has_other_scripts
+    for other in ("α", "я", "等", "한", "𝐱"):
+        assert Words(f"So {other} it is").has_other_scripts
 
 
 def test_pieces_that_are_wanted() -> None:

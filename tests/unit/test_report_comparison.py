@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,114 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert difference["high"] == pytest.approx(0.2 + 0.24842, abs=1e-4)
 
 
+def test_a_seed_that_was_run_twice_is_no_second_seed(tmp_path: Path) -> None:
+    """Seed 0 came to 0.4 and 0.6, seed 1 to 0.7: the seeds' means are 0.5 and 0.7, 0.6 ± 12.706 · 0.1414 / sqrt(2)."""
+    runs = [
+        made(tmp_path, f"f{place}", avg, run__seed=seed)
+        for place, (seed, avg) in enumerate([(0, 0.4), (0, 0.6), (1, 0.7)])
+    ]
+    (group,) = score(compared(runs))["groups"]
+    assert group["values"] == [0.4, 0.6, 0.7]
+    assert group["mean"] == pytest.approx(0.6)
+    assert group["high"] == pytest.approx(0.6 + 1.2706, abs=1e-3)
+    others = [made(tmp_path, f"d{seed}", 0.4, run__seed=seed, algorithm="dapo") for seed in (0, 1)]
+    (difference,) = score(compared([*runs, *others]))["differences"]
+    assert (difference["paired_by"], difference["num_pairs"]) == ("seed", 2)
+    assert difference["mean"] == pytest.approx(0.2)
+
+
+def test_runs_without_a_seed_stand_for_themselves(tmp_path: Path) -> None:
+    runs = [made(tmp_path, f"f{place}", avg, run__seed=None) for place, avg in enumerate((0.4, 0.6))]
+    (group,) = score(compared(runs))["groups"]
+    assert group["high"] == pytest.approx(0.5 + 12.706 * 0.1, abs=1e-3)
+    other = made(tmp_path, "d", 0.4, run__seed=None, algorithm="dapo")
+    (difference,) = score(compared([*runs, other]))["differences"]
+    assert difference["paired_by"] == "nothing"
+
+
+def test_one_shared_seed_among_several_makes_no_pair(tmp_path: Path) -> None:
+    """The others would be lost, and a single pair has no interval."""
+    fipo = [made(tmp_path, f"f{seed}", avg, run__seed=seed) for seed, avg in ((0, 0.5), (1, 0.6))]
+    dapo = [made(tmp_path, f"d{seed}", avg, run__seed=seed, algorithm="dapo") for seed, avg in ((1, 0.3), (2, 0.4))]
+    (difference,) = score(compared([*fipo, *dapo]))["differences"]
+    assert (difference["paired_by"], difference["num_pairs"]) == ("nothing", 2)
+    assert difference["mean"] == pytest.approx(0.2)
+    assert difference["low"] is not None
+
+
+def test_two_shared_seeds_among_three_are_pairs(tmp_path: Path) -> None:
+    fipo = [made(tmp_path, f"f{seed}", avg, run__seed=seed) for seed, avg in ((0, 0.9), (1, 0.5), (2, 0.6))]
+    dapo = [
+        made(tmp_path, f"d{seed}", avg, run__seed=seed, algorithm="dapo")
+        for seed, avg in ((1, 0.3), (2, 0.2), (3, 0.9))
+    ]
+    (difference,) = score(compared([*fipo, *dapo]))["differences"]
+    assert (difference["paired_by"], difference["num_pairs"]) == ("seed", 2)
+    assert difference["mean"] == pytest.approx(0.3)
+
+
+def test_the_newest_scores_are_compared(tmp_path: Path) -> None:
+    steps = training_lines(reward__mean=[0.0] * 2)
+    lines = [scores_line(0, 0.1), steps[0], scores_line(0, 0.5), steps[1], scores_line(2, 0.9)]
+    runs = [read_run(write_run(tmp_path / str(seed), lines, {"run.seed": seed})) for seed in (0, 1)]
+    assert score(compared(runs))["groups"][0]["values"] == [0.9, 0.9]
+
+
+def test_shadow_objectives_change_nothing_that_is_learnt(tmp_path: Path) -> None:
+    plain = made(tmp_path, "a", 0.5, run__seed=0)
+    shadowed = made(tmp_path, "b", 0.5, run__seed=1, objective__shadow={"tau_8": {"half_life_tokens": 8.0}})
+    comparison = compared([plain, shadowed])
+    assert [group["runs"] for group in comparison["groups"]] == [[0, 1]]
+    assert comparison["config_differences"] == []
+
+
+def test_scores_of_other_numbers_of_samples_are_not_paired(tmp_path: Path) -> None:
+    """avg@2 of one run is not compared with avg@4 of another under either name."""
+    problems = judged([1, 1], [0, 0])
+    one = made(tmp_path, "a", 0.5, problems, run__seed=0)
+    lines = [{"step": 0, "reward/mean": 0.5}, scores_line(1, 0.75, k=4)]
+    settings = {"run.seed": 0, "algorithm": "dapo", "train.num_steps": 1}
+    files = {"after_held_out": judged([1, 1, 1, 1], [0, 0, 1, 1])}
+    other = read_run(write_run(tmp_path / "b", lines, settings, problems=files))
+    comparison = compared([one, other])
+    assert score(comparison)["differences"] == []
+    assert score(comparison, "evaluation/held_out/avg@4")["differences"] == []
+
+
+def test_scores_that_were_not_measured_alike_are_told(tmp_path: Path) -> None:
+    def note(name: str, **changes: Any) -> str:
+        return str(compared([made(tmp_path, f"{name}_a", 0.5), made(tmp_path, f"{name}_b", 0.5, **changes)])["note"])
+
+    assert note("same", optimizer__learning_rate=1.0, run__seed=3) == ""
+    assert note("data", data__evaluation__held_out__path="other.jsonl") == (
+        "The runs' held-out scores are not of like evaluations, for these differ: data.evaluation.held_out.path."
+    )
+    assert "evaluation.temperature" in note("temperature", evaluation__temperature=0.5)
+    assert note("often", evaluation__every_num_steps=7) == ""
+    assert note("more", data__evaluation__more={"kind": "jsonl"}) == "", "the others have no such scores"
+    assert note("reward", reward__incorrect=0.0, data__train__chains__path="x") == (
+        "The runs' rewards in training are not of like data and rules, for these differ: data.train.chains.path, "
+        "reward.incorrect."
+    )
+    many = note("many", **{f"evaluation__{letter}": 1 for letter in "abcdef"})
+    assert many.endswith("evaluation.a, evaluation.b, evaluation.c, evaluation.d and 2 more.")
+
+
+def test_newest_scores_of_other_steps_are_told(tmp_path: Path) -> None:
+    steps = training_lines(reward__mean=[0.0] * 4)
+    runs = [
+        read_run(
+            write_run(
+                tmp_path / str(after),
+                [*steps[:after], scores_line(after - 1, 0.5), *steps[after:]],
+                {"run.seed": after},
+            )
+        )
+        for after in (2, 3)
+    ]
+    assert compared(runs)["note"] == "The newest held-out scores are of 2 and 3 steps of training."
+
+
 def test_differences_are_paired_by_problem(tmp_path: Path) -> None:
     """Means over seeds: fipo 1, 3/4, 1/2, 1/4; dapo 1/2, 3/4, 0, 0. Differences 1/2, 0, 1/2, 1/4: mean 0.3125, standard
     deviation 0.23936, ± 3.1824 · 0.23936 / 2."""
@@ -135,10 +244,31 @@ def test_differences_are_paired_by_problem(tmp_path: Path) -> None:
     assert by_problem["high"] == pytest.approx(0.3125 + 0.38088, abs=1e-4)
 
 
+def test_each_evaluation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each pair of groups: their files may have hundreds of megabytes."""
+    read, problems = [], RunData.problems
+
+    def noted(run: RunData, when: str, source: str) -> list[ProblemResult] | None:
+        read.append(run.name)
+        return problems(run, when, source)
+
+    monkeypatch.setattr(RunData, "problems", noted)
+    runs = [
+        made(tmp_path, name, 0.5, judged([1, 1], [0, place % 2]), optimizer__learning_rate=float(place))
+        for place, name in enumerate("abcd")
+    ]
+    differences = score(compared(runs))["differences"]
+    assert [row["paired_by"] for row in differences].count("problem") == 6
+    assert sorted(read) == ["a", "b", "c", "d"]
+
+
 def test_other_problems_are_not_paired(tmp_path: Path) -> None:
     one = made(tmp_path, "a", 0.5, judged([1, 1], [0, 0]), run__seed=0)
     other = made(tmp_path, "b", 0.5, judged([1, 1]), run__seed=0, algorithm="dapo")
     assert [row["paired_by"] for row in score(compared([one, other]))["differences"]] == ["seed"]
+    renamed = [replace(problem, prompt=f"another {problem.prompt}") for problem in judged([1, 1], [0, 1])]
+    third = made(tmp_path, "c", 0.5, renamed, run__seed=0, algorithm="dapo")
+    assert [row["paired_by"] for row in score(compared([one, third]))["differences"]] == ["seed"]
 
 
 def test_training_is_compared_by_its_last_third(tmp_path: Path) -> None:

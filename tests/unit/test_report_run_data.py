@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_fipo.report.metrics_file import read_metrics
+from megatron_fipo.report.metrics_file import MetricTable, read_metrics
 from megatron_fipo.report.run_data import evaluated_sources, read_measured_runs, read_run
 from tests.unit.report_runs import judged, scores_line, training_lines, write_run
 
@@ -60,6 +61,7 @@ def test_a_last_line_that_is_being_written_is_left_for_later(tmp_path: Path, tor
         ('{"step": -1}\n', "its step is -1"),
         ('{"step": 1, "reward/mean": "high"}\n', "reward/mean is 'high'"),
         ('{"step": 1, "reward/mean": [1]}\n', "reward/mean is"),
+        (f'{{"step": 1, "reward/mean": {"9" * 400}}}\n', "too large"),
         ("[" * 100_000 + "\n", "line 2"),
     ],
 )
@@ -94,6 +96,18 @@ def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
         read_run(tmp_path)
 
 
+def test_a_damaged_provenance_can_be_done_without(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", training_lines(reward__mean=[0.0]))
+    for text in ('{"git"', "[1]"):
+        (folder / "provenance.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"provenance\.json cannot be read.* or remove it: the report does without"
+        ):
+            read_run(folder)
+    (folder / "provenance.json").unlink()
+    assert read_run(folder).provenance == {}
+
+
 def test_a_run_without_numbers_has_no_report(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [])
     (folder / "metrics.jsonl").unlink()
@@ -115,6 +129,7 @@ def test_a_run_is_finished_when_its_last_scores_are_there(tmp_path: Path) -> Non
         "in the last evaluation": ([*steps, scores_line(5, 0.5)], False),
         "finished": ([*steps, scores_line(5, 0.5), scores_line(6, 0.5)], True),
         "ended by its rule": ([*steps[:3], scores_line(3, 0.5)], True),
+        "went on after its end": ([*steps[:3], scores_line(3, 0.5), *steps[3:5]], False),
         "not begun": ([scores_line(0, 0.5)], False),
     }
     for name, (lines, is_finished) in rows.items():
@@ -129,7 +144,31 @@ def test_problems_are_read_as_they_were_written(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [], problems={"before_held_out": problems, "step_000004_held_out": []}))
     assert run.problems("before", "held_out") == problems
     assert run.problems("after", "held_out") is None
-    assert run.latest_evaluation() == "step_000004"
+
+
+def test_the_newest_evaluation_is_that_of_the_newest_scores(tmp_path: Path) -> None:
+    """A run that ended after 4 steps and goes on with more, resumed before step 6, has files of its first end and of
+    steps that were given up."""
+    files = {f"{when}_held_out": judged([1]) for when in ("before", "step_000005", "step_000008", "after")}
+    steps = training_lines(reward__mean=[0.0] * 6)
+    rows = {
+        "goes on": ([scores_line(0, 0.1), *steps[:5], scores_line(4, 0.2), steps[5]], "step_000005"),
+        "has ended": ([scores_line(0, 0.1), *steps, scores_line(6, 0.2)], "after"),
+        "goes on without scores": ([scores_line(0, 0.1), *steps], None),
+        "begins": ([scores_line(0, 0.1)], None),
+    }
+    for name, (lines, when) in rows.items():
+        assert read_run(write_run(tmp_path / name, lines, problems=files)).latest_evaluation() == when, name
+
+
+def test_values_of_a_long_run_are_found_by_their_step(tmp_path: Path) -> None:
+    """Not by a search from the first step on, which would take minutes for all steps of 100,000."""
+    steps = tuple(range(0, 400_000, 2))
+    table = MetricTable(steps, {"x": list(map(float, steps))}, steps, (), False)
+    before = time.process_time()
+    assert [table.at("x", step) for step in steps] == table.columns["x"]
+    assert time.process_time() - before < 20
+    assert table.at("y", 2) is None
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ def test_values_without_a_spread_have_no_interval(values: list[float]) -> None:
     assert not mean_interval(values).is_above
 
 
+def test_an_interval_that_ends_at_0_holds_it() -> None:
+    assert not Interval(1.0, 0.0, 2.0).is_above
+    assert not Interval(-1.0, -2.0, 0.0).is_below
+    assert Interval(1.0, 0.1, 1.9).is_above
+    assert Interval(-1.0, -1.9, -0.1).is_below
+
+
 def test_of_nothing_there_is_no_mean() -> None:
     with pytest.raises(ValueError, match="at least one value"):
         mean_interval([])
@@ -55,7 +62,16 @@ def test_a_difference_of_means_after_welch() -> None:
     assert low == pytest.approx(-4 - half, abs=1e-3)
     assert high == pytest.approx(-4 + half, abs=1e-3)
     assert difference_interval([1.0], [2.0, 3.0]) == Interval(-1.5, None, None)
-    assert difference_interval([1.0, 1.0], [0.0, 0.0]) == Interval(1.0, 1.0, 1.0)
+    assert difference_interval([1.0], [2.0]) == Interval(-1.0, None, None)
+
+
+def test_a_difference_of_values_without_a_spread_has_no_interval() -> None:
+    """Two seeds that happened to come to the same share of 128 problems are no proof that every seed does."""
+    assert difference_interval([1.0, 1.0], [0.0, 0.0]) == Interval(1.0, None, None)
+    mean, low, high = difference_interval([1.0, 1.0], [0.0, 0.5])  # 0.75 ± 12.706 · 0.25
+    assert mean == 0.75
+    assert low == pytest.approx(0.75 - 12.706 * 0.25, abs=1e-3)
+    assert high == pytest.approx(0.75 + 12.706 * 0.25, abs=1e-3)
 
 
 def table(values: list[float | None]) -> MetricTable:
@@ -69,6 +85,24 @@ def test_a_trend_compares_the_first_third_with_the_last() -> None:
     assert (found.first, found.last, found.num_steps) == (0.05, 1.05, 2)
     assert found.rises
     assert not found.falls
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "rises", "falls"), [(0, 1, True, False), (1, 0, False, True), (1, 1, False, False)]
+)
+def test_thirds_that_do_not_vary(first: float, last: float, rises: bool, falls: bool) -> None:
+    found = trend(table([*[first] * 3, 0.3, 0.9, 0.1, *[last] * 3]), "x")
+    assert found is not None
+    assert (found.rises, found.falls) == (rises, falls)
+
+
+def test_the_middle_third_has_what_is_between() -> None:
+    found = trend(table([0.0, 0.2, 1.0, 2.0, 3.0, 6.0, 0.0, 0.4]), "x")
+    assert found is not None
+    assert (found.first, found.middle, found.last, found.num_steps) == (0.1, 3.0, 0.2, 2)
+    assert found.change.mean == pytest.approx(0.1)
+    assert found.early_change.mean == pytest.approx(2.9)
+    assert found.late_change.mean == pytest.approx(-2.8)
 
 
 def test_noise_is_no_trend() -> None:
