@@ -32,7 +32,7 @@ function bandTrace(xs, lows, highs, colour, opacity = 0.16) {
 }
 
 /** Traces and series of lines [{metric, label}], read by `read(run, metric)`, for all units that are shown. */
-function drawLines(lines, lows, highs, read) {
+function drawLines(lines, lows, highs, read, limits = null) {
   const chosen = shownUnits();
   const isAlone = units().length === 1;
   const bands = [];
@@ -46,7 +46,7 @@ function drawLines(lines, lows, highs, read) {
   for (const unit of chosen) {
     lines.forEach((line, order) => {
       const colour = isAlone ? lineColour(order) : lineColour(unit.colour);
-      const data = unitSeries(unit, (run) => read(run, line.metric));
+      const data = unitSeries(unit, (run) => read(run, line.metric), limits);
       if (!data.values.some(isNumber)) return;
       if (data.lows && lines.length === 1) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
       traces.push(lineTrace(data.xs, data.values, colour, DASHES[isAlone ? 0 : order % DASHES.length][0]));
@@ -69,11 +69,28 @@ function drawLines(lines, lows, highs, read) {
   return { traces: [...bands, ...traces], series: series.filter((line) => line.values.length) };
 }
 
-/** A logarithmic axis with plain numbers; a linear one that does not go below 0 where no value does. */
+const FEW_DECADES = 2;
+
+/** A logarithmic axis, with numbers between the powers of ten where there are few; a linear one that does not go below 0
+    where no value does. */
 function verticalAxis(isLog, traces) {
-  if (isLog) return { type: "log", tickformat: "~g" };
+  if (isLog) {
+    const positive = traces.flatMap(({ y }) => y.filter((value) => isNumber(value) && value > 0));
+    const decades = Math.log10(largest(positive) / smallest(positive));
+    return decades > FEW_DECADES ? { type: "log" } : { type: "log", tickformat: "~g" };
+  }
   const isPositive = traces.every(({ y }) => y.every((value) => !isNumber(value) || value >= 0));
   return { rangemode: isPositive ? "nonnegative" : "normal" };
+}
+
+/** Bands that reach to 0 or below end at the least value that is drawn: a logarithmic axis has no place for 0. */
+function keepPositive(traces) {
+  const least = smallest(traces.flatMap(({ y }) => y.filter((value) => isNumber(value) && value > 0)));
+  for (const band of traces.filter(({ fill }) => fill)) band.y = band.y.map((value) => Math.max(value, least));
+}
+
+function limitsOf(figure) {
+  return figure.is_share ? SHARES : null;
 }
 
 function metricFigure(figure) {
@@ -87,7 +104,8 @@ function metricFigure(figure) {
     unit: figure.unit,
     caption: figure.caption,
     build: () => {
-      const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries);
+      const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries, limitsOf(figure));
+      if (figure.log) keepPositive(drawn.traces);
       const caption = figure.caption + (shownUnits().length === 1 ? shade : "");
       return { ...drawn, caption, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
     },
@@ -96,13 +114,14 @@ function metricFigure(figure) {
   return node;
 }
 
+/** The sections of figures of metrics; that of evaluations has more than figures, and is made elsewhere. */
 function figureSections(data) {
-  return data.sections.map(({ id, title, text }) => {
-    const figures = data.figures.filter((figure) => figure.section === id).map(metricFigure);
-    return figures.length
-      ? section(`section-${id}`, [title], text, element("div", { class: "figures" }, figures))
-      : null;
-  });
+  return data.sections
+    .filter(({ id }) => id !== EVALUATION)
+    .map(({ id, title, text }, order) => {
+      const figures = data.figures.filter((figure) => figure.section === id).map(metricFigure);
+      return figures.length ? section(`section-${id}`, [title], text, folded(`section-${id}`, figures, order === 0)) : null;
+    });
 }
 
 /* Analyses: their points have steps of their own. */
@@ -145,7 +164,7 @@ function analysisSection(data) {
     "analysis",
     ["What the responses consist of", "Analysis"],
     text,
-    element("div", { class: "figures" }, figures),
-    nothings.length ? element("p", { class: "nothings" }, `Nothing at any step: ${nothings.join("; ")}.`) : null,
+    folded("analysis", figures),
+    nothings.length ? element("p", { class: "muted nothings" }, `Nothing at any step: ${nothings.join("; ")}.`) : null,
   );
 }
