@@ -69,8 +69,7 @@ FIGURES = (
         "response-length",
         "length",
         "Response length",
-        "Mean and median within the band of the quartiles, and the shortest. All of them move together; the mean grows "
-        "slowly, or stays.",
+        "Mean, median and the shortest. All of them move together; the mean grows slowly, or stays.",
         (
             *line_in_band("rollout/response_tokens", "mean", "p25", "p75"),
             *lines_of("rollout/response_tokens", "median", "min"),
@@ -177,7 +176,7 @@ FIGURES = (
         "influence-weight",
         "fipo",
         "Influence weight",
-        "Mean weight f within its smallest and largest, after all clipping. The mean differs a little from 1.",
+        "Mean weight f, after all clipping. It differs a little from 1.",
         line_in_band("fipo/influence_weight", "mean", "min", "max"),
     ),
     Figure(
@@ -206,7 +205,7 @@ FIGURES = (
         "exp-future-kl",
         "fipo",
         "exp(F) before the clip",
-        "Mean within smallest and largest. Around 1.",
+        "Mean of exp(F). Around 1.",
         line_in_band("fipo/exp_future_kl", "mean", "min", "max"),
         log=True,
     ),

@@ -87,6 +87,9 @@ def test_an_axis_that_some_runs_lack_names_them(open_page: OpenPage, six: Synthe
     assert told == f"Not drawn over FLOPs. dapo, seed 1; dapo, seed 2: {FLOPS_NOTE}"
     opened.draw_all()
     assert opened.run("document.querySelector('#figure-reward .plot').layout.xaxis.title.text") == "FLOPs"
+    opened.page.get_by_role("button", name="Each run").click()
+    opened.draw_all()
+    assert opened.page.locator("#figure-reward .readout b").count() == 4, "what is not drawn is not told either"
 
 
 def test_evaluations_are_drawn_once_with_their_intervals(open_page: OpenPage, single: SyntheticReport) -> None:
@@ -174,11 +177,16 @@ def test_groups_are_means_with_a_band_and_a_legend_that_hides_them_everywhere(
     assert (low, high) == pytest.approx((mean - half, mean + half), rel=1e-9)
 
     shaded = "The shaded range is from min to max."
-    caption = opened.page.locator("#figure-response-length .caption")
+    over_seeds = "The shaded range is the 95 % t-interval over the seeds."
+    caption = opened.page.locator("#figure-influence-weights .caption")
     assert shaded not in caption.inner_text()
+    assert over_seeds in caption.inner_text()
+    assert len(traces("influence-weights")) == 2
     opened.page.get_by_role("button", name="dapo 3 seeds").click()
     opened.draw_all()
     assert shaded in caption.inner_text()
+    assert over_seeds not in caption.inner_text()
+    assert len(traces("influence-weights")) == 2, "one band alone"
     assert [len(traces(figure)) for figure in ("reward", "entropy", "policy-kl")] == [2, 2, 2]
     opened.page.get_by_role("button", name="Each run").click()
     opened.draw_all()
@@ -251,9 +259,14 @@ def test_a_narrow_screen_folds_figures_until_they_are_asked_for(open_page: OpenP
 
 def test_the_menu_opens_what_it_leads_to(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single, NARROW)
+    opened.page.get_by_role("button", name="FLOPs", exact=True).click()  # its note makes the bar higher
     opened.page.get_by_role("button", name="Figures").click()
     opened.page.locator("#figure-menu a[href='#section-fipo']").click()
     assert opened.page.locator("#figure-policy-kl").is_visible()
+    bar_and_title = (
+        "['#toolbar', '#section-fipo-title'].map((name) => document.querySelector(name).getBoundingClientRect())"
+    )
+    opened.wait_until(f"(([bar, title]) => bar.bottom <= title.top && title.top < innerHeight / 2)({bar_and_title})")
 
 
 def test_paper_has_no_folds(open_page: OpenPage, single: SyntheticReport) -> None:

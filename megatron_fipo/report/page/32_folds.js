@@ -1,6 +1,7 @@
 /* Folds: on a narrow screen figures wait behind a line that names them; on a wide one, and on paper, they are open. */
 
 const narrowScreen = matchMedia("screen and (max-width: 720px)"); // as in page.css
+const paper = matchMedia("print");
 const FOLDED_FROM = 2; // a single figure is not longer than the line that would stand for it
 const MOST_TITLES = 8;
 const foldChoices = new Map(); // what the reader opened or closed, by the fold's name
@@ -27,7 +28,7 @@ function fold(name, summary, content, { isFirst = false, isAlwaysFolded = false 
 
 function setFold(node) {
   const isChosen = foldChoices.get(node.dataset.fold) ?? node.hasAttribute("data-first");
-  node.open = isChosen || !(narrowScreen.matches || node.hasAttribute("data-always"));
+  node.open = isChosen || paper.matches || !(narrowScreen.matches || node.hasAttribute("data-always"));
 }
 
 function setFolds() {

@@ -35,6 +35,7 @@ function bandTrace(xs, lows, highs, colour, opacity = 0.16) {
 function drawLines(lines, lows, highs, read, limits = null) {
   const chosen = shownUnits();
   const isAlone = units().length === 1;
+  const hasRange = chosen.length === 1 && lows.length > 0; // then no second band, over seeds, is drawn in it
   const bands = [];
   const traces = [];
   const series = lines.map((line, order) => ({
@@ -47,8 +48,8 @@ function drawLines(lines, lows, highs, read, limits = null) {
     lines.forEach((line, order) => {
       const colour = isAlone ? lineColour(order) : lineColour(unit.colour);
       const data = unitSeries(unit, (run) => read(run, line.metric), limits);
-      if (!data.values.some(isNumber)) return;
-      if (data.lows && lines.length === 1) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
+      if (!data.values.some((value, index) => isNumber(value) && isNumber(data.xs[index]))) return;
+      if (data.lows && lines.length === 1 && !hasRange) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
       traces.push(lineTrace(data.xs, data.values, colour, DASHES[isAlone ? 0 : order % DASHES.length][0]));
       series[order].values.push({
         unit: isAlone ? "" : unit.label,
@@ -58,7 +59,7 @@ function drawLines(lines, lows, highs, read, limits = null) {
       });
     });
   }
-  if (chosen.length === 1) {
+  if (hasRange) {
     lows.forEach((low, index) => {
       const [lower, upper] = [low, highs[index]].map((line) => unitSeries(chosen[0], (run) => read(run, line.metric)));
       bands.push(
@@ -69,15 +70,16 @@ function drawLines(lines, lows, highs, read, limits = null) {
   return { traces: [...bands, ...traces], series: series.filter((line) => line.values.length) };
 }
 
-const FEW_DECADES = 2;
+const [ONE_DECADE, FEW_DECADES, MOST_TICKS] = [0.7, 2, 6];
 
-/** A logarithmic axis, with numbers between the powers of ten where there are few; a linear one that does not go below 0
-    where no value does. */
+/** A logarithmic axis: with powers of ten alone where there are many, else with 2 and 5 between them, or more where all
+    values are close; a linear one that does not go below 0 where no value does. */
 function verticalAxis(isLog, traces) {
   if (isLog) {
     const positive = traces.flatMap(({ y }) => y.filter((value) => isNumber(value) && value > 0));
     const decades = Math.log10(largest(positive) / smallest(positive));
-    return decades > FEW_DECADES ? { type: "log" } : { type: "log", tickformat: "~g" };
+    if (decades > FEW_DECADES) return { type: "log", dtick: Math.ceil(decades / MOST_TICKS) };
+    return { type: "log", tickformat: "~g", ...(decades > ONE_DECADE ? { dtick: "D2" } : {}) };
   }
   const isPositive = traces.every(({ y }) => y.every((value) => !isNumber(value) || value >= 0));
   return { rangemode: isPositive ? "nonnegative" : "normal" };
@@ -93,11 +95,19 @@ function limitsOf(figure) {
   return figure.is_share ? SHARES : null;
 }
 
+/** What the shaded range is, in a figure of one run or group another thing than in one of several. */
+function shadeSentence(low, high, traces) {
+  if (!traces.some(({ fill }) => fill)) return "";
+  if (shownUnits().length === 1) return ` The shaded range is from ${low.label} to ${high.label}.`;
+  return page.band === "range"
+    ? " The shaded range is from the smallest to the largest of the seeds."
+    : " The shaded range is the 95 % t-interval over the seeds.";
+}
+
 function metricFigure(figure) {
   const byRole = (role) => figure.lines.filter((line) => line.role === role);
   const [lines, lows, highs] = ["line", "low", "high"].map(byRole);
   const pairs = Math.min(lows.length, highs.length);
-  const shade = pairs ? ` The shaded range is from ${lows[0].label} to ${highs[0].label}.` : "";
   const node = plotFigure({
     id: figure.id,
     title: figure.title,
@@ -106,7 +116,7 @@ function metricFigure(figure) {
     build: () => {
       const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries, limitsOf(figure));
       if (figure.log) keepPositive(drawn.traces);
-      const caption = figure.caption + (shownUnits().length === 1 ? shade : "");
+      const caption = figure.caption + (pairs ? shadeSentence(lows[0], highs[0], drawn.traces) : "");
       return { ...drawn, caption, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
     },
   });

@@ -29,6 +29,11 @@ function fillToolbar(data) {
   note.textContent = visibleText(axisNote(data, page.axis));
 }
 
+/** What is led to stands below the bar, however high that is. */
+new ResizeObserver(([{ target }]) => {
+  document.documentElement.style.scrollPaddingTop = `${target.offsetHeight + 8}px`;
+}).observe(document.getElementById("toolbar"));
+
 const AXIS_BUTTONS = [
   ["step", "Steps"],
   ["tokens", "Tokens"],
