@@ -226,6 +226,18 @@ def test_arrows_tell_values_of_a_figure_that_was_never_in_view(
     assert float(told) == pytest.approx(single.data["runs"][0]["time"]["seconds"][0][2], rel=5e-3)
 
 
+def test_readouts_of_many_runs_stay_within_their_figures(open_page: OpenPage, six: SyntheticReport) -> None:
+    for size in (WIDE, NARROW):
+        opened = open_page(six, size)
+        opened.page.get_by_role("button", name="Each run").click()
+        opened.draw_all()
+        values = opened.page.locator("#figure-held-out-score .readout .value")
+        assert values.count() == 6
+        assert opened.run(
+            "[...document.querySelectorAll('.readout')].every((node) => node.scrollWidth <= node.clientWidth)"
+        )
+
+
 def test_a_figure_that_comes_into_view_tells_the_cursors_values(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
     opened.draw_all()

@@ -205,8 +205,12 @@ function showReadout(plot, cursorX) {
         line.dash === null ? null : swatch(line.colour || "currentColor", line.dash),
         line.label ? `${line.label} ` : null,
         line.values.map((one) => [
-          one.mark ? swatch(one.mark) : null,
-          element("b", {}, formatNumber(valueAt(one, x))),
+          element(
+            "span",
+            { class: "value" },
+            one.mark ? swatch(one.mark) : null,
+            element("b", {}, formatNumber(valueAt(one, x))),
+          ),
           " ",
         ]),
       ),
@@ -243,7 +247,7 @@ const MOST_ROWS = 200;
 function fillNumbers(plot, details) {
   if (!plot.series) drawPlot(plot);
   const columns = plot.series.flatMap((line) =>
-    line.values.map((one) => ({ ...one, title: [line.label, one.unit].filter(Boolean).join(", ") })),
+    line.values.map((one) => ({ ...one, title: [line.label, one.unit].filter(Boolean).join(", ") || plot.title })),
   );
   const stops = cursorStops(plot);
   const every = Math.ceil(stops.length / MOST_ROWS);

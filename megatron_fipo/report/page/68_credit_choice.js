@@ -117,8 +117,7 @@ class CreditChoice {
     const bar = element("span", { class: `bar ${response.is_right ? "right" : "wrong"}`, "aria-hidden": "true" });
     bar.style.width = `${(100 * response.num_tokens) / longest}%`;
     const about = [counted(response.num_tokens, "token"), `A ${formatSigned(response.advantage)}`];
-    if (this.order === "reweighted")
-      about.push(`mean |f − 1| ${formatNumber(reweighting(response, this.run.objective))}`);
+    const isWeighed = this.order === "reweighted";
     const place = this.group === ALL_GROUPS ? `${group.source} ${group.prompt_id}, ` : "";
     const button = element(
       "button",
@@ -126,6 +125,13 @@ class CreditChoice {
       element("span", { class: "name" }, `${place}#${response.sample_index} `, outcome(response.is_right)),
       bar,
       element("span", { class: "about" }, about.join(" · ")),
+      isWeighed
+        ? element(
+            "span",
+            { class: "about" },
+            `mean |f − 1| ${formatNumber(reweighting(response, this.run.objective))}`,
+          )
+        : null,
       response.left_out
         ? element("span", { class: "about" }, `left out: ${response.left_out.replaceAll("_", " ")}`)
         : null,
