@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -221,7 +222,7 @@ def test_arrows_tell_values_of_a_figure_that_was_never_in_view(
     opened.page.keyboard.press("ArrowRight")
     opened.page.keyboard.press("ArrowRight")
     opened.page.keyboard.press("ArrowRight")
-    opened.wait_until("document.querySelector('#figure-time .readout').textContent.startsWith('step 2')")
+    opened.page.locator("#figure-time .readout", has_text=re.compile("^step 2")).wait_for()
     told = opened.page.locator("#figure-time .readout b").first.inner_text()
     assert float(told) == pytest.approx(single.data["runs"][0]["time"]["seconds"][0][2], rel=5e-3)
 
@@ -245,7 +246,7 @@ def test_a_figure_that_comes_into_view_tells_the_cursors_values(open_page: OpenP
     opened.page.keyboard.press("ArrowRight")
     opened.page.keyboard.press("ArrowRight")
     opened.run("document.querySelector('#figure-time').scrollIntoView()")
-    opened.wait_until("document.querySelector('#figure-time .readout').textContent.startsWith('step 1')")
+    opened.page.locator("#figure-time .readout", has_text=re.compile("^step 1")).wait_for()
 
 
 def test_a_narrow_screen_folds_figures_until_they_are_asked_for(open_page: OpenPage, single: SyntheticReport) -> None:
@@ -265,20 +266,22 @@ def test_a_narrow_screen_folds_figures_until_they_are_asked_for(open_page: OpenP
     assert opened.run("document.activeElement.closest('figure').id") == "figure-influence-weights"
     assert opened.run(is_open), "a finding leads to its figure even where that is folded"
     opened.page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
-    opened.wait_until("[...document.querySelectorAll('details.fold')].every(({ open }) => open)")
+    opened.page.locator("#section-fipo details.fold[open]").wait_for()
     assert not fipo.is_visible()
 
 
 def test_the_menu_opens_what_it_leads_to(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single, NARROW)
     opened.page.get_by_role("button", name="FLOPs", exact=True).click()  # its note makes the bar higher
+    opened.settle()
     opened.page.get_by_role("button", name="Figures").click()
     opened.page.locator("#figure-menu a[href='#section-fipo']").click()
     assert opened.page.locator("#figure-policy-kl").is_visible()
     bar_and_title = (
         "['#toolbar', '#section-fipo-title'].map((name) => document.querySelector(name).getBoundingClientRect())"
     )
-    opened.wait_until(f"(([bar, title]) => bar.bottom <= title.top && title.top < innerHeight / 2)({bar_and_title})")
+    opened.settle()
+    assert opened.run(f"(([bar, title]) => bar.bottom <= title.top && title.top < innerHeight / 2)({bar_and_title})")
 
 
 def test_paper_has_no_folds(open_page: OpenPage, single: SyntheticReport) -> None:
