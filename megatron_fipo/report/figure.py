@@ -41,6 +41,7 @@ class Figure:
         caption: what it shows, and what a healthy run shows.
         unit: of the vertical axis; empty for plain numbers.
         log: whether that axis is logarithmic.
+        is_share: whether all its values are shares, from 0 to 1; intervals are cut there.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Figure:
     lines: tuple[Line, ...]
     unit: str = ""
     log: bool = False
+    is_share: bool = False
 
 
 def lines_of(base: str, *stats: str | tuple[str, str]) -> tuple[Line, ...]:
@@ -68,8 +70,10 @@ def line_in_band(base: str, line: str, low: str, high: str) -> tuple[Line, ...]:
 
 
 _PART = re.compile(r"<(\w+)>")
-_NUMBERS = {"k", "low", "high"}
-"""Parts that are numbers; all others are words without a slash."""
+_REST = "rest"
+_PIECES = {piece: rf"(?P<{piece}>[0-9.]+)" for piece in ("k", "low", "high")} | {_REST: rf"(?P<{_REST}>.+)"}
+"""Parts that are numbers, and what follows a name; all others are words without a slash."""
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)")
 
 
 def found_figures(table: Iterable[Figure], names: Collection[str]) -> list[Figure]:
@@ -90,7 +94,7 @@ def plain(item: Section | Figure) -> dict[str, Any]:
 def _found(figure: Figure, names: Collection[str]) -> Iterator[Figure]:
     if not _PART.search(figure.title):
         lines = [line for pattern in figure.lines for line in _found_lines(pattern, names)]
-        if any(line.role == LINE for line in lines):
+        if any(line.role == LINE and line.metric in names for line in lines):
             yield replace(figure, lines=tuple(lines))
         return
     for number, parts in enumerate(_bindings(figure.lines[0].metric, names)):
@@ -104,20 +108,35 @@ def _found(figure: Figure, names: Collection[str]) -> Iterator[Figure]:
 
 
 def _found_lines(pattern: Line, names: Collection[str]) -> list[Line]:
+    """Lines of a pattern. One whose name lacks this metric but has others keeps its place, without values: the place
+    gives the colour, and a setting's colour is the same in every figure."""
     if not _PART.search(pattern.metric):
         return [pattern] if pattern.metric in names else []
-    return [_filled_line(pattern, parts) for parts in _bindings(pattern.metric, names)]
+    lines = [_filled_line(pattern, parts) for parts in _bindings(_named_part(pattern.metric), names)]
+    return lines if any(line.metric in names for line in lines) else []
+
+
+def _named_part(metric: str) -> str:
+    """The name up to what is named by a part, with all that follows: shadow/<name>/… of any metric."""
+    stem = re.match(r"(?:[^<>]*/)?<[^<>/]+>/", metric)
+    return f"{stem[0]}<rest>" if stem else metric
 
 
 def _bindings(metric: str, names: Collection[str]) -> list[dict[str, str]]:
-    """What the parts of a name are in each of the names that fit: in the order of the names, numbers by size."""
+    """What the parts of a name are in each of the names that fit, each once: by name, with numbers in it by size."""
     pieces = _PART.split(metric)
     pattern = "".join(
-        (rf"(?P<{piece}>[0-9.]+)" if piece in _NUMBERS else rf"(?P<{piece}>[^/]+)") if index % 2 else re.escape(piece)
+        _PIECES.get(piece, rf"(?P<{piece}>[^/]+)") if index % 2 else re.escape(piece)
         for index, piece in enumerate(pieces)
     )
     found = [match.groupdict() for name in names if (match := re.fullmatch(pattern, name))]
-    return sorted(found, key=lambda parts: [float(parts[name]) for name in ("low", "high") if name in parts])
+    unique = {tuple(value for key, value in parts.items() if key != _REST): parts for parts in found}
+    return [unique[key] for key in sorted(unique, key=lambda key: [_by_size(value) for value in key])]
+
+
+def _by_size(text: str) -> list[tuple[float, str]]:
+    """Sorts texts by their words and numbers: tau_8 before tau_128."""
+    return [(float(piece), "") if index % 2 else (0.0, piece) for index, piece in enumerate(_NUMBER.split(text))]
 
 
 def _filled_line(line: Line, parts: Mapping[str, str]) -> Line:

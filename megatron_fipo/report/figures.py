@@ -5,7 +5,8 @@ from __future__ import annotations
 from megatron_fipo.report.figure import HIGH, LOW, Figure, Line, Section, line_in_band, lines_of
 
 SECTIONS = (
-    Section("learning", "Learning", "Rewards in training, and scores on problems that are not trained on."),
+    Section("evaluation", "Evaluation", "Scores on problems that are not trained on."),
+    Section("learning", "Learning", "Rewards in training."),
     Section("length", "Length of responses", "How long responses are, and what their length has to do with accuracy."),
     Section("updates", "The policy's updates", "How far each step moves the policy, and how much the clips hold back."),
     Section(
@@ -23,6 +24,23 @@ SECTIONS = (
 )
 
 FIGURES = (
+    # --- evaluation
+    Figure(
+        "scores",
+        "evaluation",
+        "Held-out scores: <source>",
+        "avg is the share of right responses with its 95 % interval over problems, cons the share of problems whose "
+        "most frequent answer is right, pass the share with a right response at all. A change within the "
+        "intervals shows nothing.",
+        (
+            Line("evaluation/<source>/avg@<k>", "avg@<k>"),
+            Line("evaluation/<source>/avg@<k>_ci95_low", "95 % low", LOW),
+            Line("evaluation/<source>/avg@<k>_ci95_high", "95 % high", HIGH),
+            Line("evaluation/<source>/cons@<k>", "cons@<k>"),
+            Line("evaluation/<source>/pass@<k>", "pass@<k>"),
+        ),
+        is_share=True,
+    ),
     # --- learning
     Figure(
         "reward",
@@ -37,6 +55,7 @@ FIGURES = (
         "Accuracy in training",
         "Share of responses that the verifier accepts. It rises; near 0 or 1 few groups carry a signal.",
         (Line("rollout/accuracy/mean", "accuracy"),),
+        is_share=True,
     ),
     Figure(
         "verifiers",
@@ -45,28 +64,12 @@ FIGURES = (
         "Mean score of each of a source's verifiers. Each rises where its weight is above 0.",
         (Line("reward/verifier/<name>/mean", "<name>"),),
     ),
-    Figure(
-        "scores",
-        "learning",
-        "Held-out scores: <source>",
-        "avg is the share of right responses with its 95 % interval over problems, cons the share of problems whose "
-        "most frequent answer is right, pass the share with a right response at all. A change within the band shows "
-        "nothing.",
-        (
-            Line("evaluation/<source>/avg@<k>", "avg@<k>"),
-            Line("evaluation/<source>/avg@<k>_ci95_low", "95 % low", LOW),
-            Line("evaluation/<source>/avg@<k>_ci95_high", "95 % high", HIGH),
-            Line("evaluation/<source>/cons@<k>", "cons@<k>"),
-            Line("evaluation/<source>/pass@<k>", "pass@<k>"),
-        ),
-    ),
     # --- length
     Figure(
         "response-length",
         "length",
         "Response length",
-        "Mean and median within the band of the quartiles, and the shortest. All of them move together; the mean grows "
-        "slowly, or stays.",
+        "Mean, median and the shortest. All of them move together; the mean grows slowly, or stays.",
         (
             *line_in_band("rollout/response_tokens", "mean", "p25", "p75"),
             *lines_of("rollout/response_tokens", "median", "min"),
@@ -87,6 +90,7 @@ FIGURES = (
         "Truncated responses",
         "Share of responses that were cut at the limit. A few per cent; a rise means repetition, or too small a limit.",
         (Line("rollout/truncated_share", "training"), Line("evaluation/<source>/truncated/share", "<source>")),
+        is_share=True,
     ),
     Figure(
         "accuracy-by-length",
@@ -94,6 +98,7 @@ FIGURES = (
         "Accuracy against length",
         "Accuracy of responses of more than so many and at most so many tokens. It falls only mildly with length.",
         (Line("rollout/accuracy_by_length/<low>_to_<high>", "<low> to <high>"),),
+        is_share=True,
     ),
     Figure(
         "length-advantage",
@@ -132,6 +137,7 @@ FIGURES = (
         "Clipped tokens",
         "Share of tokens whose loss is clipped: a few per cent at most. Above that, updates are too large.",
         (Line("policy/clip_fraction", "clipped"),),
+        is_share=True,
     ),
     Figure(
         "dual-clipped",
@@ -139,6 +145,7 @@ FIGURES = (
         "Dual-clipped tokens",
         "Share of tokens with a negative weighted advantage and a ratio above objective.dual_clip. 0, or rare.",
         (Line("policy/dual_clip_fraction", "dual-clipped"),),
+        is_share=True,
     ),
     Figure(
         "shift",
@@ -169,7 +176,7 @@ FIGURES = (
         "influence-weight",
         "fipo",
         "Influence weight",
-        "Mean weight f within its smallest and largest, after all clipping. The mean differs a little from 1.",
+        "Mean weight f, after all clipping. It differs a little from 1.",
         line_in_band("fipo/influence_weight", "mean", "min", "max"),
     ),
     Figure(
@@ -192,12 +199,13 @@ FIGURES = (
             ("clipped_high_share", "at the upper end"),
             ("clipped_low_share", "at the lower end"),
         ),
+        is_share=True,
     ),
     Figure(
         "exp-future-kl",
         "fipo",
         "exp(F) before the clip",
-        "Mean within smallest and largest. Around 1.",
+        "Mean of exp(F). Around 1.",
         line_in_band("fipo/exp_future_kl", "mean", "min", "max"),
         log=True,
     ),
@@ -228,6 +236,7 @@ FIGURES = (
             ("share_3_to_4", "3 to 4"),
             ("share_4_to_dual_clip", "4 to dual clip"),
         ),
+        is_share=True,
     ),
     Figure(
         "negative-ratios",
@@ -252,10 +261,11 @@ FIGURES = (
         "Positive samples: share below 0.001",
         "Share of tokens in responses of positive advantage whose ratio is below 0.001. 0.",
         lines_of("policy/ratio_positive", ("share_below_1e-3", "below 0.001")),
+        is_share=True,
     ),
     # --- shadow
     *(
-        Figure(id_, "shadow", title, caption, (Line(metric, "<name>"),))
+        Figure(id_, "shadow", title, caption, (Line(metric, "<name>"),), is_share=metric.endswith("clipped_share"))
         for id_, title, caption, metric in (
             (
                 "shadow-spread",
@@ -337,6 +347,7 @@ FIGURES = (
         "Tokens far from the engine's probability",
         "Share of tokens with π_old/μ outside the range. The widest range is near 0.",
         (Line("mismatch/share_outside_<low>_to_<high>", "<low> to <high>"),),
+        is_share=True,
     ),
     Figure(
         "correction",
@@ -348,6 +359,7 @@ FIGURES = (
             Line("mismatch/masked_share", "tokens left out"),
             Line("mismatch/masked_sequences_share", "responses left out"),
         ),
+        is_share=True,
     ),
     Figure(
         "staleness",
@@ -386,6 +398,7 @@ FIGURES = (
             ("all_wrong_share", "all wrong"),
             ("failed_share", "not judged"),
         ),
+        is_share=True,
     ),
     Figure(
         "groups",
@@ -418,6 +431,7 @@ FIGURES = (
         "Idle slots of the engine",
         "Share of the engine's slots that were empty. Small; long tails raise it.",
         (Line("rollout/idle_slots/share", "idle"),),
+        is_share=True,
     ),
     Figure(
         "weight-sync",

@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = [tag.strip().removeprefix("W/") for tag in self.headers.get("If-None-Match", "").split(",")]
         try:
             if not is_page and (tag := live.tag()) in known:
-                self._send(HTTPStatus.NOT_MODIFIED, "application/json", b"", tag)
+                self._send(HTTPStatus.NOT_MODIFIED, None, b"", tag)
                 return
             newest = live.newest()
         except (ValueError, OSError) as error:  # damaged, or replaced as it was read: the page asks again
@@ -175,10 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, text: str) -> None:
         self._send(status, "text/plain", f"{text}\n".encode("utf-8", "backslashreplace"))
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes, tag: str | None = None) -> None:
+    def _send(self, status: HTTPStatus, kind: str | None, body: bytes, tag: str | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
+        if kind is not None:  # "not modified" has no body; a length of 0 would be that of the data that the client has
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
         # With a tag the browser keeps the data, and asks each time whether they still hold.
         self.send_header("Cache-Control", "no-store" if tag is None else "private, no-cache")
         if tag is not None:

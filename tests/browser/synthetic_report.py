@@ -27,6 +27,7 @@ OBJECTIVE: dict[str, Any] = {
     "clip_ratio_high": 0.28,
     "max_dual_clipped_tokens": 1,
 }
+FLOPS_NOTE = "Operations are not known: model.path=./model is no folder here with a config.json."
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
     "\u202eevil\u0000 <!-- "
@@ -51,7 +52,8 @@ def figures() -> list[dict[str, Any]]:
         identifier = title.lower().replace(" ", "-")
         told = [{"metric": metric, "label": label, "role": role} for metric, label, role in lines]
         return (
-            {"id": identifier, "section": section, "title": title, "caption": caption, "unit": "", "log": False}
+            {"id": identifier, "section": section, "title": title, "caption": caption, "unit": ""}
+            | {"log": False, "is_share": False}
             | more
             | {"lines": told}
         )
@@ -80,7 +82,19 @@ def figures() -> list[dict[str, Any]]:
         ),
         figure("fipo", "Policy KL", "Small and steady.", [("policy/kl/mean", "mean of −s", "line")], log=True),
         figure(
-            "fipo", "Held-out score", "Sparse: evaluations alone.", [("evaluation/held_out/avg@4", "avg@4", "line")]
+            "evaluation",
+            "Held-out score",
+            "Sparse: evaluations alone.",
+            [
+                (f"evaluation/held_out/{name}", label, role)
+                for name, label, role in (
+                    ("avg@4", "avg@4", "line"),
+                    ("avg@4_ci95_low", "95 % low", "low"),
+                    ("avg@4_ci95_high", "95 % high", "high"),
+                    ("pass@4", "pass@4", "line"),
+                )
+            ],
+            is_share=True,
         ),
     ]
 
@@ -102,6 +116,9 @@ def metrics(random: np.random.Generator, pace: float, future_kl: bool) -> dict[s
         "policy/kl/mean": noisy(1e-4 * (1 + 4 * rise), 1e-5),
         "evaluation/held_out/avg@4": [float(0.3 + 0.5 * rise[step]) if step % 10 == 0 else None for step in steps],
     }
+    scores = found["evaluation/held_out/avg@4"]
+    for name, more in {"avg@4_ci95_low": -0.04, "avg@4_ci95_high": 0.04, "pass@4": 0.19}.items():
+        found[f"evaluation/held_out/{name}"] = [None if score is None else score + more for score in scores]
     for name, factor in {"min": 0.2, "p25": 0.7, "mean": 1.0, "p75": 1.3, "max": 2.6}.items():
         found[f"rollout/response_tokens/{name}"] = noisy(length * factor, 6)
     if future_kl:
@@ -218,8 +235,13 @@ def json_script(identifier: str, value: object) -> str:
     return f'<script type="application/json" id="{identifier}">{text}</script>'
 
 
-def response(index: int, advantage: float, num_tokens: int, tokens: str | None, **more: Any) -> dict[str, Any]:
-    """R of the contract."""
+def response(
+    index: int, advantage: float, num_tokens: int, tokens: dict[str, Any] | None, name: str | None, **more: Any
+) -> dict[str, Any]:
+    """R of the contract: the head of a response, with its tokens under their name, or without any."""
+    weights = np.frombuffer(base64.b64decode(tokens["arrays"]["influence_weight"]), "<f4") if tokens else np.empty(0)
+    left_out = [int(place) for place in tokens["left_out"]] if tokens else list(range(num_tokens))
+    in_loss = np.delete(weights, left_out) if tokens else weights
     is_right = advantage > 0
     return {
         "sample_index": index,
@@ -231,7 +253,9 @@ def response(index: int, advantage: float, num_tokens: int, tokens: str | None, 
         "finish_reason": "stop",
         "left_out": "",
         "num_tokens": num_tokens,
-        "tokens": tokens,
+        "num_left_out": len(left_out),
+        "mean_weight_deviation": float(np.abs(in_loss.astype(float) - 1).mean()) if len(in_loss) else None,
+        "tokens": name,
     } | more
 
 
@@ -256,7 +280,7 @@ def run(index: int, algorithm: str, seed: int, pace: float) -> dict[str, Any]:
         "verdict": verdict(is_fipo),
         "steps": steps,
         "metrics": curves,
-        "axes": {"tokens": [int(value) for value in tokens], "flops": None},
+        "axes": {"tokens": [int(value) for value in tokens], "flops": None, "flops_note": FLOPS_NOTE},
         "evaluations": [
             {"step": step, "source": "held_out", "k": 4, "avg": score, "low": score - 0.04, "high": score + 0.04}
             | {"cons": score + 0.06, "pass": min(1.0, score + 0.2), "response_tokens": 180 + 5 * step}
@@ -286,6 +310,7 @@ def run(index: int, algorithm: str, seed: int, pace: float) -> dict[str, Any]:
         "analysis": analysis(random),
         "objective": OBJECTIVE | {"future_kl": is_fipo},
         "groups": [],
+        "traces": {"num_responses": 0, "num_left_out": 0},
         "config": {
             "run.seed": seed,
             "algorithm": algorithm,
@@ -353,6 +378,7 @@ def verdict(is_fipo: bool) -> list[dict[str, Any]]:
 def report(runs: list[dict[str, Any]], comparison: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """The whole of the contract's object."""
     sections = [
+        {"id": "evaluation", "title": "Evaluation", "text": "Scores on problems that are not trained on."},
         {"id": "learning", "title": "Learning", "text": "What the paper plots of rewards, responses and the policy."},
         {"id": "fipo", "title": "FIPO at work", "text": "Influence weights, and how far the policy moves in a step."},
     ]
@@ -369,7 +395,7 @@ def report(runs: list[dict[str, Any]], comparison: dict[str, Any] | None = None,
     } | more
 
 
-def one_run(lengths: Iterable[int] = (260, 140, 700, 64, 330, 210, 90, 480), long_tokens: int = 0) -> SyntheticReport:
+def one_run(lengths: Iterable[int] = (260, 140, 700, 22, 330, 210, 90, 480), long_tokens: int = 0) -> SyntheticReport:
     """One run with three traced groups: in the second one hostile tokens, in the third a response of long_tokens."""
     random = np.random.default_rng(7)
     told = run(0, "fipo", 0, 1.0)
@@ -386,11 +412,13 @@ def one_run(lengths: Iterable[int] = (260, 140, 700, 64, 330, 210, 90, 480), lon
             if number == 2 and index == 0 and long_tokens:
                 length = long_tokens
             tokens[name] = token_data(random, length, advantage, texts=texts)
-            responses.append(response(index, advantage, length, name))
-        responses.append(response(len(lengths), -0.75, 128, None, left_out="truncated", finish_reason="length"))
+            responses.append(response(index, advantage, length, tokens[name], name))
+        more = {"left_out": "truncated", "finish_reason": "length"}
+        responses.append(response(len(lengths), -0.75, 128, None, None, **more))
         group = {"step": step, "update": 3, "num_updates": 8, "source": "chains", "prompt_id": prompt_id}
         prompt = "What is 17 + 26 + 9 − 12? Think step by step, and end with the answer alone on a line."
         told["groups"].append(group | {"prompt": prompt, "reference": "40", "responses": responses})
+    told["traces"] = {"num_responses": 3 * (len(lengths) + 1) + 40, "num_left_out": 40}
     return SyntheticReport(report([told]), tokens)
 
 
@@ -434,5 +462,5 @@ def six_runs() -> SyntheticReport:
         {"key": "algorithm", "values": ["fipo"] * 3 + ["dapo"] * 3},
         {"key": "objective.dual_clip", "values": [10.0] * 3 + [None] * 3},
     ]
-    comparison = {"groups": groups, "scores": scores, "config_differences": differences}
+    comparison = {"groups": groups, "scores": scores, "config_differences": differences, "note": ""}
     return SyntheticReport(report(runs, comparison, title="FIPO beside DAPO"), {})

@@ -148,7 +148,10 @@ def test_each_quantity_has_its_scale(quantity: str, open_page: OpenPage, single:
     assert opened.run("document.querySelectorAll('.token[class*=above], .token[class*=below]').length") > 20
 
 
-def test_filters(open_page: OpenPage, single: SyntheticReport) -> None:
+@pytest.mark.parametrize("future_kl", [True, False])
+def test_filters(future_kl: bool, open_page: OpenPage) -> None:
+    single = one_run()
+    single.data["runs"][0]["objective"] = OBJECTIVE | {"future_kl": future_kl}
     opened = open_page(single)
     responses = single.data["runs"][0]["groups"][1]["responses"]
 
@@ -166,20 +169,47 @@ def test_filters(open_page: OpenPage, single: SyntheticReport) -> None:
     lengths = {one["sample_index"]: one["num_tokens"] for one in responses}
     assert [lengths[index] for index in listed()] == sorted(lengths.values(), reverse=True)
     choose(opened, "Order", "most re-weighted")
+
+    def deviation(tokens: dict[str, Any]) -> float:
+        """Over the tokens of the loss; the same with and without Future-KL, whose weights would have been these."""
+        left_out = [int(place) for place in tokens["left_out"]]
+        return float(np.abs(np.delete(decoded(tokens, "influence_weight"), left_out) - 1).mean())
+
     told = {
-        one["sample_index"]: float(np.abs(decoded(single.tokens[one["tokens"]], "influence_weight") - 1).mean())
-        if one["tokens"]
-        else -1
-        for one in responses
+        one["sample_index"]: deviation(single.tokens[one["tokens"]]) if one["tokens"] else -1.0 for one in responses
     }
     assert listed() == sorted(told, key=lambda index: -told[index])
     opened.page.get_by_label("with tokens left out").check()
     left_out = {one["sample_index"] for one in responses if one["left_out"] or single.tokens[one["tokens"]]["left_out"]}
     assert set(listed()) == left_out
+    assert len(left_out) < len(responses), "one is whole, and is not listed"
+    opened.page.get_by_label("with tokens left out").uncheck()
     choose(opened, "Group", "all groups of this update")
     assert len(listed()) == 18
     choose(opened, "Trace", "step 20, update 4 of 8")
     assert opened.run(f"{CREDIT}.choice.group") == 0
+
+
+def test_what_is_left_out_is_said(open_page: OpenPage, single: SyntheticReport) -> None:
+    opened = open_page(single)
+    responses = single.data["runs"][0]["groups"][1]["responses"]
+    open_response(opened, 2)
+    left_out = responses[2]["num_left_out"]
+    assert left_out == len(single.tokens[responses[2]["tokens"]]["left_out"]) > 0
+    assert f"not in the loss {left_out} tokens" in opened.page.locator(".response-head .facts").inner_text()
+    whole = next(index for index, one in enumerate(responses) if not one["num_left_out"])
+    open_response(opened, whole)
+    assert "not in the loss" not in opened.page.locator(".response-head .facts").inner_text()
+    told = opened.page.locator("#credit .traced").inner_text()
+    assert told.startswith("This page holds 27 of this run's 67 traced responses")
+    assert "--max-trace-tokens" in told
+
+
+def test_a_page_with_all_traces_says_nothing_of_them(open_page: OpenPage) -> None:
+    report = one_run()
+    report.data["runs"][0]["traces"] = {"num_responses": 27, "num_left_out": 0}
+    opened = open_page(report)
+    assert opened.page.locator("#credit .traced").inner_text() == ""
 
 
 def test_a_response_without_tokens_says_so(open_page: OpenPage, single: SyntheticReport) -> None:

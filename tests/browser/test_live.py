@@ -81,7 +81,7 @@ def until(whole: dict[str, Any], step: int) -> dict[str, Any]:
         "state": "unfinished",
         "steps": whole["steps"][:num],
         "metrics": {name: values[:num] for name, values in whole["metrics"].items()},
-        "axes": {"tokens": whole["axes"]["tokens"][:num], "flops": None},
+        "axes": {"tokens": whole["axes"]["tokens"][:num], "flops": None, "flops_note": ""},
         "time": whole["time"] | {"seconds": [values[:num] for values in whole["time"]["seconds"]]},
     }
 
@@ -138,11 +138,11 @@ def test_new_figures_and_runs_and_verdicts_come_in(live: tuple[LiveServer, Opene
     order = opened.run("[...document.querySelectorAll('main > section')].map(({ id }) => id)")
     told = [
         "overview",
+        "evaluation",
         "credit",
         "section-learning",
         "section-fipo",
         "time",
-        "evaluation",
         "samples",
         "analysis",
         "configuration",

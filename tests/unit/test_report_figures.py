@@ -103,6 +103,29 @@ def test_a_sources_figure_has_the_lines_that_were_measured() -> None:
     assert [line.metric for line in found.lines] == ["evaluation/aime/avg@4"]
 
 
+def test_shadow_settings_have_the_same_places_in_every_figure() -> None:
+    """Places give colours. The metrics of a run come in any order, and a setting may lack one."""
+    names = [
+        "shadow/tau_128/influence_weight/mean",
+        "shadow/tau_8/influence_weight/mean",
+        "shadow/wide/influence_weight/mean",
+        "shadow/wide/noise_floor/share_of_later_std",
+        "shadow/tau_8/noise_floor/share_of_later_std",
+    ]
+    found = found_figures(FIGURES, names)
+    assert [figure.id for figure in found] == ["shadow-mean", "shadow-noise"]
+    for figure in found:
+        assert [line.label for line in figure.lines] == ["tau_8", "tau_128", "wide"]
+
+
+def test_shares_are_told_by_their_words() -> None:
+    """What the captions call a share is cut at 0 and 1; a share of a deviation may be above 1."""
+    told = {figure.id for figure in FIGURES if figure.caption.startswith("Share") or "is the share" in figure.caption}
+    marked = {figure.id for figure in FIGURES if figure.is_share}
+    assert told <= marked
+    assert marked - told == {"accuracy-by-length"}
+
+
 @pytest.mark.parametrize("name", ["tau_128", "wide-range", "a.b"])
 def test_shadow_settings_are_lines(name: str) -> None:
     (found,) = found_figures(FIGURES, {f"shadow/{name}/influence_weight/clipped_share"})

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -84,6 +85,36 @@ def test_data_follow_the_run(server: ThreadingHTTPServer, folder: Path) -> None:
     assert newer.headers["etag"] != tag
     assert json.loads(newer.body)["runs"][0]["metrics"]["reward/mean"] == [0.1, 0.2, 0.7]
     assert json.loads(ask(server, "/data.json").body)["runs"][0]["steps"] == [0, 1, 2]
+
+
+def test_not_modified_has_no_body_and_the_client_goes_on(server: ThreadingHTTPServer) -> None:
+    """As a browser asks: it keeps the connection if it may, and takes each answer for as long as its headers say."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    keep = {"Connection": "keep-alive"}
+    try:
+        connection.request("GET", "/data.json", headers=keep)
+        whole = Answer(connection.getresponse())
+        for _ in range(3):
+            connection.request("GET", "/data.json", headers=keep | {"If-None-Match": whole.headers["etag"]})
+            same = Answer(connection.getresponse())
+            assert (same.status, same.body, same.headers["etag"]) == (304, "", whole.headers["etag"])
+            assert not {"content-length", "content-type", "transfer-encoding"} & set(same.headers)
+            assert same.headers["connection"] == "close"
+        connection.request("GET", "/data.json", headers=keep)
+        assert Answer(connection.getresponse()).body == whole.body
+    finally:
+        connection.close()
+
+
+def test_nothing_follows_the_headers_of_not_modified(server: ThreadingHTTPServer) -> None:
+    tag = ask(server, "/data.json").headers["etag"]
+    request = f"GET /data.json HTTP/1.1\r\nHost: localhost\r\nIf-None-Match: {tag}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=20) as asking:
+        asking.sendall(request.encode())
+        answer = b"".join(iter(lambda: asking.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.0 304 ")
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"\r\n\r\n") == 1
 
 
 def test_a_step_that_is_being_written_is_not_served(server: ThreadingHTTPServer, folder: Path) -> None:

@@ -59,6 +59,11 @@ function icon(kind) {
   return svg;
 }
 
+/** What a reader should know before reading on. */
+function warning(text) {
+  return element("p", { class: "warning-line" }, icon("warning"), " ", text);
+}
+
 /** A sample of a line, as a figure draws it. */
 function swatch(colour, dash = "") {
   const svg = svgElement("svg", { viewBox: "0 0 22 8", class: "swatch", "aria-hidden": "true", focusable: "false" });
@@ -68,19 +73,15 @@ function swatch(colour, dash = "") {
   return svg;
 }
 
-/** A choice of one of several, as a row of buttons. */
+/** A choice of one of several, as a row of buttons. `choose` may refuse a choice by returning false. */
 function segmented(label, choices, chosen, choose) {
-  const buttons = choices.map(([value, text, why]) =>
-    element(
-      "button",
-      { type: "button", "aria-pressed": String(value === chosen), disabled: Boolean(why), title: why || null },
-      text,
-    ),
+  const buttons = choices.map(([value, text]) =>
+    element("button", { type: "button", "aria-pressed": String(value === chosen) }, text),
   );
   buttons.forEach((button, index) =>
     button.addEventListener("click", () => {
+      if (choose(choices[index][0]) === false) return;
       buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
-      choose(choices[index][0]);
     }),
   );
   return element(

@@ -23,8 +23,8 @@ function formatNumber(value, digits = 3) {
     return `${Number((value / unit).toPrecision(digits))}${suffix}`;
   }
   if (size < 1e-4)
-    return value
-      .toExponential(digits - 1)
+    return Number(value.toPrecision(digits))
+      .toExponential()
       .replace("-", "−")
       .replace("e-", "e−");
   if (Number.isInteger(value)) return String(value).replace("-", "−");
@@ -53,6 +53,16 @@ function counted(number, singular, plural = `${singular}s`) {
 
 function mean(values) {
   return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
+}
+
+/* Not Math.min(...values): thousands of steps would be too many arguments. */
+
+function smallest(values) {
+  return values.reduce((least, value) => Math.min(least, value), Infinity);
+}
+
+function largest(values) {
+  return values.reduce((most, value) => Math.max(most, value), -Infinity);
 }
 
 /** Sample standard deviation; null for fewer than two values. */

@@ -60,8 +60,9 @@ function runSeries(run, metric) {
   };
 }
 
-/** Mean over the unit's runs at each step, with the band between `lows` and `highs` where several runs have a value. */
-function unitSeries(unit, readOne) {
+/** Mean over the unit's runs at each step, with the band between `lows` and `highs` where several runs have a value.
+    The band stays within `limits`. */
+function unitSeries(unit, readOne, limits = null) {
   const parts = unit.runs.map((index) => readOne(page.data.runs[index]));
   if (parts.length === 1) return { ...parts[0], lows: null, highs: null };
   const byStep = new Map();
@@ -77,7 +78,7 @@ function unitSeries(unit, readOne) {
   }
   const steps = [...byStep.keys()].sort((a, b) => a - b);
   const entries = steps.map((step) => byStep.get(step));
-  const bands = entries.map(({ values }) => bandOf(values));
+  const bands = entries.map(({ values }) => cut(bandOf(values), limits));
   return {
     steps,
     xs: entries.map(({ xs }, index) =>
@@ -87,6 +88,15 @@ function unitSeries(unit, readOne) {
     lows: bands.map((band) => band && band[0]),
     highs: bands.map((band) => band && band[1]),
   };
+}
+
+const SHARES = [0, 1];
+
+/** A range without what lies beyond the limits. A t-interval of shares reaches there where its mean is near an end; the
+    true share does not, so that the interval holds it as often when it is cut. A logit would have no value at 0 or 1,
+    where scores of small sets of problems often are. */
+function cut(range, limits) {
+  return range && limits ? range.map((end) => within(end, ...limits)) : range;
 }
 
 function bandOf(values) {

@@ -7,6 +7,8 @@ const DASHES = [
   ["dot", "2 2"],
   ["dashdot", "6 2 2 2"],
   ["longdash", "10 3"],
+  ["longdashdot", "10 2 2 2"],
+  ["2px,6px", "2 6"], // seven, as many as a figure has lines
 ];
 const NUM_LEVELS = 20; // steps of the diverging scale on either side of its centre
 

@@ -12,7 +12,9 @@ const inView = new IntersectionObserver(
       const plot = plots.get(entry.target.dataset.plot);
       if (!plot) continue;
       plot.isVisible = entry.isIntersecting;
-      if (entry.isIntersecting && plot.isStale) drawPlot(plot);
+      if (!entry.isIntersecting) continue;
+      if (plot.isStale) drawPlot(plot);
+      else if (plot.toldX !== cursor.x) showReadout(plot, cursor.x); // it has moved meanwhile
     }
   },
   { rootMargin: "250px" },
@@ -22,7 +24,7 @@ const widthWatch = new ResizeObserver((entries) => {
   for (const entry of entries) {
     const plot = plots.get(entry.target.dataset.plot);
     const width = Math.round(entry.contentRect.width);
-    if (!plot || !plot.width || plot.width === width || width === 0) continue;
+    if (!plot || !plot.series || plot.width === width || width === 0) continue;
     plot.width = width;
     Plotly.Plots.resize(plot.box);
   }
@@ -63,7 +65,7 @@ function forgetPlot(id) {
   if (!plot) return;
   inView.unobserve(plot.box);
   widthWatch.unobserve(plot.box);
-  if (plot.width) Plotly.purge(plot.box);
+  if (plot.series) Plotly.purge(plot.box);
   plots.delete(id);
 }
 
@@ -149,17 +151,19 @@ function listenForCursor(plot) {
     const range = plot.box.layout?.xaxis?.range;
     if (!area || !range || !plot.series?.length) return;
     const part = (event.clientX - area.left) / area.width;
-    if (part >= 0 && part <= 1) moveCursor(nearestX(plot, range[0] + part * (range[1] - range[0])));
+    if (part >= 0 && part <= 1) moveCursor(nearestX(plot, range[0] + part * (range[1] - range[0])), plot);
   });
-  plot.box.addEventListener("pointerleave", () => moveCursor(null));
-  plot.box.addEventListener("blur", () => moveCursor(null));
+  plot.box.addEventListener("pointerleave", () => moveCursor(null, plot));
+  plot.box.addEventListener("blur", () => moveCursor(null, plot));
   plot.box.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!move || !plot.series?.length) return;
+    if (!move) return;
+    if (plot.isStale) drawPlot(plot); // a key may come before the browser tells that the plot is in view
+    if (!plot.series.length) return;
     event.preventDefault();
     const xs = cursorStops(plot);
     const from = cursor.x === null ? (move > 0 ? -1 : xs.length) : xs.indexOf(nearestX(plot, cursor.x));
-    moveCursor(xs[Math.max(0, Math.min(xs.length - 1, from + move))]);
+    moveCursor(xs[Math.max(0, Math.min(xs.length - 1, from + move))], plot);
   });
 }
 
@@ -179,14 +183,16 @@ function nearest(xs, x) {
   return found;
 }
 
-function moveCursor(x) {
+/** The plot that it is moved in tells its values whether or not it is known to be in view. */
+function moveCursor(x, origin) {
   if (cursor.x === x) return;
   cursor.x = x;
-  for (const plot of plots.values()) if (plot.isVisible && plot.series) showReadout(plot, x);
+  for (const plot of plots.values()) if ((plot.isVisible || plot === origin) && plot.series) showReadout(plot, x);
 }
 
 /** Values at the plot's own point that is nearest to the cursor, or the last ones; the line at that point. */
 function showReadout(plot, cursorX) {
+  plot.toldX = cursorX;
   if (!plot.series.length) return;
   const x = cursorX === null ? null : nearestX(plot, cursorX);
   const at = x === null ? "last" : `${page.axis} ${formatNumber(x, 4)}`;
@@ -199,8 +205,12 @@ function showReadout(plot, cursorX) {
         line.dash === null ? null : swatch(line.colour || "currentColor", line.dash),
         line.label ? `${line.label} ` : null,
         line.values.map((one) => [
-          one.mark ? swatch(one.mark) : null,
-          element("b", {}, formatNumber(valueAt(one, x))),
+          element(
+            "span",
+            { class: "value" },
+            one.mark ? swatch(one.mark) : null,
+            element("b", {}, formatNumber(valueAt(one, x))),
+          ),
           " ",
         ]),
       ),
@@ -237,7 +247,7 @@ const MOST_ROWS = 200;
 function fillNumbers(plot, details) {
   if (!plot.series) drawPlot(plot);
   const columns = plot.series.flatMap((line) =>
-    line.values.map((one) => ({ ...one, title: [line.label, one.unit].filter(Boolean).join(", ") })),
+    line.values.map((one) => ({ ...one, title: [line.label, one.unit].filter(Boolean).join(", ") || plot.title })),
   );
   const stops = cursorStops(plot);
   const every = Math.ceil(stops.length / MOST_ROWS);

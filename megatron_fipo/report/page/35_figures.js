@@ -32,9 +32,10 @@ function bandTrace(xs, lows, highs, colour, opacity = 0.16) {
 }
 
 /** Traces and series of lines [{metric, label}], read by `read(run, metric)`, for all units that are shown. */
-function drawLines(lines, lows, highs, read) {
+function drawLines(lines, lows, highs, read, limits = null) {
   const chosen = shownUnits();
   const isAlone = units().length === 1;
+  const hasRange = chosen.length === 1 && lows.length > 0; // then no second band, over seeds, is drawn in it
   const bands = [];
   const traces = [];
   const series = lines.map((line, order) => ({
@@ -46,9 +47,9 @@ function drawLines(lines, lows, highs, read) {
   for (const unit of chosen) {
     lines.forEach((line, order) => {
       const colour = isAlone ? lineColour(order) : lineColour(unit.colour);
-      const data = unitSeries(unit, (run) => read(run, line.metric));
-      if (!data.values.some(isNumber)) return;
-      if (data.lows && lines.length === 1) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
+      const data = unitSeries(unit, (run) => read(run, line.metric), limits);
+      if (!data.values.some((value, index) => isNumber(value) && isNumber(data.xs[index]))) return;
+      if (data.lows && lines.length === 1 && !hasRange) bands.push(bandTrace(data.xs, data.lows, data.highs, colour));
       traces.push(lineTrace(data.xs, data.values, colour, DASHES[isAlone ? 0 : order % DASHES.length][0]));
       series[order].values.push({
         unit: isAlone ? "" : unit.label,
@@ -58,7 +59,7 @@ function drawLines(lines, lows, highs, read) {
       });
     });
   }
-  if (chosen.length === 1) {
+  if (hasRange) {
     lows.forEach((low, index) => {
       const [lower, upper] = [low, highs[index]].map((line) => unitSeries(chosen[0], (run) => read(run, line.metric)));
       bands.push(
@@ -69,26 +70,53 @@ function drawLines(lines, lows, highs, read) {
   return { traces: [...bands, ...traces], series: series.filter((line) => line.values.length) };
 }
 
-/** A logarithmic axis with plain numbers; a linear one that does not go below 0 where no value does. */
+const [ONE_DECADE, FEW_DECADES, MOST_TICKS] = [0.7, 2, 6];
+
+/** A logarithmic axis: with powers of ten alone where there are many, else with 2 and 5 between them, or more where all
+    values are close; a linear one that does not go below 0 where no value does. */
 function verticalAxis(isLog, traces) {
-  if (isLog) return { type: "log", tickformat: "~g" };
+  if (isLog) {
+    const positive = traces.flatMap(({ y }) => y.filter((value) => isNumber(value) && value > 0));
+    const decades = Math.log10(largest(positive) / smallest(positive));
+    if (decades > FEW_DECADES) return { type: "log", dtick: Math.ceil(decades / MOST_TICKS) };
+    return { type: "log", tickformat: "~g", ...(decades > ONE_DECADE ? { dtick: "D2" } : {}) };
+  }
   const isPositive = traces.every(({ y }) => y.every((value) => !isNumber(value) || value >= 0));
   return { rangemode: isPositive ? "nonnegative" : "normal" };
+}
+
+/** Bands that reach to 0 or below end at the least value that is drawn: a logarithmic axis has no place for 0. */
+function keepPositive(traces) {
+  const least = smallest(traces.flatMap(({ y }) => y.filter((value) => isNumber(value) && value > 0)));
+  for (const band of traces.filter(({ fill }) => fill)) band.y = band.y.map((value) => Math.max(value, least));
+}
+
+function limitsOf(figure) {
+  return figure.is_share ? SHARES : null;
+}
+
+/** What the shaded range is, in a figure of one run or group another thing than in one of several. */
+function shadeSentence(low, high, traces) {
+  if (!traces.some(({ fill }) => fill)) return "";
+  if (shownUnits().length === 1) return ` The shaded range is from ${low.label} to ${high.label}.`;
+  return page.band === "range"
+    ? " The shaded range is from the smallest to the largest of the seeds."
+    : " The shaded range is the 95 % t-interval over the seeds.";
 }
 
 function metricFigure(figure) {
   const byRole = (role) => figure.lines.filter((line) => line.role === role);
   const [lines, lows, highs] = ["line", "low", "high"].map(byRole);
   const pairs = Math.min(lows.length, highs.length);
-  const shade = pairs ? ` The shaded range is from ${lows[0].label} to ${highs[0].label}.` : "";
   const node = plotFigure({
     id: figure.id,
     title: figure.title,
     unit: figure.unit,
     caption: figure.caption,
     build: () => {
-      const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries);
-      const caption = figure.caption + (shownUnits().length === 1 ? shade : "");
+      const drawn = drawLines(lines, lows.slice(0, pairs), highs.slice(0, pairs), runSeries, limitsOf(figure));
+      if (figure.log) keepPositive(drawn.traces);
+      const caption = figure.caption + (pairs ? shadeSentence(lows[0], highs[0], drawn.traces) : "");
       return { ...drawn, caption, layout: { yaxis: verticalAxis(figure.log, drawn.traces) } };
     },
   });
@@ -96,13 +124,14 @@ function metricFigure(figure) {
   return node;
 }
 
+/** The sections of figures of metrics; that of evaluations has more than figures, and is made elsewhere. */
 function figureSections(data) {
-  return data.sections.map(({ id, title, text }) => {
-    const figures = data.figures.filter((figure) => figure.section === id).map(metricFigure);
-    return figures.length
-      ? section(`section-${id}`, [title], text, element("div", { class: "figures" }, figures))
-      : null;
-  });
+  return data.sections
+    .filter(({ id }) => id !== EVALUATION)
+    .map(({ id, title, text }, order) => {
+      const figures = data.figures.filter((figure) => figure.section === id).map(metricFigure);
+      return figures.length ? section(`section-${id}`, [title], text, folded(`section-${id}`, figures, order === 0)) : null;
+    });
 }
 
 /* Analyses: their points have steps of their own. */
@@ -145,7 +174,7 @@ function analysisSection(data) {
     "analysis",
     ["What the responses consist of", "Analysis"],
     text,
-    element("div", { class: "figures" }, figures),
-    nothings.length ? element("p", { class: "nothings" }, `Nothing at any step: ${nothings.join("; ")}.`) : null,
+    folded("analysis", figures),
+    nothings.length ? element("p", { class: "muted nothings" }, `Nothing at any step: ${nothings.join("; ")}.`) : null,
   );
 }

@@ -13,13 +13,17 @@ function fillMasthead(data) {
           first.state,
           `${first.steps.at(-1) ?? 0} of ${counted(first.num_steps, "step")}`,
           first.label || first.algorithm,
-          first.name,
+          first.name === data.title ? null : first.name,
         ]
       : [counted(data.runs.length, "run"), `${finished} finished`];
   document.title = data.title;
   document.getElementById("masthead").replaceChildren(
     element("p", { class: "kicker" }, data.is_live ? "megatron_fipo, live report" : "megatron_fipo, report"),
-    element("h1", {}, data.title),
+    element(
+      "h1",
+      {},
+      data.title.split(/(?<=,) /).map((name) => [element("span", {}, name), " "]), // a line breaks between names
+    ),
     element(
       "p",
       { class: "facts" },
@@ -45,6 +49,7 @@ function figureOf(metric) {
 function goToMetric(metric) {
   const figure = figureOf(metric);
   if (!figure) return;
+  unfold(figure);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   figure.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "center" });
   figure.querySelector(".plot").focus({ preventScroll: true });

@@ -1,7 +1,8 @@
 /* The bar that stays in view: the sections, the axis of all figures, and the runs that they show. */
 
 function fillToolbar(data) {
-  const link = (node) => element("a", { href: `#${node.id}` }, node.dataset.short);
+  const open = (node) => node.querySelectorAll("details.fold:not([data-always])").forEach((one) => unfold(one.lastChild));
+  const link = (node) => element("a", { href: `#${node.id}`, on: { click: () => open(node) } }, node.dataset.short);
   const ofMetrics = [...document.querySelectorAll("main > .metrics-figures")];
   const others = [...document.querySelectorAll("main > section:not(.metrics-figures)")];
   const before = others.filter(
@@ -12,11 +13,7 @@ function fillToolbar(data) {
     ofMetrics.length ? figureMenu(ofMetrics.map(link)) : [],
     others.slice(before.length).map(link),
   ];
-  const axes = Object.entries({ step: "Steps", tokens: "Tokens", flops: "FLOPs" }).map(([axis, text]) => [
-    axis,
-    text,
-    hasAxis(axis) ? "" : "No run recorded it.",
-  ]);
+  const note = element("p", { class: "axis-note", role: "status" });
   const toolbar = document.getElementById("toolbar");
   toolbar.classList.toggle("two-rows", data.runs.length > 1);
   toolbar.replaceChildren(
@@ -24,14 +21,44 @@ function fillToolbar(data) {
     element(
       "div",
       { class: "switches" },
-      segmented("Over", axes, page.axis, (axis) => {
-        page.axis = axis;
-        cursor.x = null;
-        redrawPlots();
-      }),
+      segmented("Over", AXIS_BUTTONS, page.axis, (axis) => chooseAxis(data, axis, note)),
       data.runs.length > 1 ? runSwitches(data) : null,
     ),
+    note,
   );
+  note.textContent = visibleText(axisNote(data, page.axis));
+}
+
+/** What is led to stands below the bar, however high that is. */
+new ResizeObserver(([{ target }]) => {
+  document.documentElement.style.scrollPaddingTop = `${target.offsetHeight + 8}px`;
+}).observe(document.getElementById("toolbar"));
+
+const AXIS_BUTTONS = [
+  ["step", "Steps"],
+  ["tokens", "Tokens"],
+  ["flops", "FLOPs"],
+];
+
+/** An axis that no run has is not taken, and the reason is said where it was asked for. Returns whether it is taken. */
+function chooseAxis(data, axis, note) {
+  note.textContent = visibleText(axisNote(data, axis));
+  if (!hasAxis(axis)) return false;
+  page.axis = axis;
+  cursor.x = null;
+  redrawPlots();
+  return true;
+}
+
+/** Which runs are not drawn over an axis, and why; empty where all are. */
+function axisNote(data, axis) {
+  const missing = axis === "step" ? [] : data.runs.filter((run) => !(run.axes[axis] || []).some(isNumber));
+  const reasonOf = (run) => (axis === "flops" && run.axes.flops_note) || "It was not recorded.";
+  const byReason = Map.groupBy(missing, reasonOf);
+  const told = [...byReason].map(([reason, runs]) =>
+    data.runs.length === 1 ? reason : `${runs.map((run) => run.label || run.name).join("; ")}: ${reason}`,
+  );
+  return told.length ? `Not drawn over ${AXES[axis]}. ${told.join(" ")}` : "";
 }
 
 /** The sections of figures are many: a menu holds them. */

@@ -79,6 +79,7 @@ function timeOfSeveral(runs) {
         autorange: "reversed",
         fixedrange: true,
         showgrid: false,
+        zeroline: false,
         tickvals: rows,
         ticktext: names.map(plotText),
       },
@@ -95,51 +96,37 @@ function timeSection() {
   return section("time", ["Where the time went", "Time"], "", element("div", { class: "figures" }, figure));
 }
 
-const SCORES = [
-  ["avg", "avg"],
-  ["cons", "cons"],
-  ["pass", "pass"],
-];
+const EVALUATION = "evaluation"; // the section of the page, and of its figures
 
-function evaluationSeries(run, source, key) {
-  const found = run.evaluations.filter((one) => one.source === source).sort((a, b) => a.step - b.step);
-  return {
-    steps: found.map(({ step }) => step),
-    xs: found.map(({ step }) => (page.axis === "step" ? step : position(run, lineAt(run, step)))),
-    values: found.map((one) => one[key] ?? null),
-  };
-}
-
-function evaluationFigure(data, source) {
-  const samples = data.runs.flatMap((run) => run.evaluations).find((one) => one.source === source).k;
-  const lines = SCORES.map(([key, label]) => ({ metric: key, label: `${label}@${samples}` }));
-  const read = (run, key) => evaluationSeries(run, source, key);
+/** Scores over training: of one run all of them, with the interval of the first over problems; of several runs the first
+    alone, with the band over seeds that is chosen for all figures. */
+function evaluationFigure(data, figure) {
+  const byRole = (role) => figure.lines.filter((line) => line.role === role);
+  const [lines, lows, highs] = ["line", "low", "high"].map(byRole);
   const build = () => {
-    const shown = drawLines(units().length === 1 ? lines : lines.slice(0, 1), [], [], read);
+    const isAlone = data.runs.length === 1;
+    const drawn = drawLines(isAlone ? lines : lines.slice(0, 1), [], [], runSeries, limitsOf(figure));
+    const caption = isAlone
+      ? figure.caption
+      : `${lines[0].label}, the mean share of right responses.`;
     const [unit] = shownUnits();
-    if (unit?.runs.length === 1 && shownUnits().length === 1) {
+    if (lows.length && drawn.traces.length && shownUnits().length === 1 && unit.runs.length === 1) {
       const run = data.runs[unit.runs[0]];
-      const [avg, low, high] = ["avg", "low", "high"].map((key) => read(run, key).values);
-      shown.traces[0].error_y = {
+      const [value, low, high] = [lines[0], lows[0], highs[0]].map(({ metric }) => runSeries(run, metric).values);
+      drawn.traces[0].error_y = {
         type: "data",
         symmetric: false,
-        array: high.map((value, index) => value - avg[index]),
-        arrayminus: low.map((value, index) => avg[index] - value),
+        array: high.map((end, index) => end - value[index]),
+        arrayminus: low.map((end, index) => value[index] - end),
         thickness: 1.2,
         width: 4,
       };
     }
-    return shown;
+    return { ...drawn, caption };
   };
-  return plotFigure({
-    id: `evaluation-${source.replace(/[^\w]+/g, "-")}`,
-    title: `Evaluation on ${source}`,
-    caption:
-      units().length === 1
-        ? "Bars are 95 % intervals over problems: a difference within them shows nothing."
-        : `The mean share of right responses (avg@${samples}).`,
-    build,
-  });
+  const node = plotFigure({ id: figure.id, title: figure.title, caption: figure.caption, build });
+  node.dataset.metrics = figure.lines.map((line) => line.metric).join(" ");
+  return node;
 }
 
 function interval(one) {
@@ -158,11 +145,11 @@ function evaluationTable(data) {
         run.label || run.name,
         source,
         String(first.k),
-        interval(first),
-        found.length > 1 ? interval(last) : "–",
-        both("cons"),
-        both("pass"),
-        both("response_tokens"),
+        [interval(first), { class: "number" }],
+        [found.length > 1 ? interval(last) : "–", { class: "number" }],
+        [both("cons"), { class: "number" }],
+        [both("pass"), { class: "number" }],
+        [both("response_tokens"), { class: "number" }],
       ];
     });
   });
@@ -179,17 +166,22 @@ function evaluationTable(data) {
   return table("First and last evaluation of each run", head, rows);
 }
 
+function evaluationFigures(data) {
+  return data.figures.filter((figure) => figure.section === EVALUATION);
+}
+
 function evaluationSection(data) {
-  const sources = [...new Set(data.runs.flatMap((run) => run.evaluations.map(({ source }) => source)))];
-  if (!sources.length) return null;
+  const figures = evaluationFigures(data);
+  if (!figures.length) return null;
+  const { title, text } = data.sections.find(({ id }) => id === EVALUATION);
   return section(
-    "evaluation",
-    ["Evaluation"],
-    "Problems that are not trained on.",
+    EVALUATION,
+    [title],
+    text,
     element(
       "div",
       { class: "figures" },
-      sources.map((source) => evaluationFigure(data, source)),
+      figures.map((figure) => evaluationFigure(data, figure)),
     ),
     evaluationTable(data),
   );

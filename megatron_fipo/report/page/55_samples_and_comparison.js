@@ -143,7 +143,16 @@ function withInterval({ mean: centre, low, high }, format = formatNumber) {
   return format(centre) + range;
 }
 
-function scoreRows({ metric, groups }) {
+/** Intervals of shares, and of differences of shares, within what these can be. */
+function cutInterval(one, metric, limits) {
+  const isShare = page.data.figures.some((figure) => figure.is_share && figure.lines.some((line) => line.metric === metric));
+  if (!isShare || !isNumber(one.low)) return one;
+  const [low, high] = cut([one.low, one.high], limits);
+  return { ...one, low, high };
+}
+
+function scoreRows({ metric, groups: told }) {
+  const groups = told.map((group) => cutInterval(group, metric, SHARES));
   const scale = bounds(groups);
   const colour = (label) =>
     `var(--line-${(page.data.comparison.groups.findIndex((group) => group.label === label) % NUM_LINE_COLOURS) + 1})`;
@@ -151,23 +160,26 @@ function scoreRows({ metric, groups }) {
     index === 0 ? element("code", {}, metric) : "",
     group.label,
     [withInterval(group), { class: "number" }],
-    intervalBar(group, scale, { colour: colour(group.label) }),
-    group.values.map((value) => formatNumber(value)).join(", "),
+    [intervalBar(group, scale, { colour: colour(group.label) }), { class: "whole" }],
+    [group.values.map((value) => formatNumber(value)).join(", "), { class: "whole", "data-label": "each seed" }],
   ]);
 }
 
-function differenceRows({ metric, differences }) {
+const CLEAR = "clear of 0?";
+
+function differenceRows({ metric, differences: told }) {
+  const differences = told.map((one) => cutInterval(one, metric, [-1, 1]));
   const scale = bounds(differences, [0]);
   return differences.map((one, index) => {
     const isClear = isNumber(one.low) && isNumber(one.high) && (one.low > 0 || one.high < 0);
-    const pairs = counted(one.num_pairs, one.paired_by === "problem" ? "problem" : "seed");
+    const pairs = one.paired_by === "nothing" ? "nothing" : counted(one.num_pairs, one.paired_by);
     return [
       index === 0 ? element("code", {}, metric) : "",
-      [`${one.a} − ${one.b}`, { class: "number" }],
+      `${one.a} − ${one.b}`,
       [withInterval(one, formatSigned), { class: "number" }],
-      intervalBar(one, scale, { zero: 0 }),
-      [`paired by ${one.paired_by}, ${pairs}`, { class: "number" }],
-      isNumber(one.low) ? (isClear ? "clear" : "not clear: it may be 0") : "not known",
+      [intervalBar(one, scale, { zero: 0 }), { class: "whole" }],
+      [pairs, { class: "number whole", "data-label": "paired by" }],
+      [isNumber(one.low) ? (isClear ? "yes" : "no") : "not known", { class: "number whole", "data-label": CLEAR }],
     ];
   });
 }
@@ -184,24 +196,48 @@ function comparisonSection(data) {
     "comparison",
     ["Comparison"],
     `${members.join("; ")}. Runs of a group differ in their seed alone.`,
+    comparison.note ? warning(comparison.note) : null,
     table(
       "Final scores, with 95 % intervals over seeds",
       ["score", "group", "mean", "", "each seed"],
       comparison.scores.flatMap(scoreRows),
+      { class: "stacked" },
     ),
     differences.length
-      ? table("Paired differences, with 95 % intervals", ["score", "difference", "mean", "", "pairs", ""], differences)
+      ? table(
+          "Paired differences, with 95 % intervals",
+          ["score", "difference", "mean", "", "paired by", CLEAR],
+          differences,
+          { class: "stacked" },
+        )
       : null,
     configDifferences(data),
   );
 }
 
+const SHADOW = /^objective\.shadow(\.|$)/; // measured beside training, which they do not change
+
 function configDifferences({ comparison, runs }) {
   if (!comparison.config_differences.length) return element("p", {}, "The configurations do not differ.");
   const said = (value) =>
     value === null || value === undefined ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
-  const rows = comparison.config_differences.map(({ key, values }) => [element("code", {}, key), ...values.map(said)]);
-  return table("What differs in the configurations", ["key", ...runs.map((run) => run.label || run.name)], rows);
+  const rowsOf = (differences) =>
+    differences.map(({ key, values }) => [element("code", {}, key), ...values.map(said)]);
+  const head = ["key", ...runs.map((run) => run.label || run.name)];
+  const isShadow = ({ key }) => SHADOW.test(key);
+  const shadows = comparison.config_differences.filter(isShadow);
+  const others = comparison.config_differences.filter((difference) => !isShadow(difference));
+  return [
+    others.length ? table("What differs in the configurations", head, rowsOf(others)) : null,
+    shadows.length
+      ? fold(
+          "shadow-differences",
+          `Shadow settings, which change nothing in training, differ in ${counted(shadows.length, "key")}`,
+          table("Shadow settings", head, rowsOf(shadows)),
+          { isAlwaysFolded: true },
+        )
+      : null,
+  ];
 }
 
 function configSection(data) {

@@ -70,22 +70,24 @@ function tokensOf(response) {
   return decoded.get(response.tokens);
 }
 
-/** How far a response's weights are from 1 on average, under the run's own half-life. */
+/** How far a response's weights are from 1 on average over the tokens of the loss, under the run's own half-life: what
+    the run had, or where it trained without Future-KL what FIPO's would have been. */
 function reweighting(response, objective) {
+  if (objective.future_kl) return response.mean_weight_deviation;
   const tokens = tokensOf(response);
   if (!tokens) return null;
-  const { arrays } = tokens;
-  const recorded = objective.future_kl
-    ? arrays.influence_weight
-    : recompute(
-        arrays.shift,
-        arrays.participates,
-        arrays.in_suffix_sum,
-        response.advantage,
-        ownHalfLife(objective),
-        objective,
-      ).influenceWeights;
-  return mean(Array.from(recorded, (weight) => Math.abs(weight - 1)));
+  const { shift, participates, in_suffix_sum: inSuffixSum } = tokens.arrays;
+  const { influenceWeights } = recompute(
+    shift,
+    participates,
+    inSuffixSum,
+    response.advantage,
+    ownHalfLife(objective),
+    objective,
+    summedShift(tokens.arrays, objective),
+  );
+  const inLoss = Array.from(influenceWeights).filter((_, index) => !(index in tokens.left_out));
+  return mean(inLoss.map((weight) => Math.abs(weight - 1)));
 }
 
 const DEFAULT_HALF_LIFE = 32;

@@ -5,7 +5,14 @@ const ORDERS = { sampled: "as sampled", longest: "longest", reweighted: "most re
 const ALL_GROUPS = -1;
 
 function hasLeftOut(response) {
-  return response.left_out !== "" || Object.keys(tokensOf(response)?.left_out || {}).length > 0;
+  return response.left_out !== "" || response.num_left_out > 0;
+}
+
+/** How many of a run's traced responses the page holds, where that is not all. */
+function tracesSentence({ num_responses: all, num_left_out: numLeftOut }) {
+  if (!numLeftOut) return "";
+  const shown = `This page holds ${all - numLeftOut} of this run's ${counted(all, "traced response")}`;
+  return `${shown}, of the newest and the earliest steps first: --max-trace-tokens sets how many.`;
 }
 
 class CreditChoice {
@@ -68,6 +75,7 @@ class CreditChoice {
       selection("Responses", entries(JUDGEMENTS), this.judgement, (judgement) => this.change("judgement", judgement)),
       selection("Order", entries(ORDERS), this.order, (order) => this.change("order", order)),
       element("label", { class: "check" }, leftOut, "with tokens left out"),
+      element("p", { class: "muted traced" }, tracesSentence(this.run.traces)),
     );
     this.fillList();
   }
@@ -109,8 +117,7 @@ class CreditChoice {
     const bar = element("span", { class: `bar ${response.is_right ? "right" : "wrong"}`, "aria-hidden": "true" });
     bar.style.width = `${(100 * response.num_tokens) / longest}%`;
     const about = [counted(response.num_tokens, "token"), `A ${formatSigned(response.advantage)}`];
-    if (this.order === "reweighted")
-      about.push(`mean |f − 1| ${formatNumber(reweighting(response, this.run.objective))}`);
+    const isWeighed = this.order === "reweighted";
     const place = this.group === ALL_GROUPS ? `${group.source} ${group.prompt_id}, ` : "";
     const button = element(
       "button",
@@ -118,6 +125,13 @@ class CreditChoice {
       element("span", { class: "name" }, `${place}#${response.sample_index} `, outcome(response.is_right)),
       bar,
       element("span", { class: "about" }, about.join(" · ")),
+      isWeighed
+        ? element(
+            "span",
+            { class: "about" },
+            `mean |f − 1| ${formatNumber(reweighting(response, this.run.objective))}`,
+          )
+        : null,
       response.left_out
         ? element("span", { class: "about" }, `left out: ${response.left_out.replaceAll("_", " ")}`)
         : null,

@@ -186,6 +186,7 @@ function responseHead(group, response) {
     ["advantage", formatSigned(response.advantage)],
     ["ended by", response.finish_reason],
     ["tokens", String(response.num_tokens)],
+    ...(response.num_left_out ? [["not in the loss", counted(response.num_left_out, "token")]] : []),
   ];
   const prompt = element(
     "details",

@@ -6,14 +6,18 @@ const POLL_MS = 3000;
 const PARTS = [
   ["overview", (data) => [data.figures, data.runs.map(({ verdict, label }) => [verdict, label])], overviewSection],
   ["comparison", (data) => data.comparison, comparisonSection],
+  [
+    EVALUATION,
+    (data) => [evaluationFigures(data).map(({ lines }) => lines), data.runs.map(({ evaluations }) => evaluations)],
+    evaluationSection,
+  ],
   ["credit", () => null, creditSection],
   ["time", (data) => data.runs.map(({ time }) => time.phases), timeSection],
-  ["evaluation", (data) => data.runs.map(({ evaluations }) => evaluations), evaluationSection],
   ["samples", (data) => data.runs.map(({ samples }) => samples), samplesSection],
   ["analysis", (data) => data.runs.map(({ analysis }) => analysis), analysisSection],
   ["configuration", (data) => data.runs.map(({ config }) => config), configSection],
 ];
-const NUM_AHEAD = 3; // parts that stand before the figures of metrics
+const NUM_AHEAD = 4; // parts that stand before the figures of metrics
 const known = new Map();
 
 function hasChanged(key, value) {
@@ -72,7 +76,8 @@ function takeData(fresh) {
 
 function fillToolbarIfChanged(data) {
   const sections = [...document.querySelectorAll("main > section")].map(({ id }) => id);
-  if (hasChanged("toolbar", [sections, data.runs.map(({ id, label }) => [id, label]), Object.keys(AXES).map(hasAxis)]))
+  const axes = Object.keys(AXES).map((axis) => [hasAxis(axis), axisNote(data, axis)]);
+  if (hasChanged("toolbar", [sections, data.runs.map(({ id, label }) => [id, label]), axes]))
     fillToolbar(data);
 }
 

@@ -28,8 +28,10 @@ function startPage() {
   darkScheme.addEventListener("change", recolour);
   addEventListener("beforeprint", () => {
     credit()?.text.paintAll();
+    openFolds();
     drawAllPlots();
   });
+  addEventListener("afterprint", setFolds);
   window.report = { data: () => page.data, drawAll: drawAllPlots, recompute, decodeArray, credit, poll };
   if (data.is_live) pollForEver();
 }
