@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from tests.debian import install_packages
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDE, NARROW = (1280, 900), (390, 844)
+WAIT_S = 60.0
+"""What holds at all, holds long before."""
 
 
 @dataclass
@@ -39,7 +42,9 @@ class Opened:
     def wait_until(self, condition: str) -> None:
         """Look at a JavaScript condition in each frame until it holds; the page forbids Playwright's own way, eval."""
         look = f"const look = () => ({condition} ? done() : requestAnimationFrame(look));"
-        self.run(f"new Promise((done) => {{ {look} look(); }})")
+        told = json.dumps(f"not within {WAIT_S:.0f} s: {condition}")
+        end = f"setTimeout(() => fail(new Error({told})), {WAIT_S * 1000})"
+        self.run(f"new Promise((done, fail) => {{ {end}; {look} look(); }})")
 
     def settle(self) -> None:
         """Wait for two frames: what was asked for in this one is on the screen."""
