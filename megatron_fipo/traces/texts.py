@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from tokenizers.decoders import DecodeStream
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How a decoder shows bytes that are no character, or not yet one."""
 _MOST_UNFINISHED = 3
@@ -28,17 +30,38 @@ def token_texts_with(tokenizer: Any) -> TokenTexts:
         return lambda token_ids: [str(tokenizer.decode([token], skip_special_tokens=False)) for token in token_ids]
 
     def texts(token_ids: Sequence[int]) -> list[str]:
-        return _told_apart(list(token_ids), lambda ids: str(backend.decode(ids, skip_special_tokens=False)))
+        ids = list(token_ids)
+        return _streamed(ids, backend) or _told_apart(
+            ids, lambda some: str(backend.decode(some, skip_special_tokens=False))
+        )
 
     return texts
 
 
-def _told_apart(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The tokens' texts by decoding a few of them at a time.
+def _streamed(ids: list[int], backend: Any) -> list[str]:
+    """The tokens' texts, five times as fast; [] where some of their bytes are no characters.
 
-    `tokenizers.decoders.DecodeStream` is not for what a policy may write: it raises an error where bytes turn out to be
-    no character after all, and decodes a long stretch of such bytes anew with each of them.
+    There `DecodeStream` raises an error with some decoders, and with others decodes a long stretch of such bytes anew
+    with each of them.
     """
+    stream, found, unfinished = DecodeStream(skip_special_tokens=False), [], 0
+    for token in ids:
+        try:
+            found.append(stream.step(backend, int(token)) or "")
+        except Exception:  # noqa: BLE001 - tokenizers has no class of its own for it
+            return []
+        unfinished = 0 if found[-1] else unfinished + 1
+        if unfinished > _MOST_UNFINISHED:
+            return []
+    whole, shown = str(backend.decode(ids, skip_special_tokens=False)), "".join(found)
+    if not (found and whole.startswith(shown)):
+        return []
+    found[-1] += whole[len(shown) :]
+    return found
+
+
+def _told_apart(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The tokens' texts by decoding a few of them at a time, whatever they are."""
     found = [""] * len(ids)
     context, start, known = 0, 0, ""  # ids[context:start] are told, and decode to `known`: spaces depend on them
     for end in range(1, len(ids) + 1):

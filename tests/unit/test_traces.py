@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,9 +278,19 @@ def test_texts_join_to_the_whole(byte_level: PreTrainedTokenizerFast, text: str,
     texts = token_texts_with(byte_level)
     encodable = text.encode("utf-8", "replace").decode()
     for ids in (byte_level.encode(encodable), token_ids):
-        found = texts(ids)
-        assert len(found) == len(ids)
-        assert "".join(found) == byte_level.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        whole = byte_level.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        for found in (
+            texts(ids),
+            _told_apart(ids, partial(byte_level.backend_tokenizer.decode, skip_special_tokens=False)),
+        ):
+            assert len(found) == len(ids)
+            assert "".join(found) == whole
+
+
+def test_spaces_stay_where_a_decoder_leaves_out_the_first() -> None:
+    tokenizer = Tokenizer(models.BPE({"▁a": 0, "b": 1}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    assert _told_apart([0, 0, 1, 0, 0], tokenizer.decode) == ["a", " a", "b", " a", " a"]
 
 
 @pytest.fixture(scope="module")
@@ -330,8 +341,15 @@ def tokens_of(response_mask: str, final_mask: str, *, passes_filter: bool = True
     """One letter for each token: y is yes."""
     masks = [np.array([letter == "y" for letter in mask]) for mask in (response_mask, final_mask)]
     zeros = np.zeros(len(response_mask), np.float32)
-    passes = np.full(len(response_mask), passes_filter)
-    return TracedTokens(np.arange(len(zeros), dtype=np.int32), *[zeros] * 8, masks[0], *masks, passes)
+    floats: dict[str, Any] = dict.fromkeys(FLOATS[1:], zeros)  # the first one is told by the trajectory
+    return TracedTokens(
+        positions=np.arange(len(zeros), dtype=np.int32),
+        participates=masks[0],
+        response_mask=masks[0],
+        final_mask=masks[1],
+        passes_filter=np.full(len(zeros), passes_filter),
+        **floats,
+    )
 
 
 def trajectory(finish_reason: str = "stop") -> Trajectory:
