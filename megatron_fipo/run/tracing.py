@@ -6,6 +6,7 @@ puts them together and writes a file after each such update. Nothing is gathered
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -208,7 +209,7 @@ class StepTrace:
         trajectory, config = told.trajectory, self._tracing.config
         assert tokens.positions.tolist() == list(range(chosen.first, chosen.first + trajectory.num_response_tokens))
         reasons = _reasons(trajectory, tokens, config)
-        of_policy = set(np.array(reasons)[trajectory.policy_mask.numpy()].tolist())
+        of_policy = [reason for reason, own in zip(reasons, trajectory.policy_mask.tolist(), strict=True) if own]
         lengths = [len(segment.token_ids) for segment in trajectory.segments]
         versions = [segment.policy_version for segment in trajectory.segments]
         return TracedResponse(
@@ -228,7 +229,7 @@ class StepTrace:
             advantage=chosen.advantage,
             finish_reason=trajectory.finish_reason,
             error=trajectory.error,
-            left_out=of_policy.pop() if len(of_policy) == 1 else IN_LOSS,
+            left_out=_reason_of_all(of_policy),
             token_ids=trajectory.response_ids.numpy().astype(np.int32),
             texts=told.texts,
             segments=np.repeat(np.arange(len(lengths)), lengths).astype(np.int16),
@@ -258,3 +259,13 @@ def _reasons(trajectory: Trajectory, tokens: TracedTokens, config: Config) -> li
         reasons[:] = TRUNCATED
     reasons[~wrote] = ENVIRONMENT
     return [str(reason) for reason in reasons]
+
+
+def _reason_of_all(reasons: Sequence[str]) -> str:
+    """Why a whole response is not in the loss, by its tokens': where these have several, what holds for most of them.
+
+    Empty where a token is in the loss, or there is none.
+    """
+    if not reasons or IN_LOSS in reasons:
+        return IN_LOSS
+    return Counter(reasons).most_common(1)[0][0]

@@ -79,13 +79,21 @@ def write_trace(folder: Path, responses: Sequence[TracedResponse], objective: Ma
 
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     if not pa.types.is_list(kind):
-        return pa.array(values, kind)
+        return _strings(values) if kind == pa.string() else pa.array(values, kind)
     offsets = np.cumsum([0, *(len(one) for one in values)], dtype=np.int32)
     if kind.value_type == pa.string():
-        flat = pa.array([text for one in values for text in one], pa.string())
+        flat = _strings([text for one in values for text in one])
     else:
         flat = pa.array(np.concatenate(values), kind.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind)
+
+
+def _strings(texts: Sequence[str]) -> pa.Array:
+    """The texts; a lone surrogate, which some data have and UTF-8 has not, is written as JSON escapes it."""
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([text.encode("utf-8", "backslashreplace").decode() for text in texts], pa.string())
 
 
 def trace_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -95,41 +103,71 @@ def trace_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def forget_traces(folder: Path, first_step: int, first_update: int = 0) -> None:
-    """Delete the files of updates that will be made again, from one of a step on, and what was not finished."""
-    for (step, update), path in trace_files(folder).items():
-        if (step, update) >= (first_step, first_update):
+    """Delete the files of updates that will be made again, from one of a step on, and what was not finished.
+
+    Raises:
+        DiskError: if one cannot be deleted.
+    """
+    with writing(folder):
+        for (step, update), path in trace_files(folder).items():
+            if (step, update) >= (first_step, first_update):
+                path.unlink()
+        for path in folder.glob("*.parquet.partial"):
             path.unlink()
-    for path in folder.glob("*.parquet.partial"):
-        path.unlink()
 
 
 def read_trace(path: Path) -> TraceFile:
     """Read one file.
 
     Raises:
-        ValueError: if it is no trace, or one of a later version.
+        ValueError: if it cannot be read, is no trace, or one of a later version.
     """
     try:
-        table = pq.read_table(path)
-        metadata = table.schema.metadata or {}
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+    except pa.ArrowException as error:
+        raise _no_trace(path, str(error)) from error
+    except OSError as error:
+        if error.errno is None:  # Arrow's, of a file whose content is no parquet
+            raise _no_trace(path, str(error)) from error
+        raise ValueError(
+            f"{path} cannot be read: {error.strerror}. Mend that, or look again: a run that goes on writes its newest "
+            "traces anew."
+        ) from error
+    metadata = table.schema.metadata or {}
+    try:
         number = int(metadata[_FORMAT_KEY.encode()])
-        if number > FORMAT:
-            raise ValueError(
-                f"{path} is a trace of format {number}; this version of megatron_fipo reads formats up to {FORMAT}. "
-                "Read it with the version that wrote it, or a later one."
-            )
         objective = json.loads(metadata[_OBJECTIVE_KEY.encode()])
-        given = {name: _values(table.column(name).combine_chunks(), kind) for name, kind, _ in columns()}
-    except (pa.ArrowException, LookupError, OSError) as error:
-        raise ValueError(f"{path} is no trace, or is damaged: {error}. Delete it to read the others.") from error
+    except (LookupError, ValueError) as error:
+        raise _no_trace(path, f"its metadata have no {_FORMAT_KEY} and {_OBJECTIVE_KEY} of a trace") from error
+    if number > FORMAT:
+        raise ValueError(
+            f"{path} is a trace of format {number}; this version of megatron_fipo reads formats up to {FORMAT}. "
+            "Read it with the version that wrote it, or a later one."
+        )
+    given = {name: _values(path, table, name, kind) for name, kind, _ in columns()}
     rows = [{name: values[row] for name, values in given.items()} for row in range(table.num_rows)]
-    return TraceFile(path, objective, [TracedResponse(**row) for row in rows])
+    responses = [TracedResponse(**row) for row in rows]
+    for one in responses:
+        for name in TOKEN_COLUMNS:
+            if len(getattr(one, name)) != one.num_tokens:
+                raise _no_trace(
+                    path, f"a response of {one.num_tokens} tokens has {len(getattr(one, name))} entries in {name}"
+                )
+    return TraceFile(path, objective, responses)
 
 
-def _values(column: pa.Array, kind: pa.DataType) -> list[Any]:
-    if not pa.types.is_list(kind):
-        return list(column.to_pylist())
-    if kind.value_type == pa.string():
+def _no_trace(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is no trace, or is damaged: {' '.join(reason.split())}. Delete it to read the others.")
+
+
+def _values(path: Path, table: pa.Table, name: str, kind: pa.DataType) -> list[Any]:
+    if table.schema.get_field_index(name) < 0:
+        raise _no_trace(path, f"it has no column {name}")
+    column = table.column(name).combine_chunks()
+    if column.type != kind or column.null_count:
+        raise _no_trace(path, f"its column {name} holds {column.type}, or nothing somewhere, and not {kind}")
+    if not pa.types.is_list(kind) or kind.value_type == pa.string():
         return list(column.to_pylist())
     return [one.values.to_numpy(zero_copy_only=False) for one in column]
 

@@ -150,6 +150,10 @@ def test_shadow_objectives_come_from_the_file_and_from_overrides(tmp_path: Path)
     assert load_config(None).objective.shadow == {}
 
 
+def test_as_many_shadows_as_are_allowed(sound: Path) -> None:
+    validate(load_config(sound, [f"objective.shadow.a{number}={{}}" for number in range(16)]), world_size=4)
+
+
 def test_dapo_with_fipo_as_a_shadow(sound: Path) -> None:
     config = load_config(sound, ["algorithm=dapo", "objective.shadow.fipo={}"])
     validate(config, world_size=4)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from megatron_fipo.parallel.traced_tokens import TracedTokens
 from megatron_fipo.rl.judged_group import JudgedGroup
 from megatron_fipo.rl.trajectory import Group, Prompt, SampleKey, Segment, Trajectory
 from megatron_fipo.run.trace_choice import choose_groups
-from megatron_fipo.run.tracing import _reasons
+from megatron_fipo.run.tracing import _reason_of_all, _reasons
+from megatron_fipo.system.disk import DiskError
 from megatron_fipo.traces.files import forget_traces, path_of, read_trace, trace_files, write_trace
 from megatron_fipo.traces.schema import REASONS, TracedResponse, columns
-from megatron_fipo.traces.texts import token_texts_with
+from megatron_fipo.traces.texts import _told_apart, token_texts_with
 
 
 def traced(num_tokens: int, **changes: Any) -> TracedResponse:
@@ -110,6 +114,15 @@ def test_only_updates_that_come_again_are_forgotten(tmp_path: Path) -> None:
     ]
 
 
+def _with_metadata(name: str, value: str) -> Callable[[pa.Table], pa.Table]:
+    changes = {f"megatron_fipo.{name}".encode(): value.encode()}
+    return lambda table: table.replace_schema_metadata({**table.schema.metadata, **changes})
+
+
+def _with_future_kl(values: pa.Array) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.schema.get_field_index("future_kl"), "future_kl", values)
+
+
 def test_a_damaged_or_later_file_is_refused(tmp_path: Path) -> None:
     path = path_of(tmp_path, 1, 0)
     path.write_bytes(b"PAR1 and then nothing")
@@ -126,6 +139,63 @@ def test_a_damaged_or_later_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(table.drop_columns(["future_kl"]), path)
     with pytest.raises(ValueError, match="is no trace, or is damaged"):
         read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda table: table.replace_schema_metadata({}), "its metadata have no megatron_fipo.trace_format"),
+        (_with_metadata("trace_format", "one"), "its metadata have no megatron_fipo.trace_format"),
+        (_with_metadata("objective", "{"), "its metadata have no megatron_fipo.trace_format"),
+        (_with_future_kl(pa.array([1.0])), "its column future_kl holds double"),
+        (_with_future_kl(pa.array([None], pa.list_(pa.float32()))), "or nothing somewhere, and not list"),
+        (_with_future_kl(pa.array([[1.0]], pa.list_(pa.float32()))), "of 3 tokens has 1 entries in future_kl"),
+        (lambda table: table.drop_columns(["future_kl"]), "it has no column future_kl"),
+    ],
+)
+def test_what_is_no_trace_is_told(change: Callable[[pa.Table], pa.Table], expected: str, tmp_path: Path) -> None:
+    path = write_trace(tmp_path, [traced(3)], {})
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(ValueError, match=rf"update_002.parquet is no trace, or is damaged: .*{expected}.*Delete it"):
+        read_trace(path)
+
+
+def test_a_file_that_cannot_be_read_is_not_to_be_deleted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"x.parquet cannot be read: No such file or directory\. Mend that"):
+        read_trace(tmp_path / "x.parquet")
+
+
+def test_lone_surrogates_do_not_end_a_run(tmp_path: Path) -> None:
+    """JSON has them, so data, answers and errors may."""
+    (found,) = read_trace(write_trace(tmp_path, [traced(2, reference="a\ud800", texts=["é", "\udfff"])], {})).responses
+    assert (found.reference, found.texts) == ("a\\ud800", ["é", "\\udfff"])
+
+
+def test_a_trace_without_room_is_a_disk_error(tmp_path: Path) -> None:
+    (tmp_path / "traces").write_text("a file where the folder should be")
+    with pytest.raises(DiskError, match=r"step_000004_update_002\.parquet cannot be written"):
+        write_trace(tmp_path / "traces", [traced(2)], {})
+
+
+def test_an_unfinished_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_trace(tmp_path, [traced(2)], {})
+    before = path.read_bytes()
+
+    def full(table: pa.Table, place: Path, **settings: Any) -> None:
+        place.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(DiskError, match="No space left on device"):
+        write_trace(tmp_path, [traced(3)], {})
+    assert path.read_bytes() == before
+    assert list(trace_files(tmp_path).values()) == [path], "what is not finished is no trace"
+
+
+def test_a_trace_that_cannot_be_forgotten_is_a_disk_error(tmp_path: Path) -> None:
+    path_of(tmp_path, 4, 0).mkdir()
+    with pytest.raises(DiskError):
+        forget_traces(tmp_path, 4)
 
 
 # --- choice ----------------------------------------------------------------------------------------------------------
@@ -208,9 +278,60 @@ def test_texts_join_to_the_whole(byte_level: PreTrainedTokenizerFast, text: str,
     texts = token_texts_with(byte_level)
     encodable = text.encode("utf-8", "replace").decode()
     for ids in (byte_level.encode(encodable), token_ids):
-        found = texts(ids)
-        assert len(found) == len(ids)
-        assert "".join(found) == byte_level.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        whole = byte_level.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        for found in (
+            texts(ids),
+            _told_apart(ids, partial(byte_level.backend_tokenizer.decode, skip_special_tokens=False)),
+        ):
+            assert len(found) == len(ids)
+            assert "".join(found) == whole
+
+
+def test_spaces_stay_where_a_decoder_leaves_out_the_first() -> None:
+    tokenizer = Tokenizer(models.BPE({"▁a": 0, "b": 1}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    assert _told_apart([0, 0, 1, 0, 0], tokenizer.decode) == ["a", " a", "b", " a", " a"]
+
+
+@pytest.fixture(scope="module")
+def with_bytes() -> PreTrainedTokenizerFast:
+    """As Llama 2 and Gemma have it: bytes are tokens, and one that belongs to no character spoils its neighbours."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁": 257, "▁a": 258, "b": 259}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(token_ids=st.lists(st.integers(0, 259), max_size=40))
+def test_bytes_that_are_no_characters_do_not_end_a_run(
+    with_bytes: PreTrainedTokenizerFast, token_ids: list[int]
+) -> None:
+    found = token_texts_with(with_bytes)(token_ids)
+    assert len(found) == len(token_ids)
+    assert "".join(found).replace("\ufffd", "").count("b") >= token_ids.count(259)
+
+
+def test_characters_of_bytes_join(with_bytes: PreTrainedTokenizerFast) -> None:
+    ids = [258, *(byte + 1 for byte in "数é".encode()), 259, 257, 258]
+    assert token_texts_with(with_bytes)(ids) == [" a", "", "", "数", "", "é", "b", " ", " a"]
+    broken = token_texts_with(with_bytes)([258, 0xFF + 1, *[0xC3 + 1] * 9, 259, 258])
+    assert ("".join(broken), broken[-1]) == (" a" + "\ufffd" * 10 + "b a", " a")
+
+
+def test_the_time_of_a_long_response_of_broken_bytes_grows_with_its_length(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    """Decoded tokens, not seconds: whatever the length, a few of them at a time."""
+    most = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal most
+        most = max(most, len(ids))
+        return str(byte_level.backend_tokenizer.decode(ids, skip_special_tokens=False))
+
+    (half,) = byte_level.convert_tokens_to_ids(["Ã"])  # the first of two bytes
+    assert "".join(_told_apart([half] * 500, decode)) == "\ufffd" * 500
+    assert most <= 8
 
 
 # --- reasons ---------------------------------------------------------------------------------------------------------
@@ -220,8 +341,15 @@ def tokens_of(response_mask: str, final_mask: str, *, passes_filter: bool = True
     """One letter for each token: y is yes."""
     masks = [np.array([letter == "y" for letter in mask]) for mask in (response_mask, final_mask)]
     zeros = np.zeros(len(response_mask), np.float32)
-    passes = np.full(len(response_mask), passes_filter)
-    return TracedTokens(np.arange(len(zeros), dtype=np.int32), *[zeros] * 8, masks[0], *masks, passes)
+    floats: dict[str, Any] = dict.fromkeys(FLOATS[1:], zeros)  # the first one is told by the trajectory
+    return TracedTokens(
+        positions=np.arange(len(zeros), dtype=np.int32),
+        participates=masks[0],
+        response_mask=masks[0],
+        final_mask=masks[1],
+        passes_filter=np.full(len(zeros), passes_filter),
+        **floats,
+    )
 
 
 def trajectory(finish_reason: str = "stop") -> Trajectory:
@@ -253,3 +381,10 @@ def test_why_a_token_is_left_out(expected: list[str], tokens: TracedTokens, fini
     found = _reasons(trajectory(finish_reason), tokens, config)
     assert found == expected
     assert set(found) <= set(REASONS)
+
+
+def test_why_a_whole_response_is_left_out() -> None:
+    assert _reason_of_all([]) == ""
+    assert _reason_of_all(["too_stale", "", "too_stale"]) == ""
+    assert _reason_of_all(["too_stale", "sequence_filter", "sequence_filter"]) == "sequence_filter"
+    assert _reason_of_all(["truncated"] * 2) == "truncated"
