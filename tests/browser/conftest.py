@@ -63,8 +63,7 @@ def browser() -> Iterator[Any]:
     """Chromium, started once; it is installed where it is missing."""
     if find_spec("playwright") is None:
         pytest.skip("the package playwright is not installed")
-    if _chromium() is None:
-        install_packages("chromium")
+    install_packages("chromium", unless=lambda: _chromium() is not None)
     program = _chromium()
     assert program is not None, f"The package chromium is installed, and has none of {', '.join(CHROMIUM)}."
     from playwright.sync_api import sync_playwright

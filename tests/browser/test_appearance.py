@@ -124,6 +124,7 @@ def test_hostile_texts_stay_text(name: str, open_page: OpenPage, request: pytest
 
 def test_tokens_show_what_cannot_be_seen_by_name(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
+    opened.page.locator(".response-choice").first.click()
     tokens = opened.page.locator(".response .token")
     assert tokens.nth(0).text_content() == HOSTILE.replace("\u202e", "‹U+202E›").replace("\0", "‹U+0000›")
     assert tokens.nth(1).text_content() == ""

@@ -130,6 +130,16 @@ def test_the_slider_and_reset_and_colours_follow_each_other(open_page: OpenPage,
     assert opened.page.locator(".token").nth(60).get_attribute("class") == before
 
 
+def test_the_most_reweighted_response_is_opened_first(open_page: OpenPage, single: SyntheticReport) -> None:
+    opened = open_page(single)
+    groups = single.data["runs"][0]["groups"]
+    newest = [group for group in groups if group["step"] == groups[-1]["step"]]
+    most = max(one["mean_weight_deviation"] or 0 for group in newest for one in group["responses"])
+    first = newest[0]["responses"][0]["mean_weight_deviation"]
+    assert first < most, "the first one would not do"
+    assert opened.run(f"{VIEW}.response.mean_weight_deviation") == most
+
+
 def test_the_text_is_not_built_again_by_the_slider(open_page: OpenPage, single: SyntheticReport) -> None:
     opened = open_page(single)
     opened.run("document.querySelectorAll('.token').forEach((span) => (span.wasHere = true))")

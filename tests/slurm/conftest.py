@@ -21,8 +21,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm of two nodes on this host."""
     if os.geteuid() != 0:
         pytest.skip("slurmd starts jobs for other users, so it must be started by root")
-    if missing_programs():
-        install_packages(*PACKAGES)
+    install_packages(*PACKAGES, unless=lambda: not missing_programs())
     with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 

@@ -15,6 +15,16 @@ function tracesSentence({ num_responses: all, num_left_out: numLeftOut }) {
   return `${shown}, of the newest and the earliest steps first: --max-trace-tokens sets how many.`;
 }
 
+/* What is opened first is where there is most to see: the most re-weighted response. */
+
+const weighed = (response) => (response.tokens === null ? -1 : (response.mean_weight_deviation ?? 0));
+const weighedGroup = ({ responses }) => Math.max(...responses.map(weighed));
+
+/** The first one of those with the largest deviation of weights from 1. */
+function mostReweighted(these, deviationOf) {
+  return these.reduce((best, one) => (deviationOf(one) > deviationOf(best) ? one : best));
+}
+
 class CreditChoice {
   constructor(data, opened) {
     this.runs = data.runs.filter((run) => run.groups.length);
@@ -29,16 +39,19 @@ class CreditChoice {
   chooseRun(run) {
     this.run = run;
     this.traces = [...new Map(run.groups.map((group) => [`${group.step} ${group.update}`, group])).values()];
-    this.chooseTrace(this.traces.at(-1));
+    const newest = run.groups.filter(({ step }) => step === this.traces.at(-1).step);
+    this.chooseTrace(mostReweighted(newest.reverse(), weighedGroup));
   }
 
   chooseTrace({ step, update }) {
     this.trace = { step, update };
     this.groups = this.run.groups.filter((group) => group.step === step && group.update === update);
-    const mixed = this.groups.findIndex(
+    const mixed = this.groups.filter(
       ({ responses }) => new Set(responses.map(({ is_right: isRight }) => isRight)).size > 1,
     );
-    this.group = Math.max(0, mixed);
+    const group = mostReweighted(mixed.length ? mixed : this.groups, weighedGroup);
+    this.group = this.groups.indexOf(group);
+    this.current = mostReweighted(group.responses, weighed);
     this.fill();
   }
 
