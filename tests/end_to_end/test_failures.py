@@ -114,10 +114,10 @@ def _nan_weight_in_step_1() -> None:
     """Make a weight of rank 1 NaN between step 1's old log-probs and its updates."""
     original = train_module.Trainer._update
 
-    def spoiling(self: Any, step: int, minibatches: Any) -> Any:
+    def spoiling(self: Any, step: int, *rest: Any) -> Any:
         if step == 1 and os.environ["RANK"] == "1":
             next(self.parts.actor.models[0].parameters()).data.view(-1)[0] = torch.nan
-        return original(self, step, minibatches)
+        return original(self, step, *rest)
 
     train_module.Trainer._update = spoiling  # type: ignore[method-assign]
 
