@@ -49,6 +49,7 @@ def launch(num_processes: int, arguments: Sequence[str], command: Sequence[str])
 
     Returns:
         0, or the exit code of the rank that failed first; of a rank that a signal killed, 128 and the signal's number.
+        The process is to leave with it: after a signal, further ones are ignored, so that none changes that code.
     """
     if "WORLD_SIZE" in os.environ:
         raise ValueError(
@@ -161,7 +162,8 @@ class _Signals:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # A second one may come when the ranks have left already, and would end in an exit code of its own.
+            signal.signal(number, signal.SIG_IGN if self.received and number in _SIGNALS else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received += 1
