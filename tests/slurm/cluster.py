@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_fipo.rollout.servers.process import free_port
 
 PACKAGES = ("munge", "mariadb-server", "slurmctld", "slurmd", "slurm-client", "slurmdbd")
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmctld", "slurmd", "slurmdbd", "sbatch", "sacct")
@@ -110,7 +111,7 @@ def missing_programs() -> list[str]:
 def running_cluster(folder: Path) -> Iterator[Cluster]:
     """Bring a cluster up in `folder`, and take it down again, with every job that is still there."""
     folder.mkdir(parents=True, exist_ok=True)
-    database_port, dbd_port, ctld_port, *node_ports = free_ports(3 + len(NODES))
+    database_port, dbd_port, ctld_port, *node_ports = (free_port() for _ in range(3 + len(NODES)))
     names = {
         "folder": folder,
         "ctld_port": ctld_port,
@@ -210,15 +211,6 @@ class Daemons:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listens on at this moment."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _cancel_everything(cluster: Cluster, daemons: Daemons) -> None:

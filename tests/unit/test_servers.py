@@ -13,7 +13,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 
 from megatron_fipo.config import Config, ConfigError, ServersSection, load_config, validate, warnings_for
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParams, check_request
-from megatron_fipo.rollout.servers import process_guard
+from megatron_fipo.rollout.servers import process, process_guard
 from megatron_fipo.rollout.servers.api import LaunchPlan, LaunchSpec, ServerAdapter
 from megatron_fipo.rollout.servers.engine import EngineSettings, ServerEngine
 from megatron_fipo.rollout.servers.event_loop import EventLoopThread
@@ -190,6 +190,43 @@ def test_ports() -> None:
     assert is_free("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port)):
         assert not is_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("of_the_system", "allowed"),
+    [
+        ("32768\t60999\n", (*range(10240, 32768), *range(61000, 65536))),
+        ("1024\t60000\n", range(60001, 65536)),
+        ("20000\t65535\n", range(10240, 20000)),
+    ],
+)
+def test_a_port_is_none_that_the_system_may_give_to_others_before_the_server_listens(
+    of_the_system: str, allowed: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "range").write_text(of_the_system)
+    monkeypatch.setattr(process, "_SYSTEMS_OWN", tmp_path / "range")
+    ports = [free_port() for _ in range(50)]
+    assert {*ports} <= {*allowed}
+    assert len({*ports}) == 50, "a port that was given to one server is none for the next"
+
+
+def test_where_the_system_gives_all_ports_one_of_its_own_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "range").write_text("1024\t65000\n")
+    monkeypatch.setattr(process, "_SYSTEMS_OWN", tmp_path / "range")
+    assert is_free("127.0.0.1", free_port())
+
+
+def test_a_port_that_is_taken_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def taken_at_first(host: str, port: int) -> bool:
+        asked.append(port)
+        return len(asked) == 3
+
+    monkeypatch.setattr(process, "is_free", taken_at_first)
+    assert free_port() == asked[2]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -18,8 +19,28 @@ _LOG_TAIL_BYTES = 65536
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)$|MASTER_(ADDR|PORT)$|TORCHELASTIC_")
 
 
+_SYSTEMS_OWN = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""The ports that Linux gives to whoever connects, or listens on any port."""
+_FIRST, _LAST, _FEWEST = 10240, 65535, 1000
+_given: set[int] = set()
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on at this moment."""
+    """A port that nothing listens on at this moment, another one in each call.
+
+    A server listens some seconds after its port was chosen. So that nothing takes it in between, it is none of those
+    that the system gives to connections of all kinds, unless these are nearly all.
+    """
+    try:
+        low, high = map(int, _SYSTEMS_OWN.read_text().split())
+    except OSError:  # no Linux
+        low, high = 32768, 65535
+    ports = [*range(_FIRST, min(low, _LAST + 1)), *range(max(high + 1, _FIRST), _LAST + 1)]
+    if len(ports) >= _FEWEST:
+        for port in random.SystemRandom().sample(ports, k=len(ports)):
+            if port not in _given and is_free(host, port):
+                _given.add(port)
+                return port
     with socket.socket() as listener:
         listener.bind((host, 0))
         return int(listener.getsockname()[1])
