@@ -210,6 +210,14 @@ def test_a_port_is_none_that_the_system_may_give_to_others_before_the_server_lis
     assert len({*ports}) == 50, "a port that was given to one server is none for the next"
 
 
+def test_no_port_is_given_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand, three hundred drawn by chance alone would not differ."""
+    (tmp_path / "range").write_text("11240\t65535\n")
+    monkeypatch.setattr(process, "_SYSTEMS_OWN", tmp_path / "range")
+    monkeypatch.setattr(process, "_given", set())
+    assert len({free_port() for _ in range(300)}) == 300
+
+
 def test_where_the_system_gives_all_ports_one_of_its_own_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,12 +17,12 @@ from megatron_fipo.rollout.servers.api import LaunchPlan
 
 _LOG_TAIL_BYTES = 65536
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)$|MASTER_(ADDR|PORT)$|TORCHELASTIC_")
-
-
 _SYSTEMS_OWN = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """The ports that Linux gives to whoever connects, or listens on any port."""
 _FIRST, _LAST, _FEWEST = 10240, 65535, 1000
+"""Ports for servers lie between the first two, where that leaves so many."""
 _given: set[int] = set()
+"""Ports that this process has given out."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
